@@ -1,0 +1,53 @@
+"""The in-batch negatives loss, and the model that it trains."""
+
+import paddle
+import paddle.nn.functional as F
+
+from base_model import SemanticIndexBase
+from data import PairBatch, TokenIds
+
+MASKED_LOGIT = -1e9  # its exponential is 0 beside any other logit, and unlike -inf it has a finite gradient
+
+
+def in_batch_negatives_loss(
+    query_emb: paddle.Tensor,
+    title_emb: paddle.Tensor,
+    *,
+    margin: float,
+    scale: float,
+    mask: paddle.Tensor | None = None,
+) -> paddle.Tensor:
+    """Mean cross entropy of `scale * (Q T' - margin * I)` against the diagonal, a scalar.
+
+    query_emb: unit vectors [B, D]; title_emb: unit vectors [C, D], of which the first B belong to the queries and the
+    others, if any, are hard negatives; mask: bool [B, C], True where a title is no negative for the query. The diagonal
+    is never masked. In-batch negatives: Karpukhin et al. 2020, https://arxiv.org/abs/2004.04906; the margin on the
+    positive's cosine: Wang et al. 2018 (CosFace), https://arxiv.org/abs/1801.09414.
+    """
+    own_title = paddle.eye(query_emb.shape[0], title_emb.shape[0], dtype=query_emb.dtype)
+    logits = scale * (paddle.matmul(query_emb, title_emb, transpose_y=True) - margin * own_title)
+    if mask is not None:
+        masked = paddle.logical_and(mask, own_title == 0)
+        logits = paddle.where(masked, paddle.full_like(logits, MASKED_LOGIT), logits)
+    return F.cross_entropy(logits, paddle.arange(query_emb.shape[0]))
+
+
+class SemanticIndexBatchNeg(SemanticIndexBase):
+    """The dual tower: one encoder for queries and titles, trained with the other titles of the batch as negatives."""
+
+    def forward(self, batch: PairBatch, margin: float, scale: float) -> paddle.Tensor:
+        """The loss of a batch, a scalar."""
+        vectors = paddle.concat([self._embed_tokens(chunk) for chunk in batch.chunks])
+        vectors = paddle.index_select(vectors, paddle.to_tensor(batch.chunk_rows))
+        pairs = len(batch.rows)
+        return in_batch_negatives_loss(
+            vectors[:pairs],
+            vectors[pairs:],
+            margin=margin,
+            scale=scale,
+            mask=None if batch.mask is None else paddle.to_tensor(batch.mask),
+        )
+
+    def _embed_tokens(self, tokens: TokenIds) -> paddle.Tensor:
+        input_ids, token_type_ids = tokens
+        return self.get_pooled_embedding(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids))

@@ -1,0 +1,582 @@
+"""Every file that the stages exchange, and the one way from text to tokens, batches and vectors. Imports no Paddle."""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import mmap
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer, Split
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+from tokenizers.processors import BertProcessing
+from tokenizers.trainers import WordPieceTrainer
+
+from runtime import InputError, at_least, log, progress_bar
+
+MAX_LINE_BYTES = 1 << 20  # a longer line is a file without line ends, not a text
+REPORTED_BAD_LINES = 10
+SORTING_WINDOW = 16384  # texts sorted by length at a time: long enough for even batches, small in memory
+LENGTH_CHUNKS = (
+    4  # of a training batch: pads 30 tokens a text to 36, one chunk would to 64, and 8 to 33 (classical pairs)
+)
+UTF8_BOM = b"\xef\xbb\xbf"
+
+VOCABULARY_FILE = "vocab.txt"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+PAD, CLS, SEP, MASK, UNK = "[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"
+
+Row = TypeVar("Row")
+TokenIds = tuple[np.ndarray, np.ndarray]  # (input_ids, token_type_ids), int64 [B, L] each
+Embed = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (input_ids, token_type_ids) -> float32 [B, D]
+
+
+class TextPair(NamedTuple):
+    """A query, a title that answers it and, where the file has a third column, one that doesn't."""
+
+    query: str
+    title: str
+    hard_negative: str | None = None
+
+
+class Hit(NamedTuple):
+    """A line of a recall result: `title` was recalled for `query` with the cosine `score`."""
+
+    query: str
+    title: str
+    score: float
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def add_encoding_args(parser: argparse.ArgumentParser, batch_size: int = 32) -> None:
+    """Options of every script that turns texts into vectors."""
+    parser.add_argument("--batch_size", type=at_least(1), default=batch_size, help="texts a batch, on each process")
+    parser.add_argument(
+        "--max_seq_length",
+        type=at_least(3),
+        help="tokens a text, [CLS] and [SEP] included; longer texts are cut (default: the checkpoint's)",
+    )
+
+
+def add_skip_bad_lines_arg(parser: argparse.ArgumentParser) -> None:
+    """The switch for files with lines that can't be read."""
+    parser.add_argument("--skip_bad_lines", action="store_true", help="leave bad lines out and say how many they were")
+
+
+def add_evaluation_file_args(parser: argparse.ArgumentParser, required: bool) -> None:
+    """The files that an evaluation reads, and the recall result that it writes."""
+    parser.add_argument(
+        "--similar_text_pair_file",
+        "--similar_text_pair",
+        required=required,
+        default=None if required else "./recall/dev.csv",
+        help="pairs whose queries are searched and whose titles are the right answers",
+    )
+    parser.add_argument(
+        "--corpus_file",
+        required=required,
+        default=None if required else "./recall/corpus.csv",
+        help="documents to search, one a line",
+    )
+    parser.add_argument("--recall_result_dir", default="recall_result_dir", help="folder of the recall result")
+    parser.add_argument(
+        "--recall_result_file",
+        default="recall_result.txt" if required else "recall_result_init.txt",
+        help="name of the recall result in it",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class Line(NamedTuple):
+    """A line of a file as `read_lines` gives it; `row` is None for a bad line that was skipped."""
+
+    number: int  # from 1
+    offset: int  # of its first byte
+    row: Any
+
+
+def parse_pair(text: str) -> TextPair:
+    """`query<TAB>title`, with an optional hard negative after a second tab. Raises ValueError with the reason."""
+    fields = [field.strip() for field in text.split("\t")]
+    if len(fields) not in (2, 3):
+        raise ValueError(f"{len(fields)} column(s), where query<TAB>title[<TAB>hard negative] has 2 or 3")
+    if not fields[0] or not fields[1]:
+        raise ValueError("the query is empty" if not fields[0] else "the title is empty")
+    return TextPair(fields[0], fields[1], (fields[2] or None) if len(fields) == 3 else None)
+
+
+def parse_text(text: str) -> str:
+    """A line that is one text. Raises ValueError with the reason."""
+    if "\t" in text:
+        raise ValueError(f"{text.count(chr(9)) + 1} columns, where a line holds one text")
+    text = text.strip()
+    if not text:
+        raise ValueError("the line is empty")
+    return text
+
+
+def parse_hit(text: str) -> Hit:
+    """`query<TAB>document<TAB>cosine`. Raises ValueError with the reason."""
+    fields = text.split("\t")
+    if len(fields) != 3:
+        raise ValueError(f"{len(fields)} column(s), where query<TAB>document<TAB>cosine has 3")
+    try:
+        score = float(fields[2])
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError("the third column isn't a finite number")
+    return Hit(fields[0].strip(), fields[1].strip(), score)
+
+
+def read_lines(path: str | Path, parse: Callable[[str], Row], skip_bad_lines: bool = False) -> Iterator[Line]:
+    """Parses the lines of a UTF-8 file (with or without BOM, LF or CRLF) one after the other.
+
+    Bad lines are collected to the end of the file. Then InputError names the first ten and counts all, or, with
+    `skip_bad_lines`, each has come as a Line with row None and their number is logged. A file that is missing, can't
+    be read or has no good line is an InputError too.
+    """
+    bad_lines: list[str] = []
+    bad = good = 0
+    with _open_for_reading(path) as file:
+        for number, offset, raw in _split_lines(file):
+            try:
+                row = parse(_decode(raw))
+                good += 1
+            except ValueError as error:
+                row = None
+                bad += 1
+                if len(bad_lines) < REPORTED_BAD_LINES:
+                    bad_lines.append(f"{path}:{number}: {error}")
+            if row is not None or skip_bad_lines:
+                yield Line(number, offset, row)
+    if bad and not skip_bad_lines:
+        remedy = "correct them, or leave them out with --skip_bad_lines"
+        raise InputError("\n".join([f"{path}: {bad} bad line(s); {remedy}. The first:", *bad_lines]))
+    if not good:
+        raise InputError(f"{path}: no line in it {'can be used' if bad else '(the file is empty)'}")
+    if bad:
+        log(f"{path}: left out {bad} bad line(s) of {bad + good}, the first: {bad_lines[0]}")
+
+
+def _open_for_reading(path: str | Path) -> io.BufferedReader:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; give the file in it") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: can't be read ({reason})") from None
+
+
+def _split_lines(file: io.BufferedReader) -> Iterator[tuple[int, int, bytes | None]]:
+    """(line number, offset, bytes without line end) of each line; None for the bytes of one that is too long."""
+    offset = len(UTF8_BOM) if file.read(len(UTF8_BOM)) == UTF8_BOM else 0
+    file.seek(offset)
+    number = 0
+    while raw := file.readline(MAX_LINE_BYTES):
+        number += 1
+        size = len(raw)
+        if size == MAX_LINE_BYTES and not raw.endswith(b"\n"):
+            while rest := file.readline(MAX_LINE_BYTES):
+                size += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+            raw = None
+        yield number, offset, raw if raw is None else _without_line_end(raw)
+        offset += size
+
+
+def _without_line_end(raw: bytes) -> bytes:
+    return raw.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def _decode(raw: bytes | None) -> str:
+    if raw is None:
+        raise ValueError(f"longer than {MAX_LINE_BYTES:,} bytes")
+    if b"\0" in raw:
+        raise ValueError("holds a NUL character")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"isn't UTF-8 at byte {error.start + 1} (try iconv -f GB18030 -t UTF-8)") from None
+
+
+def read_text_pairs(path: str | Path, *, skip_bad_lines: bool = False) -> list[TextPair]:
+    """The pairs of a training, evaluation or prediction file. Raises InputError as `read_lines` does."""
+    return [line.row for line in read_lines(path, parse_pair, skip_bad_lines) if line.row is not None]
+
+
+class Corpus(Sequence[str]):
+    """The documents of a file, one a line; a document's row number is its id. The file is mapped, not held in memory.
+
+    Raises InputError as `read_lines` does.
+    """
+
+    def __init__(self, path: str | Path, *, skip_bad_lines: bool = False) -> None:
+        lines = read_lines(path, parse_text, skip_bad_lines)
+        self._offsets = np.fromiter((line.offset for line in lines if line.row is not None), dtype=np.int64)
+        with _open_for_reading(path) as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, row: int | slice) -> Any:
+        if isinstance(row, slice):
+            return [self._read(offset) for offset in self._offsets[row]]
+        return self._read(self._offsets[row])
+
+    def _read(self, offset: np.int64) -> str:
+        start = int(offset)
+        end = self._bytes.find(b"\n", start)
+        return parse_text(self._bytes[start : len(self._bytes) if end < 0 else end].decode("utf-8"))
+
+
+def read_corpus(path: str | Path, *, skip_bad_lines: bool = False) -> Corpus:
+    """The documents to search. Raises InputError as `read_lines` does."""
+    return Corpus(path, skip_bad_lines=skip_bad_lines)
+
+
+def read_hits(path: str | Path) -> dict[str, list[str]]:
+    """A recall result as query -> recalled documents, best first. Raises InputError as `read_lines` does."""
+    hits: dict[str, list[str]] = {}
+    for line in read_lines(path, parse_hit):
+        hits.setdefault(line.row.query, []).append(line.row.title)
+    return hits
+
+
+def titles_by_query(pairs: Iterable[TextPair]) -> dict[str, set[str]]:
+    """All titles that the pairs give each distinct query, in the order of the queries' first lines."""
+    titles: dict[str, set[str]] = {}
+    for pair in pairs:
+        titles.setdefault(pair.query, set()).add(pair.title)
+    return titles
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
+    """Opens a file that appears under `path` only when the block has ended well. Makes the folder if need be.
+
+    mode: "w" for UTF-8 text with LF, "wb" for bytes. Raises InputError if the file can't be written.
+    """
+    path = Path(path)
+    temporary = _temporary_name(path)
+    text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, **text_options) as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Gives a new folder that takes the place of `path` only when the block has ended well.
+
+    Raises InputError if it can't be written.
+    """
+    path = Path(path)
+    temporary = _temporary_name(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():
+            replaced = _temporary_name(path)
+            path.rename(replaced)
+            temporary.rename(path)
+            shutil.rmtree(replaced)
+        else:
+            temporary.rename(path)
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_hits(path: str | Path, hits: Iterable[Hit]) -> None:
+    """Writes a recall result, `query<TAB>document<TAB>cosine` a line. Raises InputError if it can't be written."""
+    with atomic_write(path) as file:
+        file.writelines(f"{hit.query}\t{hit.title}\t{hit.score}\n" for hit in hits)
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object for people to read. Raises InputError if it can't be written."""
+    with atomic_write(path) as file:
+        json.dump(content, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises InputError for anything else."""
+    with _open_for_reading(path) as file:
+        try:
+            content = json.loads(file.read())
+        except (ValueError, RecursionError):
+            content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: isn't a JSON object")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def read_vocabulary(path: str | Path) -> list[str]:
+    """The tokens in the order of their ids. Raises InputError if a special token is missing."""
+    with _open_for_reading(path) as file:
+        try:
+            lines = file.read().decode("utf-8").removesuffix("\n").split("\n")
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: isn't a vocabulary (not UTF-8)") from None
+    # Some vocabularies that PaddleNLP ships have a second column; it reads the first.
+    vocabulary = [line.rstrip("\r").split("\t")[0] for line in lines]
+    missing = [token for token in (PAD, CLS, SEP, UNK) if token not in vocabulary]
+    if missing:
+        raise InputError(f"{path}: isn't a vocabulary, it lacks {', '.join(missing)}")
+    return vocabulary
+
+
+def write_vocabulary(path: str | Path, vocabulary: Iterable[str]) -> None:
+    """Writes a token a line. Raises InputError if it can't be written."""
+    with atomic_write(path) as file:
+        file.writelines(f"{token}\n" for token in vocabulary)
+
+
+def _tokenizer(model: WordPiece, do_lower_case: bool) -> Tokenizer:
+    """Tokenises as PaddleNLP's ErnieTokenizer and BertTokenizer do, without their special-token syntax in texts."""
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, strip_accents=do_lower_case, lowercase=do_lower_case
+    )
+    # BERT splits at punctuation alone; PaddleNLP splits at symbols and the few characters of its `_is_symbol` as well.
+    symbols = Split(Regex(r"[\p{S}\x{AD}\x{B2}\x{B5}\x{BA}\x{D8}\x{14B}\x{1B1}\x{3007}]"), "isolated")
+    tokenizer.pre_tokenizer = PreTokenizers([BertPreTokenizer(), symbols])
+    return tokenizer
+
+
+def build_vocabulary(texts: Iterable[str], size: int = 30000) -> list[str]:
+    """A WordPiece vocabulary for a model from scratch: special tokens, all characters, then frequent word pieces.
+
+    size: the largest number of tokens; a small text gives fewer.
+    """
+    tokenizer = _tokenizer(WordPiece(unk_token=UNK), do_lower_case=True)
+    special_tokens = [PAD, CLS, SEP, MASK, UNK]  # [PAD] first: ERNIE's pad_token_id is 0
+    trainer = WordPieceTrainer(vocab_size=size, special_tokens=special_tokens, min_frequency=2, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    vocabulary = tokenizer.get_vocab()
+    return sorted(vocabulary, key=vocabulary.__getitem__)
+
+
+class TextCollator:
+    """From texts to padded token ids: the one tokenising and padding of training, recall, prediction and deployment.
+
+    vocabulary: tokens in the order of their ids; max_seq_length: tokens of a text with [CLS] and [SEP];
+    config: the content of tokenizer_config.json, of which `do_lower_case` (strips accents too) matters here.
+    pad_to_max_seq_len: set it to pad every batch to max_seq_length instead of its longest text.
+    """
+
+    def __init__(self, vocabulary: Sequence[str], max_seq_length: int, config: Mapping[str, Any] | None = None) -> None:
+        self._vocabulary, self._config = list(vocabulary), dict(config or {"do_lower_case": True})
+        self.max_seq_length = max_seq_length
+        self.pad_to_max_seq_len = False
+        ids = {token: row for row, token in enumerate(self._vocabulary)}
+        # 100 is PaddleNLP's limit as well: a longer word is unknown.
+        model = WordPiece(ids, unk_token=UNK, max_input_chars_per_word=100)
+        self._tokenizer = _tokenizer(model, self._config.get("do_lower_case", True))
+        self._tokenizer.post_processor = BertProcessing((SEP, ids[SEP]), (CLS, ids[CLS]))
+        self._tokenizer.enable_truncation(max_seq_length)
+        self.pad_id = ids[PAD]
+
+    @classmethod
+    def load(cls, folder: str | Path, max_seq_length: int) -> "TextCollator":
+        """Reads `vocab.txt` and, if there is one, `tokenizer_config.json`. Raises InputError."""
+        config_file = Path(folder) / TOKENIZER_CONFIG_FILE
+        config = read_json(config_file) if config_file.exists() else None
+        return cls(read_vocabulary(Path(folder) / VOCABULARY_FILE), max_seq_length, config)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the files that `load` and PaddleNLP's tokenizers read. Raises InputError if they can't be written."""
+        write_vocabulary(Path(folder) / VOCABULARY_FILE, self._vocabulary)
+        write_json(Path(folder) / TOKENIZER_CONFIG_FILE, self._config)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of token ids."""
+        return len(self._vocabulary)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text with [CLS] and [SEP], at most max_seq_length of them."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def pad(self, ids: Sequence[Sequence[int]]) -> TokenIds:
+        """(input_ids, token_type_ids), int64 [B, longest]; the second is all zeros, a text being one segment."""
+        length = self.max_seq_length if self.pad_to_max_seq_len else max(map(len, ids))
+        input_ids = np.full((len(ids), length), self.pad_id, dtype=np.int64)
+        for row, row_ids in enumerate(ids):
+            input_ids[row, : len(row_ids)] = row_ids
+        return input_ids, np.zeros_like(input_ids)
+
+    def __call__(self, texts: Sequence[str]) -> TokenIds:
+        """Tokenises and pads texts in their order."""
+        return self.pad(self.tokenize(texts))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vectors
+
+
+def encode_texts(
+    embed: Embed,
+    texts: Sequence[str],
+    collator: TextCollator,
+    batch_size: int,
+    out: np.ndarray | None = None,
+    desc: str | None = None,
+) -> np.ndarray:
+    """Vectors of the texts, float32 [N, D], in their order; `out` may be a memory map of that shape to write to.
+
+    Texts are sorted by length in windows, so that batches hold little padding. desc: name of the progress bar, if any.
+    """
+    progress = progress_bar(len(texts), desc, "text") if desc else None
+    for start in range(0, len(texts), SORTING_WINDOW):
+        ids = collator.tokenize(texts[start : start + SORTING_WINDOW])
+        by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        for rows in batched(by_length, batch_size):
+            vectors = embed(*collator.pad([ids[row] for row in rows]))
+            if out is None:
+                out = np.empty((len(texts), vectors.shape[1]), dtype=np.float32)
+            out[start + np.array(rows)] = vectors
+            if progress:
+                progress.update(len(rows))
+    if progress:
+        progress.close()
+    return np.empty((0, 0), dtype=np.float32) if out is None else out
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items, the last one shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def split_evenly(count: int, parts: int, part: int) -> slice:
+    """The rows of one part when `count` rows are cut into contiguous parts whose sizes differ by one at most."""
+    return slice(count * part // parts, count * (part + 1) // parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training batches
+
+
+class PairBatch(NamedTuple):
+    """What one process trains on in a step: B pairs, of which H have a hard negative.
+
+    Its texts are the queries, the titles and the hard negatives, in this order; T = 2 B + H.
+    """
+
+    rows: np.ndarray  # int64 [B], the pairs' positions in the training file's list
+    chunks: list[TokenIds]  # all texts sorted by length, a few at a time
+    chunk_rows: np.ndarray  # int64 [T], where each text stands among the rows of the chunks
+    mask: np.ndarray | None  # bool [B, B + H], True where a title or hard negative is no negative for the query
+
+
+class PositivesMask:
+    """Says which titles of a batch must not serve as negatives, from the texts of the whole training file.
+
+    A title or hard negative is masked for a query if the file pairs that query, on any line, with an equal text.
+    """
+
+    def __init__(self, pairs: Sequence[TextPair]) -> None:
+        text_ids: dict[str, int] = {}
+
+        def ids(texts: Iterable[str | None]) -> np.ndarray:
+            return np.array([-1 if text is None else text_ids.setdefault(text, len(text_ids)) for text in texts])
+
+        self._queries = ids(pair.query for pair in pairs)
+        self._titles = ids(pair.title for pair in pairs)
+        self._hard_negatives = ids(pair.hard_negative for pair in pairs)
+        # All (query, title) combinations of the file as one sorted array of numbers, to look many up at once.
+        self._texts = len(text_ids)
+        self._positives = np.unique(self._queries * self._texts + self._titles)
+
+    def __call__(self, query_rows: np.ndarray, title_rows: np.ndarray, hard_negative_rows: np.ndarray) -> np.ndarray:
+        """bool [len(query_rows), len(title_rows) + len(hard_negative_rows)]; arguments are rows of the training file.
+
+        A query's own title counts as masked here as well: the loss leaves the diagonal alone.
+        """
+        columns = np.concatenate([self._titles[title_rows], self._hard_negatives[hard_negative_rows]])
+        combinations = self._queries[query_rows][:, None] * self._texts + columns[None, :]
+        found = np.searchsorted(self._positives, combinations)
+        return self._positives[np.minimum(found, len(self._positives) - 1)] == combinations
+
+
+class PairCollator:
+    """From rows of the training file to a PairBatch."""
+
+    def __init__(self, collator: TextCollator, pairs: Sequence[TextPair], mask_duplicates: bool = True) -> None:
+        self._collator, self._pairs = collator, pairs
+        self._has_hard_negative = np.array([pair.hard_negative is not None for pair in pairs])
+        self._positives_mask = PositivesMask(pairs) if mask_duplicates else None
+
+    def __call__(self, rows: np.ndarray) -> PairBatch:
+        """rows: int64 [B], B at least 1."""
+        hard_negative_rows = rows[self._has_hard_negative[rows]]
+        ids = self._collator.tokenize(
+            [self._pairs[row].query for row in rows]
+            + [self._pairs[row].title for row in rows]
+            + [self._pairs[row].hard_negative for row in hard_negative_rows]
+        )
+        by_length = np.argsort([len(text_ids) for text_ids in ids], kind="stable")
+        chunks = [chunk for chunk in np.array_split(by_length, LENGTH_CHUNKS) if len(chunk)]
+        return PairBatch(
+            rows,
+            [self._collator.pad([ids[text] for text in chunk]) for chunk in chunks],
+            np.argsort(by_length),
+            self._positives_mask(rows, rows, hard_negative_rows) if self._positives_mask else None,
+        )
+
+
+def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int, world_size: int = 1) -> list[list[np.ndarray]]:
+    """Rows of every step of an epoch for every rank: `[step][rank]` is int64 [batch_size].
+
+    The order depends on (seed, epoch) alone. No row is dropped: the last step's are shared out evenly, and where there
+    are fewer of them than ranks, some ranks have none.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    step_rows = batch_size * world_size
+    steps = [order[start : start + step_rows] for start in range(0, count, step_rows)]
+    return [[rows[split_evenly(len(rows), world_size, rank)] for rank in range(world_size)] for rows in steps]

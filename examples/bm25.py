@@ -1,0 +1,61 @@
+"""Lexical baseline: BM25 over character uni- and bigrams, written as a recall result that evaluate.py reads."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import bm25s
+from bm25s.tokenization import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from data import Hit, add_evaluation_file_args, read_corpus, read_text_pairs, titles_by_query, write_hits  # noqa: E402
+from runtime import ArgumentParser, at_least, run  # noqa: E402
+
+# The usual values of BM25 (Robertson and Zaragoza 2009, section 3.2; Lucene's defaults).
+K1 = 1.2
+B = 0.75
+
+
+def unigrams_and_bigrams(text: str) -> list[str]:
+    """The characters of `text` without white space and each two that stand side by side."""
+    characters = "".join(text.split())
+    return list(characters) + [characters[i : i + 2] for i in range(len(characters) - 1)]
+
+
+def bm25_search(queries: list[str], corpus: Sequence[str], k: int) -> Iterator[Hit]:
+    """Yields up to `k` hits a query, best first; documents that share nothing with the query are left out."""
+    tokenizer = Tokenizer(lower=True, splitter=unigrams_and_bigrams, stopwords=None)
+    corpus_tokens = tokenizer.tokenize(corpus, return_as="tuple", show_progress=False)
+    retriever = bm25s.BM25(k1=K1, b=B)
+    retriever.index(corpus_tokens, show_progress=False)
+    query_tokens = tokenizer.tokenize(queries, update_vocab=False, show_progress=False)
+    rows, scores = retriever.retrieve(query_tokens, k=min(k, len(corpus)), show_progress=False)
+    for query, query_rows, query_scores in zip(queries, rows, scores, strict=True):
+        for row, score in zip(query_rows, query_scores, strict=True):
+            if score > 0:
+                yield Hit(query, corpus[int(row)], float(score))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(__doc__)
+    add_evaluation_file_args(parser, required=True)
+    parser.add_argument("--recall_num", type=at_least(1), default=50, help="documents recalled for a query")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    queries = list(titles_by_query(read_text_pairs(args.similar_text_pair_file)))
+    corpus = read_corpus(args.corpus_file)
+    result = Path(args.recall_result_dir) / args.recall_result_file
+    write_hits(result, bm25_search(queries, corpus, args.recall_num))
+    print(f"{result}: BM25 hits of {len(queries)} queries in {len(corpus)} documents")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,56 @@
+"""Makes the folder that `train_batch_neg.py --from_scratch` takes: a config, and a vocabulary built from the data."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data import (
+    VOCABULARY_FILE,
+    build_vocabulary,
+    read_corpus,
+    read_json,
+    read_text_pairs,
+    write_json,
+    write_vocabulary,
+)
+from runtime import ArgumentParser, at_least, run
+
+TINY_ERNIE_CONFIG = Path(__file__).parent / "tiny_ernie" / "config.json"
+
+
+def texts_of(train_set_file: str, corpus_file: str) -> Iterator[str]:
+    """The texts that the model will see."""
+    for pair in read_text_pairs(train_set_file):
+        yield pair.query
+        yield pair.title
+    yield from read_corpus(corpus_file)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--train_set_file", required=True, help="training pairs")
+    parser.add_argument("--corpus_file", required=True, help="documents, one a line")
+    parser.add_argument("--config", default=str(TINY_ERNIE_CONFIG), help="PaddleNLP config of the model")
+    parser.add_argument("--vocab_size", type=at_least(10), default=8000, help="tokens at most")
+    parser.add_argument("--output_dir", required=True, help="folder to write config.json and vocab.txt to")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes both files and says how many tokens there are."""
+    args = build_parser().parse_args(argv)
+    config = read_json(args.config)
+    vocabulary = build_vocabulary(texts_of(args.train_set_file, args.corpus_file), args.vocab_size)
+    output_dir = Path(args.output_dir)
+    write_vocabulary(output_dir / VOCABULARY_FILE, vocabulary)
+    write_json(output_dir / "config.json", {**config, "vocab_size": len(vocabulary)})
+    print(f"{output_dir}: a model folder with {len(vocabulary)} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

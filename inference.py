@@ -1,0 +1,68 @@
+"""Turns texts into vectors: prints them, or writes them to a .npy file."""
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+
+from data import (
+    add_encoding_args,
+    add_skip_bad_lines_arg,
+    atomic_write,
+    encode_texts,
+    parse_text,
+    read_lines,
+)
+from runtime import ArgumentParser, run, set_up_paddle
+
+if __name__ == "__main__":
+    set_up_paddle()
+
+from base_model import add_checkpoint_args, add_device_arg, load_checkpoint, set_device
+
+SAMPLE_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"
+DEFAULT_PARAMS_PATH = "checkpoints/inbatch/model_40/model_state.pdparams"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = ArgumentParser(description=__doc__)
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument("--text", action="append", help="a text; may be given again (default: the document's sample)")
+    texts.add_argument("--text_file", help="a file with a text a line")
+    parser.add_argument("--output", help="write the vectors, float32 [N, D] in the texts' order, to this .npy file")
+    add_checkpoint_args(parser, params_path=DEFAULT_PARAMS_PATH)
+    add_skip_bad_lines_arg(parser)
+    add_encoding_args(parser)
+    add_device_arg(parser, default=None)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the shape and the vectors as the document shows them, or writes them and prints the file's name."""
+    args = build_parser().parse_args(argv)
+    texts = args.text or [SAMPLE_TEXT]
+    if args.text_file:
+        lines = read_lines(args.text_file, parse_text, args.skip_bad_lines)
+        texts = [line.row for line in lines if line.row is not None]
+
+    set_device(args.device)
+    model, collator = load_checkpoint(
+        args.params_path,
+        model_name_or_path=args.model_name_or_path,
+        output_emb_size=args.output_emb_size,
+        max_seq_length=args.max_seq_length,
+    )
+    vectors = encode_texts(model.embed, texts, collator, args.batch_size, desc="texts" if args.output else None)
+    print(list(vectors.shape))
+    if args.output:
+        with atomic_write(args.output, "wb") as file:
+            np.save(file, vectors)
+        print(f"wrote {args.output}")
+    else:
+        print(vectors)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,176 @@
+"""What every script needs before Paddle is imported: CPU set-up, errors, progress. Importing it imports no Paddle."""
+
+import argparse
+import contextlib
+import ctypes
+import importlib
+import io
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+INPUT_ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+SECONDS_BETWEEN_LINES = 10.0  # progress on something that isn't a terminal, such as a log file
+
+
+class InputError(ValueError):
+    """Something the user gave can't be used; the message says where it is and what to do about it."""
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults that say something: not None, nor a switch that is off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse without abbreviations, and with one line for a wrong option instead of the whole usage."""
+
+    def __init__(self, description: str | None = None) -> None:
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(INPUT_ERROR_EXIT_CODE, f"error: {message} (try {self.prog} --help)\n")
+
+
+def at_least(minimum: float, number: type = int) -> Callable[[str], float]:
+    """An argparse type: a finite `number` (int or float) that is no less than `minimum`."""
+
+    def parse(text: str) -> float:
+        value = number(text)
+        if not minimum <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: give {minimum} or more")
+        return value
+
+    parse.__name__ = number.__name__
+    return parse
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Runs a script's `main` and exits: 2 and the bare message for an InputError, 130 for Ctrl-C."""
+    try:
+        code = main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = INPUT_ERROR_EXIT_CODE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED_EXIT_CODE
+    sys.exit(code)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that reports: the only one, or rank 0 under `paddle.distributed.launch`."""
+    return os.environ.get("PADDLE_TRAINER_ID", "0") == "0"
+
+
+def log(message: str) -> None:
+    """One line on stderr, from rank 0 alone."""
+    if is_main_process():
+        print(message, file=sys.stderr, flush=True)
+
+
+def cpu_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_environment(environ: Mapping[str, str], cpuinfo: str, cores: int) -> dict[str, str]:
+    """The variables that make Paddle use the whole CPU, less those that the user has set.
+
+    environ: the process's environment; cpuinfo: the text of /proc/cpuinfo; cores: cores of this machine.
+
+    Under `paddle.distributed.launch` an OMP_NUM_THREADS of 1 counts as unset, since importing Paddle in the launcher
+    writes it; the cores are shared out among the ranks of this machine.
+    """
+    under_launch = "PADDLE_TRAINER_ID" in environ
+    chosen = {}
+    if "OMP_NUM_THREADS" not in environ or (under_launch and environ["OMP_NUM_THREADS"] == "1"):
+        chosen["OMP_NUM_THREADS"] = str(max(1, cores // int(environ.get("PADDLE_LOCAL_SIZE", "1"))))
+    if "MKL_DEBUG_CPU_TYPE" not in environ and "AuthenticAMD" in cpuinfo:
+        # The MKL inside the Paddle wheel takes a slow path on AMD; this variable names a faster one (7: AVX-512,
+        # 5: AVX2). A type that the CPU lacks ends in an illegal instruction, hence the look at its flags.
+        flags = {flag for line in cpuinfo.splitlines() if line.startswith("flags") for flag in line.split()}
+        if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+            chosen["MKL_DEBUG_CPU_TYPE"] = "7"
+        elif "avx2" in flags:
+            chosen["MKL_DEBUG_CPU_TYPE"] = "5"
+    return chosen
+
+
+def keep_freed_memory() -> None:
+    """Has malloc keep the memory of freed tensors for the next ones, where the C library is glibc.
+
+    By default glibc maps each large tensor anew and unmaps it after use, and the kernel zeroes its pages every time: an
+    element-wise operation on 16 MB then takes 2 to 7 times as long. The process keeps its peak until it ends.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def set_up_paddle() -> None:
+    """Sets up memory, threads and CPU dispatch, then imports Paddle; no script imports it before calling this.
+
+    Warnings of third parties that tell the user nothing are left out.
+    """
+    keep_freed_memory()
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    os.environ.update(cpu_environment(os.environ, text, cpu_count()))
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    for message in ("No ccache found", "Setuptools is replacing distutils", "pkg_resources is deprecated"):
+        warnings.filterwarnings("ignore", message=message)
+    with contextlib.redirect_stderr(io.StringIO()):  # it warns of any OMP_NUM_THREADS but 1
+        importlib.import_module("paddle")
+
+
+class LineProgress:
+    """tqdm's `update`, `set_postfix_str` and `close` for output that isn't a terminal: a whole line now and then."""
+
+    def __init__(self, total: int, desc: str, unit: str, initial: int = 0) -> None:
+        self.total, self.desc, self.unit, self.n = total, desc, unit, initial
+        self.initial, self.postfix = initial, ""
+        self.start = self.last_line = time.monotonic()
+
+    def set_postfix_str(self, postfix: str, refresh: bool = False) -> None:
+        self.postfix = postfix
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        if time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self._print_line()
+
+    def close(self) -> None:
+        self._print_line()
+
+    def _print_line(self) -> None:
+        self.last_line = time.monotonic()
+        meter = tqdm.format_meter(
+            self.n,
+            self.total,
+            self.last_line - self.start,
+            ncols=0,
+            prefix=self.desc,
+            unit=self.unit,
+            initial=self.initial,
+            postfix=self.postfix,
+        )
+        print(meter, file=sys.stderr, flush=True)
+
+
+def progress_bar(total: int, desc: str, unit: str, initial: int = 0) -> tqdm | LineProgress:
+    """A tqdm bar on a terminal, else a line every 10 s and at the end; both on stderr."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=desc, unit=unit, initial=initial, dynamic_ncols=True)
+    return LineProgress(total, desc, unit, initial)

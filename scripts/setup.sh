@@ -1,0 +1,260 @@
+#!/bin/sh
+# Makes .venv and installs requirements.lock into it; see --help.
+#
+# .venv/setup/ holds one stamp for each part that is installed in full. The stamp `base` is absent while anything
+# changes, so an interrupted set-up never passes for a whole one: the next run starts over.
+set -eu
+
+cd "$(dirname -- "$0")/.."
+export PIP_PROGRESS_BAR=off PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
+without_wheels='jieba seqeval' # and hnswlib, which needs a compiler
+unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_REQUIRE_HASHES # each would make pip install elsewhere, or not at all
+
+usage() {
+    cat <<'EOF'
+usage: sh scripts/setup.sh [--cpu | --gpu [CUDA]] [--tests] [--benchmarks]
+
+Makes .venv in the repository root and installs requirements.lock into it. With nothing to do it returns at once; an
+interrupted set-up starts over. .venv belongs to this script: packages that you add to it may be lost.
+
+  --gpu [CUDA]   Paddle's GPU build in place of the CPU build; CUDA is cu118, cu126 (the default), cu129, ...
+  --cpu          back to the CPU build (with neither option .venv keeps the build that it has; at first the CPU's)
+  --tests        also what the tests need
+  --benchmarks   also .venv-benchmarks: PyTorch and sentence-transformers, which the benchmarks measure against
+  -h, --help     this text
+
+Environment: PYTHON names the Python to use, otherwise the first of python3.11, python3.12, python3.10 and python3 that
+is 3.10, 3.11 or 3.12. pip's own settings apply (PIP_INDEX_URL, HTTPS_PROXY, pip.conf, ...).
+EOF
+}
+
+say() { echo "setup: $*"; }
+
+fail() {
+    echo "setup: error: $*" >&2
+    exit 2
+}
+
+# Sets python and version to a Python that can make environments: the one below, where .venv itself is active.
+find_python() {
+    if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3.11 python3.12 python3.10 python3; fi
+    found=
+    for python; do
+        probe='import sys; print("%d.%d.%d %s" % (sys.version_info[:3] + (getattr(sys, "_base_executable", sys.executable),)))'
+        version=$("$python" -c "$probe" 2>/dev/null) || continue
+        python=${version#* }
+        version=${version%% *}
+        case $version in
+        3.10.* | 3.11.* | 3.12.*)
+            "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+                fail "Python $version ($python) has no venv module; Debian, Ubuntu: sudo apt-get install python${version%.*}-venv"
+            return
+            ;;
+        esac
+        found="found Python $version ($python)"
+    done
+    fail "${found:-found no Python${PYTHON:+ at $PYTHON}}; this needs 3.10, 3.11 or 3.12: install one" \
+        "(with apt-get, conda or pyenv) and name it, as in PYTHON=/path/to/python3.11 sh scripts/setup.sh"
+}
+
+# Waits for another run of this script on $env, then keeps a third one waiting.
+lock_env() {
+    command -v flock >/dev/null || return 0
+    exec 9>"$env/setup/lock"
+    flock -n 9 || { say "waiting for another run of this script" && flock 9; }
+}
+
+# A fresh environment $env, which will take $1 GB.
+make_env() {
+    say "making $env with Python $version ($python)"
+    rm -f "$env/setup/base" "$env/setup/tests" "$env/setup/hnswlib"
+    rm -rf "$env/bin" "$env/lib" "$env/lib64" "$env/include" "$env/share" "$env/pyvenv.cfg"
+    free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1000000) }')
+    [ "$free" -ge "$1" ] || fail "$env needs about $1 GB of disk space, and $PWD has $free GB left; make room and run this again"
+    log_start=1
+    "$python" -m venv "$env" >"$env/setup.log" 2>&1 || install_failed
+}
+
+# pip install into $env; what pip prints goes to the log, where this call's part starts at line $log_start.
+install() {
+    log_start=$(($(wc -l <"$env/setup.log") + 1))
+    "$env/bin/python" -m pip install "$@" >>"$env/setup.log" 2>&1
+}
+
+# install of exactly what a lock file says. What has no wheels is built with the setuptools that .venv has by then.
+install_locked() { install --no-deps --require-hashes --no-build-isolation --use-pep517 "$@"; }
+
+log_tail() { tail -n "+$log_start" "$env/setup.log"; }
+
+network_failed() {
+    log_tail | grep -qE 'NewConnectionError|NameResolutionError|Timeout|ProxyError|SSLError|ProtocolError|IncompleteRead|ConnectionResetError'
+}
+
+install_failed() {
+    if log_tail | grep -q 'No space left on device'; then
+        fail "the disk is full; free some space and run this again (details: $env/setup.log)"
+    elif network_failed; then
+        fail "no network: pip could not reach its package index. Check the connection or the proxy (HTTPS_PROXY), or" \
+            "name a mirror, as in PIP_INDEX_URL=https://pypi.tuna.tsinghua.edu.cn/simple sh scripts/setup.sh" \
+            "(details: $env/setup.log)"
+    fi
+    reason=$(log_tail | grep -i error | tail -n 1 || true)
+    fail "${reason:-the installation stopped without a message} (details: $env/setup.log)"
+}
+
+# Prints the part of requirements.lock that is about the packages $2 ($1 = 1), or about all others ($1 = 0).
+lock_part() {
+    awk -v keep="$1" -v names="$2" '
+        BEGIN { for (i = split(names, list, " "); i > 0; i--) named[list[i]] = 1 }
+        /^[A-Za-z0-9]/ { split($0, line, "=="); chosen = (line[1] in named) == keep }
+        chosen' requirements.lock >"$env/setup/part.txt"
+}
+
+install_base() {
+    find_python
+    echo "$device" >"$env/setup/device"
+    case $device in cpu) make_env 3 ;; *) make_env 12 ;; esac
+    say "installing requirements.lock (minutes; details: $env/setup.log)"
+    paddle=
+    [ "$device" = cpu ] || paddle=paddlepaddle
+    lock_part 0 "$without_wheels hnswlib $paddle"
+    install_locked -r "$env/setup/part.txt" || install_failed
+    [ "$device" = cpu ] || install_paddle_gpu || install_failed
+    lock_part 1 "$without_wheels"
+    install_locked -r "$env/setup/part.txt" || install_failed
+    install_hnswlib
+    say "starting Paddle and PaddleNLP once"
+    log_start=$(($(wc -l <"$env/setup.log") + 1))
+    "$env/bin/python" -c 'import paddle, paddlenlp' >>"$env/setup.log" 2>&1 || install_failed
+    echo "$base" >"$env/setup/base"
+}
+
+# Paddle's own index has the GPU builds, which bring the CUDA libraries; all else stays at the lock's versions.
+install_paddle_gpu() {
+    say "installing Paddle for $device (gigabytes)"
+    sed -n 's/^\([A-Za-z0-9][^\\]*\).*/\1/p' "$env/setup/part.txt" >"$env/setup/constraints.txt"
+    install -c "$env/setup/constraints.txt" \
+        --extra-index-url "https://www.paddlepaddle.org.cn/packages/stable/$device/" \
+        "paddlepaddle-gpu==$(sed -n 's/^paddlepaddle==\([^ ;]*\).*/\1/p' requirements.lock)"
+}
+
+# Says what compiling hnswlib lacks, and nothing where it lacks nothing.
+hnswlib_lacks() {
+    "$env/bin/python" - <<'EOF'
+import os, shutil, sys, sysconfig
+
+compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+if not shutil.which(compiler.split()[0]):
+    print("a C++ compiler (Debian, Ubuntu: sudo apt-get install g++)")
+elif not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+    print("Python's headers (Debian, Ubuntu: sudo apt-get install python%d.%d-dev)" % sys.version_info[:2])
+EOF
+}
+
+# hnswlib has no wheels. It is built for this machine's processor: a wheel cached on another machine could crash here.
+install_hnswlib() {
+    lacks=$(hnswlib_lacks)
+    if [ -z "$lacks" ]; then
+        say "compiling hnswlib"
+        lock_part 1 hnswlib
+        if install_locked --no-cache-dir --force-reinstall -r "$env/setup/part.txt"; then
+            : >"$env/setup/hnswlib"
+            return
+        fi
+        if network_failed; then install_failed; fi
+        lacks="a build of hnswlib that works (details: $env/setup.log)"
+    fi
+    say "note: the HNSW index (--ann hnswlib) lacks $lacks;" \
+        "all else works, with --ann exact. Then run sh scripts/setup.sh again to add it."
+}
+
+install_tests() {
+    say "installing tests/requirements.lock"
+    rm -f "$env/setup/base"
+    if install_locked -r tests/requirements.lock; then
+        echo "$tests" >"$env/setup/tests"
+    elif network_failed; then # pip downloads everything before it changes anything
+        echo "$base" >"$env/setup/base"
+        install_failed
+    else
+        install_failed
+    fi
+    echo "$base" >"$env/setup/base"
+}
+
+# Torch's CPU builds are on PyTorch's own index, so the lock can't hold them.
+install_benchmarks() {
+    find_python
+    case $version in 3.10.*) fail "the benchmarks need Python 3.11 or 3.12, this is $version ($python); name one with PYTHON" ;; esac
+    make_env 3
+    say "installing benchmarks/requirements.lock (minutes; details: $env/setup.log)"
+    install --no-deps --require-hashes -r benchmarks/requirements.lock || install_failed
+    install --no-deps --extra-index-url https://download.pytorch.org/whl/cpu \
+        "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' benchmarks/requirements.txt)" || install_failed
+    echo "$base" >"$env/setup/base"
+}
+
+stamp() { cat "$env/setup/$1" 2>/dev/null || true; }
+
+# Whether $env is complete, works, and has the Python that PYTHON asks for, if it does.
+is_current() {
+    [ "$(stamp base)" = "$base" ] && [ -x "$env/bin/python" ] || return 1
+    [ -z "${PYTHON:-}" ] || { find_python && grep -q "^version = $version" "$env/pyvenv.cfg"; }
+}
+
+# Makes $env ours to change, or fails.
+claim_env() {
+    [ ! -e "$env" ] || [ -d "$env/setup" ] ||
+        fail "$PWD/$env was not made by this script; move it away or delete it, then run this again"
+    mkdir -p "$env/setup"
+    lock_env
+}
+
+device=
+tests=
+benchmarks=
+while [ $# -gt 0 ]; do
+    case $1 in
+    --cpu) device=cpu ;;
+    --gpu)
+        device=cu126
+        case ${2:-} in cu*) device=$2 && shift ;; esac
+        ;;
+    --gpu=*) device=${1#--gpu=} ;;
+    --tests) tests=$(cksum <tests/requirements.lock) ;;
+    --benchmarks) benchmarks=1 ;;
+    -h | --help) usage && exit ;;
+    *) fail "unknown option '$1'; sh scripts/setup.sh --help lists them" ;;
+    esac
+    shift
+done
+case $device in
+'' | cpu | cu[0-9][0-9][0-9]) ;;
+*) fail "--gpu takes a CUDA version such as cu118, cu126 or cu129, not '$device'" ;;
+esac
+
+env=.venv
+device=${device:-$(stamp device)}
+device=${device:-cpu}
+base="$(cksum <requirements.lock) $device"
+if ! is_current; then
+    claim_env
+    is_current || install_base
+elif [ ! -e "$env/setup/hnswlib" ]; then
+    install_hnswlib
+fi
+if [ -n "$tests" ] && [ "$(stamp tests)" != "$tests" ]; then
+    claim_env
+    [ "$(stamp tests)" = "$tests" ] || install_tests
+fi
+say "$env is ready"
+
+if [ -n "$benchmarks" ]; then
+    env=.venv-benchmarks
+    base=$(cat benchmarks/requirements.txt benchmarks/requirements.lock | cksum)
+    if ! is_current; then
+        claim_env
+        is_current || install_benchmarks
+    fi
+    say "$env is ready"
+fi

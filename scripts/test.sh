@@ -1,0 +1,12 @@
+#!/bin/sh
+# Sets up .venv if need be, then lints and runs all tests. Arguments go to pytest: sh scripts/test.sh -k recall
+set -eu
+
+cd "$(dirname -- "$0")/.."
+sh scripts/setup.sh --tests
+python=.venv/bin/python
+
+"$python" -m ruff check --quiet .
+"$python" -m ruff format --check --quiet .
+find . -name '*.sh' -not -path './.venv*' -exec sh -c 'for script; do sh -n "$script" || exit 1; done' sh {} +
+exec "$python" -m pytest "$@"

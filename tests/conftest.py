@@ -1,0 +1,129 @@
+"""Tiny models and files that the tests make themselves, and the ways to run a script."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data import build_vocabulary, write_json, write_vocabulary
+from runtime import set_up_paddle
+
+set_up_paddle()
+
+ROOT = Path(__file__).resolve().parents[1]
+Completed = subprocess.CompletedProcess[str]
+OBJECTS = [
+    "水稻",
+    "玉米",
+    "小麦",
+    "大豆",
+    "棉花",
+    "苹果",
+    "土壤",
+    "水库",
+    "桥梁",
+    "隧道",
+    "糖尿病",
+    "高血压",
+    "图书馆",
+    "钢材",
+]
+ASPECTS = ["产量", "品质", "现状", "影响因素", "检测方法", "评价", "管理", "对策", "应用", "优化", "模型", "机理"]
+CONFIG = {
+    "architectures": ["ErnieModel"],
+    "model_type": "ernie",
+    "hidden_act": "relu",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    "type_vocab_size": 2,
+}
+
+
+def all_pairs() -> list[tuple[str, str]]:
+    """168 pairs of distinct queries and titles, shuffled."""
+    pairs = [
+        (f"{thing}的{aspect}", f"论{thing}{aspect}研究{thing},{aspect}") for thing in OBJECTS for aspect in ASPECTS
+    ]
+    random.Random(0).shuffle(pairs)
+    return pairs
+
+
+def write_pairs(path: Path, pairs: list[tuple[str, ...]]) -> Path:
+    """Writes tab-separated lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join("\t".join(pair) + "\n" for pair in pairs), encoding="utf-8")
+    return path
+
+
+def make_model_folder(folder: Path, **config: object) -> Path:
+    """A folder for `--from_scratch`: CONFIG with changes, and a vocabulary that covers `all_pairs`."""
+    vocabulary = build_vocabulary(text for pair in all_pairs() for text in pair)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_vocabulary(folder / "vocab.txt", vocabulary)
+    write_json(folder / "config.json", {**CONFIG, "vocab_size": len(vocabulary), **config})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ERNIE without weights."""
+    return make_model_folder(tmp_path_factory.mktemp("ernie"))
+
+
+@pytest.fixture(scope="session")
+def still_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ERNIE without weights and without dropout."""
+    folder = tmp_path_factory.mktemp("still_ernie")
+    return make_model_folder(folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+@pytest.fixture(scope="session")
+def recall_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.csv, dev.csv and corpus.csv."""
+    folder = tmp_path_factory.mktemp("data") / "recall"
+    pairs = all_pairs()
+    write_pairs(folder / "train.csv", pairs[:128])
+    write_pairs(folder / "dev.csv", pairs[128:])
+    write_pairs(folder / "corpus.csv", [(title,) for _, title in pairs])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model_folder: Path, recall_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder that a short training wrote."""
+    import train_batch_neg
+
+    save_dir = tmp_path_factory.mktemp("checkpoints")
+    train_batch_neg.main(train_options(model_folder, recall_data, save_dir, "--max_steps", "4"))
+    return save_dir / "model_4"
+
+
+def train_options(model_folder: Path, recall_data: Path, save_dir: Path, *options: str) -> list[str]:
+    """Options of a small training from scratch; later ones win."""
+    return [
+        *("--from_scratch", str(model_folder), "--train_set_file", str(recall_data / "train.csv")),
+        *("--save_dir", str(save_dir), "--max_seq_length", "24", "--pooling", "mean", "--output_emb_size", "16"),
+        *("--batch_size", "16", "--learning_rate", "2e-3", *options),
+    ]
+
+
+def run_script(*arguments: str | Path, ranks: int = 1, log_dir: Path | None = None, cwd: Path = ROOT) -> Completed:
+    """Runs `python ARGUMENTS`, or the same on several ranks under paddle.distributed.launch, which logs to log_dir."""
+    launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", ranks, "--log_dir", log_dir] if ranks > 1 else []
+    return subprocess.run(
+        [sys.executable, *map(str, launch), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=600,
+        check=False,
+    )

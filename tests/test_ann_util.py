@@ -1,0 +1,337 @@
+"""The HNSW index and the exact search: one contract, checked against a full sort."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ann_util
+from ann_util import (
+    ExactIndex,
+    HnswIndex,
+    VectorIndex,
+    add_index_args,
+    build_index,
+    check_index_args,
+    overlap_with_exact,
+)
+from runtime import InputError, cpu_count
+
+ROOT = Path(__file__).resolve().parent.parent
+DIM = 16
+
+
+@pytest.fixture(params=["hnswlib", "exact"])
+def ann(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def random_vectors(rows: int, seed: int, dim: int = DIM) -> np.ndarray:
+    return unit(np.random.default_rng(seed).normal(size=(rows, dim)))
+
+
+def vectors_with_ties(rows: int, seed: int) -> np.ndarray:
+    """Unit vectors of ±1/4 in 16 dimensions: products are exact, and only 17 similarities exist."""
+    return np.random.default_rng(seed).choice(np.float32([-0.25, 0.25]), size=(rows, 16))
+
+
+def full_sort(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The slow, obvious twin: sorts the whole similarity matrix, equal ones by id."""
+    similarities = queries @ vectors.T
+    ids = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
+    return ids, np.take_along_axis(similarities, ids, axis=1)
+
+
+def hnsw_index(vectors: np.ndarray, **options: int) -> HnswIndex:
+    index = HnswIndex(vectors.shape[1], len(vectors), **options)
+    index.add(vectors)
+    return index
+
+
+def test_finds_what_a_full_sort_finds(ann: str) -> None:
+    vectors, queries = random_vectors(500, 0), random_vectors(40, 1)
+    ids, similarities = build_index(ann, vectors).search(queries, 10)
+    expected_ids, expected = full_sort(vectors, queries, 10)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(similarities, expected, atol=1e-6)
+    assert (ids.dtype, similarities.dtype) == (np.int64, np.float32)
+
+
+def test_similarities_descend_and_belong_to_their_ids(ann: str) -> None:
+    vectors, queries = random_vectors(300, 2), random_vectors(20, 3)
+    ids, similarities = build_index(ann, vectors).search(queries, 50)
+    assert (np.diff(similarities, axis=1) <= 0).all()
+    np.testing.assert_allclose(similarities, np.einsum("qd,qkd->qk", queries, vectors[ids]), atol=1e-6)
+
+
+def test_batches_number_their_rows_on(ann: str) -> None:
+    vectors = random_vectors(90, 4)
+    index: VectorIndex = ExactIndex(DIM) if ann == "exact" else HnswIndex(DIM, 90)
+    for start in range(0, 90, 40):
+        index.add(vectors[start : start + 40])
+    assert len(index) == 90
+    ids, similarities = index.search(vectors, 1)
+    np.testing.assert_array_equal(ids[:, 0], np.arange(90))
+    np.testing.assert_allclose(similarities, 1, atol=1e-6)
+
+
+def test_k_above_the_corpus_gives_every_document(ann: str) -> None:
+    vectors = random_vectors(7, 5)
+    ids, similarities = build_index(ann, vectors).search(vectors[:3], 50)
+    assert ids.shape == similarities.shape == (3, 7)
+    np.testing.assert_array_equal(np.sort(ids, axis=1), np.tile(np.arange(7), (3, 1)))
+
+
+def test_a_corpus_of_one_document(ann: str) -> None:
+    vectors = random_vectors(1, 6)
+    ids, similarities = build_index(ann, vectors).search(-vectors, 10)
+    assert ids.tolist() == [[0]]
+    np.testing.assert_allclose(similarities, [[-1]], atol=1e-6)
+
+
+def test_no_queries_no_answers(ann: str) -> None:
+    ids, similarities = build_index(ann, random_vectors(9, 7)).search(np.empty((0, DIM), np.float32), 4)
+    assert ids.shape == similarities.shape == (0, 4)
+
+
+def test_equal_documents_are_all_found(ann: str) -> None:
+    vectors = np.repeat(random_vectors(30, 8), 4, axis=0)
+    ids, similarities = build_index(ann, vectors).search(vectors[::4], 4)
+    np.testing.assert_array_equal(np.sort(ids, axis=1), np.arange(120).reshape(30, 4))
+    np.testing.assert_allclose(similarities, 1, atol=1e-6)
+
+
+def test_vectors_may_be_a_memory_map_of_another_precision(ann: str, tmp_path: Path) -> None:
+    vectors = random_vectors(60, 9)
+    np.save(tmp_path / "vectors.npy", vectors.astype(np.float16))
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    ids, similarities = build_index(ann, mapped).search(vectors, 1)
+    np.testing.assert_array_equal(ids[:, 0], np.arange(60))
+    assert similarities.dtype == np.float32
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+@pytest.mark.parametrize("k", [1, 5, 60, 300])
+def test_exact_equals_a_full_sort_with_ties_whatever_the_blocks(
+    block: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ann_util, "CORPUS_BLOCK", block)
+    monkeypatch.setattr(ann_util, "QUERY_BLOCK", 4)
+    vectors, queries = vectors_with_ties(300, 10), vectors_with_ties(10, 11)
+    vectors[100:150] = vectors[20]
+    ids, similarities = build_index("exact", vectors).search(queries, k)
+    expected_ids, expected = full_sort(vectors, queries, k)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_array_equal(similarities, expected)
+
+
+def test_exact_equals_a_full_sort_where_each_block_is_better_than_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ann_util, "CORPUS_BLOCK", 16)
+    angles = np.linspace(3, 0, 200)
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    ids, _ = build_index("exact", vectors).search(np.float32([[1, 0]]), 20)
+    np.testing.assert_array_equal(ids[0], np.arange(199, 179, -1))
+
+
+def test_hnsw_loses_little_on_clusters() -> None:
+    rng = np.random.default_rng(12)
+    centres = random_vectors(60, 13, dim=64)
+    vectors = unit(centres[rng.integers(0, 60, 4000)] + 0.1 * rng.normal(size=(4000, 64)))
+    queries = unit(centres[rng.integers(0, 60, 200)] + 0.1 * rng.normal(size=(200, 64)))
+    assert overlap_with_exact(build_index("hnswlib", vectors), vectors, queries, 50) >= 0.99
+
+
+def test_hnsw_answers_k_however_small_ef() -> None:
+    vectors = random_vectors(400, 14)
+    ids, _ = hnsw_index(vectors, ef=1).search(vectors[:5], 100)
+    assert all(len(set(row)) == 100 for row in ids.tolist())
+
+
+def test_hnsw_answers_exactly_where_its_graph_is_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ann_util, "CORPUS_BLOCK", 300)
+    vectors = np.repeat(random_vectors(5, 15), 400, axis=0)
+    index = hnsw_index(vectors, m=2)
+    queries, everything = vectors[::100], len(vectors)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        index._knn_query(queries, everything)
+    ids, similarities = index.search(queries, everything)
+    np.testing.assert_array_equal(np.sort(ids, axis=1), np.tile(np.arange(everything), (len(queries), 1)))
+    np.testing.assert_allclose(similarities, full_sort(vectors, queries, everything)[1], atol=1e-6)
+
+
+def test_hnsw_answers_one_by_one_like_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, queries = random_vectors(200, 16), random_vectors(10, 17)
+    index = hnsw_index(vectors)
+    expected = index.search(queries, 20)
+    knn_query = index._knn_query
+
+    def fails_for_the_batch_and_the_third(batch: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if len(batch) > 1 or (batch == queries[2]).all():
+            raise RuntimeError("Cannot return the results in a contiguous 2D array")
+        return knn_query(batch, k)
+
+    monkeypatch.setattr(index, "_knn_query", fails_for_the_batch_and_the_third)
+    ids, similarities = index.search(queries, 20)
+    np.testing.assert_array_equal(ids, expected[0])
+    np.testing.assert_allclose(similarities, expected[1], atol=1e-6)
+
+
+def test_hnsw_uses_the_cores_of_the_machine_or_the_threads_asked_for() -> None:
+    vectors = random_vectors(500, 18)
+    one, all_cores = hnsw_index(vectors, threads=1), hnsw_index(vectors)
+    assert (one._index.num_threads, all_cores._index.num_threads) == (1, cpu_count())
+    np.testing.assert_array_equal(one.search(vectors, 5)[0], all_cores.search(vectors, 5)[0])
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        (np.ones(4, np.float32) / 2, r"shape \(4,\)"),
+        (np.ones((2, 3, 4), np.float32), r"shape \(2, 3, 4\)"),
+        (np.empty((0, 4), np.float32), "corpus is empty"),
+        (np.float32([[1, 0], [0, 1], [np.nan, 0], [np.nan, 0]]), "corpus vector 2 .* norm nan"),
+        (np.float32([[1, 0], [np.inf, 0]]), "corpus vector 1 .* norm inf"),
+        (np.float32([[0, 0], [0, 1]]), "corpus vector 0 .* norm 0 "),
+        (np.float32([[1, 0], [1, 1]]), "corpus vector 1 .* norm 1.414 "),
+    ],
+)
+def test_refuses_a_corpus_that_is_not_rows_of_unit_vectors(ann: str, vectors: np.ndarray, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        build_index(ann, vectors)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("queries", "k", "message"),
+    [
+        (np.eye(3, dtype=np.float32), 5, r"query vectors have the shape \(3, 3\), where \[rows, 2\]"),
+        (np.float32([1, 0]), 5, r"shape \(2,\)"),
+        (np.float32([[1, 0], [0, np.nan]]), 5, "query vector 1 .* norm nan"),
+        (np.float32([[0, 0]]), 5, "query vector 0 .* norm 0 "),
+        (np.float32([[1, 0]]), 0, "0 documents"),
+    ],
+)
+def test_refuses_bad_queries(ann: str, queries: np.ndarray, k: int, message: str) -> None:
+    index = build_index(ann, np.float32([[1, 0], [0, 1]]))
+    with pytest.raises(InputError, match=message):
+        index.search(queries, k)
+
+
+@pytest.mark.parametrize("make", [lambda: ExactIndex(DIM), lambda: HnswIndex(DIM, 9)], ids=["exact", "hnswlib"])
+def test_names_the_row_of_a_later_batch_and_adds_nothing_of_it(make) -> None:
+    index = make()
+    with pytest.raises(InputError, match="corpus is empty"):
+        index.search(random_vectors(1, 0), 1)
+    index.add(random_vectors(3, 0))
+    bad = random_vectors(3, 1)
+    bad[1] = 0
+    with pytest.raises(InputError, match="corpus vector 4 "):
+        index.add(bad)
+    with pytest.raises(InputError, match=r"\[rows, 16\]"):
+        index.add(random_vectors(3, 1, dim=8))
+    assert len(index) == 3
+    assert index.search(random_vectors(1, 0), 9)[0].shape == (1, 3)
+
+
+def test_names_the_row_whatever_the_blocks(ann: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ann_util, "CORPUS_BLOCK", 4)
+    vectors = random_vectors(12, 2)
+    vectors[[9, 11]] = np.nan
+    with pytest.raises(InputError, match="corpus vector 9 "):
+        build_index(ann, vectors)
+
+
+def test_hnsw_options_reach_hnswlib() -> None:
+    index = build_index("hnswlib", random_vectors(5, 3), hnsw_m=7, hnsw_ef=9)._index
+    assert (index.M, index.ef_construction, index.ef, index.max_elements) == (7, 9, 9, 5)
+
+
+def test_max_elements_reserves_more_and_never_less() -> None:
+    vectors = random_vectors(20, 19)
+    assert build_index("hnswlib", vectors, hnsw_max_elements=50).max_elements == 50
+    assert build_index("hnswlib", vectors).max_elements == 20
+    with pytest.raises(InputError, match=r"--hnsw_max_elements 19: the corpus has 20 documents; give at least as many"):
+        build_index("hnswlib", vectors, hnsw_max_elements=19)
+    build_index("exact", vectors, hnsw_max_elements=19)
+    with pytest.raises(InputError, match="holds 20 vectors, not 40"):
+        hnsw_index(vectors).add(vectors)
+
+
+@pytest.mark.parametrize("option", ["hnsw_m", "hnsw_ef", "hnsw_max_elements"])
+def test_options_beyond_memory_are_one_line(option: str) -> None:
+    with pytest.raises(InputError, match="no memory for an HNSW index"):
+        build_index("hnswlib", random_vectors(3, 20), **{option: 10**20})
+
+
+def test_without_hnswlib_says_what_to_do_and_searches_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hnswlib", None)
+    vectors = random_vectors(5, 21)
+    for attempt in (lambda: build_index("hnswlib", vectors), lambda: check_index_args("hnswlib", 5)):
+        with pytest.raises(InputError, match=r"C\+\+ compiler.*scripts/setup.sh.*--ann exact") as error:
+            attempt()
+        assert "\n" not in str(error.value)
+    check_index_args("exact", 5)
+    assert build_index("exact", vectors).search(vectors, 1)[0].ravel().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_options_and_their_defaults() -> None:
+    parser = argparse.ArgumentParser()
+    add_index_args(parser)
+    assert vars(parser.parse_args([])) == {"ann": "hnswlib", "hnsw_m": 100, "hnsw_ef": 100, "hnsw_max_elements": None}
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--hnsw_m", "1"], ["--hnsw_ef", "0"], ["--hnsw_max_elements", "0"], ["--ann", "faiss"]]
+)
+def test_refuses_options_out_of_range(wrong: list[str], capsys: pytest.CaptureFixture) -> None:
+    parser = argparse.ArgumentParser()
+    add_index_args(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_overlap_counts_what_the_index_misses() -> None:
+    vectors = vectors_with_ties(200, 22)
+    assert overlap_with_exact(build_index("exact", vectors), vectors, vectors[:20], 10) == 1
+
+    class EveryOther(ExactIndex):
+        """Has the best answer, then every other one."""
+
+        def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+            ids, similarities = super()._search(queries, 2 * k)
+            return ids[:, ::2], similarities[:, ::2]
+
+    vectors, queries = random_vectors(200, 23), random_vectors(20, 24)
+    index = EveryOther(DIM)
+    index.add(vectors)
+    assert overlap_with_exact(index, vectors, queries, 10) == 0.5
+
+
+def test_overlap_takes_any_of_several_equal_documents() -> None:
+    vectors = np.repeat(random_vectors(20, 25), 10, axis=0)
+
+    class LastOfEqual(ExactIndex):
+        """Answers with the higher ids where ExactIndex has the lower ones."""
+
+        def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+            ids, similarities = super()._search(queries, 10)
+            return ids[:, -k:], similarities[:, -k:]
+
+    index = LastOfEqual(DIM)
+    index.add(vectors)
+    assert not np.isin(index.search(vectors[:1], 3)[0], build_index("exact", vectors).search(vectors[:1], 3)[0]).any()
+    assert overlap_with_exact(index, vectors, vectors, 3) == 1
+
+
+def test_imports_neither_paddle_nor_hnswlib() -> None:
+    code = "import sys, ann_util; sys.exit(bool({'paddle', 'paddlenlp', 'hnswlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ).returncode == 0

@@ -1,0 +1,936 @@
+"""Readers, writers, tokens, vectors and batches, each fast path against a slow, obvious twin."""
+
+import json
+import math
+import os
+import random
+import re
+import stat
+import subprocess
+import sys
+import tempfile
+import tracemalloc
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+from data import (
+    CLS,
+    MASK,
+    MAX_LINE_BYTES,
+    PAD,
+    SEP,
+    UNK,
+    Hit,
+    PairCollator,
+    PositivesMask,
+    TextCollator,
+    TextPair,
+    atomic_folder,
+    atomic_write,
+    batched,
+    build_vocabulary,
+    encode_texts,
+    epoch_batches,
+    read_corpus,
+    read_hits,
+    read_json,
+    read_text_pairs,
+    read_vocabulary,
+    split_evenly,
+    titles_by_query,
+    write_hits,
+    write_json,
+    write_vocabulary,
+)
+from runtime import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+BOM = b"\xef\xbb\xbf"
+
+READERS: dict[str, Callable] = {"pairs": read_text_pairs, "corpus": read_corpus, "hits": read_hits}
+CLEAN = {
+    "pairs": "深度学习\t深度学习综述\n图像分割\t医学图像分割\n".encode(),
+    "corpus": "深度学习综述\n医学图像分割\n".encode(),
+    "hits": "深度学习\t深度学习综述\t0.5\n图像分割\t医学图像分割\t-0.25\n".encode(),
+}
+
+
+def content(result: object) -> object:
+    """What a reader returned, a corpus as a list."""
+    return result if isinstance(result, (list, dict)) else list(result)
+
+
+def written(folder: Path, raw: bytes, name: str = "file.csv") -> Path:
+    path = folder / name
+    path.write_bytes(raw)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    "unclean",
+    [
+        lambda raw: BOM + raw,
+        lambda raw: raw.replace(b"\n", b"\r\n"),
+        lambda raw: raw.removesuffix(b"\n"),
+        lambda raw: (BOM + raw.replace(b"\n", b"\r\n")).removesuffix(b"\r\n"),
+    ],
+    ids=["bom", "crlf", "no final newline", "all three"],
+)
+def test_bom_crlf_and_missing_final_newline_read_like_a_clean_file(
+    tmp_path: Path, reader: str, unclean: Callable[[bytes], bytes]
+) -> None:
+    read = READERS[reader]
+    clean = content(read(written(tmp_path, CLEAN[reader])))
+    assert len(clean) == 2
+    assert content(read(written(tmp_path, unclean(CLEAN[reader])))) == clean
+
+
+def test_pairs_keep_order_duplicates_and_the_hard_negative(tmp_path: Path) -> None:
+    path = written(tmp_path, "问\t答\n问\t答\n 问 \t另答\t 难负例 \n别问\t答\t\n别问\t答\t \n".encode())
+    assert read_text_pairs(path) == [
+        TextPair("问", "答"),
+        TextPair("问", "答"),
+        TextPair("问", "另答", "难负例"),
+        TextPair("别问", "答", None),
+        TextPair("别问", "答", None),
+    ]
+
+
+def test_corpus_keeps_duplicates(tmp_path: Path) -> None:
+    assert list(read_corpus(written(tmp_path, b"a\nb\na\n"))) == ["a", "b", "a"]
+
+
+def test_hits_keep_the_order_of_each_query(tmp_path: Path) -> None:
+    path = written(tmp_path, b"q\tx\t0.1\np\ty\t0.9\nq\tz\t0.8\nq\tx\t1e-3\n")
+    assert read_hits(path) == {"q": ["x", "z", "x"], "p": ["y"]}
+
+
+def test_titles_by_query_keeps_the_order_of_first_lines() -> None:
+    titles = titles_by_query([TextPair("b", "1"), TextPair("a", "2"), TextPair("b", "3"), TextPair("b", "1")])
+    assert list(titles.items()) == [("b", {"1", "3"}), ("a", {"2"})]
+
+
+BAD_LINES = [
+    ("pairs", "只有一列".encode(), "1 column"),
+    ("pairs", b"a\tb\tc\td", "4 column"),
+    ("pairs", b"", "1 column"),
+    ("pairs", b"\ttitle", "query is empty"),
+    ("pairs", b"query\t", "title is empty"),
+    ("pairs", "\u3000\ttitle".encode(), "query is empty"),
+    ("corpus", b"", "empty"),
+    ("corpus", b" \r", "empty"),
+    ("corpus", b"a\tb\tc\td", "4 columns"),
+    ("hits", b"q\tt", "2 column"),
+    ("hits", b"q\tt\t0.5\t1", "4 column"),
+    ("hits", b"q\tt\tnan", "finite"),
+    ("hits", b"q\tt\tinf", "finite"),
+    ("hits", b"q\tt\thigh", "finite"),
+    ("hits", b"q\tt\t", "finite"),
+    ("hits", b"\tt\t0.5", "empty"),
+    ("hits", b"q\t\t0.5", "empty"),
+    *[(reader, b"a\0b\tc\t1", "NUL") for reader in READERS],
+    *[(reader, "中文\t标题\t1".encode("gb18030"), "isn't UTF-8 at byte 1") for reader in READERS],
+    *[(reader, b"x" * 10_000_000, "longer than") for reader in READERS],
+]
+
+
+@pytest.mark.parametrize(("reader", "line", "reason"), BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_bad_line_is_named_with_file_number_and_reason(
+    tmp_path: Path, reader: str, line: bytes, reason: str
+) -> None:
+    first, second = CLEAN[reader].splitlines(keepends=True)
+    path = written(tmp_path, first + line + b"\n" + second)
+    with pytest.raises(InputError) as error:
+        READERS[reader](path)
+    message = str(error.value).split("\n")
+    assert len(message) == 2
+    assert message[0].startswith(f"{path}: 1 bad line(s)")
+    assert message[1].startswith(f"{path}:2: ")
+    assert reason in message[1]
+    assert len(message[1]) < 300 + len(str(path))
+
+
+@pytest.mark.parametrize("reader", ["pairs", "corpus"])
+def test_skip_bad_lines_leaves_them_out_and_says_how_many(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], reader: str
+) -> None:
+    first, second = CLEAN[reader].splitlines(keepends=True)
+    path = written(tmp_path, b"\0\n" + first + b"\xff\n" + b"x" * (MAX_LINE_BYTES + 1) + b"\n" + second + b"\t\t\t\n")
+    clean = content(READERS[reader](written(tmp_path, CLEAN[reader], "clean.csv"), skip_bad_lines=True))
+    assert capsys.readouterr().err == ""
+    assert content(READERS[reader](path, skip_bad_lines=True)) == clean
+    log = capsys.readouterr().err
+    assert log.count("\n") == 1
+    assert f"{path}: left out 4 bad line(s) of 6" in log
+    assert f"{path}:1: " in log
+
+
+def test_a_bad_recall_result_suggests_no_option_that_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        read_hits(written(tmp_path, b"q\tt\t0.5\nq\tt\n"))
+    assert "--skip_bad_lines" not in str(error.value)
+
+
+def test_the_first_ten_bad_lines_and_the_count_of_all_come_in_one_message(tmp_path: Path) -> None:
+    path = written(tmp_path, b"".join(b"no tab\n" if row % 2 else b"q\tt\n" for row in range(60)))
+    with pytest.raises(InputError) as error:
+        read_text_pairs(path)
+    head, *lines = str(error.value).split("\n")
+    assert f"{path}: 30 bad line(s)" in head
+    assert "--skip_bad_lines" in head
+    assert [int(line.removeprefix(f"{path}:").split(":")[0]) for line in lines] == list(range(2, 22, 2))
+
+
+def test_the_length_limit_is_per_line_and_later_lines_keep_their_numbers(tmp_path: Path) -> None:
+    longest = b"x" * (MAX_LINE_BYTES - 1)
+    path = written(tmp_path, longest + b"\n" + longest + b"xxxxx\nafter\n" + longest)
+    assert [len(text) for text in read_corpus(path, skip_bad_lines=True)] == [len(longest), 5, len(longest)]
+    with pytest.raises(InputError, match=f"{path}:2: longer than"):
+        read_corpus(path)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("raw", [b"", BOM], ids=["empty", "only a BOM"])
+def test_an_empty_file_is_an_input_error(tmp_path: Path, reader: str, raw: bytes) -> None:
+    path = written(tmp_path, raw)
+    with pytest.raises(InputError, match=f"{path}: .*empty"):
+        READERS[reader](path)
+
+
+@pytest.mark.parametrize("reader", ["pairs", "corpus"])
+def test_a_file_without_a_good_line_is_an_input_error_even_when_bad_ones_are_skipped(
+    tmp_path: Path, reader: str
+) -> None:
+    path = written(tmp_path, b"\xff\n\0\n")
+    with pytest.raises(InputError, match=f"{path}: no line in it can be used"):
+        READERS[reader](path, skip_bad_lines=True)
+
+
+@pytest.mark.parametrize("read", [*READERS.values(), read_vocabulary, read_json])
+def test_a_missing_file_and_a_folder_are_input_errors(tmp_path: Path, read: Callable) -> None:
+    with pytest.raises(InputError, match=f"{tmp_path}/none: no such file"):
+        read(tmp_path / "none")
+    with pytest.raises(InputError, match=f"{tmp_path}: is a folder"):
+        read(tmp_path)
+    with pytest.raises(InputError, match="can't be read"):
+        read(written(tmp_path, b"file") / "below a file")
+
+
+@pytest.fixture
+def forbidden_file() -> Iterator[Path]:
+    """A file that this process, even if root started it, may not read; outside of tmp_path, which others can't enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = written(Path(folder), b"a\tb\n")
+        path.chmod(0)
+        os.chmod(folder, 0o755)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield path
+        finally:
+            os.seteuid(user)
+
+
+@pytest.mark.parametrize("read", [*READERS.values(), read_vocabulary, read_json])
+def test_a_file_without_permission_is_an_input_error(forbidden_file: Path, read: Callable) -> None:
+    with pytest.raises(InputError, match=f"{forbidden_file}: can't be read .Permission denied"):
+        read(forbidden_file)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_pipe_is_an_input_error(reader: str) -> None:
+    """`--corpus_file <(zcat corpus.gz)` gives one; files are read more than once, so it can't be used."""
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, CLEAN[reader])
+        os.close(writing)
+        with pytest.raises(InputError, match=f"/dev/fd/{reading}"):
+            READERS[reader](f"/dev/fd/{reading}")
+    finally:
+        os.close(reading)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Corpus
+
+
+def twin_lines(raw: bytes) -> list[str | None]:
+    """The lines of a file, None for those that no reader takes."""
+    pieces = raw.removeprefix(BOM).split(b"\n")
+    if pieces[-1] == b"":
+        pieces.pop()
+    lines: list[str | None] = []
+    for piece in pieces:
+        try:
+            lines.append(None if b"\0" in piece else piece.removesuffix(b"\r").decode("utf-8"))
+        except UnicodeDecodeError:
+            lines.append(None)
+    return lines
+
+
+def twin_corpus(raw: bytes) -> list[str | None]:
+    return [line.strip() if line and line.strip() and "\t" not in line else None for line in twin_lines(raw)]
+
+
+def twin_pairs(raw: bytes) -> list[TextPair | None]:
+    rows: list[TextPair | None] = []
+    for line in twin_lines(raw):
+        fields = [] if line is None else [field.strip() for field in line.split("\t")]
+        if len(fields) == 2 and all(fields):
+            rows.append(TextPair(fields[0], fields[1], None))
+        elif len(fields) == 3 and all(fields[:2]):
+            rows.append(TextPair(fields[0], fields[1], fields[2] or None))
+        else:
+            rows.append(None)
+    return rows
+
+
+def is_finite_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def twin_hits(raw: bytes) -> list[tuple[str, str] | None]:
+    rows: list[tuple[str, str] | None] = []
+    for line in twin_lines(raw):
+        fields = [] if line is None else [field.strip() for field in line.split("\t")]
+        good = len(fields) == 3 and all(fields) and is_finite_number(fields[2])
+        rows.append((fields[0], fields[1]) if good else None)
+    return rows
+
+
+@pytest.mark.parametrize("skip_bad_lines", [False, True])
+def test_corpus_access_equals_a_list(tmp_path: Path, skip_bad_lines: bool) -> None:
+    bad = [b"\xff\xfe\r\n", b"a\tb\n", b"\n"] if skip_bad_lines else []
+    good = [f" 文档{row}号 \r\n".encode() if row % 3 else f"文档 {row}\n".encode() for row in range(20)]
+    raw = BOM + b"".join([*good[:5], *bad, *good[5:], "最后一行".encode()])
+    corpus = read_corpus(written(tmp_path, raw), skip_bad_lines=skip_bad_lines)
+    twin = [text for text in twin_corpus(raw) if text is not None]
+    assert len(corpus) == len(twin) == 21
+    assert [corpus[row] for row in range(-21, 21)] == [twin[row] for row in range(-21, 21)]
+    assert corpus[np.int64(7)] == twin[7]
+    for rows in (slice(None), slice(3, 9), slice(-4, None), slice(None, None, -2), slice(5, 5), slice(10, 1000)):
+        assert corpus[rows] == twin[rows]
+    assert list(corpus) == twin
+    assert twin[-1] in corpus
+    assert corpus.index("文档 6") == 6
+    for row in (21, -22):
+        with pytest.raises(IndexError):
+            corpus[row]
+
+
+def test_corpus_holds_no_texts_in_memory(tmp_path: Path) -> None:
+    documents, line = 5_000, ("文" * 300 + "\n").encode()
+    path = written(tmp_path, line * documents)
+    tracemalloc.start()
+    corpus = read_corpus(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(corpus) == documents
+    assert peak < len(line) * documents / 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any bytes at all
+
+FRAGMENTS = [b"\t", b"\t", b"\t", b"\n", b"\n", b"\r\n", b"\r", b" ", BOM, b"\0", b"0.5", b"-1e3", b"nan", b"x", b"yz"]
+
+
+def random_file(rng: random.Random) -> bytes:
+    """Mostly lines that one of the readers takes, with every kind of damage in between."""
+    damage = rng.choice([0.0, 0.02, 0.3, 1.0])
+    pieces = [BOM] if rng.random() < 0.2 else []
+    for _ in range(rng.randrange(12)):
+        columns = rng.choice([1, 2, 2, 3, 3, 4])
+        fields = ["".join(rng.choices("深度学习综述 图像a1", k=rng.randrange(1, 6))).encode() for _ in range(columns)]
+        if columns == 3 and rng.random() < 0.7:
+            fields[2] = rng.choice([b"0.5", b"-0.25", b"1", b"nan", b""])
+        pieces += [b"\t".join(fields), rng.choice([b"\n", b"\n", b"\r\n"])]
+        while rng.random() < damage * 0.8:
+            pieces.append(rng.choice([*FRAGMENTS, rng.randbytes(rng.randrange(4))]))
+    return b"".join(pieces)
+
+
+def bad_line_numbers(message: str, path: Path) -> list[int]:
+    return [int(number) for number in re.findall(rf"(?m)^{re.escape(str(path))}:(\d+): ", message)]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_thousand_random_files_give_the_twin_s_rows_or_an_input_error(tmp_path: Path, reader: str) -> None:
+    rng = random.Random(20240607)
+    twin = {"pairs": twin_pairs, "corpus": twin_corpus, "hits": twin_hits}[reader]
+    outcomes = {"read": 0, "skipped": 0, "refused": 0}
+    path = tmp_path / "random.csv"
+    for _ in range(1000):
+        raw = random_file(rng)
+        path.write_bytes(raw)
+        rows = twin(raw)
+        good: object = [row for row in rows if row is not None]
+        bad = [number for number, row in enumerate(rows, 1) if row is None]
+        if reader == "hits":
+            good = {query: [title for other, title in good if other == query] for query, _ in good}
+        if good and not bad:
+            outcomes["read"] += 1
+            assert content(READERS[reader](path)) == good, raw
+        else:
+            outcomes["refused"] += 1
+            with pytest.raises(InputError) as error:
+                READERS[reader](path)
+            assert bad_line_numbers(str(error.value), path) == bad[:10], raw
+            assert not bad or f"{len(bad)} bad line(s)" in str(error.value), raw
+        if reader != "hits":
+            if good:
+                outcomes["skipped"] += bool(bad)
+                assert content(READERS[reader](path, skip_bad_lines=True)) == good, raw
+            else:
+                with pytest.raises(InputError):
+                    READERS[reader](path, skip_bad_lines=True)
+    assert outcomes["read"] > 20  # the files aren't all good or all bad
+    assert outcomes["refused"] > 200
+    assert reader == "hits" or outcomes["skipped"] > 200
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def test_hits_round_trip(tmp_path: Path) -> None:
+    hits = [
+        Hit("查询", "标题\u2028另一行", 0.1 + 0.2),
+        Hit("查询", "a\rb", np.float32(1 / 3)),
+        Hit("q", "查询", -1.0),
+        Hit("查询", "x", 1e-12),
+    ]
+    path = tmp_path / "new" / "folder" / "result.txt"
+    write_hits(path, iter(hits))
+    assert read_hits(path) == {"查询": ["标题\u2028另一行", "a\rb", "x"], "q": ["查询"]}
+    scores = [line.row.score for line in data.read_lines(path, data.parse_hit)]
+    np.testing.assert_allclose(scores, [hit.score for hit in hits], rtol=1e-7)
+    assert b"\r\n" not in path.read_bytes()
+
+
+def test_json_round_trip_and_what_is_no_json_object(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    write_json(path, {"名": [1, None], "x": 0.5})
+    assert read_json(path) == {"名": [1, None], "x": 0.5}
+    assert "名" in path.read_text(encoding="utf-8")
+    for raw in (b"", b"[1]", b"{", b"\xff", b"[" * 200_000, b"1"):
+        with pytest.raises(InputError, match=f"{path}: isn't a JSON object"):
+            read_json(written(tmp_path, raw, path.name))
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("NaN"), KeyboardInterrupt(), InputError("bad line")])
+def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path, failure: BaseException) -> None:
+    path = written(tmp_path, b"old", "result.txt")
+    with pytest.raises(type(failure)), atomic_write(path) as file:
+        file.write("new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+        raise failure
+    assert os.listdir(tmp_path) == ["result.txt"]
+    assert path.read_bytes() == b"old"
+
+
+def test_atomic_write_replaces_text_and_bytes(tmp_path: Path) -> None:
+    path = written(tmp_path, b"a longer old text")
+    with atomic_write(path) as file:
+        file.write("新\n")
+    assert path.read_bytes() == "新\n".encode()
+    with atomic_write(path, "wb") as file:
+        file.write(b"\0\xff")
+    assert path.read_bytes() == b"\0\xff"
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("NaN"), KeyboardInterrupt(), InputError("bad line")])
+def test_an_exception_leaves_the_old_folder_and_nothing_else(tmp_path: Path, failure: BaseException) -> None:
+    path = tmp_path / "model_best"
+    path.mkdir()
+    written(path, b"old", "config.json")
+    with pytest.raises(type(failure)), atomic_folder(path) as folder:
+        written(folder, b"new", "config.json")
+        raise failure
+    assert os.listdir(tmp_path) == ["model_best"]
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == {"config.json": b"old"}
+
+
+def test_atomic_folder_replaces_the_whole_folder(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "model_best"
+    for name in ("first", "second"):
+        with atomic_folder(path) as folder:
+            written(folder, name.encode(), name)
+    assert [file.name for file in path.iterdir()] == ["second"]
+    assert os.listdir(path.parent) == ["model_best"]
+
+
+def write_file(path: Path) -> None:
+    with atomic_write(path) as file:
+        file.write("x")
+
+
+def write_folder(path: Path) -> None:
+    with atomic_folder(path) as folder:
+        written(folder, b"x")
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+@pytest.mark.parametrize(
+    "place", ["file/below", "file/below/below", "n" * 250, "n" * 300, "名" * 90, "/proc/none/below", ".", "/"]
+)
+def test_a_place_that_can_t_be_written_is_an_input_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, b"old", "file")
+    with pytest.raises(InputError, match="can't be written"):
+        write(Path(place))
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_folder_in_a_file_s_place_and_the_reverse_are_input_errors(tmp_path: Path) -> None:
+    file, folder = written(tmp_path, b"old", "file"), tmp_path / "folder"
+    folder.mkdir()
+    written(folder, b"old")
+    with pytest.raises(InputError, match=f"{folder}: can't be written"):
+        write_file(folder)
+    with pytest.raises(InputError, match=f"{file}: can't be written"):
+        write_folder(file)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    assert file.read_bytes() == b"old"
+    assert os.listdir(folder) == ["file.csv"]
+
+
+def test_a_link_stays_a_link_to_what_was_written(tmp_path: Path) -> None:
+    disk = tmp_path / "large disk"
+    disk.mkdir()
+    (disk / "folder").mkdir()
+    written(disk, b"old", "file")
+    for name, write in (("file", write_file), ("folder", write_folder)):
+        link = tmp_path / name
+        link.symlink_to(disk / name)
+        write(link)
+        assert link.is_symlink()
+    assert (disk / "file").read_bytes() == b"x"
+    assert os.listdir(disk / "folder") == ["file.csv"]
+    assert sorted(os.listdir(disk)) == ["file", "folder"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "large disk"]
+
+
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
+    """As root, `--output /dev/null` would otherwise turn the device into a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (write_file, write_folder):
+        with pytest.raises(InputError, match=f"{pipe}: can't be written"):
+            write(pipe)
+        assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+LONG_WORD = "antidisestablishmentarianism"
+TEXTS = [
+    "基于深度学习的医学图像分割方法综述",
+    "Support Vector Machines in 2019: a survey of 1,234 papers",
+    "水温25℃≥20×3±0.5→①№™用于β-葡聚糖",
+    "naïve café Ångström Ünïcödé ŁÓDŹ señor Þórr",
+    "ΑΛΦΆΒΗΤΟΣ ΟΔΥΣΣΕΎΣ άλφα Привет ЁЖ Straße İstanbul",
+    "ＡＢＣ１２３，全角！（形式）～ｘ",
+    "表情😀👩‍👩‍👧‍👦🇨🇳 ok👍🏽",
+    "e\u0301a\u0308 n\u0303o 한국어 ᄒ\u1161\u11ab カタカナ ﾊﾟ ひらがな゙",
+    "控制\u0001字\u0085符\u007f和\x0b换\x0c页 \ufffd end",
+    "零\u200b宽\u200d字\ufeff符\u2060 a\u200bb soft\u00adhyphen",
+    "x" * 100 + " " + "x" * 101 + " " + "é" * 101 + " " + LONG_WORD * 4,
+    "前" + "y" * 90 + "后" + "y" * 90,
+    "a+b=c a_b <a|b> $5 `x` ^2 ~ [a] {b} \\ / # @ % & * ' \"",
+    "H₂O x² µm ª º ½ Ⅳ ㎡ ㈱ 〇 〇〇 々 ŋ Ø Ʊ ǅ ﬁ",
+    "  \u00a0\u3000\u2003 前后空格 \u2028 ",
+    "𠀀𪜀 豈 扩展汉字 ☆★ ♂♀ ※ … —— ‘’“” «» €£¥",
+    "",
+    "\u200b",
+]
+SPECIAL_TOKENS = [PAD, CLS, SEP, MASK, UNK]
+
+
+def small_collator(max_seq_length: int = 16, config: dict | None = None) -> TextCollator:
+    return TextCollator(build_vocabulary(TEXTS), max_seq_length, config)
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> list[str]:
+    """Every character on its own and inside words, so that no difference hides behind [UNK]."""
+    vocabulary = build_vocabulary(TEXTS)
+    characters = sorted({character for text in TEXTS for character in text if not character.isspace()})
+    pieces = [piece for character in characters for piece in (character, f"##{character}")]
+    return list(dict.fromkeys([*vocabulary, *pieces]))
+
+
+@pytest.fixture(scope="module")
+def ernie_tokenizers(vocabulary: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Callable]:
+    """PaddleNLP's tokenizer for `do_lower_case` true and false."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from paddlenlp.transformers import ErnieTokenizer
+    path = tmp_path_factory.mktemp("ernie") / "vocab.txt"
+    write_vocabulary(path, vocabulary)
+    return {do_lower_case: ErnieTokenizer(str(path), do_lower_case=do_lower_case) for do_lower_case in (True, False)}
+
+
+@pytest.mark.parametrize("do_lower_case", [True, False])
+@pytest.mark.parametrize("max_seq_length", [3, 10, 512])
+def test_token_ids_equal_paddlenlp_s(
+    vocabulary: list[str], ernie_tokenizers: dict[bool, Callable], do_lower_case: bool, max_seq_length: int
+) -> None:
+    collator = TextCollator(vocabulary, max_seq_length, {"do_lower_case": do_lower_case})
+    tokenizer = ernie_tokenizers[do_lower_case]
+    lengths = set()
+    for text, ids in zip(TEXTS, collator.tokenize(TEXTS), strict=True):
+        expected = tokenizer(text, max_seq_len=max_seq_length)
+        assert ids == expected["input_ids"], text
+        assert not any(expected["token_type_ids"])
+        lengths.add(len(ids))
+    assert max(lengths) == max_seq_length or max_seq_length == 512
+    assert min(lengths) == 2
+
+
+def test_token_ids_equal_paddlenlp_s_on_random_mixtures(
+    vocabulary: list[str], ernie_tokenizers: dict[bool, Callable]
+) -> None:
+    rng = random.Random(5)
+    characters = sorted(set("".join(TEXTS)))
+    texts = ["".join(rng.choices(characters, k=rng.randrange(1, 40))) for _ in range(300)]
+    ids = TextCollator(vocabulary, 64).tokenize(texts)
+    assert ids == [ernie_tokenizers[True](text, max_seq_len=64)["input_ids"] for text in texts]
+
+
+def test_special_tokens_typed_in_a_text_are_ordinary_text() -> None:
+    vocabulary = [*SPECIAL_TOKENS, *"[]", "sep", "cls", "pad", "unk", "mask", "a"]
+    ids = {token: row for row, token in enumerate(vocabulary)}
+    collator = TextCollator(vocabulary, 32)
+    for token in SPECIAL_TOKENS:
+        inside = [ids["["], ids[token[1:-1].lower()], ids["]"]]
+        assert collator.tokenize([f"a{token}a"]) == [[ids[CLS], ids["a"], *inside, ids["a"], ids[SEP]]]
+
+
+def test_padding_and_token_types() -> None:
+    collator = small_collator()
+    texts = ["深度", "医学图像分割方法综述", ""]
+    ids = collator.tokenize(texts)
+    input_ids, token_type_ids = collator(texts)
+    assert input_ids.dtype == token_type_ids.dtype == np.int64
+    assert input_ids.shape == token_type_ids.shape == (3, 12)
+    for row, row_ids in enumerate(ids):
+        assert input_ids[row].tolist() == row_ids + [0] * (12 - len(row_ids))
+    assert not token_type_ids.any()
+    collator.pad_to_max_seq_len = True
+    padded = collator(texts)[0]
+    assert padded.shape == (3, 16)
+    np.testing.assert_array_equal(padded[:, :12], input_ids)
+    assert not padded[:, 12:].any()
+
+
+def test_padding_takes_the_vocabulary_s_pad_id() -> None:
+    collator = TextCollator(["a", CLS, SEP, UNK, PAD], 8)
+    assert collator.pad_id == 4
+    assert collator(["a", "a a"])[0].tolist() == [[1, 0, 2, 4], [1, 0, 0, 2]]
+
+
+@pytest.mark.parametrize("config", [None, {"do_lower_case": False, "model_max_length": 513, "名": "值"}])
+def test_save_and_load_round_trip(tmp_path: Path, vocabulary: list[str], config: dict | None) -> None:
+    collator = TextCollator(vocabulary, 32, config)
+    collator.save(tmp_path)
+    loaded = TextCollator.load(tmp_path, 32)
+    assert loaded.tokenize(TEXTS) == collator.tokenize(TEXTS)
+    assert loaded.vocabulary_size == len(vocabulary)
+    assert read_vocabulary(tmp_path / "vocab.txt") == vocabulary
+    assert read_json(tmp_path / "tokenizer_config.json") == (config or {"do_lower_case": True})
+
+
+def test_a_folder_without_tokenizer_config_means_lower_case(tmp_path: Path) -> None:
+    write_vocabulary(tmp_path / "vocab.txt", [*SPECIAL_TOKENS, "a", "A"])
+    assert TextCollator.load(tmp_path, 8).tokenize(["A"]) == [[1, 5, 2]]
+    write_json(tmp_path / "tokenizer_config.json", {"do_lower_case": False})
+    assert TextCollator.load(tmp_path, 8).tokenize(["A"]) == [[1, 6, 2]]
+
+
+@pytest.mark.parametrize(("value", "ids"), [(None, [1, 6, 2]), (0, [1, 6, 2]), (1, [1, 5, 2])])
+def test_do_lower_case_need_not_be_a_bool(tmp_path: Path, value: object, ids: list[int]) -> None:
+    """PaddleNLP takes anything for true or false as Python does."""
+    write_vocabulary(tmp_path / "vocab.txt", [*SPECIAL_TOKENS, "a", "A"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": value}), encoding="utf-8")
+    assert TextCollator.load(tmp_path, 8).tokenize(["A"]) == [ids]
+
+
+def test_vocabulary_with_second_column_crlf_and_repeated_lines(
+    tmp_path: Path, ernie_tokenizers: dict[bool, Callable]
+) -> None:
+    raw = "[PAD]\t0\r\n[CLS]\t1\r\n[SEP]\t2\r\n[MASK]\t3\r\n[UNK]\t4\r\n习\t5\r\n学\t6\r\n习\t7\r\n深\t8"
+    path = written(tmp_path, raw.encode(), "vocab.txt")
+    collator = TextCollator.load(tmp_path, 8)
+    assert collator.vocabulary_size == 9
+    paddlenlp = type(ernie_tokenizers[True])(str(path))
+    assert collator.tokenize(["深学习"]) == [paddlenlp("深学习")["input_ids"]]
+    collator.save(tmp_path)
+    assert TextCollator.load(tmp_path, 8).tokenize(["深学习"]) == collator.tokenize(["深学习"])
+    assert TextCollator.load(tmp_path, 8).vocabulary_size == 9
+
+
+@pytest.mark.parametrize("missing", [PAD, CLS, SEP, UNK])
+def test_a_vocabulary_without_a_special_token_is_an_input_error(tmp_path: Path, missing: str) -> None:
+    path = tmp_path / "vocab.txt"
+    write_vocabulary(path, [token for token in SPECIAL_TOKENS if token != missing])
+    with pytest.raises(InputError, match=f"{path}: .*{re.escape(missing)}"):
+        TextCollator.load(tmp_path, 8)
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xff\xfe", b"\x80\x04}."])
+def test_what_is_no_vocabulary_is_an_input_error(tmp_path: Path, raw: bytes) -> None:
+    with pytest.raises(InputError, match="isn't a vocabulary"):
+        read_vocabulary(written(tmp_path, raw))
+
+
+def test_a_folder_without_a_vocabulary_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"vocab\.txt: no such file"):
+        TextCollator.load(tmp_path, 8)
+
+
+def test_build_vocabulary_starts_with_special_tokens_and_covers_all_characters() -> None:
+    vocabulary = build_vocabulary(iter(TEXTS))
+    assert vocabulary[:5] == SPECIAL_TOKENS
+    assert len(set(vocabulary)) == len(vocabulary)
+    collator = TextCollator(vocabulary, 512)
+    short_words = [text for text in TEXTS if not re.search(r"\w{100}", text)]
+    assert len(short_words) > 10
+    assert not any(4 in ids for ids in collator.tokenize(short_words))
+
+
+def test_build_vocabulary_is_the_same_in_every_process() -> None:
+    texts = ["深度学习", "deep learning learns", "learned deeply", *TEXTS]
+    command = f"import data, json; print(json.dumps(data.build_vocabulary({texts!r}, 250)))"
+    result = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout) == build_vocabulary(texts, 250) == build_vocabulary(texts, 250)
+
+
+def test_build_vocabulary_s_size_bounds_the_pieces_beyond_the_characters() -> None:
+    rng = random.Random(1)
+    texts = ["".join(rng.choices("abcdefgh", k=6)) for _ in range(500)]
+    characters = 5 + 2 * 8  # special tokens, then each character at the start of a word and inside it
+    assert [len(build_vocabulary(texts, size)) for size in (characters, 50, 60)] == [characters, 50, 60]
+    assert len(build_vocabulary(texts[:1], 30000)) < 30
+    assert len(build_vocabulary(texts, 10)) == characters
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vectors
+
+
+class FakeEmbed:
+    """A vector of sums that depends on the real tokens and their places but not on padding; keeps the batch shapes."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.tokens = 0
+
+    def __call__(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
+        assert not token_type_ids.any()
+        self.shapes.append(input_ids.shape)
+        self.tokens += int((input_ids != 0).sum())
+        places = np.arange(1, input_ids.shape[1] + 1)
+        sums = [input_ids.sum(1), (input_ids * places).sum(1), (input_ids != 0).sum(1)]
+        return np.stack(sums, axis=1).astype(np.float32)
+
+
+def random_texts(count: int, seed: int = 3) -> list[str]:
+    rng = random.Random(seed)
+    characters = sorted(set(TEXTS[0]))
+    return ["".join(rng.choices(characters, k=rng.randrange(1, 50))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("window", [1, 16, 50, 100, 16384])
+@pytest.mark.parametrize("batch_size", [1, 7, 32])
+def test_encode_texts_equals_one_text_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, window: int, batch_size: int
+) -> None:
+    monkeypatch.setattr(data, "SORTING_WINDOW", window)
+    texts, collator, embed = random_texts(100), small_collator(64), FakeEmbed()
+    twin = np.concatenate([embed(*collator([text])) for text in texts])
+    vectors = encode_texts(FakeEmbed(), texts, collator, batch_size)
+    assert vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, twin)
+    assert len(np.unique(twin, axis=0)) > 95  # so that a wrong order shows
+
+
+def test_encode_texts_writes_to_a_memory_map_from_a_corpus_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "SORTING_WINDOW", 20)
+    texts, collator = random_texts(70), small_collator(64)
+    path = tmp_path / "vectors.npy"
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(70, 3))
+    corpus = read_corpus(written(tmp_path, "\n".join(texts).encode()))
+    assert encode_texts(FakeEmbed(), corpus, collator, 8, out=out) is out
+    out.flush()
+    np.testing.assert_array_equal(np.load(path), encode_texts(FakeEmbed(), texts, collator, 8))
+
+
+def test_encode_texts_batches_hold_little_padding() -> None:
+    texts, collator = random_texts(1000), small_collator(64)
+    embed, unsorted = FakeEmbed(), FakeEmbed()
+    encode_texts(embed, texts, collator, 32)
+    for batch in batched(texts, 32):
+        unsorted(*collator(batch))
+    padding, unsorted_padding = (
+        sum(rows * length for rows, length in fake.shapes) / fake.tokens for fake in (embed, unsorted)
+    )
+    assert padding < 1.05 < 1.5 < unsorted_padding
+    assert [rows for rows, _ in embed.shapes] == [32] * 31 + [8]
+
+
+def test_encode_texts_without_texts() -> None:
+    assert encode_texts(FakeEmbed(), [], small_collator(), 8).shape[0] == 0
+    out = np.empty((0, 3), dtype=np.float32)
+    assert encode_texts(FakeEmbed(), [], small_collator(), 8, out=out, desc="encode") is out
+
+
+def test_encode_texts_reports_every_text(capsys: pytest.CaptureFixture[str]) -> None:
+    encode_texts(FakeEmbed(), random_texts(20), small_collator(64), 8, desc="corpus")
+    error = capsys.readouterr().err
+    assert "corpus" in error
+    assert "20/20" in error
+
+
+def test_batched() -> None:
+    assert list(batched(iter(range(7)), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(batched([], 3)) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def test_split_evenly_is_a_partition_into_parts_of_nearly_one_size() -> None:
+    for count in range(30):
+        for parts in range(1, 9):
+            pieces = [list(range(count))[split_evenly(count, parts, part)] for part in range(parts)]
+            assert sum(pieces, []) == list(range(count))
+            assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (2, 1), (24, 4), (25, 4), (47, 8), (7, 100)])
+def test_every_row_comes_once_an_epoch(count: int, batch_size: int, world_size: int) -> None:
+    steps = epoch_batches(count, batch_size, seed=1, epoch=0, world_size=world_size)
+    assert sorted(np.concatenate([rows for step in steps for rows in step]).tolist()) == list(range(count))
+    assert len(steps) == math.ceil(count / (batch_size * world_size))
+    assert all(len(step) == world_size for step in steps)
+    assert all(len(rows) == batch_size for step in steps[:-1] for rows in step)
+    sizes = [len(rows) for rows in steps[-1]]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= batch_size
+
+
+def test_fewer_rows_than_ranks_leave_ranks_without_any() -> None:
+    (step,) = epoch_batches(2, 4, seed=0, epoch=0, world_size=5)
+    assert sorted(map(len, step)) == [0, 0, 0, 1, 1]
+    assert all(rows.dtype == np.int64 for rows in step)
+
+
+def test_the_shuffle_depends_on_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int, batch_size: int = 10, world_size: int = 1) -> list[int]:
+        steps = epoch_batches(200, batch_size, seed=seed, epoch=epoch, world_size=world_size)
+        return np.concatenate([rows for step in steps for rows in step]).tolist()
+
+    first = order(7, 0)
+    np.random.seed(99)
+    random.seed(99)
+    assert order(7, 0) == first == order(7, 0, batch_size=50) == order(7, 0, batch_size=5, world_size=4)
+    others = [order(7, 1), order(8, 0), order(0, 7), order(7, 2)]
+    assert len({tuple(rows) for rows in [first, *others]}) == 5
+    assert first != list(range(200))
+
+
+def random_pairs(rng: random.Random, count: int) -> list[TextPair]:
+    """Pairs over so few texts that queries, titles and hard negatives repeat and a text serves as all three."""
+    texts = [f"text {number}" for number in range(12)]
+    return [
+        TextPair(rng.choice(texts[:8]), rng.choice(texts[4:]), rng.choice([None, None, *texts])) for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_positives_mask_equals_a_double_loop(seed: int) -> None:
+    rng = random.Random(seed)
+    pairs = random_pairs(rng, rng.randrange(1, 40))
+    mask = PositivesMask(pairs)
+    queries, titles, with_negative = (
+        np.array(rng.choices(range(len(pairs)), k=rng.randrange(1, 12)), dtype=np.int64) for _ in range(3)
+    )
+    negatives = np.array([row for row in with_negative if pairs[row].hard_negative is not None], dtype=np.int64)
+    columns = [pairs[row].title for row in titles] + [pairs[row].hard_negative for row in negatives]
+    expected = np.zeros((len(queries), len(columns)), dtype=bool)
+    for i, query_row in enumerate(queries):
+        for j, column in enumerate(columns):
+            expected[i, j] = any(pair.query == pairs[query_row].query and pair.title == column for pair in pairs)
+    found = mask(queries, titles, negatives)
+    assert found.dtype == bool
+    np.testing.assert_array_equal(found, expected)
+
+
+PAIRS = [
+    TextPair("深度", "学习综述"),
+    TextPair("图像", "医学图像", "图像分割方法"),
+    TextPair("深度", "学习", "学习综述"),  # its hard negative is another title of its query
+    TextPair("方法", "综述"),
+]
+
+
+def test_pair_collator_gathers_texts_and_mask() -> None:
+    collator = small_collator()
+    rows = np.array([2, 1, 0], dtype=np.int64)
+    batch = PairCollator(collator, PAIRS)(rows)
+    assert batch.rows is rows
+    for found, texts in (
+        (batch.query, ["深度", "图像", "深度"]),
+        (batch.title, ["学习", "医学图像", "学习综述"]),
+        (batch.hard_negative, ["学习综述", "图像分割方法"]),
+    ):
+        for part, expected in zip(found, collator(texts), strict=True):
+            np.testing.assert_array_equal(part, expected)
+    np.testing.assert_array_equal(
+        batch.mask,
+        [
+            [True, False, True, True, False],
+            [False, True, False, False, False],
+            [True, False, True, True, False],
+        ],
+    )
+
+
+def test_pair_collator_without_hard_negatives_and_without_mask() -> None:
+    rows = np.array([3, 0], dtype=np.int64)
+    batch = PairCollator(small_collator(), PAIRS)(rows)
+    assert batch.hard_negative is None
+    assert batch.mask.tolist() == [[True, False], [False, True]]
+    assert PairCollator(small_collator(), PAIRS, mask_duplicates=False)(rows).mask is None
+
+
+def test_nothing_here_imports_paddle() -> None:
+    command = "import data, runtime, weights, sys; print([name for name in sys.modules if name.startswith('paddle')])"
+    result = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,85 @@
+"""The in-batch negatives loss against a double loop in NumPy: values and gradients."""
+
+import numpy as np
+import paddle
+import pytest
+
+from batch_negative.model import in_batch_negatives_loss
+
+
+def slow_loss(queries: np.ndarray, titles: np.ndarray, margin: float, scale: float, mask: np.ndarray | None) -> float:
+    """The definition, one logit after the other."""
+    losses = []
+    for i, query in enumerate(queries):
+        exponentials = []
+        for j, title in enumerate(titles):
+            if i != j and mask is not None and mask[i, j]:
+                continue
+            logit = scale * (float(query @ title) - (margin if i == j else 0.0))
+            exponentials.append(np.exp(logit))
+            if i == j:
+                positive = np.exp(logit)
+        losses.append(-np.log(positive / sum(exponentials)))
+    return float(np.mean(losses))
+
+
+def slow_gradient(function, matrix: np.ndarray) -> np.ndarray:
+    """Central differences, one element after the other."""
+    gradient = np.empty_like(matrix)
+    for index in np.ndindex(matrix.shape):
+        step = np.zeros_like(matrix)
+        step[index] = 1e-6
+        gradient[index] = (function(matrix + step) - function(matrix - step)) / 2e-6
+    return gradient
+
+
+def unit_rows(rng: np.random.Generator, rows: int) -> np.ndarray:
+    matrix = rng.normal(size=(rows, 5))
+    return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("hard_negatives", [0, 3])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+def test_equals_a_double_loop(hard_negatives: int, masked: bool, margin: float) -> None:
+    rng = np.random.default_rng(hard_negatives)
+    queries, titles = unit_rows(rng, 4), unit_rows(rng, 4 + hard_negatives)
+    mask = rng.random((4, 4 + hard_negatives)) < 0.4 if masked else None
+    if masked:
+        np.fill_diagonal(mask, True)  # must change nothing
+    query_emb, title_emb = paddle.to_tensor(queries), paddle.to_tensor(titles)
+    query_emb.stop_gradient = title_emb.stop_gradient = False
+
+    mask_tensor = None if mask is None else paddle.to_tensor(mask)
+    loss = in_batch_negatives_loss(query_emb, title_emb, margin=margin, scale=5.0, mask=mask_tensor)
+    loss.backward()
+
+    assert float(loss) == pytest.approx(slow_loss(queries, titles, margin, 5.0, mask), abs=1e-9)
+    by_query = slow_gradient(lambda changed: slow_loss(changed, titles, margin, 5.0, mask), queries)
+    by_title = slow_gradient(lambda changed: slow_loss(queries, changed, margin, 5.0, mask), titles)
+    np.testing.assert_allclose(query_emb.grad.numpy(), by_query, atol=1e-7)
+    np.testing.assert_allclose(title_emb.grad.numpy(), by_title, atol=1e-7)
+
+
+def test_is_the_originals_without_duplicates() -> None:
+    """cross_entropy(scale * (Q T' - margin * I), diagonal), written out as the original does."""
+    rng = np.random.default_rng(0)
+    queries, titles = (paddle.to_tensor(unit_rows(rng, 6).astype("float32")) for _ in range(2))
+    cosines = paddle.matmul(queries, titles, transpose_y=True)
+    logits = (cosines - paddle.diag(paddle.full([6], 0.2))) * 30
+    original = paddle.nn.functional.cross_entropy(logits, paddle.arange(6).reshape([-1, 1]))
+    ours = in_batch_negatives_loss(queries, titles, margin=0.2, scale=30.0)
+    assert float(ours) == float(original)
+
+
+def test_a_masked_title_gets_no_gradient() -> None:
+    queries, titles = (paddle.to_tensor(unit_rows(np.random.default_rng(seed), 3)) for seed in (1, 2))
+    titles.stop_gradient = False
+    mask = paddle.to_tensor([[False, True, True], [False, False, True], [False, False, False]])
+    in_batch_negatives_loss(queries, titles, margin=0.0, scale=30.0, mask=mask)[None][0].backward()
+    only_own = in_batch_negatives_loss(queries[:1], titles[:1], margin=0.0, scale=30.0)
+    assert float(only_own) == 0.0
+    alone = in_batch_negatives_loss(queries[:1], titles, margin=0.0, scale=30.0, mask=mask[:1])
+    titles.clear_gradient()
+    alone.backward()
+    assert not titles.grad.numpy().any()

@@ -1,0 +1,234 @@
+"""Exit codes, option parsing, CPU set-up and progress lines; no Paddle."""
+
+import argparse
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tqdm import tqdm
+
+import runtime
+from runtime import ArgumentParser, InputError, LineProgress, at_least, cpu_count, cpu_environment, log, progress_bar, run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+AVX512 = "avx512f avx512bw avx512dq avx512vl"
+AMD_AVX512 = f"vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx avx2 {AVX512}\n"
+AMD_AVX2 = "vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx avx2\n"
+INTEL = f"vendor_id\t: GenuineIntel\nflags\t\t: fpu avx avx2 {AVX512}\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "mkl"),
+    [
+        (AMD_AVX512, "7"),
+        (AMD_AVX2, "5"),
+        (AMD_AVX512.replace(" avx512vl", ""), "5"),
+        (AMD_AVX512.replace("flags", "bugs"), None),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx\n", None),
+        (INTEL, None),
+        ("", None),
+    ],
+    ids=["AVX-512", "AVX2", "part of AVX-512", "no flags", "neither", "Intel", "no cpuinfo"],
+)
+def test_mkl_gets_the_fastest_path_that_an_amd_cpu_has(cpuinfo: str, mkl: str | None) -> None:
+    assert cpu_environment({}, cpuinfo, 8).get("MKL_DEBUG_CPU_TYPE") == mkl
+
+
+@pytest.mark.parametrize(
+    ("environ", "threads"),
+    [
+        ({}, "8"),
+        ({"PADDLE_TRAINER_ID": "0", "PADDLE_LOCAL_SIZE": "2"}, "4"),
+        ({"PADDLE_TRAINER_ID": "1", "PADDLE_LOCAL_SIZE": "2", "OMP_NUM_THREADS": "1"}, "4"),
+        ({"PADDLE_TRAINER_ID": "1", "PADDLE_LOCAL_SIZE": "3", "OMP_NUM_THREADS": "1"}, "2"),
+        ({"PADDLE_TRAINER_ID": "0", "PADDLE_LOCAL_SIZE": "16"}, "1"),
+        ({"PADDLE_TRAINER_ID": "0", "OMP_NUM_THREADS": "1"}, "8"),
+    ],
+)
+def test_threads_take_all_cores_and_ranks_share_them(environ: dict[str, str], threads: str) -> None:
+    assert cpu_environment(environ, INTEL, 8) == {"OMP_NUM_THREADS": threads}
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"OMP_NUM_THREADS": "3", "MKL_DEBUG_CPU_TYPE": "4"},
+        {"OMP_NUM_THREADS": "1", "MKL_DEBUG_CPU_TYPE": ""},
+        {"OMP_NUM_THREADS": "3", "MKL_DEBUG_CPU_TYPE": "4", "PADDLE_TRAINER_ID": "0", "PADDLE_LOCAL_SIZE": "2"},
+    ],
+)
+def test_the_user_s_own_settings_stay(environ: dict[str, str]) -> None:
+    before = dict(environ)
+    assert cpu_environment(environ, AMD_AVX512, 8) == {}
+    assert environ == before
+
+
+def test_set_up_cpu_sets_this_process_s_environment() -> None:
+    command = "import os, runtime; runtime.set_up_cpu(); print(os.environ['OMP_NUM_THREADS'], runtime.cpu_count())"
+    result = subprocess.run([sys.executable, "-c", command], cwd=ROOT, env={}, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    threads, cores = result.stdout.split()
+    assert threads == cores == str(cpu_count())
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    def main() -> int:
+        raise error
+
+    return main
+
+
+def exit_code(main: Callable[[], int]) -> int | None:
+    with pytest.raises(SystemExit) as error:
+        run(main)
+    return error.value.code
+
+
+def test_an_input_error_ends_with_code_2_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(raising(InputError("corpus.csv: no such file"))) == 2
+    assert capsys.readouterr() == ("", "error: corpus.csv: no such file\n")
+
+
+def test_ctrl_c_ends_with_code_130_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_other_exit_codes_pass_through(code: int) -> None:
+    assert exit_code(lambda: code) == code
+
+
+def test_errors_of_ours_keep_their_traceback() -> None:
+    with pytest.raises(ValueError, match="a bug"):
+        run(raising(ValueError("a bug")))
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser("Trains.")
+    parser.add_argument("--batch_size", type=at_least(1), default=32, help="pairs a step")
+    parser.add_argument("--margin", type=at_least(0.0, float), help="subtracted from the positives")
+    parser.add_argument("--evaluate", action="store_true", help="evaluate at each epoch")
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batch", "8"], "unrecognized arguments: --batch 8"),
+        (["--batch_size", "0"], "--batch_size: 0 is out of range: give 1 or more"),
+        (["--batch_size", "many"], "--batch_size: invalid int value: 'many'"),
+        (["--batch_size", "1.5"], "--batch_size: invalid int value: '1.5'"),
+        (["--margin", "nan"], "--margin: nan is out of range: give 0.0 or more"),
+        (["--margin", "x"], "--margin: invalid float value: 'x'"),
+        (["--batch_size"], "expected one argument"),
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)
+def test_a_wrong_option_ends_with_code_2_and_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        parser().parse_args(arguments)
+    assert error.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.endswith("--help)\n")
+    assert err.count("\n") == 1
+    assert said in err
+
+
+def test_options_are_read_and_help_shows_defaults_that_say_something() -> None:
+    args = parser().parse_args(["--batch_size", "8", "--margin", "0.5"])
+    assert (args.batch_size, args.margin, args.evaluate) == (8, 0.5, False)
+    text = parser().format_help()
+    assert "pairs a step (default: 32)" in " ".join(text.split())
+    assert "None" not in text
+    assert "False" not in text
+
+
+@pytest.mark.parametrize(("minimum", "number"), [(1, int), (0.0, float)])
+def test_at_least_takes_the_minimum_and_more(minimum: float, number: type) -> None:
+    parse = at_least(minimum, number)
+    assert parse(str(minimum)) == minimum
+    assert parse("7") == 7
+    assert type(parse("7")) is number
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "-0.001"])
+def test_at_least_refuses_what_is_too_small_or_not_finite(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is out of range: give 0.0 or more"):
+        at_least(0.0, float)(text)
+    assert not math.isfinite(float(text)) or float(text) < 0
+
+
+def test_only_rank_0_logs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in (None, "0", "1", "10"):
+        if rank is None:
+            monkeypatch.delenv("PADDLE_TRAINER_ID", raising=False)
+        else:
+            monkeypatch.setenv("PADDLE_TRAINER_ID", rank)
+        log(f"from {rank}")
+    assert capsys.readouterr() == ("", "from None\nfrom 0\n")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that the test sets."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_line_progress_prints_whole_lines_now_and_then(
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
+) -> None:
+    progress = LineProgress(100, "train", "step")
+    for step in range(1, 101):
+        clock.now += 0.5
+        progress.set_postfix_str(f"loss {step}")
+        progress.update()
+    progress.close()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "\r" not in err
+    lines = err.splitlines()
+    assert err.endswith("\n")
+    assert len(lines) == 6
+    for line, step in zip(lines, (20, 40, 60, 80, 100, 100), strict=True):
+        assert line.startswith("train: ")
+        assert f" {step}/100 " in line
+        assert "2.00step/s" in line
+        assert line.endswith(f", loss {step}]")
+
+
+def test_line_progress_of_a_resumed_run_counts_only_its_own_steps_in_the_rate(
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
+) -> None:
+    progress = LineProgress(100, "train", "step", initial=80)
+    clock.now += 5
+    progress.update(10)
+    assert capsys.readouterr().err == ""
+    progress.close()
+    error = capsys.readouterr().err
+    assert " 90/100 " in error
+    assert "2.00step/s" in error
+
+
+def test_line_progress_without_anything_to_do(capsys: pytest.CaptureFixture[str], clock: SimpleNamespace) -> None:
+    LineProgress(0, "encode", "text").close()
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert type(progress_bar(3, "encode", "text")) is LineProgress
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress_bar(3, "encode", "text", initial=1) as bar:
+        assert type(bar) is tqdm
+        assert (bar.total, bar.n) == (3, 1)

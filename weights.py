@@ -1,0 +1,86 @@
+"""Reads weight files as NumPy arrays without ever running code from them. Imports no Paddle."""
+
+import collections
+import pickle
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from runtime import InputError
+
+# paddle.save adds this entry, which maps structured names to internal ones, to every state dict.
+STRUCTURE_KEY = "StructuredToParameterName@@"
+
+
+def _latin1_encode(text: str, encoding: str) -> bytes:
+    """What pickles of protocol 2 call to rebuild bytes; `_codecs.encode` itself would take any codec."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"codec {encoding!r}")
+    return text.encode("latin1")
+
+
+class _WeightsUnpickler(pickle.Unpickler):
+    """Admits the names that arrays in a dict need and refuses all others."""
+
+    ADMITTED: ClassVar = {
+        ("numpy.core.multiarray", "_reconstruct"): np.core.multiarray._reconstruct,
+        ("numpy._core.multiarray", "_reconstruct"): np.core.multiarray._reconstruct,  # written by NumPy 2
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("builtins", "tuple"): tuple,  # a tensor saved outside of a state dict: (name, array)
+        ("_codecs", "encode"): _latin1_encode,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ADMITTED:
+            raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which weights don't need")
+        return self.ADMITTED[module, name]
+
+
+def read_weights(path: str | Path) -> dict[str, np.ndarray]:
+    """parameter name -> array, from a `.pdparams` or `.safetensors` file.
+
+    Raises InputError if the file is missing, damaged, holds anything but arrays, or asks to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such weights file")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pdparams(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: isn't a safetensors file ({_first_line(error)})") from None
+
+
+def _read_pdparams(path: Path) -> dict[str, np.ndarray]:
+    with open(path, "rb") as file:
+        try:
+            content = _WeightsUnpickler(file, encoding="latin1").load()
+        except MemoryError:
+            raise InputError(f"{path}: asks for more memory than there is; the file may be damaged") from None
+        except Exception as error:  # a damaged pickle raises nearly any exception
+            raise InputError(f"{path}: isn't a weights file that can be trusted ({_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: isn't a weights file (it holds a {type(content).__name__}, not named arrays)")
+    weights = {name: _array(value) for name, value in content.items() if name != STRUCTURE_KEY}
+    wrong = [name for name, value in weights.items() if value is None or not isinstance(name, str)]
+    if wrong or not weights:
+        raise InputError(f"{path}: isn't a weights file ({f'{wrong[0]!r} is no array' if wrong else 'it is empty'})")
+    return weights
+
+
+def _array(value: Any) -> np.ndarray | None:
+    if isinstance(value, tuple) and len(value) == 2:
+        value = value[1]
+    return value if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
