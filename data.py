@@ -137,16 +137,24 @@ def parse_hit(text: str) -> Hit:
     fields = text.split("\t")
     if len(fields) != 3:
         raise ValueError(f"{len(fields)} column(s), where query<TAB>document<TAB>cosine has 3")
+    query, title = fields[0].strip(), fields[1].strip()
+    if not query or not title:
+        raise ValueError("the query is empty" if not query else "the document is empty")
     try:
         score = float(fields[2])
     except ValueError:
         score = math.nan
     if not math.isfinite(score):
         raise ValueError("the third column isn't a finite number")
-    return Hit(fields[0].strip(), fields[1].strip(), score)
+    return Hit(query, title, score)
 
 
-def read_lines(path: str | Path, parse: Callable[[str], Row], skip_bad_lines: bool = False) -> Iterator[Line]:
+def read_lines(
+    path: str | Path,
+    parse: Callable[[str], Row],
+    skip_bad_lines: bool = False,
+    remedy: str = "correct them, or leave them out with --skip_bad_lines",
+) -> Iterator[Line]:
     """Parses the lines of a UTF-8 file (with or without BOM, LF or CRLF) one after the other.
 
     Bad lines are collected to the end of the file. Then InputError names the first ten and counts all, or, with
@@ -168,7 +176,6 @@ def read_lines(path: str | Path, parse: Callable[[str], Row], skip_bad_lines: bo
             if row is not None or skip_bad_lines:
                 yield Line(number, offset, row)
     if bad and not skip_bad_lines:
-        remedy = "correct them, or leave them out with --skip_bad_lines"
         raise InputError("\n".join([f"{path}: {bad} bad line(s); {remedy}. The first:", *bad_lines]))
     if not good:
         raise InputError(f"{path}: no line in it {'can be used' if bad else '(the file is empty)'}")
@@ -178,18 +185,19 @@ def read_lines(path: str | Path, parse: Callable[[str], Row], skip_bad_lines: bo
 
 def _open_for_reading(path: str | Path) -> io.BufferedReader:
     try:
+        if Path(path).is_fifo():
+            raise InputError(f"{path}: is a pipe; give a file")
         return open(path, "rb")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder; give the file in it") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path}: can't be read ({reason})") from None
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror})") from None
 
 
 def _split_lines(file: io.BufferedReader) -> Iterator[tuple[int, int, bytes | None]]:
-    """(line number, offset, bytes without line end) of each line; None for the bytes of one that is too long."""
+    """(line number, offset, bytes) of each line; None for the bytes of one that is too long."""
     offset = len(UTF8_BOM) if file.read(len(UTF8_BOM)) == UTF8_BOM else 0
     file.seek(offset)
     number = 0
@@ -202,12 +210,8 @@ def _split_lines(file: io.BufferedReader) -> Iterator[tuple[int, int, bytes | No
                 if rest.endswith(b"\n"):
                     break
             raw = None
-        yield number, offset, raw if raw is None else _without_line_end(raw)
+        yield number, offset, raw
         offset += size
-
-
-def _without_line_end(raw: bytes) -> bytes:
-    return raw.removesuffix(b"\n").removesuffix(b"\r")
 
 
 def _decode(raw: bytes | None) -> str:
@@ -260,7 +264,7 @@ def read_corpus(path: str | Path, *, skip_bad_lines: bool = False) -> Corpus:
 def read_hits(path: str | Path) -> dict[str, list[str]]:
     """A recall result as query -> recalled documents, best first. Raises InputError as `read_lines` does."""
     hits: dict[str, list[str]] = {}
-    for line in read_lines(path, parse_hit):
+    for line in read_lines(path, parse_hit, remedy="write the recall result again with recall.py"):
         hits.setdefault(line.row.query, []).append(line.row.title)
     return hits
 
@@ -278,7 +282,20 @@ def titles_by_query(pairs: Iterable[TextPair]) -> dict[str, set[str]]:
 
 
 def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    # Cut, so that it isn't too long where the name itself isn't.
+    return path.with_name(f".{path.name[:60]}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _replaceable(path: str | Path, is_kind: Callable[[Path], bool]) -> Path:
+    """The file or folder to write: a link's target. Raises InputError if something of another kind is there."""
+    path = Path(path)
+    try:
+        target = path.resolve() if path.is_symlink() else path
+        if target.name and (is_kind(target) or not target.exists()):
+            return target
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror or error})") from None
+    raise InputError(f"{path}: can't be written (something else is there)")
 
 
 @contextlib.contextmanager
@@ -287,7 +304,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
 
     mode: "w" for UTF-8 text with LF, "wb" for bytes. Raises InputError if the file can't be written.
     """
-    path = Path(path)
+    path = _replaceable(path, Path.is_file)
     temporary = _temporary_name(path)
     text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
@@ -298,7 +315,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
     except OSError as error:
         raise InputError(f"{path}: can't be written ({error.strerror or error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -307,7 +325,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
     Raises InputError if it can't be written.
     """
-    path = Path(path)
+    path = _replaceable(path, Path.is_dir)
     temporary = _temporary_name(path)
     try:
         temporary.mkdir(parents=True)
@@ -361,7 +379,7 @@ def read_vocabulary(path: str | Path) -> list[str]:
             lines = file.read().decode("utf-8").removesuffix("\n").split("\n")
         except UnicodeDecodeError:
             raise InputError(f"{path}: isn't a vocabulary (not UTF-8)") from None
-    # Some vocabularies that PaddleNLP ships have a second column; it reads the first.
+    # Some vocabularies that PaddleNLP lists have a second column, a frequency.
     vocabulary = [line.rstrip("\r").split("\t")[0] for line in lines]
     missing = [token for token in (PAD, CLS, SEP, UNK) if token not in vocabulary]
     if missing:
@@ -390,14 +408,22 @@ def _tokenizer(model: WordPiece, do_lower_case: bool) -> Tokenizer:
 def build_vocabulary(texts: Iterable[str], size: int = 30000) -> list[str]:
     """A WordPiece vocabulary for a model from scratch: special tokens, all characters, then frequent word pieces.
 
-    size: the largest number of tokens; a small text gives fewer.
+    size: bounds the pieces beyond the characters. The same texts give the same vocabulary.
     """
-    tokenizer = _tokenizer(WordPiece(unk_token=UNK), do_lower_case=True)
+    texts = list(texts)
+
+    def train(first_tokens: list[str], size: int) -> list[str]:
+        tokenizer = _tokenizer(WordPiece(unk_token=UNK), do_lower_case=True)
+        trainer = WordPieceTrainer(vocab_size=size, special_tokens=first_tokens, min_frequency=2, show_progress=False)
+        tokenizer.train_from_iterator(texts, trainer)
+        vocabulary = tokenizer.get_vocab()
+        return sorted(vocabulary, key=vocabulary.__getitem__)
+
     special_tokens = [PAD, CLS, SEP, MASK, UNK]  # [PAD] first: ERNIE's pad_token_id is 0
-    trainer = WordPieceTrainer(vocab_size=size, special_tokens=special_tokens, min_frequency=2, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    vocabulary = tokenizer.get_vocab()
-    return sorted(vocabulary, key=vocabulary.__getitem__)
+    # The trainer numbers the characters within words (##x) in the order of a hash table that differs in each process,
+    # and breaks ties by these numbers; given as first tokens they keep their order.
+    inner_characters = [token for token in train(special_tokens, 0) if token.startswith("##") and len(token) == 3]
+    return train(special_tokens + sorted(inner_characters), size)
 
 
 class TextCollator:
@@ -415,7 +441,7 @@ class TextCollator:
         ids = {token: row for row, token in enumerate(self._vocabulary)}
         # 100 is PaddleNLP's limit as well: a longer word is unknown.
         model = WordPiece(ids, unk_token=UNK, max_input_chars_per_word=100)
-        self._tokenizer = _tokenizer(model, self._config.get("do_lower_case", True))
+        self._tokenizer = _tokenizer(model, bool(self._config.get("do_lower_case", True)))
         self._tokenizer.post_processor = BertProcessing((SEP, ids[SEP]), (CLS, ids[CLS]))
         self._tokenizer.enable_truncation(max_seq_length)
         self.pad_id = ids[PAD]

@@ -136,15 +136,12 @@ def set_up_paddle() -> None:
 
 
 class LineProgress:
-    """tqdm's `update`, `set_postfix_str` and `close` for output that isn't a terminal: a whole line now and then."""
+    """tqdm's `update` and `close` for output that isn't a terminal: a whole line now and then, none for short work."""
 
-    def __init__(self, total: int, desc: str, unit: str, initial: int = 0) -> None:
-        self.total, self.desc, self.unit, self.n = total, desc, unit, initial
-        self.initial, self.postfix = initial, ""
+    def __init__(self, total: int, desc: str, unit: str) -> None:
+        self.total, self.desc, self.unit = total, desc, unit
+        self.n = self.printed_n = 0
         self.start = self.last_line = time.monotonic()
-
-    def set_postfix_str(self, postfix: str, refresh: bool = False) -> None:
-        self.postfix = postfix
 
     def update(self, n: int = 1) -> None:
         self.n += n
@@ -152,25 +149,21 @@ class LineProgress:
             self._print_line()
 
     def close(self) -> None:
-        self._print_line()
+        if 0 < self.printed_n < self.n:
+            self._print_line()
 
     def _print_line(self) -> None:
-        self.last_line = time.monotonic()
-        meter = tqdm.format_meter(
-            self.n,
-            self.total,
-            self.last_line - self.start,
-            ncols=0,
-            prefix=self.desc,
-            unit=self.unit,
-            initial=self.initial,
-            postfix=self.postfix,
+        self.last_line, self.printed_n = time.monotonic(), self.n
+        elapsed = self.last_line - self.start
+        print(
+            tqdm.format_meter(self.n, self.total, elapsed, ncols=0, prefix=self.desc, unit=self.unit),
+            file=sys.stderr,
+            flush=True,
         )
-        print(meter, file=sys.stderr, flush=True)
 
 
-def progress_bar(total: int, desc: str, unit: str, initial: int = 0) -> tqdm | LineProgress:
-    """A tqdm bar on a terminal, else a line every 10 s and at the end; both on stderr."""
+def progress_bar(total: int, desc: str, unit: str) -> tqdm | LineProgress:
+    """A tqdm bar on a terminal, else a line every 10 s; both on stderr."""
     if sys.stderr.isatty():
-        return tqdm(total=total, desc=desc, unit=unit, initial=initial, dynamic_ncols=True)
-    return LineProgress(total, desc, unit, initial)
+        return tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True)
+    return LineProgress(total, desc, unit)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from runtime import InputError
@@ -32,6 +31,7 @@ class _WeightsUnpickler(pickle.Unpickler):
         ("numpy", "dtype"): np.dtype,
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("builtins", "tuple"): tuple,  # a tensor saved outside of a state dict: (name, array)
+        ("__builtin__", "tuple"): tuple,  # its name in protocol 2
         ("_codecs", "encode"): _latin1_encode,
     }
 
@@ -47,30 +47,22 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     Raises InputError if the file is missing, damaged, holds anything but arrays, or asks to run code.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such weights file")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pdparams(path)
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: isn't a safetensors file ({_first_line(error)})") from None
-
-
-def _read_pdparams(path: Path) -> dict[str, np.ndarray]:
-    with open(path, "rb") as file:
-        try:
-            content = _WeightsUnpickler(file, encoding="latin1").load()
-        except MemoryError:
-            raise InputError(f"{path}: asks for more memory than there is; the file may be damaged") from None
-        except Exception as error:  # a damaged pickle raises nearly any exception
-            raise InputError(f"{path}: isn't a weights file that can be trusted ({_first_line(error)})") from None
+        with open(path, "rb") as file:
+            safe = path.suffix == ".safetensors"
+            content = load_file(path) if safe else _WeightsUnpickler(file, encoding="latin1").load()
+    except OSError as error:
+        raise InputError(f"{path}: no such weights file, or it can't be read ({error.strerror or error})") from None
+    except MemoryError:
+        raise InputError(f"{path}: asks for more memory than there is; the file may be damaged") from None
+    except Exception as error:  # a damaged file raises nearly any exception
+        raise InputError(f"{path}: isn't a weights file that can be trusted ({_first_line(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: isn't a weights file (it holds a {type(content).__name__}, not named arrays)")
+    if not all(isinstance(name, str) for name in content):
+        raise InputError(f"{path}: isn't a weights file (a name in it is no text)")
     weights = {name: _array(value) for name, value in content.items() if name != STRUCTURE_KEY}
-    wrong = [name for name, value in weights.items() if value is None or not isinstance(name, str)]
+    wrong = [name for name, value in weights.items() if value is None]
     if wrong or not weights:
         raise InputError(f"{path}: isn't a weights file ({f'{wrong[0]!r} is no array' if wrong else 'it is empty'})")
     return weights

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import data
+import runtime
 from data import (
     CLS,
     MASK,
@@ -26,6 +27,7 @@ from data import (
     SEP,
     UNK,
     Hit,
+    PairBatch,
     PairCollator,
     PositivesMask,
     TextCollator,
@@ -145,9 +147,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("reader", "line", "reason"), BAD_LINES, ids=range(len(BAD_LINES)))
-def test_a_bad_line_is_named_with_file_number_and_reason(
-    tmp_path: Path, reader: str, line: bytes, reason: str
-) -> None:
+def test_a_bad_line_is_named_with_file_number_and_reason(tmp_path: Path, reader: str, line: bytes, reason: str) -> None:
     first, second = CLEAN[reader].splitlines(keepends=True)
     path = written(tmp_path, first + line + b"\n" + second)
     with pytest.raises(InputError) as error:
@@ -228,7 +228,7 @@ def test_a_missing_file_and_a_folder_are_input_errors(tmp_path: Path, read: Call
 
 @pytest.fixture
 def forbidden_file() -> Iterator[Path]:
-    """A file that this process, even if root started it, may not read; outside of tmp_path, which others can't enter."""
+    """A file that this process, even if root started it, may not read; not in tmp_path, which others can't enter."""
     with tempfile.TemporaryDirectory() as folder:
         path = written(Path(folder), b"a\tb\n")
         path.chmod(0)
@@ -350,14 +350,15 @@ FRAGMENTS = [b"\t", b"\t", b"\t", b"\n", b"\n", b"\r\n", b"\r", b" ", BOM, b"\0"
 
 
 def random_file(rng: random.Random) -> bytes:
-    """Mostly lines that one of the readers takes, with every kind of damage in between."""
+    """Lines that one of the readers takes or all refuse, with every kind of damage in between."""
     damage = rng.choice([0.0, 0.02, 0.3, 1.0])
+    widths = rng.choice([[1], [2, 3], [3], [1, 2, 3, 4]])
     pieces = [BOM] if rng.random() < 0.2 else []
     for _ in range(rng.randrange(12)):
-        columns = rng.choice([1, 2, 2, 3, 3, 4])
+        columns = rng.choice(widths)
         fields = ["".join(rng.choices("深度学习综述 图像a1", k=rng.randrange(1, 6))).encode() for _ in range(columns)]
         if columns == 3 and rng.random() < 0.7:
-            fields[2] = rng.choice([b"0.5", b"-0.25", b"1", b"nan", b""])
+            fields[2] = rng.choice([b"0.5", b"-0.25", b"1", b"1e-3", b"0", b"nan" if damage else b"2"])
         pieces += [b"\t".join(fields), rng.choice([b"\n", b"\n", b"\r\n"])]
         while rng.random() < damage * 0.8:
             pieces.append(rng.choice([*FRAGMENTS, rng.randbytes(rng.randrange(4))]))
@@ -446,8 +447,10 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path, failu
 
 def test_atomic_write_replaces_text_and_bytes(tmp_path: Path) -> None:
     path = written(tmp_path, b"a longer old text")
-    with atomic_write(path) as file:
-        file.write("新\n")
+    with open(path, "rb") as reader:  # one that is in the middle of the old file reads it to its end
+        with atomic_write(path) as file:
+            file.write("新\n")
+        assert reader.read() == b"a longer old text"
     assert path.read_bytes() == "新\n".encode()
     with atomic_write(path, "wb") as file:
         file.write(b"\0\xff")
@@ -488,7 +491,7 @@ def write_folder(path: Path) -> None:
 
 @pytest.mark.parametrize("write", [write_file, write_folder])
 @pytest.mark.parametrize(
-    "place", ["file/below", "file/below/below", "n" * 250, "n" * 300, "名" * 90, "/proc/none/below", ".", "/"]
+    "place", ["file/below", "file/below/below", "n" * 300, "名" * 90, "/proc/none/below", ".", "/"]
 )
 def test_a_place_that_can_t_be_written_is_an_input_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], place: str
@@ -499,6 +502,13 @@ def test_a_place_that_can_t_be_written_is_an_input_error(
         write(Path(place))
     assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_the_longest_file_names_can_be_written(tmp_path: Path) -> None:
+    names = ["n" * 255, "名" * 85]
+    write_file(tmp_path / names[0])
+    write_folder(tmp_path / names[1])
+    assert sorted(os.listdir(tmp_path)) == names
 
 
 def test_a_folder_in_a_file_s_place_and_the_reverse_are_input_errors(tmp_path: Path) -> None:
@@ -677,18 +687,21 @@ def test_do_lower_case_need_not_be_a_bool(tmp_path: Path, value: object, ids: li
     assert TextCollator.load(tmp_path, 8).tokenize(["A"]) == [ids]
 
 
-def test_vocabulary_with_second_column_crlf_and_repeated_lines(
-    tmp_path: Path, ernie_tokenizers: dict[bool, Callable]
+@pytest.mark.parametrize("separator", ["\n", "\r\n", "\t0\n", "\t0\r\n"])
+@pytest.mark.parametrize("final", [True, False])
+def test_vocabulary_with_repeated_lines_second_column_and_crlf(
+    tmp_path: Path, ernie_tokenizers: dict[bool, Callable], separator: str, final: bool
 ) -> None:
-    raw = "[PAD]\t0\r\n[CLS]\t1\r\n[SEP]\t2\r\n[MASK]\t3\r\n[UNK]\t4\r\n习\t5\r\n学\t6\r\n习\t7\r\n深\t8"
-    path = written(tmp_path, raw.encode(), "vocab.txt")
+    """Every line has an id; a repeated token has that of its last line, as in PaddleNLP."""
+    tokens = [*SPECIAL_TOKENS, "习", "学", "习", "深"]
+    write_vocabulary(tmp_path / "clean.txt", tokens)
+    expected = type(ernie_tokenizers[True])(str(tmp_path / "clean.txt"))("深学习")["input_ids"]
+    written(tmp_path, (separator.join(tokens) + separator * final).encode(), "vocab.txt")
     collator = TextCollator.load(tmp_path, 8)
-    assert collator.vocabulary_size == 9
-    paddlenlp = type(ernie_tokenizers[True])(str(path))
-    assert collator.tokenize(["深学习"]) == [paddlenlp("深学习")["input_ids"]]
+    assert (collator.vocabulary_size, collator.tokenize(["深学习"])) == (9, [expected])
     collator.save(tmp_path)
-    assert TextCollator.load(tmp_path, 8).tokenize(["深学习"]) == collator.tokenize(["深学习"])
-    assert TextCollator.load(tmp_path, 8).vocabulary_size == 9
+    saved = TextCollator.load(tmp_path, 8)
+    assert (saved.vocabulary_size, saved.tokenize(["深学习"])) == (9, [expected])
 
 
 @pytest.mark.parametrize("missing", [PAD, CLS, SEP, UNK])
@@ -764,9 +777,7 @@ def random_texts(count: int, seed: int = 3) -> list[str]:
 
 @pytest.mark.parametrize("window", [1, 16, 50, 100, 16384])
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
-def test_encode_texts_equals_one_text_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, window: int, batch_size: int
-) -> None:
+def test_encode_texts_equals_one_text_at_a_time(monkeypatch: pytest.MonkeyPatch, window: int, batch_size: int) -> None:
     monkeypatch.setattr(data, "SORTING_WINDOW", window)
     texts, collator, embed = random_texts(100), small_collator(64), FakeEmbed()
     twin = np.concatenate([embed(*collator([text])) for text in texts])
@@ -808,7 +819,8 @@ def test_encode_texts_without_texts() -> None:
     assert encode_texts(FakeEmbed(), [], small_collator(), 8, out=out, desc="encode") is out
 
 
-def test_encode_texts_reports_every_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_encode_texts_reports_every_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(runtime, "SECONDS_BETWEEN_LINES", 0.0)
     encode_texts(FakeEmbed(), random_texts(20), small_collator(64), 8, desc="corpus")
     error = capsys.readouterr().err
     assert "corpus" in error
@@ -828,7 +840,7 @@ def test_split_evenly_is_a_partition_into_parts_of_nearly_one_size() -> None:
     for count in range(30):
         for parts in range(1, 9):
             pieces = [list(range(count))[split_evenly(count, parts, part)] for part in range(parts)]
-            assert sum(pieces, []) == list(range(count))
+            assert [row for piece in pieces for row in piece] == list(range(count))
             assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
 
 
@@ -900,18 +912,19 @@ PAIRS = [
 ]
 
 
+def batch_ids(batch: PairBatch) -> list[list[int]]:
+    """Token ids of the batch's texts in their order, without padding."""
+    padded = [row for input_ids, _ in batch.chunks for row in input_ids.tolist()]
+    return [[token for token in padded[row] if token] for row in batch.chunk_rows]
+
+
 def test_pair_collator_gathers_texts_and_mask() -> None:
     collator = small_collator()
     rows = np.array([2, 1, 0], dtype=np.int64)
     batch = PairCollator(collator, PAIRS)(rows)
     assert batch.rows is rows
-    for found, texts in (
-        (batch.query, ["深度", "图像", "深度"]),
-        (batch.title, ["学习", "医学图像", "学习综述"]),
-        (batch.hard_negative, ["学习综述", "图像分割方法"]),
-    ):
-        for part, expected in zip(found, collator(texts), strict=True):
-            np.testing.assert_array_equal(part, expected)
+    queries, titles = ["深度", "图像", "深度"], ["学习", "医学图像", "学习综述"]
+    assert batch_ids(batch) == collator.tokenize([*queries, *titles, "学习综述", "图像分割方法"])
     np.testing.assert_array_equal(
         batch.mask,
         [
@@ -923,11 +936,32 @@ def test_pair_collator_gathers_texts_and_mask() -> None:
 
 
 def test_pair_collator_without_hard_negatives_and_without_mask() -> None:
-    rows = np.array([3, 0], dtype=np.int64)
-    batch = PairCollator(small_collator(), PAIRS)(rows)
-    assert batch.hard_negative is None
+    collator, rows = small_collator(), np.array([3, 0], dtype=np.int64)
+    batch = PairCollator(collator, PAIRS)(rows)
+    assert batch_ids(batch) == collator.tokenize(["方法", "深度", "综述", "学习综述"])
     assert batch.mask.tolist() == [[True, False], [False, True]]
-    assert PairCollator(small_collator(), PAIRS, mask_duplicates=False)(rows).mask is None
+    assert PairCollator(collator, PAIRS, mask_duplicates=False)(rows).mask is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 100])
+def test_pair_collator_s_chunks_hold_every_text_once_with_little_padding(count: int) -> None:
+    collator, texts = small_collator(64), random_texts(3 * count, seed=count)
+    pairs = [TextPair(*texts[3 * row : 3 * row + 2], texts[3 * row + 2] if row % 2 else None) for row in range(count)]
+    batch = PairCollator(collator, pairs)(np.arange(count))
+    negatives = [pair.hard_negative for pair in pairs if pair.hard_negative]
+    expected = collator.tokenize([pair.query for pair in pairs] + [pair.title for pair in pairs] + negatives)
+    assert batch_ids(batch) == expected
+    assert sorted(batch.chunk_rows) == list(range(len(expected)))
+    lengths = [input_ids.shape[1] for input_ids, _ in batch.chunks]
+    assert lengths == sorted(lengths)
+    for input_ids, token_type_ids in batch.chunks:
+        assert input_ids.dtype == token_type_ids.dtype == np.int64
+        assert input_ids.shape == token_type_ids.shape
+        assert not token_type_ids.any()
+        assert input_ids[:, -1].any()  # no wider than its longest text
+    if count == 100:
+        padded = sum(input_ids.size for input_ids, _ in batch.chunks)
+        assert padded < 1.5 * sum(map(len, expected)) < max(lengths) * len(expected)
 
 
 def test_nothing_here_imports_paddle() -> None:

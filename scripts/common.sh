@@ -1,0 +1,26 @@
+# For the scripts of this folder, which source it: goes to the repository's root and chooses Python and the device.
+#
+# The first argument may be `gpu` (the default) or `cpu`; all others go to the Python script, where the last of an
+# option given twice wins. GPUS names the GPUs.
+
+cd "$(dirname -- "$0")/.."
+device=gpu
+case ${1-} in
+cpu | gpu)
+    device=$1
+    shift
+    ;;
+esac
+python=python
+[ ! -x .venv/bin/python ] || python=.venv/bin/python
+
+# on_gpus LIST SCRIPT OPTIONS...: runs SCRIPT on the device, under the launcher where that is GPUs.
+on_gpus() {
+    gpus=${GPUS:-$1}
+    shift
+    if [ "$device" = gpu ]; then
+        "$python" -u -m paddle.distributed.launch --gpus "$gpus" "$@" --device gpu
+    else
+        "$python" -u "$@" --device cpu
+    fi
+}

@@ -1,0 +1,305 @@
+"""Training: what it writes, that it learns, and that several ranks train as one process does."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from conftest import all_pairs, make_model_folder, run_script, train_options, write_pairs
+
+import evaluate
+import predict
+import recall
+import train_batch_neg
+from base_model import create_model, load_checkpoint, set_seed
+from batch_negative.model import SemanticIndexBatchNeg, in_batch_negatives_loss
+from data import PairCollator, TextPair, encode_texts, epoch_batches, read_hits, read_text_pairs, titles_by_query
+from runtime import InputError
+from train_batch_neg import make_optimizer
+from weights import read_weights
+
+
+def assert_same_weights(first: Path, second: Path, tolerance: float = 0.0) -> None:
+    ours, theirs = (read_weights(folder / "model_state.pdparams") for folder in (first, second))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+def recall_at_1(checkpoint: Path, recall_data: Path, folder: Path) -> float:
+    options = ["--similar_text_pair", str(recall_data / "dev.csv"), "--corpus_file", str(recall_data / "corpus.csv")]
+    options += ["--recall_result_dir", str(folder), "--params_path", str(checkpoint), "--device", "cpu"]
+    recall.main(options)
+    positives = titles_by_query(read_text_pairs(recall_data / "dev.csv"))
+    return evaluate.evaluate(positives, read_hits(folder / "recall_result.txt"), 10).recall[1]
+
+
+def test_it_writes_what_the_document_says(
+    model_folder: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--epochs", "1", "--save_steps", "3", "--log_steps", "4", "--evaluate", "--recall_num", "20"]
+    options += ["--similar_text_pair", str(recall_data / "dev.csv"), "--corpus_file", str(recall_data / "corpus.csv")]
+    options += ["--recall_result_dir", "recall_result_dir", "--recall_result_file", "recall_result.txt"]
+    assert train_batch_neg.main(train_options(model_folder, recall_data, tmp_path / "checkpoints", *options)) == 0
+
+    written = {folder.name for folder in (tmp_path / "checkpoints").iterdir()}
+    assert written == {"model_3", "model_6", "model_8", "model_best", "visualdl"}  # 128 pairs, 16 a step
+    names = {"model_state.pdparams", "config.json", "semantic_index.json", "vocab.txt", "tokenizer_config.json"}
+    for folder in ("model_3", "model_8"):
+        assert {file.name for file in (tmp_path / "checkpoints" / folder).iterdir()} == names
+    best = tmp_path / "checkpoints" / "model_best"
+    assert {file.name for file in best.iterdir()} == names | {"train_result.txt"}
+    assert (best / "train_result.txt").read_text().startswith("epoch=1, global_step: 8, recall: ")
+    assert len(list((tmp_path / "checkpoints" / "visualdl").iterdir())) == 1
+    assert len((tmp_path / "recall_result_dir" / "recall_result.txt").read_text().splitlines()) == 40 * 20
+    report = (tmp_path / "recall_result_dir" / "evaluate_result.txt").read_text()
+    assert report.startswith("global step 8, epoch 1\trecall@1=")
+    out = capsys.readouterr().out
+    assert out.count("global step ") == 2
+    for part in (
+        "global step 4/8",
+        "epoch: 1",
+        "loss: ",
+        "lr: ",
+        "step/s",
+        "pairs/s",
+        "left: ",
+        "recall@20=",
+        "wrote ",
+    ):
+        assert part in out
+
+
+def test_it_learns(model_folder: Path, recall_data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    options = train_options(model_folder, recall_data, tmp_path, "--max_steps", "60", "--pooling", "mean")
+    train_batch_neg.main(options)
+    before = recall_at_1(checkpoint, recall_data, tmp_path / "before")
+    assert recall_at_1(tmp_path / "model_60", recall_data, tmp_path / "after") > max(0.8, before + 0.1)
+
+
+def test_the_seed_decides_everything(model_folder: Path, recall_data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    for name, seed in (("same", "1000"), ("other", "1")):
+        options = train_options(model_folder, recall_data, tmp_path / name, "--max_steps", "4", "--seed", seed)
+        train_batch_neg.main(options)
+    assert_same_weights(tmp_path / "same" / "model_4", checkpoint)
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "other" / "model_4", checkpoint)
+
+
+def test_evaluating_does_not_change_the_training(
+    model_folder: Path, recall_data: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    options = ["--max_steps", "4", "--evaluate", "--eval_steps", "1", "--recall_result_dir", str(tmp_path / "results")]
+    options += ["--similar_text_pair", str(recall_data / "dev.csv"), "--corpus_file", str(recall_data / "corpus.csv")]
+    train_batch_neg.main(train_options(model_folder, recall_data, tmp_path, *options))
+    assert_same_weights(tmp_path / "model_4", checkpoint)
+    assert len((tmp_path / "results" / "evaluate_result.txt").read_text().splitlines()) == 4
+
+
+def test_model_best_is_the_best(
+    model_folder: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.2, 0.7, 0.7, 0.5])
+    monkeypatch.setattr(train_batch_neg, "best_metric", lambda evaluation: evaluation)
+    monkeypatch.setattr(train_batch_neg.Evaluator, "__call__", lambda *_: next(scores))
+    monkeypatch.setattr(train_batch_neg.TrainingLog, "evaluation", lambda *_: None)
+    options = ["--max_steps", "4", "--evaluate", "--eval_steps", "1", "--save_steps", "1"]
+    options += ["--similar_text_pair", str(recall_data / "dev.csv"), "--corpus_file", str(recall_data / "corpus.csv")]
+    train_batch_neg.main(train_options(model_folder, recall_data, tmp_path, *options))
+    assert_same_weights(tmp_path / "model_best", tmp_path / "model_2")
+    assert "global_step: 2, recall: 0.7" in (tmp_path / "model_best" / "train_result.txt").read_text()
+
+
+def test_a_batch_of_chunks_is_one_batch(still_model_folder: Path) -> None:
+    """The model's loss and gradients equal those of encoding every text by itself."""
+    texts = all_pairs()
+    pairs = [
+        TextPair(query, title, texts[row + 20][1] if row % 3 else None) for row, (query, title) in enumerate(texts[:9])
+    ]
+    pairs.append(TextPair(pairs[0].query, pairs[4].title))  # one query with two titles
+    model, collator = create_model(SemanticIndexBatchNeg, from_scratch=str(still_model_folder), dropout=0.0)
+    batch = PairCollator(collator, pairs)(np.arange(10))
+    assert len(batch.chunks) > 1
+    loss = model(batch, 0.2, 30.0)
+    loss.backward()
+    gradients = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    model.clear_gradients()
+
+    def vectors(texts: list[str]) -> paddle.Tensor:
+        return paddle.concat([model.get_pooled_embedding(*map(paddle.to_tensor, collator([text]))) for text in texts])
+
+    columns = [pair.title for pair in pairs] + [pair.hard_negative for pair in pairs if pair.hard_negative]
+    paired = {(pair.query, pair.title) for pair in pairs}
+    mask = paddle.to_tensor([[(pair.query, text) in paired for text in columns] for pair in pairs])
+    queries = vectors([pair.query for pair in pairs])
+    slow = in_batch_negatives_loss(queries, vectors(columns), margin=0.2, scale=30.0, mask=mask)
+    slow.backward()
+    assert float(loss) == pytest.approx(float(slow), abs=1e-5)
+    for name, parameter in model.named_parameters():
+        np.testing.assert_allclose(gradients[name], parameter.grad.numpy(), atol=1e-5, err_msg=name)
+
+
+def test_masking_duplicates_can_be_turned_off(model_folder: Path, tmp_path: Path) -> None:
+    query, title = all_pairs()[0]
+    data = tmp_path / "data"
+    write_pairs(data / "train.csv", [(query, title)] * 8)  # every other title is a positive: nothing to learn
+    losses = []
+    for switch in ([], ["--no_mask_duplicates"]):
+        options = ["--max_steps", "1", "--batch_size", "8", "--log_steps", "1", "--dropout", "0", *switch]
+        model, collator = create_model(SemanticIndexBatchNeg, from_scratch=str(model_folder), dropout=0.0)
+        batch = PairCollator(collator, read_text_pairs(data / "train.csv"), mask_duplicates=not switch)(np.arange(8))
+        losses.append(float(model(batch, 0.0, 30.0)))
+        assert train_batch_neg.main(train_options(model_folder, data, tmp_path / "out", *options)) == 0
+    assert losses[0] == 0.0
+    assert losses[1] > 1.0
+
+
+def test_biases_and_norms_do_not_decay(model_folder: Path) -> None:
+    model, _ = create_model(SemanticIndexBatchNeg, from_scratch=str(model_folder))
+    before = {name: parameter.numpy() for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(
+        model, learning_rate=0.1, total_steps=10, warmup_proportion=0.0, weight_decay=0.5, max_grad_norm=1.0
+    )
+    for parameter in model.parameters():
+        parameter.grad = paddle.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        decays = name.endswith(".weight") and "norm" not in name
+        np.testing.assert_allclose(parameter.numpy(), before[name] * (0.95 if decays else 1.0), rtol=1e-5, err_msg=name)
+
+
+def test_the_rate_rises_and_falls_linearly(model_folder: Path) -> None:
+    model, _ = create_model(SemanticIndexBatchNeg, from_scratch=str(model_folder))
+    optimizer = make_optimizer(
+        model, learning_rate=1.0, total_steps=10, warmup_proportion=0.2, weight_decay=0.0, max_grad_norm=1.0
+    )
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.get_lr())
+        optimizer._learning_rate.step()
+    np.testing.assert_allclose(rates, [0, 0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_lines(
+    model_folder: Path, checkpoint: Path, tmp_path: Path, capsys
+) -> None:
+    """The checkpoint's vector of [UNK] is NaN, and one line of the third step's batch has an unknown character."""
+    steps = epoch_batches(64, 16, seed=1000, epoch=1)
+    pairs = all_pairs()[:64]
+    pairs[steps[2][0][5]] = ("鑫", pairs[steps[2][0][5]][1])
+    write_pairs(tmp_path / "data" / "train.csv", pairs)
+    poisoned = shutil.copytree(checkpoint, tmp_path / "poisoned")
+    weights = read_weights(poisoned / "model_state.pdparams")
+    unknown = (poisoned / "vocab.txt").read_text().splitlines().index("[UNK]")
+    weights["ptm.embeddings.word_embeddings.weight"][unknown] = np.nan
+    paddle.save(weights, str(poisoned / "model_state.pdparams"))
+
+    options = ["--epochs", "1", "--save_steps", "1", "--init_from_ckpt", str(poisoned)]
+    with pytest.raises(InputError) as error:
+        train_batch_neg.main(train_options(model_folder, tmp_path / "data", tmp_path / "out", *options))
+    message = str(error.value)
+    assert message.startswith("the loss of step 3 is nan; ") and "\n" not in message
+    lines = ", ".join(str(row + 1) for row in sorted(steps[2][0]))
+    assert f"the batch has lines {lines} of {tmp_path / 'data' / 'train.csv'}; " in message
+    assert {folder.name for folder in (tmp_path / "out").iterdir()} == {"model_1", "model_2", "visualdl"}
+    assert load_checkpoint(tmp_path / "out" / "model_2")
+
+
+def test_a_batch_larger_than_the_data(model_folder: Path, recall_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--batch_size 129 .* has 128 pairs; use at most --batch_size 128"):
+        train_batch_neg.main(train_options(model_folder, recall_data, tmp_path, "--batch_size", "129"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_data_is_found_before_any_model_loads(tmp_path: Path) -> None:
+    bad = write_pairs(tmp_path / "train.csv", [("one column",)])
+    with pytest.raises(InputError, match=r"train\.csv:1: 1 column"):
+        train_batch_neg.main(["--train_set_file", str(bad), "--from_scratch", str(tmp_path / "nowhere")])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several ranks
+
+
+@pytest.fixture(scope="module")
+def odd_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """17 pairs: with two ranks of 4, the last step of an epoch has one pair, so that a rank has none."""
+    folder = tmp_path_factory.mktemp("odd")
+    write_pairs(folder / "train.csv", all_pairs()[:17])
+    return folder
+
+
+def test_two_ranks_train_as_one_process_that_averages(odd_data: Path, tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    options = ["--epochs", "2", "--batch_size", "4", "--dropout", "0", "--weight_decay", "0.01", "--seed", "7"]
+    options = train_options(folder, odd_data, tmp_path / "two", *options)
+    done = run_script("train_batch_neg.py", *options, ranks=2, log_dir=tmp_path / "log")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "on each of 2 process(es)" in done.stdout + done.stderr
+
+    pairs = read_text_pairs(odd_data / "train.csv")
+    set_seed(7)
+    model, collator = create_model(
+        SemanticIndexBatchNeg,
+        from_scratch=str(folder),
+        pooling="mean",
+        dropout=0.0,
+        output_emb_size=16,
+        max_seq_length=24,
+    )
+    collate = PairCollator(collator, pairs)
+    optimizer = make_optimizer(
+        model, learning_rate=2e-3, total_steps=6, warmup_proportion=0.0, weight_decay=0.01, max_grad_norm=5.0
+    )
+    for epoch in (1, 2):
+        for halves in epoch_batches(len(pairs), 4, seed=7, epoch=epoch, world_size=2):
+            count = sum(map(len, halves))
+            loss = sum(model(collate(half), 0.2, 30.0) * (len(half) / count) for half in halves if len(half))
+            loss.backward()
+            optimizer.step()
+            optimizer.clear_grad()
+            optimizer._learning_rate.step()
+    one = read_weights(tmp_path / "two" / "model_6" / "model_state.pdparams")
+    for name, value in model.state_dict().items():
+        np.testing.assert_allclose(one[name], value.numpy(), rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_two_ranks_recall_as_one(checkpoint: Path, recall_data: Path, tmp_path: Path) -> None:
+    options = ["--similar_text_pair", recall_data / "dev.csv", "--corpus_file", recall_data / "corpus.csv"]
+    options += ["--params_path", checkpoint, "--device", "cpu", "--ann", "exact", "--recall_result_dir"]
+    done = run_script("recall.py", *options, tmp_path / "two", ranks=2, log_dir=tmp_path / "log")
+    assert done.returncode == 0, done.stdout + done.stderr
+    recall.main([*map(str, options), str(tmp_path / "one")])
+    ours, theirs = (
+        [line.split("\t") for line in (tmp_path / name / "recall_result.txt").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [line[:2] for line in ours] == [line[:2] for line in theirs]
+    np.testing.assert_allclose([float(line[2]) for line in ours], [float(line[2]) for line in theirs], atol=1e-5)
+
+
+def test_two_ranks_predict_as_one(checkpoint: Path, recall_data: Path, tmp_path: Path, capsys) -> None:
+    lines = (recall_data / "dev.csv").read_text().splitlines()[:5]
+    lines[2] = "one column"
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    options = ["--text_pair_file", tmp_path / "pairs.csv", "--params_path", checkpoint, "--device", "cpu"]
+    options += ["--skip_bad_lines", "--batch_size", "2"]
+    done = run_script("predict.py", *options, ranks=2, log_dir=tmp_path / "log")
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = (tmp_path / "log" / "workerlog.0").read_text().splitlines()
+    numbers = [line for line in log if line == "nan" or line.removeprefix("-").startswith("0.")]
+    capsys.readouterr()
+    predict.main([*map(str, options)])
+    expected = capsys.readouterr().out.splitlines()
+    assert len(expected) == 5 and expected[2] == "nan"  # line for line, in order
+    np.testing.assert_allclose(np.array(numbers, float), np.array(expected, float), atol=1e-5)
+    model, collator = load_checkpoint(checkpoint)
+    query, title = lines[3].split("\t")
+    vectors = encode_texts(model.embed, [query, title], collator, 1)
+    assert float(expected[3]) == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-6)
