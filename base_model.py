@@ -198,7 +198,8 @@ def _backbone(name_or_path: str | Path) -> _Backbone:
     if folder.is_dir():
         read_json(folder / BACKBONE_CONFIG_FILE)
     try:
-        config = AutoConfig.from_pretrained(str(name_or_path))
+        # A folder's full path: PaddleNLP would take its own config for a folder that has one of its names.
+        config = AutoConfig.from_pretrained(str(folder.resolve() if folder.is_dir() else name_or_path))
     except Exception as error:  # PaddleNLP raises anything from KeyError to its own classes
         raise InputError(f"{name_or_path}: {_unavailable(name_or_path, error)}") from None
     if getattr(config, "model_type", None) not in MODEL_NAMES_MAPPING:
@@ -414,9 +415,9 @@ def _set_weights(model: SemanticIndexBase, file: Path, backbone: _Backbone, head
     problems = {
         "missing": [name for name in parameters if name not in weights],
         "wrong-shaped": [
-            f"{name} {list(weights[name].shape)} instead of {parameters[name].shape}"
-            for name in parameters
-            if name in weights and list(weights[name].shape) != parameters[name].shape
+            f"{name} {list(weights[name].shape)} instead of {list(parameter.shape)}"
+            for name, parameter in parameters.items()
+            if name in weights and weights[name].shape != tuple(parameter.shape)
         ],
         "unexpected": [name for name in weights if name not in parameters],
     }
@@ -431,13 +432,9 @@ def _set_weights(model: SemanticIndexBase, file: Path, backbone: _Backbone, head
         raise InputError(f"{file}: doesn't fit {backbone.model_class.__name__} of {backbone.source} ({report})")
     if report:
         log(f"{file}: {report}; all other parameters were taken")
-    model.set_state_dict(
-        {
-            name: weights[name]
-            for name, parameter in parameters.items()
-            if name in weights and list(weights[name].shape) == parameter.shape
-        }
-    )
+    for name, parameter in parameters.items():
+        if name in weights and weights[name].shape == tuple(parameter.shape):
+            parameter.set_value(weights[name])
 
 
 def _with_our_names(weights: Mapping[str, np.ndarray], backbone_prefix: str) -> dict[str, np.ndarray]:

@@ -1,0 +1,159 @@
+"""Runs what the READMEs and the user's document say, with nothing but device options changed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import paddle
+import pytest
+from conftest import ROOT, all_pairs, make_model_folder, write_pairs
+
+from base_model import SemanticIndexBase, create_model, save_checkpoint
+
+READMES = (ROOT / "README.md", ROOT / "README_cn.md")
+# They need the network or a GPU, set up what these tests run in, or are run by tests of their own.
+NOT_RUN = {
+    "sh scripts/setup.sh --gpu cu126",
+    "sh scripts/download_data.sh",
+    "bash scripts/quickstart.sh\nbash scripts/test.sh",
+    ". .venv/bin/activate",
+}
+
+
+def sh_blocks(readme: Path) -> list[str]:
+    """The commands of the ```sh blocks."""
+    return [block.strip() for block in re.findall(r"```sh\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)]
+
+
+def on_the_cpu(command: str, ranks: int = 1) -> str:
+    """Changes the device options alone."""
+    command = re.sub(r'--gpus "[0-9,]+"', f"--nproc_per_node {ranks}", command)
+    command = command.replace("--device gpu", "--device cpu")
+    return re.sub(r"^(python inference\.py.*)$", r"\1 --device cpu", command, flags=re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project without its environment, with data in recall/ and a tiny folder called ernie-1.0, as one may have."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for path in ROOT.iterdir():
+        if path.suffix == ".py":
+            shutil.copy(path, folder)
+    for name in ("batch_negative", "scripts"):
+        shutil.copytree(ROOT / name, folder / name)
+    pairs = all_pairs()
+    write_pairs(folder / "recall" / "train.csv", pairs * 6)  # 1,008 pairs: 16 steps of 64 an epoch, 48 in all
+    write_pairs(folder / "recall" / "dev.csv", pairs[:20])
+    write_pairs(folder / "recall" / "test.csv", pairs[20:24])
+    write_pairs(folder / "recall" / "corpus.csv", [(title,) for _, title in pairs])
+    ernie = make_model_folder(folder / "ernie-1.0", max_position_embeddings=64)
+    model, collator = create_model(SemanticIndexBase, from_scratch=str(ernie))
+    paddle.save(model.ptm.state_dict(), str(ernie / "model_state.pdparams"))
+    save_checkpoint(folder / "simcse" / "model_20000", model, collator)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(checkout: Path) -> Path:
+    """The checkout after `sh scripts/train_batch_neg.sh cpu` as the README has it, but for all three epochs."""
+    done = run("sh scripts/train_batch_neg.sh cpu", checkout)
+    assert done.returncode == 0, done.stderr
+    return checkout
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a block of commands with the tests' Python as `python`."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["sh", "-euc", command],
+        cwd=folder,
+        env={**os.environ, "PATH": path, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=900,
+        check=False,
+    )
+
+
+def test_both_readmes_have_the_same_commands() -> None:
+    first, second = map(sh_blocks, READMES)
+    assert first == second
+    assert set(first) >= NOT_RUN
+
+
+def test_the_readmes_name_files_that_exist() -> None:
+    for readme in READMES:
+        text = readme.read_text(encoding="utf-8")
+        names = re.findall(r"`([\w/]+\.(?:py|sh|md))`", text) + re.findall(r"\]\(([\w/]+\.md)\)", text)
+        assert len(names) > 10
+        assert [name for name in names if not (ROOT / name).exists()] == []
+        assert "@" not in re.sub(r"@\d+|@K", "", text)  # no placeholder is left
+
+
+def test_training_commands(trained: Path) -> None:
+    """The document's training from the pretrained model and from an unsupervised one, on two processes."""
+    assert (trained / "checkpoints" / "inbatch" / "model_40" / "model_state.pdparams").is_file()
+    assert (trained / "checkpoints" / "inbatch" / "model_best" / "train_result.txt").is_file()
+    commands = [block for block in sh_blocks(READMES[0]) if "train_batch_neg.py" in block]
+    assert len(commands) == 2
+    for command, save_dir in zip(commands, ("inbatch", "simcse_inbatch_negative"), strict=True):
+        shutil.rmtree(trained / "checkpoints" / save_dir, ignore_errors=True)
+        done = run(on_the_cpu(command, ranks=2), trained)
+        assert done.returncode == 0, done.stdout + done.stderr
+        steps = {folder.name for folder in (trained / "checkpoints" / save_dir).iterdir()}
+        assert {"model_10", "model_20", "model_24"} <= steps
+    # What follows needs model_40, which the document's data gives and 24 steps of two processes don't.
+    shutil.copytree(trained / "checkpoints" / "inbatch" / "model_24", trained / "checkpoints" / "inbatch" / "model_40")
+
+
+@pytest.mark.parametrize(
+    "block",
+    [block for block in sh_blocks(READMES[0]) if "train_batch_neg.py" not in block and block not in NOT_RUN],
+    ids=lambda block: re.search(r"\w+\.(?:py|sh)", block).group(),
+)
+def test_other_commands(trained: Path, block: str) -> None:
+    if "evaluate.py" in block:
+        run("sh scripts/run_build_index.sh cpu", trained)
+    done = run(on_the_cpu(block), trained)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if "recall.py" in block:
+        lines = (trained / "recall_result_dir" / "recall_result.txt").read_text(encoding="utf-8").splitlines()
+        assert len(lines) == 20 * 50
+        assert all(len(line.split("\t")) == 3 for line in lines)
+        assert (trained / "recall_log" / "workerlog.0").is_file()
+    if "evaluate.py" in block:
+        names = [line.split("=")[0] for line in done.stdout.splitlines()]
+        assert names == ["recall@1", "recall@5", "recall@10", "recall@20", "recall@50", "mrr@50", "ndcg@50"]
+    if "predict.py" in block:
+        cosines = [line for line in done.stdout.splitlines() if re.fullmatch(r"-?\d\.\d+(e-\d+)?", line)]
+        assert len(cosines) == 4
+    if "inference.py" in block:
+        assert done.stdout.startswith("[1, 256]\n[[")
+        assert "[2, 256]" in done.stdout and "[168, 256]" in done.stdout
+        assert (trained / "corpus_vectors.npy").is_file()
+
+
+def test_the_documents_inference_needs_no_options(trained: Path) -> None:
+    done = run("python inference.py", trained)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[1, 256]\n[[")
+    assert done.stderr == ""  # third parties' warnings don't reach the user
+
+
+@pytest.mark.parametrize("script", ["run_build_index.sh", "evaluate.sh", "predict.sh"])
+def test_scripts_work_from_any_folder(trained: Path, tmp_path: Path, script: str) -> None:
+    device = "" if script == "evaluate.sh" else "cpu"
+    done = run(f"sh {trained}/scripts/{script} {device}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scripts_take_the_gpu_by_default(trained: Path) -> None:
+    done = run("GPUS=0 sh scripts/predict.sh", trained)
+    assert done.returncode != 0
+    log = (trained / "log" / "workerlog.0").read_text(encoding="utf-8")
+    assert "error: --device gpu" in log and "use --device cpu" in log
