@@ -333,12 +333,12 @@ def load_checkpoint(
         raise InputError(
             f"--output_emb_size {output_emb_size}: {file} has {config.output_emb_size}; leave the option out"
         )
-    length = max_seq_length or min(config.max_seq_length, _longest(backbone))
-    collator = _collator_beside(file, source, backbone, length)
     model = cls(_build(backbone), config)
-    _check_vocabulary(collator, backbone)
     _set_weights(model, file, backbone, head_is_optional=False)
     model.eval()
+    length = max_seq_length or min(config.max_seq_length, _longest(backbone))
+    collator = _collator_beside(file, source, backbone, length)
+    _check_vocabulary(collator, backbone)
     return LoadedModel(model, collator)
 
 

@@ -19,6 +19,10 @@ on_gpus() {
     gpus=${GPUS:-$1}
     shift
     if [ "$device" = gpu ]; then
+        "$python" -W ignore -c 'import paddle; raise SystemExit(paddle.device.cuda.device_count() == 0)' || {
+            echo "error: Paddle finds no GPU; use the CPU: sh $0 cpu, or set up with sh scripts/setup.sh --gpu" >&2
+            exit 2
+        }
         "$python" -u -m paddle.distributed.launch --gpus "$gpus" "$@" --device gpu
     else
         "$python" -u "$@" --device cpu

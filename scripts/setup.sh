@@ -75,6 +75,15 @@ make_env() {
     "$python" -m venv "$env" >"$env/setup.log" 2>&1 || install_failed
 }
 
+# Paddle's launcher imports Paddle before any code of ours runs, so the environment itself leaves out the warnings of
+# third parties that tell the user nothing.
+quiet_third_parties() {
+    site_packages=$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    for warning in "No ccache found" "Setuptools is replacing distutils"; do
+        echo "import warnings; warnings.filterwarnings('ignore', '$warning')"
+    done >"$site_packages/quiet_third_parties.pth"
+}
+
 # pip install into $env; what pip prints goes to the log, where this call's part starts at line $log_start.
 install() {
     log_start=$(($(wc -l <"$env/setup.log") + 1))
@@ -123,6 +132,7 @@ install_base() {
     lock_part 1 "$without_wheels"
     install_locked -r "$env/setup/part.txt" || install_failed
     install_hnswlib
+    quiet_third_parties
     say "starting Paddle and PaddleNLP once"
     log_start=$(($(wc -l <"$env/setup.log") + 1))
     "$env/bin/python" -c 'import paddle, paddlenlp' >>"$env/setup.log" 2>&1 || install_failed
