@@ -157,7 +157,7 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
         default="cls",
         help="cls: the pooled output; mean: the mean over tokens, which learns faster from scratch",
     )
-    parser.add_argument("--dropout", type=at_least(0.0, float), default=0.1, help="dropout of the vector")
+    parser.add_argument("--dropout", type=at_least(0.0, float, 1.0), default=0.1, help="dropout of the vector")
 
 
 def set_device(device: str | None) -> None:

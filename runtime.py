@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import importlib
 import io
+import math
 import os
 import sys
 import time
@@ -42,13 +43,14 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(INPUT_ERROR_EXIT_CODE, f"error: {message} (try {self.prog} --help)\n")
 
 
-def at_least(minimum: float, number: type = int) -> Callable[[str], float]:
-    """An argparse type: a finite `number` (int or float) that is no less than `minimum`."""
+def at_least(minimum: float, number: type = int, below: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a `number` (int or float) that is no less than `minimum` and less than `below`."""
 
     def parse(text: str) -> float:
         value = number(text)
-        if not minimum <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is out of range: give {minimum} or more")
+        if not minimum <= value < below:
+            limit = "" if below == math.inf else f", and less than {below}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: give {minimum} or more{limit}")
         return value
 
     parse.__name__ = number.__name__

@@ -54,6 +54,7 @@ class Step(NamedTuple):
     epoch: int  # from 1
     ends_epoch: bool
     loss: float  # mean over the pairs of all ranks
+    learning_rate: float  # at which the step was taken
     pairs: int  # of all ranks
 
 
@@ -120,26 +121,29 @@ def make_optimizer(
     warmup_proportion: float,
     weight_decay: float,
     max_grad_norm: float,
-) -> paddle.optimizer.AdamW:
-    """AdamW with linear decay after a linear warm-up, without weight decay on biases and norms."""
+) -> tuple[paddle.optimizer.AdamW, paddle.optimizer.lr.LRScheduler]:
+    """AdamW without weight decay on biases and norms, and its learning rate: a linear warm-up, then linear decay."""
     decayed = {
         parameter.name
         for name, parameter in model.named_parameters()
         if not any(part == "bias" or "norm" in part for part in name.split("."))
     }
-    return paddle.optimizer.AdamW(
-        learning_rate=LinearDecayWithWarmup(learning_rate, total_steps, warmup_proportion),
+    scheduler = LinearDecayWithWarmup(learning_rate, total_steps, warmup_proportion)
+    optimizer = paddle.optimizer.AdamW(
+        learning_rate=scheduler,
         parameters=model.parameters(),
         weight_decay=weight_decay,
         apply_decay_param_fun=decayed.__contains__,
         grad_clip=paddle.nn.ClipGradByGlobalNorm(max_grad_norm),
     )
+    return optimizer, scheduler
 
 
 def train(
     model: SemanticIndexBatchNeg,
     collate: PairCollator,
     optimizer: paddle.optimizer.Optimizer,
+    scheduler: paddle.optimizer.lr.LRScheduler,
     batches: Iterator[tuple[int, bool, list[np.ndarray]]],
     *,
     rank: int,
@@ -160,10 +164,11 @@ def train(
         mean_loss, pairs = average_gradients(model.parameters(), loss, len(rows))
         if not math.isfinite(mean_loss):
             raise NonFiniteLoss(number, mean_loss, rows if not math.isfinite(loss) else rows[:0])
+        learning_rate = optimizer.get_lr()
         optimizer.step()
         optimizer.clear_grad()
-        optimizer._learning_rate.step()
-        yield Step(number, epoch, ends_epoch, mean_loss, pairs)
+        scheduler.step()
+        yield Step(number, epoch, ends_epoch, mean_loss, learning_rate, pairs)
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -202,8 +207,8 @@ class TrainingLog:
         self._pairs = 0
         self._since = self._start = time.monotonic()
 
-    def step(self, step: Step, learning_rate: float) -> None:
-        """Counts a step that was trained at `learning_rate`."""
+    def step(self, step: Step) -> None:
+        """Counts a step and, if it is due, prints and writes a line."""
         self._pairs += step.pairs
         if step.number % self._log_steps and step.number != self._steps:
             return
@@ -213,13 +218,13 @@ class TrainingLog:
         left = (self._steps - step.number) * (now - self._start) / step.number
         print(
             f"global step {step.number}/{self._steps}, epoch: {step.epoch}, loss: {step.loss:.5f}, "
-            f"lr: {learning_rate:.3g}, speed: {steps_per_second:.2f} step/s, {pairs_per_second:.1f} pairs/s, "
+            f"lr: {step.learning_rate:.3g}, speed: {steps_per_second:.2f} step/s, {pairs_per_second:.1f} pairs/s, "
             f"left: {time.strftime('%H:%M:%S', time.gmtime(left))}",
             flush=True,
         )
         for name, value in (
             ("loss", step.loss),
-            ("learning_rate", learning_rate),
+            ("learning_rate", step.learning_rate),
             ("steps_per_second", steps_per_second),
             ("pairs_per_second", pairs_per_second),
         ):
@@ -267,7 +272,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=at_least(1), default=10, help="times that each pair is seen")
     parser.add_argument("--max_steps", type=at_least(1), help="stop after so many steps, in place of --epochs")
     parser.add_argument("--learning_rate", type=at_least(0.0, float), default=5e-5, help="highest learning rate")
-    parser.add_argument("--warmup_proportion", type=at_least(0.0, float), default=0.0, help="share of steps to warm up")
+    parser.add_argument(
+        "--warmup_proportion", type=at_least(0.0, float, 1.0), default=0.0, help="share of the steps to warm up"
+    )
     parser.add_argument("--weight_decay", type=at_least(0.0, float), default=0.0, help="AdamW's weight decay")
     parser.add_argument("--max_grad_norm", type=at_least(0.0, float), default=5.0, help="gradients are clipped to it")
     parser.add_argument("--margin", type=at_least(0.0, float), default=0.2, help="taken off the positive's cosine")
@@ -277,7 +284,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let a title count as a negative even where the training file pairs it with the query",
     )
-    parser.add_argument("--seed", type=at_least(0), default=1000, help="seed of the weights, dropout and shuffle")
+    parser.add_argument(
+        "--seed", type=at_least(0, below=2**32), default=1000, help="seed of the weights, dropout and shuffle"
+    )
     parser.add_argument("--log_steps", type=at_least(1), default=10, help="steps between log lines")
     parser.add_argument("--save_steps", type=at_least(1), default=10000, help="steps between checkpoints")
     parser.add_argument("--evaluate", action="store_true", help="evaluate after each epoch and keep model_best")
@@ -334,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_seed(args.seed + rank)  # ranks start from the same weights and drop different values
     plan = {"epochs": args.epochs, "max_steps": args.max_steps, "world_size": world_size}
     steps = total_steps(len(pairs), args.batch_size, **plan)
-    optimizer = make_optimizer(
+    optimizer, scheduler = make_optimizer(
         model,
         learning_rate=args.learning_rate,
         total_steps=steps,
@@ -346,20 +355,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     training_log = TrainingLog(save_dir / "visualdl", args.log_steps, steps) if rank == 0 else None
     log(f"training on {len(pairs)} pairs: {steps} steps of {args.batch_size} pairs on each of {world_size} process(es)")
 
-    learning_rate = optimizer.get_lr()
     try:
         for step in train(
             model,
             PairCollator(collator, pairs, mask_duplicates=not args.no_mask_duplicates),
             optimizer,
+            scheduler,
             schedule(len(pairs), args.batch_size, seed=args.seed, **plan),
             rank=rank,
             margin=args.margin,
             scale=args.scale,
         ):
             if training_log:
-                training_log.step(step, learning_rate)
-            learning_rate = optimizer.get_lr()
+                training_log.step(step)
             paused_at = time.monotonic()
             is_last = step.number == steps
             if rank == 0 and (is_last or step.number % args.save_steps == 0):
