@@ -28,24 +28,26 @@ def broadcast_parameters(model: paddle.nn.Layer) -> None:
 def average_gradients(parameters: Iterable[paddle.Tensor], loss: float, rows: int) -> tuple[float, int]:
     """Replaces each gradient by the mean over the ranks, weighted by their rows; one reduction for all of them.
 
+    A parameter without a gradient on any rank, such as the pooler's under mean pooling, is left without.
     loss: this rank's mean loss; rows: the rows that it is the mean of, 0 for a rank without any.
     Returns the loss averaged in the same way and the number of rows of all ranks.
     """
     if dist.get_world_size() == 1:
         return loss, rows
     parameters = [parameter for parameter in parameters if not parameter.stop_gradient]
-    flat = [paddle.to_tensor([rows, rows * loss if rows else 0.0], dtype="float32")]
-    for parameter in parameters:
-        used = rows and parameter.grad is not None
+    has_gradient = [float(parameter.grad is not None) for parameter in parameters]
+    flat = [paddle.to_tensor([rows, rows * loss if rows else 0.0, *has_gradient], dtype="float32")]
+    for parameter, used in zip(parameters, has_gradient, strict=True):
         flat.append((parameter.grad * rows).flatten() if used else paddle.zeros([parameter.size], parameter.dtype))
     summed = paddle.concat(flat)
     dist.all_reduce(summed)
-    all_rows = int(summed[0])
-    start = 2
-    for parameter in parameters:
-        parameter.grad = (summed[start : start + parameter.size] / all_rows).reshape(parameter.shape)
+    start = 2 + len(parameters)
+    all_rows, all_loss, *ranks_with_gradient = summed[:start].tolist()
+    for parameter, used in zip(parameters, ranks_with_gradient, strict=True):
+        if used:
+            parameter.grad = (summed[start : start + parameter.size] / all_rows).reshape(parameter.shape)
         start += parameter.size
-    return float(summed[1]) / all_rows, all_rows
+    return all_loss / all_rows, int(all_rows)
 
 
 def encode_share(count: int, width: int, encode: Callable[[slice], np.ndarray]) -> np.ndarray | None:

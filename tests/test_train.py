@@ -237,7 +237,7 @@ def odd_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_ranks_train_as_one_process_that_averages(odd_data: Path, tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    options = ["--epochs", "2", "--batch_size", "4", "--dropout", "0", "--weight_decay", "0.01", "--seed", "7"]
+    options = ["--epochs", "2", "--batch_size", "4", "--dropout", "0", "--weight_decay", "1", "--seed", "7"]
     options = train_options(folder, odd_data, tmp_path / "two", *options)
     done = run_script("train_batch_neg.py", *options, ranks=2, log_dir=tmp_path / "log")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -255,7 +255,7 @@ def test_two_ranks_train_as_one_process_that_averages(odd_data: Path, tmp_path: 
     )
     collate = PairCollator(collator, pairs)
     optimizer, scheduler = make_optimizer(
-        model, learning_rate=2e-3, total_steps=6, warmup_proportion=0.0, weight_decay=0.01, max_grad_norm=5.0
+        model, learning_rate=2e-3, total_steps=6, warmup_proportion=0.0, weight_decay=1.0, max_grad_norm=5.0
     )
     for epoch in (1, 2):
         for halves in epoch_batches(len(pairs), 4, seed=7, epoch=epoch, world_size=2):
