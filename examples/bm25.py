@@ -8,12 +8,10 @@ from pathlib import Path
 import bm25s
 from bm25s.tokenization import Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import Hit, add_evaluation_file_args, read_corpus, read_text_pairs, titles_by_query, write_hits  # noqa: E402
-from runtime import ArgumentParser, at_least, run  # noqa: E402
+from data import Hit, add_evaluation_file_args, read_corpus, read_text_pairs, titles_by_query, write_hits
+from runtime import ArgumentParser, at_least, run
 
 # The usual values of BM25 (Robertson and Zaragoza 2009, section 3.2; Lucene's defaults).
 K1 = 1.2

@@ -13,12 +13,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import atomic_write  # noqa: E402
-from runtime import ArgumentParser, InputError, at_least, run  # noqa: E402
+from data import atomic_write
+from runtime import ArgumentParser, InputError, at_least, run
 
 TERMS_DIR = Path(__file__).resolve().parent / "terms"
 REGIONS_FILE = "regions.txt"
