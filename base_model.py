@@ -201,7 +201,7 @@ def _backbone(name_or_path: str | Path) -> _Backbone:
         # A folder's full path: PaddleNLP would take its own config for a folder that has one of its names.
         config = AutoConfig.from_pretrained(str(folder.resolve() if folder.is_dir() else name_or_path))
     except Exception as error:  # PaddleNLP raises anything from KeyError to its own classes
-        raise InputError(f"{name_or_path}: {_unavailable(name_or_path, error)}") from None
+        raise (_unreadable(folder, error) if folder.exists() else _not_found(name_or_path)) from None
     if getattr(config, "model_type", None) not in MODEL_NAMES_MAPPING:
         raise InputError(f"{name_or_path}: PaddleNLP knows no model of type {getattr(config, 'model_type', None)!r}")
     config.architectures = [MODEL_NAMES_MAPPING[config.model_type] + "Model"]
@@ -209,11 +209,17 @@ def _backbone(name_or_path: str | Path) -> _Backbone:
     return _Backbone(str(name_or_path), model_class, config)
 
 
-def _unavailable(name_or_path: str | Path, error: Exception) -> str:
-    if Path(name_or_path).exists():
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"isn't a PaddleNLP model that can be read ({reason})"
-    return "is no folder here, and can't be downloaded; check the name and the network, or give a local folder"
+def _unreadable(source: str | Path, error: Exception) -> InputError:
+    """For a model that is there, but not in order."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(f"{source}: isn't a PaddleNLP model that can be read ({reason})")
+
+
+def _not_found(name: str | Path) -> InputError:
+    """For a name that PaddleNLP can't download."""
+    return InputError(
+        f"{name}: is no folder here, and can't be downloaded; check the name and the network, or give a local folder"
+    )
 
 
 def _build(backbone: _Backbone) -> PretrainedModel:
@@ -221,7 +227,7 @@ def _build(backbone: _Backbone) -> PretrainedModel:
     try:
         ptm = backbone.model_class(backbone.config)
     except Exception as error:
-        raise InputError(f"{backbone.source}: {_unavailable('.', error)}") from None
+        raise _unreadable(backbone.source, error) from None
     name = f"{backbone.source}: {backbone.model_class.__name__}"
     wanted = "need an encoder such as ERNIE or BERT"
     if not {"input_ids", "token_type_ids"} <= set(inspect.signature(ptm.forward).parameters):
@@ -254,7 +260,7 @@ def _pretrained_weights(backbone: _Backbone) -> Path:
     except Exception:
         file = None
     if file is None:
-        raise InputError(f"{backbone.source}: {_unavailable(backbone.source, Exception())}")
+        raise _not_found(backbone.source)
     return Path(file)
 
 
@@ -265,8 +271,8 @@ def _load_collator(name_or_path: str | Path, max_seq_length: int) -> TextCollato
     with tempfile.TemporaryDirectory() as folder:
         try:
             AutoTokenizer.from_pretrained(str(name_or_path)).save_pretrained(folder)
-        except Exception as error:
-            raise InputError(f"{name_or_path}: {_unavailable(name_or_path, error)}") from None
+        except Exception:
+            raise _not_found(name_or_path) from None
         if not (Path(folder) / VOCABULARY_FILE).is_file():
             raise InputError(f"{name_or_path}: its tokenizer has no {VOCABULARY_FILE}; need a WordPiece tokenizer")
         return TextCollator.load(folder, max_seq_length)
