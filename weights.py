@@ -21,8 +21,12 @@ def _latin1_encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-class _WeightsUnpickler(pickle.Unpickler):
-    """Admits the names that arrays in a dict need and refuses all others."""
+class _WeightsUnpickler(pickle._Unpickler):
+    """Admits the names that arrays in a dict need and refuses all others.
+
+    Python's own implementation, since the one in C fills the memory where a damaged or hostile file names a high place
+    in its table of objects seen so far. Arrays are read in one piece by both.
+    """
 
     ADMITTED: ClassVar = {
         ("numpy.core.multiarray", "_reconstruct"): np.core.multiarray._reconstruct,

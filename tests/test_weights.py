@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -353,3 +354,13 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path, name: str) -> N
     assert "no such" in refusal(tmp_path / name)
     (tmp_path / name).mkdir()
     refusal(tmp_path / name)
+
+
+def test_a_high_place_in_the_table_of_objects_takes_no_memory(tmp_path: Path) -> None:
+    """An empty dict that is put at place 2**28: pickle in C makes a table of 4 GB for it."""
+    path = tmp_path / "model_state.pdparams"
+    path.write_bytes(b"\x80\x02}r\xff\xff\xff\x0f.")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match="it is empty"):
+        read_weights(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB
