@@ -309,11 +309,11 @@ def create_model(
         max_seq_length = min(DEFAULT_TRAIN_LENGTH, _longest(backbone))
     config = ModelConfig(output_emb_size, pooling, dropout, max_seq_length)
     collator = _collator_beside(checkpoint, source, backbone, max_seq_length)
-    weights = checkpoint or (None if from_scratch else _pretrained_weights(backbone))
+    weights_file = checkpoint or (None if from_scratch else _pretrained_weights(backbone))
     model = cls(_build(backbone), config)
     _check_vocabulary(collator, backbone)
-    if weights:
-        _set_weights(model, weights, backbone, head_is_optional=True)
+    if weights_file:
+        _set_weights(model, read_weights(weights_file), weights_file, backbone, head_is_optional=True)
     return LoadedModel(model, collator)
 
 
@@ -334,13 +334,14 @@ def load_checkpoint(
     file = _weights_file(path)
     source = file.parent if (file.parent / BACKBONE_CONFIG_FILE).is_file() else model_name_or_path
     backbone = _backbone(source)
-    config = _read_model_config(file, read_weights(file))
+    weights = read_weights(file)
+    config = _read_model_config(file, weights)
     if output_emb_size is not None and output_emb_size != config.output_emb_size:
         raise InputError(
             f"--output_emb_size {output_emb_size}: {file} has {config.output_emb_size}; leave the option out"
         )
     model = cls(_build(backbone), config)
-    _set_weights(model, file, backbone, head_is_optional=False)
+    _set_weights(model, weights, file, backbone, head_is_optional=False)
     model.eval()
     length = max_seq_length or min(config.max_seq_length, _longest(backbone))
     collator = _collator_beside(file, source, backbone, length)
@@ -411,12 +412,14 @@ def _check_vocabulary(collator: TextCollator, backbone: _Backbone) -> None:
         raise InputError(f"{backbone.source}: pad_token_id isn't the line number of [PAD] in {VOCABULARY_FILE}")
 
 
-def _set_weights(model: SemanticIndexBase, file: Path, backbone: _Backbone, head_is_optional: bool) -> None:
-    """Copies the weights of a file into the model, and says which don't fit.
+def _set_weights(
+    model: SemanticIndexBase, weights: Mapping[str, np.ndarray], file: Path, backbone: _Backbone, head_is_optional: bool
+) -> None:
+    """Copies the weights of `file` into the model, and says which don't fit.
 
     Raises InputError if a parameter is missing or has another shape; those of the reduction may, if it is optional.
     """
-    weights = _with_our_names(read_weights(file), backbone.model_class.base_model_prefix)
+    weights = _with_our_names(weights, backbone.model_class.base_model_prefix)
     parameters = model.state_dict()
     problems = {
         "missing": [name for name in parameters if name not in weights],
