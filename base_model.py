@@ -421,12 +421,13 @@ def _set_weights(
     """
     weights = _with_our_names(weights, backbone.model_class.base_model_prefix)
     parameters = model.state_dict()
+    fitting = [name for name in parameters if name in weights and weights[name].shape == tuple(parameters[name].shape)]
     problems = {
         "missing": [name for name in parameters if name not in weights],
         "wrong-shaped": [
             f"{name} {list(weights[name].shape)} instead of {list(parameter.shape)}"
             for name, parameter in parameters.items()
-            if name in weights and weights[name].shape != tuple(parameter.shape)
+            if name in weights and name not in fitting
         ],
         "unexpected": [name for name in weights if name not in parameters],
     }
@@ -441,9 +442,8 @@ def _set_weights(
         raise InputError(f"{file}: doesn't fit {backbone.model_class.__name__} of {backbone.source} ({report})")
     if report:
         log(f"{file}: {report}; all other parameters were taken")
-    for name, parameter in parameters.items():
-        if name in weights and weights[name].shape == tuple(parameter.shape):
-            parameter.set_value(weights[name])
+    for name in fitting:
+        parameters[name].set_value(weights[name])
 
 
 def _with_our_names(weights: Mapping[str, np.ndarray], backbone_prefix: str) -> dict[str, np.ndarray]:
