@@ -1,16 +1,11 @@
-"""Every file that the stages exchange, and the one way from text to tokens, batches and vectors. Imports no Paddle."""
+"""The text files that stages exchange, and the one way from text to tokens, batches and vectors. Imports no Paddle."""
 
 import argparse
-import contextlib
 import io
-import json
 import math
 import mmap
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,14 +18,14 @@ from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.processors import BertProcessing
 from tokenizers.trainers import WordPieceTrainer
 
+from files import atomic_write, open_for_reading, read_json, write_json
 from runtime import InputError, at_least, log, progress_bar
 
 MAX_LINE_BYTES = 1 << 20  # a longer line is a file without line ends, not a text
 REPORTED_BAD_LINES = 10
 SORTING_WINDOW = 16384  # texts sorted by length at a time: long enough for even batches, small in memory
-LENGTH_CHUNKS = (
-    4  # of a training batch: pads 30 tokens a text to 36, one chunk would to 64, and 8 to 33 (classical pairs)
-)
+LENGTH_CHUNKS = 4  # of a batch: 30 tokens a text are padded to 36 (classical pairs); one chunk pads to 64, 8 to 33
+LENGTH_WINDOW = 32  # batches that --group_by_length sorts together
 UTF8_BOM = b"\xef\xbb\xbf"
 
 VOCABULARY_FILE = "vocab.txt"
@@ -163,7 +158,7 @@ def read_lines(
     """
     bad_lines: list[str] = []
     bad = good = 0
-    with _open_for_reading(path) as file:
+    with open_for_reading(path) as file:
         for number, offset, raw in _split_lines(file):
             try:
                 row = parse(_decode(raw))
@@ -181,19 +176,6 @@ def read_lines(
         raise InputError(f"{path}: no line in it {'can be used' if bad else '(the file is empty)'}")
     if bad:
         log(f"{path}: left out {bad} bad line(s) of {bad + good}, the first: {bad_lines[0]}")
-
-
-def _open_for_reading(path: str | Path) -> io.BufferedReader:
-    try:
-        if Path(path).is_fifo():
-            raise InputError(f"{path}: is a pipe; give a file")
-        return open(path, "rb")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a folder; give the file in it") from None
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror})") from None
 
 
 def _split_lines(file: io.BufferedReader) -> Iterator[tuple[int, int, bytes | None]]:
@@ -239,7 +221,7 @@ class Corpus(Sequence[str]):
     def __init__(self, path: str | Path, *, skip_bad_lines: bool = False) -> None:
         lines = read_lines(path, parse_text, skip_bad_lines)
         self._offsets = np.fromiter((line.offset for line in lines if line.row is not None), dtype=np.int64)
-        with _open_for_reading(path) as file:
+        with open_for_reading(path) as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:
@@ -262,11 +244,17 @@ def read_corpus(path: str | Path, *, skip_bad_lines: bool = False) -> Corpus:
 
 
 def read_hits(path: str | Path) -> dict[str, list[str]]:
-    """A recall result as query -> recalled documents, best first. Raises InputError as `read_lines` does."""
-    hits: dict[str, list[str]] = {}
-    for line in read_lines(path, parse_hit, remedy="write the recall result again with recall.py"):
-        hits.setdefault(line.row.query, []).append(line.row.title)
-    return hits
+    """A recall result as `documents_by_query`. Raises InputError as `read_lines` does."""
+    remedy = "write the recall result again with recall.py"
+    return documents_by_query(line.row for line in read_lines(path, parse_hit, remedy=remedy))
+
+
+def documents_by_query(hits: Iterable[Hit]) -> dict[str, list[str]]:
+    """query -> recalled documents, best first."""
+    documents: dict[str, list[str]] = {}
+    for hit in hits:
+        documents.setdefault(hit.query, []).append(hit.title)
+    return documents
 
 
 def titles_by_query(pairs: Iterable[TextPair]) -> dict[str, set[str]]:
@@ -281,91 +269,10 @@ def titles_by_query(pairs: Iterable[TextPair]) -> dict[str, set[str]]:
 # Writing
 
 
-def _temporary_name(path: Path) -> Path:
-    # Cut, so that it isn't too long where the name itself isn't.
-    return path.with_name(f".{path.name[:60]}.{uuid.uuid4().hex[:8]}.tmp")
-
-
-def _replaceable(path: str | Path, is_kind: Callable[[Path], bool]) -> Path:
-    """The file or folder to write: a link's target. Raises InputError if something of another kind is there."""
-    path = Path(path)
-    try:
-        target = path.resolve() if path.is_symlink() else path
-        if target.name and (is_kind(target) or not target.exists()):
-            return target
-    except OSError as error:
-        raise InputError(f"{path}: can't be written ({error.strerror or error})") from None
-    raise InputError(f"{path}: can't be written (something else is there)")
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
-    """Opens a file that appears under `path` only when the block has ended well. Makes the folder if need be.
-
-    mode: "w" for UTF-8 text with LF, "wb" for bytes. Raises InputError if the file can't be written.
-    """
-    path = _replaceable(path, Path.is_file)
-    temporary = _temporary_name(path)
-    text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, **text_options) as file:
-            yield file
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: can't be written ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-@contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Gives a new folder that takes the place of `path` only when the block has ended well.
-
-    Raises InputError if it can't be written.
-    """
-    path = _replaceable(path, Path.is_dir)
-    temporary = _temporary_name(path)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():
-            replaced = _temporary_name(path)
-            path.rename(replaced)
-            temporary.rename(path)
-            shutil.rmtree(replaced)
-        else:
-            temporary.rename(path)
-    except OSError as error:
-        raise InputError(f"{path}: can't be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def write_hits(path: str | Path, hits: Iterable[Hit]) -> None:
     """Writes a recall result, `query<TAB>document<TAB>cosine` a line. Raises InputError if it can't be written."""
     with atomic_write(path) as file:
         file.writelines(f"{hit.query}\t{hit.title}\t{hit.score}\n" for hit in hits)
-
-
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object for people to read. Raises InputError if it can't be written."""
-    with atomic_write(path) as file:
-        json.dump(content, file, ensure_ascii=False, indent=2)
-        file.write("\n")
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises InputError for anything else."""
-    with _open_for_reading(path) as file:
-        try:
-            content = json.loads(file.read())
-        except (ValueError, RecursionError):
-            content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: isn't a JSON object")
-    return content
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,7 +281,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 def read_vocabulary(path: str | Path) -> list[str]:
     """The tokens in the order of their ids. Raises InputError if a special token is missing."""
-    with _open_for_reading(path) as file:
+    with open_for_reading(path) as file:
         try:
             lines = file.read().decode("utf-8").removesuffix("\n").split("\n")
         except UnicodeDecodeError:
@@ -529,15 +436,17 @@ def split_evenly(count: int, parts: int, part: int) -> slice:
 
 
 class PairBatch(NamedTuple):
-    """What one process trains on in a step: B pairs, of which H have a hard negative.
+    """What one process encodes for a batch, and what the batch is scored against.
 
-    Its texts are the queries, the titles and the hard negatives, in this order; T = 2 B + H.
+    Its B pairs, of which H have a hard negative, are the texts queries, titles, hard negatives, in this order;
+    T = 2 B + H. `sizes` has (B, H) of every rank whose titles are scored together, and `place` says which is ours.
     """
 
-    rows: np.ndarray  # int64 [B], the pairs' positions in the training file's list
-    chunks: list[TokenIds]  # all texts sorted by length, a few at a time
+    chunks: list[TokenIds]  # our texts, longest first, a few at a time
     chunk_rows: np.ndarray  # int64 [T], where each text stands among the rows of the chunks
-    mask: np.ndarray | None  # bool [B, B + H], True where a title or hard negative is no negative for the query
+    sizes: list[tuple[int, int]]
+    place: int
+    mask: np.ndarray | None  # bool [all B, all B + all H], True where a text is no negative for the query
 
 
 class PositivesMask:
@@ -571,38 +480,109 @@ class PositivesMask:
 
 
 class PairCollator:
-    """From rows of the training file to a PairBatch."""
+    """From rows of the training file to a PairBatch; tokenises all texts once, when it is made.
 
-    def __init__(self, collator: TextCollator, pairs: Sequence[TextPair], mask_duplicates: bool = True) -> None:
-        self._collator, self._pairs = collator, pairs
-        self._has_hard_negative = np.array([pair.hard_negative is not None for pair in pairs])
-        self._positives_mask = PositivesMask(pairs) if mask_duplicates else None
-
-    def __call__(self, rows: np.ndarray) -> PairBatch:
-        """rows: int64 [B], B at least 1."""
-        hard_negative_rows = rows[self._has_hard_negative[rows]]
-        ids = self._collator.tokenize(
-            [self._pairs[row].query for row in rows]
-            + [self._pairs[row].title for row in rows]
-            + [self._pairs[row].hard_negative for row in hard_negative_rows]
-        )
-        by_length = np.argsort([len(text_ids) for text_ids in ids], kind="stable")
-        chunks = [chunk for chunk in np.array_split(by_length, LENGTH_CHUNKS) if len(chunk)]
-        return PairBatch(
-            rows,
-            [self._collator.pad([ids[text] for text in chunk]) for chunk in chunks],
-            np.argsort(by_length),
-            self._positives_mask(rows, rows, hard_negative_rows) if self._positives_mask else None,
-        )
-
-
-def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int, world_size: int = 1) -> list[list[np.ndarray]]:
-    """Rows of every step of an epoch for every rank: `[step][rank]` is int64 [batch_size].
-
-    The order depends on (seed, epoch) alone. No row is dropped: the last step's are shared out evenly, and where there
-    are fewer of them than ranks, some ranks have none.
+    chunk_texts: encode so many texts at a time; by default a batch is cut into LENGTH_CHUNKS parts of equal size.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    step_rows = batch_size * world_size
-    steps = [order[start : start + step_rows] for start in range(0, count, step_rows)]
-    return [[rows[split_evenly(len(rows), world_size, rank)] for rank in range(world_size)] for rows in steps]
+
+    def __init__(
+        self,
+        collator: TextCollator,
+        pairs: Sequence[TextPair],
+        *,
+        mask_duplicates: bool = True,
+        chunk_texts: int | None = None,
+    ) -> None:
+        self._collator, self._chunk_texts = collator, chunk_texts
+        self._positives_mask = PositivesMask(pairs) if mask_duplicates else None
+        self._has_hard_negative = np.array([pair.hard_negative is not None for pair in pairs])
+        self._queries, self._titles, self._hard_negatives = (
+            TokenisedTexts(collator, [text or "" for text in column]) for column in zip(*pairs, strict=True)
+        )
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each pair, int64 [N]: what encoding it costs."""
+        hard_negatives = np.where(self._has_hard_negative, self._hard_negatives.lengths, 0)
+        return self._queries.lengths + self._titles.lengths + hard_negatives
+
+    def __call__(self, rank_rows: Sequence[np.ndarray], place: int = 0) -> PairBatch:
+        """The batch of `rank_rows[place]`, scored against the texts of all `rank_rows`: int64 [B] each, some empty."""
+        hard_negative_rows = [rows[self._has_hard_negative[rows]] for rows in rank_rows]
+        rows = rank_rows[place]
+        ids = [
+            texts[row]
+            for texts, own_rows in (
+                (self._queries, rows),
+                (self._titles, rows),
+                (self._hard_negatives, hard_negative_rows[place]),
+            )
+            for row in own_rows
+        ]
+        longest_first = np.argsort([-len(text_ids) for text_ids in ids], kind="stable")
+        parts = -(-len(ids) // self._chunk_texts) if self._chunk_texts else LENGTH_CHUNKS
+        chunks = [chunk for chunk in np.array_split(longest_first, max(1, parts)) if len(chunk)]
+        all_rows = np.concatenate(rank_rows)
+        return PairBatch(
+            chunks=[self._collator.pad([ids[text] for text in chunk]) for chunk in chunks],
+            chunk_rows=np.argsort(longest_first),
+            sizes=[(len(pairs), len(hard)) for pairs, hard in zip(rank_rows, hard_negative_rows, strict=True)],
+            place=place,
+            mask=self._positives_mask(all_rows, all_rows, np.concatenate(hard_negative_rows))
+            if self._positives_mask
+            else None,
+        )
+
+
+class TokenisedTexts(Sequence[np.ndarray]):
+    """The token ids of many texts, held as one array of the smallest fitting type."""
+
+    def __init__(self, collator: TextCollator, texts: Sequence[str]) -> None:
+        dtype = np.min_scalar_type(collator.vocabulary_size)
+        tokens, lengths = [], []
+        for window in batched(texts, SORTING_WINDOW):
+            ids = collator.tokenize(window)
+            tokens.append(np.fromiter(chain.from_iterable(ids), dtype))
+            lengths.append(np.array([len(text_ids) for text_ids in ids]))
+        self.lengths = np.concatenate(lengths)
+        self._tokens = np.concatenate(tokens)
+        self._ends = np.cumsum(self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: Any) -> np.ndarray:
+        return self._tokens[self._ends[row] - self.lengths[row] : self._ends[row]]
+
+
+def epoch_batches(
+    count: int,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    world_size: int = 1,
+    lengths: np.ndarray | None = None,
+) -> list[list[np.ndarray]]:
+    """Rows of every batch of an epoch for every rank: `[batch][rank]` is int64 [batch_size].
+
+    The order depends on (seed, epoch) alone. No row is dropped: the last batch's are shared out evenly, and where there
+    are fewer of them than ranks, some ranks have none. lengths: int64 [count]; with them, pairs of similar length come
+    together: each LENGTH_WINDOW batches' rows are sorted, cut into batches and these shuffled.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(count)
+    batch_rows = batch_size * world_size
+    batches = [order[start : start + batch_rows] for start in range(0, count, batch_rows)]
+    if lengths is not None:
+        batches = [batch for window in batched(batches, LENGTH_WINDOW) for batch in _by_length(window, lengths, random)]
+    return [[rows[split_evenly(len(rows), world_size, rank)] for rank in range(world_size)] for rows in batches]
+
+
+def _by_length(batches: list[np.ndarray], lengths: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:
+    """The rows of `batches` sorted by length and cut into batches of the same sizes, in random order."""
+    rows = np.concatenate(batches)
+    rows = rows[np.argsort(lengths[rows], kind="stable")]
+    cuts = np.cumsum([len(batch) for batch in batches])[:-1]
+    by_length = np.split(rows, cuts)
+    return [by_length[place] for place in random.permutation(len(by_length))]

@@ -1,14 +1,21 @@
 """What the ranks under `paddle.distributed.launch` say to each other; with one process all of it is the identity."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
+from paddle.base import core
 
 from data import split_evenly
 
 GATHERED_ROWS = 65536  # vectors sent to rank 0 at a time: 64 MiB of 256 floats
+SECONDS_BETWEEN_LOOKS = 0.02  # while a rank waits for the others
+_meetings = itertools.count()
+_RANK_0_IS_THERE = "semantic_index/rank_0_is_there"
 
 
 def init_ranks() -> tuple[int, int]:
@@ -18,6 +25,32 @@ def init_ranks() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def meet() -> None:
+    """Returns when all ranks have come here.
+
+    They wait at the launcher's store and not in a collective, which would end after 30 minutes and is deaf to signals.
+    """
+    if dist.get_world_size() == 1:
+        return
+    store, meeting = core.create_or_get_global_tcp_store(), f"semantic_index/meeting/{next(_meetings)}"
+    store.add(meeting, 1)
+    while store.add(meeting, 0) < dist.get_world_size():
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def wait_for_rank_0(seconds: float) -> None:
+    """Returns when rank 0 has come here too, or after `seconds`; rank 0 itself doesn't wait."""
+    if dist.get_world_size() == 1:
+        return
+    store, end = core.create_or_get_global_tcp_store(), time.monotonic() + seconds
+    if dist.get_rank() == 0:
+        store.add(_RANK_0_IS_THERE, 1)
+        return
+    with contextlib.suppress(RuntimeError):  # rank 0, which keeps the store, has left already
+        while time.monotonic() < end and not store.add(_RANK_0_IS_THERE, 0):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
 def broadcast_parameters(model: paddle.nn.Layer) -> None:
     """Gives all ranks the weights of rank 0."""
     if dist.get_world_size() > 1:
@@ -25,54 +58,71 @@ def broadcast_parameters(model: paddle.nn.Layer) -> None:
             dist.broadcast(parameter, src=0)
 
 
-def average_gradients(parameters: Iterable[paddle.Tensor], loss: float, rows: int) -> tuple[float, int]:
-    """Replaces each gradient by the mean over the ranks, weighted by their rows; one reduction for all of them.
+def sum_gradients(parameters: Iterable[paddle.Tensor], numbers: Sequence[float]) -> list[float]:
+    """Replaces each gradient by its sum over the ranks, and sums `numbers` along; one reduction for all of them.
 
     A parameter without a gradient on any rank, such as the pooler's under mean pooling, is left without.
-    loss: this rank's mean loss; rows: the rows that it is the mean of, 0 for a rank without any.
-    Returns the loss averaged in the same way and the number of rows of all ranks.
     """
     if dist.get_world_size() == 1:
-        return loss, rows
+        return list(numbers)
     parameters = [parameter for parameter in parameters if not parameter.stop_gradient]
     has_gradient = [float(parameter.grad is not None) for parameter in parameters]
-    flat = [paddle.to_tensor([rows, rows * loss if rows else 0.0, *has_gradient], dtype="float32")]
+    flat = [paddle.to_tensor([*numbers, *has_gradient], dtype="float32")]
     for parameter, used in zip(parameters, has_gradient, strict=True):
-        flat.append((parameter.grad * rows).flatten() if used else paddle.zeros([parameter.size], parameter.dtype))
+        flat.append(parameter.grad.flatten() if used else paddle.zeros([parameter.size], parameter.dtype))
     summed = paddle.concat(flat)
     dist.all_reduce(summed)
-    start = 2 + len(parameters)
-    all_rows, all_loss, *ranks_with_gradient = summed[:start].tolist()
-    for parameter, used in zip(parameters, ranks_with_gradient, strict=True):
+    start = len(numbers) + len(parameters)
+    first_numbers = summed[:start].tolist()
+    for parameter, used in zip(parameters, first_numbers[len(numbers) :], strict=True):
         if used:
-            parameter.grad = (summed[start : start + parameter.size] / all_rows).reshape(parameter.shape)
+            parameter.grad = summed[start : start + parameter.size].reshape(parameter.shape)
         start += parameter.size
-    return all_loss / all_rows, int(all_rows)
+    return first_numbers[: len(numbers)]
 
 
-def encode_share(count: int, width: int, encode: Callable[[slice], np.ndarray]) -> np.ndarray | None:
-    """Has each rank encode its contiguous share of `count` rows and gathers all of them on rank 0.
+def gather_rows(own: paddle.Tensor, counts: Sequence[int], place: int) -> list[paddle.Tensor]:
+    """The rows of every rank, [counts[rank], D] each; gradients flow into `own` [counts[place], D] alone.
 
-    encode: gives the float32 [n, width] vectors of a slice of rows. Returns [count, width] on rank 0, else None.
+    Ranks whose rows are fewer pad them for the one collective. With one count it is `[own]`.
+    """
+    if len(counts) == 1:
+        return [own]
+    padding = paddle.zeros([max(counts) - counts[place], own.shape[1]], own.dtype)
+    gathered: list[paddle.Tensor] = []
+    dist.all_gather(gathered, paddle.concat([own.detach(), padding]))
+    return [own if rank == place else rows[: counts[rank]] for rank, rows in enumerate(gathered)]
+
+
+def gather_arrays(own: np.ndarray) -> list[np.ndarray]:
+    """The array of every rank, all of one shape and type, on every rank."""
+    if dist.get_world_size() == 1:
+        return [own]
+    meet()
+    gathered: list[paddle.Tensor] = []
+    dist.all_gather(gathered, paddle.to_tensor(own))
+    return [array.numpy() for array in gathered]
+
+
+def encode_share(count: int, width: int, encode: Callable[[slice], np.ndarray]) -> np.ndarray:
+    """Has each rank encode its contiguous share of `count` rows and gives all of them to every rank.
+
+    encode: gives the float32 [n, width] vectors of a slice of rows. Returns [count, width].
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     share = encode(split_evenly(count, world_size, rank))
     if world_size == 1:
         return share
-    everything = np.empty((count, width), dtype=np.float32) if rank == 0 else None
+    everything = np.empty((count, width), dtype=np.float32)
     longest = -(-count // world_size)
     for start in range(0, longest, GATHERED_ROWS):
         block = np.zeros((min(GATHERED_ROWS, longest - start), width), dtype=np.float32)
         rows = share[start : start + len(block)]
         block[: len(rows)] = rows
-        blocks: list[paddle.Tensor] = []
-        dist.all_gather(blocks, paddle.to_tensor(block))
-        if everything is None:
-            continue
-        for sender, received in enumerate(blocks):
+        for sender, received in enumerate(gather_arrays(block)):
             theirs = split_evenly(count, world_size, sender)
             first = theirs.start + start
             last = min(first + len(block), theirs.stop)
             if first < last:
-                everything[first:last] = received.numpy()[: last - first]
+                everything[first:last] = received[: last - first]
     return everything

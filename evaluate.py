@@ -88,12 +88,20 @@ def evaluate(positives: Mapping[str, set[str]], hits: Mapping[str, Sequence[str]
     )
 
 
+def metric_names(recall_num: int) -> list[str]:
+    """Names of the metrics of an evaluation at `recall_num`, in the order in which they are printed."""
+    return [*(f"recall@{k}" for k in RECALL_CUTOFFS if k <= recall_num), f"mrr@{recall_num}", f"ndcg@{recall_num}"]
+
+
+def metrics(evaluation: Evaluation) -> dict[str, float]:
+    """Name -> value from 0 to 1."""
+    values = [*evaluation.recall.values(), evaluation.mrr, evaluation.ndcg]
+    return dict(zip(metric_names(evaluation.recall_num), values, strict=True))
+
+
 def format_lines(evaluation: Evaluation) -> list[str]:
     """`name@K=percent` lines: those of recall as the original prints them, then MRR and nDCG."""
-    metrics = [(f"recall@{k}", value) for k, value in evaluation.recall.items()]
-    metrics.append((f"mrr@{evaluation.recall_num}", evaluation.mrr))
-    metrics.append((f"ndcg@{evaluation.recall_num}", evaluation.ndcg))
-    return [f"{name}={round(100 * value, 3)}" for name, value in metrics]
+    return [f"{name}={round(100 * value, 3)}" for name, value in metrics(evaluation).items()]
 
 
 def build_parser() -> argparse.ArgumentParser:

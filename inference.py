@@ -8,17 +8,18 @@ import numpy as np
 from data import (
     add_encoding_args,
     add_skip_bad_lines_arg,
-    atomic_write,
     encode_texts,
     parse_text,
     read_lines,
 )
+from files import atomic_write
 from runtime import ArgumentParser, run, set_up_paddle
 
 if __name__ == "__main__":
     set_up_paddle()
 
-from base_model import add_checkpoint_args, add_device_arg, load_checkpoint, set_device
+from base_model import add_checkpoint_args, add_device_arg, set_device
+from checkpoint import load_checkpoint
 
 SAMPLE_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"
 DEFAULT_PARAMS_PATH = "checkpoints/inbatch/model_40/model_state.pdparams"

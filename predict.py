@@ -6,23 +6,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from data import TextPair, add_encoding_args, add_skip_bad_lines_arg, encode_texts, parse_pair, read_lines
-from runtime import ArgumentParser, run, set_up_paddle
+from runtime import ArgumentParser, is_main_process, run, set_up_paddle
 
 if __name__ == "__main__":
     set_up_paddle()
 
-from base_model import (
-    LoadedModel,
-    add_checkpoint_args,
-    add_device_arg,
-    load_checkpoint,
-    set_device,
-)
+from base_model import add_checkpoint_args, add_device_arg, set_device
+from checkpoint import LoadedModel, load_checkpoint
 from distributed import encode_share, init_ranks
 
 
-def predict(loaded: LoadedModel, pairs: Sequence[TextPair], batch_size: int) -> np.ndarray | None:
-    """Cosines of query and title, float32 [N, 1], in order, on rank 0; None on the others."""
+def predict(loaded: LoadedModel, pairs: Sequence[TextPair], batch_size: int) -> np.ndarray:
+    """Cosines of query and title, float32 [N, 1], in order; each rank computes its share."""
 
     def cosines(rows: slice) -> np.ndarray:
         vectors = [
@@ -73,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     loaded.collator.pad_to_max_seq_len = args.pad_to_max_seq_len
     cosines = predict(loaded, [pair for pair in lines if pair is not None], args.batch_size)
-    if cosines is not None:
+    if is_main_process():
         remaining = iter(cosines[:, 0].tolist())
         print("\n".join("nan" if pair is None else str(next(remaining)) for pair in lines))
     return 0

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ann_util import VectorIndex, add_index_args, build_index, check_index_args, overlap_with_exact
+from ann_util import VectorIndex, add_index_args, build_index, check_index_args, overlap
 from data import (
     Corpus,
     Hit,
@@ -19,16 +19,18 @@ from data import (
     encode_texts,
     read_corpus,
     read_text_pairs,
+    split_evenly,
     titles_by_query,
     write_hits,
 )
-from runtime import ArgumentParser, at_least, log, run, set_up_paddle
+from runtime import ArgumentParser, at_least, is_main_process, log, run, set_up_paddle
 
 if __name__ == "__main__":
     set_up_paddle()
 
-from base_model import SemanticIndexBase, add_checkpoint_args, add_device_arg, load_checkpoint, set_device
-from distributed import encode_share, init_ranks
+from base_model import SemanticIndexBase, add_checkpoint_args, add_device_arg, set_device
+from checkpoint import load_checkpoint
+from distributed import encode_share, gather_arrays, init_ranks
 
 OVERLAP_SAMPLE = 200  # queries on which the index is compared with exact search: half a point is one hit in 200
 
@@ -41,17 +43,31 @@ class Recall(NamedTuple):
     index_overlap: float  # share of exact search's hits that the index found, on a sample of the queries
 
 
-def encode_for_search(
-    model: SemanticIndexBase, collator: TextCollator, texts: Sequence[str], batch_size: int, desc: str
-) -> np.ndarray | None:
-    """Unit vectors float32 [N, D] on rank 0, each rank having encoded its share; None on the others."""
+class ShardedIndex:
+    """The index of a corpus that is cut over the ranks: each holds and searches its share, all get the answer.
 
-    def encode(rows: slice) -> np.ndarray:
-        share = texts[rows]
-        out = np.empty((len(share), model.embedding_size), dtype=np.float32)
-        return encode_texts(model.embed, share, collator, batch_size, out, desc)
+    build: makes the index of vectors [N, D]; vectors: those of our share; rows: where it lies in the corpus; size: of
+    the whole corpus.
+    """
 
-    return encode_share(len(texts), model.embedding_size, encode)
+    def __init__(self, build: Callable[[np.ndarray], VectorIndex], vectors: np.ndarray, rows: slice, size: int) -> None:
+        # A corpus with fewer documents than ranks leaves some without any.
+        self._share = build(vectors) if len(vectors) else None
+        self._first_row, self._size = rows.start, size
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """What `VectorIndex.search` gives for an index of the whole corpus."""
+        k = min(k, self._size)
+        ids = np.full((len(queries), k), -1, np.int64)
+        similarities = np.full((len(queries), k), -np.inf, np.float32)
+        if self._share:
+            own_ids, own_similarities = self._share.search(queries, k)
+            ids[:, : own_ids.shape[1]] = own_ids + self._first_row
+            similarities[:, : own_ids.shape[1]] = own_similarities
+        ids = np.concatenate(gather_arrays(ids), axis=1)
+        similarities = np.concatenate(gather_arrays(similarities), axis=1)
+        best = np.lexsort((ids, -similarities), axis=1)[:, :k]
+        return np.take_along_axis(ids, best, axis=1), np.take_along_axis(similarities, best, axis=1)
 
 
 def recall(
@@ -63,20 +79,26 @@ def recall(
     batch_size: int,
     recall_num: int,
     build: Callable[[np.ndarray], VectorIndex],
-) -> Recall | None:
-    """Searches the corpus for the `recall_num` documents nearest to each query; None on ranks other than 0.
+) -> Recall:
+    """Searches the corpus for the `recall_num` documents nearest to each query; all ranks get the result.
 
-    A corpus that is smaller gives all it has. build: makes the index of the corpus's vectors. Raises InputError, as
-    when a vector isn't finite.
+    Each rank encodes, indexes and searches its share of the corpus. A corpus that is smaller gives all it has. build:
+    makes the index of a share's vectors. Raises InputError, as when a vector isn't finite.
     """
-    corpus_vectors = encode_for_search(model, collator, corpus, batch_size, "corpus")
-    query_vectors = encode_for_search(model, collator, queries, batch_size, "queries")
-    if corpus_vectors is None or query_vectors is None:
-        return None
-    index = build(corpus_vectors)
-    ids, similarities = index.search(query_vectors, recall_num)
-    sample = query_vectors[:: max(1, len(query_vectors) // OVERLAP_SAMPLE)]
-    return Recall(ids, similarities, overlap_with_exact(index, corpus_vectors, sample, recall_num))
+
+    def encode(texts: Sequence[str], desc: str) -> np.ndarray:
+        out = np.empty((len(texts), model.embedding_size), dtype=np.float32)
+        return encode_texts(model.embed, texts, collator, batch_size, out, desc)
+
+    rank, world_size = init_ranks()
+    rows = split_evenly(len(corpus), world_size, rank)
+    documents = encode(corpus[rows], "corpus")
+    query_vectors = encode_share(len(queries), model.embedding_size, lambda share: encode(queries[share], "queries"))
+    ids, similarities = ShardedIndex(build, documents, rows, len(corpus)).search(query_vectors, recall_num)
+    exact = ShardedIndex(partial(build_index, "exact"), documents, rows, len(corpus))
+    sample = slice(None, None, max(1, len(queries) // OVERLAP_SAMPLE))
+    _, expected = exact.search(query_vectors[sample], recall_num)
+    return Recall(ids, similarities, overlap(similarities[sample], expected))
 
 
 def as_hits(found: Recall, corpus: Corpus, queries: Sequence[str]) -> Iterator[Hit]:
@@ -146,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             hnsw_max_elements=args.hnsw_max_elements,
         ),
     )
-    if found is None:
+    if not is_main_process():
         return 0
     result = Path(args.recall_result_dir) / args.recall_result_file
     write_hits(result, as_hits(found, corpus, queries))

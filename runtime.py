@@ -7,12 +7,13 @@ import importlib
 import io
 import math
 import os
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -73,6 +74,45 @@ def run(main: Callable[[], int]) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM came while `StopSignals.raised` was in force."""
+
+
+class StopSignals:
+    """As a context: SIGINT and SIGTERM only make `received` their number, so that what is being done ends well."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._raise = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: object) -> None:
+        self.received = number
+        if self._raise:
+            self._raise = False  # a second signal doesn't disturb what the first one started
+            raise Stopped
+
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        """Within it a signal raises Stopped, at once if it has come already: for long work that nobody needs then."""
+        self._raise = True
+        try:
+            if self.received:
+                raise Stopped
+            yield
+        finally:
+            self._raise = False
 
 
 def is_main_process() -> bool:

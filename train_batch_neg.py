@@ -2,36 +2,43 @@
 
 import argparse
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from visualdl import LogWriter
 
-from ann_util import VectorIndex, add_index_args, build_index, check_index_args
+from ann_util import add_index_args, build_index, check_index_args
 from data import (
-    Corpus,
     PairCollator,
-    TextCollator,
     TextPair,
     add_encoding_args,
     add_evaluation_file_args,
     add_skip_bad_lines_arg,
-    atomic_write,
+    batched,
     epoch_batches,
     parse_pair,
     read_corpus,
-    read_hits,
     read_lines,
     read_text_pairs,
     titles_by_query,
-    write_hits,
 )
-from evaluate import Evaluation, evaluate, format_lines
-from runtime import ArgumentParser, InputError, at_least, log, run, set_up_paddle
+from evaluate import metric_names
+from files import clear_leftovers, sha256
+from runtime import (
+    ArgumentParser,
+    InputError,
+    Stopped,
+    StopSignals,
+    at_least,
+    is_main_process,
+    log,
+    run,
+    set_up_paddle,
+)
 
 if __name__ == "__main__":
     set_up_paddle()
@@ -39,78 +46,51 @@ if __name__ == "__main__":
 import paddle
 from paddlenlp.transformers import LinearDecayWithWarmup
 
-from base_model import add_device_arg, add_model_args, create_model, save_checkpoint, set_device, set_seed
-from batch_negative.model import SemanticIndexBatchNeg
-from distributed import average_gradients, broadcast_parameters, init_ranks
-from recall import as_hits, recall, report_missing_positives
+from base_model import add_device_arg, add_model_args, set_device, set_seed
+from batch_negative.gradient_cache import cached_backward, direct_backward
+from batch_negative.model import SemanticIndexBatchNeg, batch_loss
+from checkpoint import (
+    LoadedModel,
+    TrainingState,
+    create_model,
+    latest_checkpoint,
+    load_checkpoint,
+    optimizer_arrays,
+    read_training_state,
+    remove_old_checkpoints,
+    restore_optimizer,
+    save_checkpoint,
+    step_folder,
+)
+from cpu_layers import speed_up_training
+from distributed import broadcast_parameters, init_ranks, meet, sum_gradients, wait_for_rank_0
+from monitor import Evaluator, Step, TrainingLog
+from recall import report_missing_positives
 
-BEST_METRIC_CUTOFF = 5  # model_best is the one with the highest Recall@5, or at recall_num if that is less
-
-
-class Step(NamedTuple):
-    """What is known after a training step."""
-
-    number: int  # from 1, over all epochs
-    epoch: int  # from 1
-    ends_epoch: bool
-    loss: float  # mean over the pairs of all ranks
-    learning_rate: float  # at which the step was taken
-    pairs: int  # of all ranks
-
-
-class Evaluator:
-    """Recalls and evaluates as recall.py and evaluate.py do, and keeps the score of the best model so far."""
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        positives: dict[str, set[str]],
-        *,
-        batch_size: int,
-        recall_num: int,
-        build: Callable[[np.ndarray], VectorIndex],
-        result_file: Path,
-        report_file: Path,
-    ) -> None:
-        self._corpus, self._positives = corpus, positives
-        self._batch_size, self._recall_num, self._build = batch_size, recall_num, build
-        self._result_file, self._report_file = result_file, report_file
-        self._reports: list[str] = []
-        self._best = -1.0
-
-    def __call__(self, model: SemanticIndexBatchNeg, collator: TextCollator, step: Step) -> Evaluation | None:
-        """Evaluates the model and writes both files; all ranks call it, rank 0 gets the result."""
-        queries = list(self._positives)
-        found = recall(
-            model,
-            collator,
-            self._corpus,
-            queries,
-            batch_size=self._batch_size,
-            recall_num=self._recall_num,
-            build=self._build,
-        )
-        if found is None:
-            return None
-        write_hits(self._result_file, as_hits(found, self._corpus, queries))
-        evaluation = evaluate(self._positives, read_hits(self._result_file), self._recall_num)
-        self._reports.append(f"global step {step.number}, epoch {step.epoch}\t" + "\t".join(format_lines(evaluation)))
-        with atomic_write(self._report_file) as file:
-            file.writelines(line + "\n" for line in self._reports)
-        return evaluation
-
-    def is_best(self, evaluation: Evaluation) -> bool:
-        """Whether no earlier evaluation was as good."""
-        score = best_metric(evaluation)
-        if score <= self._best:
-            return False
-        self._best = score
-        return True
-
-
-def best_metric(evaluation: Evaluation) -> float:
-    """Recall@5, or at the largest K below it that was computed."""
-    return evaluation.recall[max(k for k in evaluation.recall if k <= BEST_METRIC_CUTOFF)]
+STOP_SECONDS = 25.0  # that ranks wait for rank 0 to save when all are stopped: the launcher kills after 30
+SHAPING_OPTIONS = (  # without the same values a training can't go on exactly
+    "batch_size",
+    "gradient_accumulation_steps",
+    "epochs",
+    "max_steps",
+    "learning_rate",
+    "warmup_proportion",
+    "weight_decay",
+    "max_grad_norm",
+    "margin",
+    "scale",
+    "no_mask_duplicates",
+    "no_cross_device_negatives",
+    "group_by_length",
+    "use_amp",
+    "amp_dtype",
+    "output_emb_size",
+    "pooling",
+    "dropout",
+    "max_seq_length",
+    "seed",
+    "skip_bad_lines",
+)
 
 
 def make_optimizer(
@@ -139,116 +119,262 @@ def make_optimizer(
     return optimizer, scheduler
 
 
-def train(
-    model: SemanticIndexBatchNeg,
-    collate: PairCollator,
-    optimizer: paddle.optimizer.Optimizer,
-    scheduler: paddle.optimizer.lr.LRScheduler,
-    batches: Iterator[tuple[int, bool, list[np.ndarray]]],
-    *,
-    rank: int,
-    margin: float,
-    scale: float,
-) -> Iterator[Step]:
-    """Takes a step for each of `batches` (epoch, whether it ends it, rows of each rank) and yields after each.
+class PlannedStep(NamedTuple):
+    """Where a step stands, and the rows of the training file that it trains on: `batches[batch][rank]`."""
 
-    Raises NonFiniteLoss instead of taking a step on a loss that is no number.
+    number: int  # from 1, over all epochs
+    epoch: int  # from 1
+    ends_epoch: bool
+    batches: list[list[np.ndarray]]
+
+
+class Plan:
+    """Which pairs each step trains on: it follows from these arguments alone.
+
+    batch_size: pairs on each rank; accumulation: batches a step; max_steps: in place of epochs, which then go on until
+    it is reached; lengths: tokens of the pairs, to group them by.
     """
-    for number, (epoch, ends_epoch, rank_rows) in enumerate(batches, 1):
-        rows = rank_rows[rank]
-        loss = 0.0
-        if len(rows):
-            batch_loss = model(collate(rows), margin, scale)
-            batch_loss.backward()
-            loss = float(batch_loss)
-        mean_loss, pairs = average_gradients(model.parameters(), loss, len(rows))
-        if not math.isfinite(mean_loss):
-            raise NonFiniteLoss(number, mean_loss, rows if not math.isfinite(loss) else rows[:0])
-        learning_rate = optimizer.get_lr()
-        optimizer.step()
-        optimizer.clear_grad()
-        scheduler.step()
-        yield Step(number, epoch, ends_epoch, mean_loss, learning_rate, pairs)
+
+    def __init__(
+        self,
+        pairs: int,
+        batch_size: int,
+        *,
+        seed: int,
+        epochs: int,
+        max_steps: int | None = None,
+        accumulation: int = 1,
+        world_size: int = 1,
+        lengths: np.ndarray | None = None,
+    ) -> None:
+        self._accumulation = accumulation
+        self._epoch_batches = partial(
+            epoch_batches, pairs, batch_size, seed=seed, world_size=world_size, lengths=lengths
+        )
+        self.steps_per_epoch = math.ceil(math.ceil(pairs / (batch_size * world_size)) / accumulation)
+        self.total_steps = max_steps or epochs * self.steps_per_epoch
+
+    def epoch(self, step: int) -> tuple[int, bool]:
+        """(epoch of a step, whether the step ends it)."""
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        return epoch + 1, place == self.steps_per_epoch - 1
+
+    def steps(self, first: int) -> Iterator[PlannedStep]:
+        """The steps after `first`."""
+        epoch_steps: list[list[list[np.ndarray]]] = []
+        for number in range(first + 1, self.total_steps + 1):
+            epoch, ends_epoch = self.epoch(number)
+            place = (number - 1) % self.steps_per_epoch
+            if place == 0 or not epoch_steps:
+                epoch_steps = list(batched(self._epoch_batches(epoch=epoch), self._accumulation))
+            yield PlannedStep(number, epoch, ends_epoch, epoch_steps[place])
+
+
+class Trainer:
+    """Takes training steps.
+
+    backward: `direct_backward` or `cached_backward`; cross_device: score against the titles of all ranks; amp_dtype:
+    of matrix products, None for float32; loss_scale: at the start, for float16.
+    """
+
+    def __init__(
+        self,
+        model: SemanticIndexBatchNeg,
+        collate: PairCollator,
+        optimizer: paddle.optimizer.Optimizer,
+        scheduler: paddle.optimizer.lr.LRScheduler,
+        *,
+        rank: int,
+        seed: int,
+        margin: float,
+        scale: float,
+        cross_device: bool = True,
+        backward: Callable[..., paddle.Tensor] = direct_backward,
+        amp_dtype: str | None = None,
+        loss_scale: float = 32768.0,
+    ) -> None:
+        self._model, self._collate = model, collate
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self._rank, self._seed = rank, seed
+        self._margin, self._scale = margin, scale
+        self._cross_device, self._backward = cross_device, backward
+        self._amp_dtype = amp_dtype
+        self._scaler = paddle.amp.GradScaler(enable=amp_dtype == "float16", init_loss_scaling=loss_scale)
+
+    def step(self, planned: PlannedStep, stop: bool = False) -> Step:
+        """Takes a step together with all ranks; `stop` asks all of them to stop after it.
+
+        Raises NonFiniteLoss instead of taking a step on a loss that is no number.
+        """
+        pairs = sum(len(rows) for rank_rows in planned.batches for rows in rank_rows)
+        own_loss = sum(
+            self._add_gradients(rank_rows, pairs, (self._seed, self._rank, planned.number, place))
+            for place, rank_rows in enumerate(planned.batches)
+        )
+        loss, stops = sum_gradients(self._model.parameters(), [own_loss, float(stop)])
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(planned.number, loss, [] if math.isfinite(own_loss) else self._scored(planned.batches))
+        learning_rate = self._optimizer.get_lr()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.clear_grad()
+        self._scheduler.step()
+        return Step(planned.number, planned.epoch, planned.ends_epoch, loss, learning_rate, pairs, stops > 0)
+
+    def state(self, progress: dict[str, Any]) -> TrainingState:
+        """What `restore` needs, with whatever else `progress` holds."""
+        return TrainingState(
+            {**progress, "loss_scaler": _as_json(self._scaler.state_dict())},
+            optimizer_arrays(self._model, self._optimizer),
+        )
+
+    def restore(self, state: TrainingState) -> None:
+        """Goes on after the step `state.progress["step"]`; the model has that step's weights already."""
+        restore_optimizer(self._model, self._optimizer, state.optimizer)
+        self._scheduler.step(state.progress["step"])
+        if state.progress["loss_scaler"]:
+            self._scaler.load_state_dict(_from_json(state.progress["loss_scaler"]))
+
+    def _add_gradients(self, rank_rows: list[np.ndarray], step_pairs: int, seeds: tuple[int, ...]) -> float:
+        """Adds this rank's part of a batch's gradient and returns its part of the step's loss.
+
+        rank_rows: the batch's rows for every rank; step_pairs: pairs of the step over all batches and ranks. The parts
+        of all batches and ranks add up to the gradient and the mean loss over the step's pairs.
+        """
+        own_pairs = len(rank_rows[self._rank])
+        if self._cross_device:
+            batch = self._collate(rank_rows, self._rank)
+            share = sum(map(len, rank_rows)) / step_pairs
+            loss_share = share / len(rank_rows)  # every rank has the loss of all
+        else:
+            if not own_pairs:
+                return 0.0
+            batch = self._collate([rank_rows[self._rank]])
+            share = loss_share = own_pairs / step_pairs
+
+        def encode(chunk: int) -> paddle.Tensor:
+            # Dropout is a function of the step and the chunk: a second pass and a resumed run repeat it.
+            paddle.seed(int(np.random.SeedSequence([*seeds, chunk]).generate_state(1)[0]))
+            with paddle.amp.auto_cast(self._amp_dtype is not None, dtype=self._amp_dtype or "float16"):
+                return self._model.encode_chunk(batch.chunks[chunk])
+
+        loss_of = partial(batch_loss, batch=batch, margin=self._margin, scale=self._scale)
+        if own_pairs:
+            factor = float(self._scaler.scale(paddle.full([], share)))
+            loss = self._backward(encode, len(batch.chunks), loss_of, factor)
+        else:  # it has no texts, yet the other ranks wait for it in the gather
+            loss = loss_of(paddle.zeros([0, self._model.embedding_size]))
+        return loss_share * float(loss)
+
+    def _scored(self, batches: list[list[np.ndarray]]) -> list[int]:
+        """Rows that this rank's loss is made of."""
+        shares = [rank_rows if self._cross_device else [rank_rows[self._rank]] for rank_rows in batches]
+        return [int(row) for rank_rows in shares for rows in rank_rows for row in rows]
+
+
+def _as_json(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in state.items()}
+
+
+def _from_json(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: np.array(value, "float32") if isinstance(value, list) else value for name, value in state.items()}
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss of a step is NaN or infinite; `rows` are this rank's pairs if theirs is, else none."""
+    """The loss of a step is NaN or infinite; `rows` are the pairs that this rank's is made of, if it is to blame."""
 
-    def __init__(self, step: int, loss: float, rows: np.ndarray) -> None:
+    def __init__(self, step: int, loss: float, rows: list[int]) -> None:
         super().__init__(f"the loss of step {step} is {loss}")
         self.rows = rows
 
 
-def schedule(
-    count: int, batch_size: int, *, seed: int, epochs: int, max_steps: int | None, world_size: int
-) -> Iterator[tuple[int, bool, list[np.ndarray]]]:
-    """(epoch from 1, whether the step ends it, rows of each rank) of every step."""
-    remaining = total_steps(count, batch_size, epochs=epochs, max_steps=max_steps, world_size=world_size)
-    epoch = 0
-    while remaining:
-        epoch += 1
-        steps = epoch_batches(count, batch_size, seed=seed, epoch=epoch, world_size=world_size)[:remaining]
-        remaining -= len(steps)
-        for number, rank_rows in enumerate(steps, 1):
-            yield epoch, number == len(steps), rank_rows
+class Session:
+    """A training from the step after `first` to its end, with what is logged, saved and evaluated on the way.
 
+    shape: what must stay the same for another session to go on from a checkpoint; keep_checkpoints: how many of the
+    newest steps' stay, None for all; patience: evaluations without a better one after which training ends, None for
+    no end.
+    """
 
-def total_steps(count: int, batch_size: int, *, epochs: int, max_steps: int | None, world_size: int) -> int:
-    """Steps of all epochs, or `max_steps` if it is given: then epochs go on until it is reached."""
-    return max_steps or epochs * math.ceil(count / (batch_size * world_size))
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        trainer: Trainer,
+        plan: Plan,
+        evaluator: Evaluator | None,
+        training_log: TrainingLog | None,
+        *,
+        save_dir: Path,
+        shape: dict[str, Any],
+        save_steps: int,
+        eval_steps: int | None,
+        keep_checkpoints: int | None,
+        patience: int | None,
+    ) -> None:
+        self._loaded, self._trainer, self._plan = loaded, trainer, plan
+        self._evaluator, self._log = evaluator, training_log
+        self._save_dir, self._shape = save_dir, shape
+        self._save_steps, self._eval_steps = save_steps, eval_steps
+        self._keep_checkpoints, self._patience = keep_checkpoints, patience
 
+    def run(self, first: int, signals: StopSignals) -> int:
+        """Returns the number of the last step; a signal ends the training after the step in hand, saved."""
+        if first and self._evaluation_ends_it(first, signals, is_saved=True):
+            return first
+        for planned in self._plan.steps(first):
+            step = self._trainer.step(planned, stop=signals.received is not None)
+            if self._log:
+                self._log.step(step)
+            paused_at = time.monotonic()
+            is_saved = step.stop or step.number % self._save_steps == 0 or step.number == self._plan.total_steps
+            if is_saved:
+                self._save(step.number)
+            if step.stop or self._evaluation_ends_it(step.number, signals, is_saved):
+                return step.number
+            if self._log:
+                self._log.resume_clock(time.monotonic() - paused_at)
+        return self._plan.total_steps
 
-class TrainingLog:
-    """Prints a line every `log_steps` and writes the same to VisualDL."""
+    def _evaluation_ends_it(self, step: int, signals: StopSignals, is_saved: bool) -> bool:
+        """Evaluates if that is due after a step; whether training ends with it, by a signal or for lack of gain."""
+        evaluator = self._evaluator
+        if evaluator is None:
+            return False
+        epoch, ends_epoch = self._plan.epoch(step)
+        is_due = step % self._eval_steps == 0 if self._eval_steps else ends_epoch
+        if (is_due or step == self._plan.total_steps) and evaluator.last_step != step:
+            try:
+                with signals.raised():
+                    evaluation = evaluator(*self._loaded, step, epoch)
+            except Stopped:
+                if not is_saved:
+                    self._save(step)
+                return True
+            if self._log:
+                self._log.evaluation(evaluation, step)
+            if evaluator.is_best and is_main_process():
+                name = evaluator.best_metric.split("@")[0]
+                result = f"epoch={epoch}, global_step: {step}, {name}: {evaluator.score}\n"
+                save_checkpoint(self._save_dir / "model_best", *self._loaded, notes={"train_result.txt": result})
+            if is_saved:  # once more, now with this evaluation
+                self._save(step)
+        ends = self._patience is not None and evaluator.without_gain >= self._patience
+        if ends:
+            log(f"no better {evaluator.best_metric} in {evaluator.without_gain} evaluations: stopping early")
+            if not is_saved:
+                self._save(step)
+        return ends
 
-    def __init__(self, folder: Path, log_steps: int, steps: int) -> None:
-        self._writer = LogWriter(str(folder))
-        self._log_steps, self._steps = log_steps, steps
-        self._pairs = 0
-        self._since = self._start = time.monotonic()
-
-    def step(self, step: Step) -> None:
-        """Counts a step and, if it is due, prints and writes a line."""
-        self._pairs += step.pairs
-        if step.number % self._log_steps and step.number != self._steps:
+    def _save(self, step: int) -> None:
+        if not is_main_process():
             return
-        now = time.monotonic()
-        steps_per_second = ((step.number - 1) % self._log_steps + 1) / (now - self._since)
-        pairs_per_second = self._pairs / (now - self._since)
-        left = (self._steps - step.number) * (now - self._start) / step.number
-        print(
-            f"global step {step.number}/{self._steps}, epoch: {step.epoch}, loss: {step.loss:.5f}, "
-            f"lr: {step.learning_rate:.3g}, speed: {steps_per_second:.2f} step/s, {pairs_per_second:.1f} pairs/s, "
-            f"left: {time.strftime('%H:%M:%S', time.gmtime(left))}",
-            flush=True,
-        )
-        for name, value in (
-            ("loss", step.loss),
-            ("learning_rate", step.learning_rate),
-            ("steps_per_second", steps_per_second),
-            ("pairs_per_second", pairs_per_second),
-        ):
-            self._writer.add_scalar(f"train/{name}", value, step.number)
-        self._pairs, self._since = 0, now
-
-    def evaluation(self, evaluation: Evaluation, step: Step) -> None:
-        """Prints and writes the metrics of an evaluation, whose time doesn't count as training time."""
-        for line in format_lines(evaluation):
-            name, value = line.split("=")
-            self._writer.add_scalar(f"evaluate/{name}", float(value), step.number)
-            print(line, flush=True)
-
-    def resume_clock(self, paused: float) -> None:
-        """Takes `paused` seconds of saving or evaluating off the training time."""
-        self._since += paused
-        self._start += paused
-
-    def close(self) -> None:
-        """Writes what VisualDL still holds."""
-        self._writer.close()
+        progress = {"step": step, "shape": self._shape, "evaluator": self._evaluator and self._evaluator.state()}
+        save_checkpoint(step_folder(self._save_dir, step), *self._loaded, training=self._trainer.state(progress))
+        if self._keep_checkpoints:
+            remove_old_checkpoints(self._save_dir, self._keep_checkpoints)
 
 
-def lines_of_rows(train_set_file: str, rows: np.ndarray) -> list[int]:
+def lines_of_rows(train_set_file: str, rows: Sequence[int]) -> list[int]:
     """Line numbers of pairs in the training file."""
     good_lines = [line.number for line in read_lines(train_set_file, parse_pair, True) if line.row is not None]
     return sorted(good_lines[row] for row in rows)
@@ -259,6 +385,25 @@ def check_batch_size(batch_size: int, world_size: int, pairs: Sequence[TextPair]
     if batch_size * world_size > len(pairs):
         remedy = f"{train_set_file} has {len(pairs)} pairs; use at most --batch_size {len(pairs) // world_size}"
         raise InputError(f"--batch_size {batch_size} on {world_size} process(es): {remedy}")
+
+
+def check_same_shape(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raises InputError if the training that wrote `folder` isn't the one that these options describe."""
+    for name, value in ours.items():
+        if saved.get(name) != value:
+            remedy = "go on with the same, or take its weights alone with --init_from_ckpt"
+            raise InputError(f"{folder}: was trained with {name} {saved.get(name)}, not {value}; {remedy}")
+
+
+def find_resumed(resume_from: str, save_dir: Path) -> Path | None:
+    """The checkpoint to go on from; None if it is the latest of a folder that has none yet. Raises InputError."""
+    if resume_from != "latest":
+        if not Path(resume_from).is_dir():
+            raise InputError(f"--resume_from {resume_from}: no such folder; give a checkpoint's folder or latest")
+        return Path(resume_from)
+    folder = latest_checkpoint(save_dir)
+    log(f"going on from {folder}" if folder else f"{save_dir}: no checkpoint to go on from yet; starting at step 0")
+    return folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -277,6 +422,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--weight_decay", type=at_least(0.0, float), default=0.0, help="AdamW's weight decay")
     parser.add_argument("--max_grad_norm", type=at_least(0.0, float), default=5.0, help="gradients are clipped to it")
+    parser.add_argument(
+        "--gradient_accumulation_steps",
+        type=at_least(1),
+        default=1,
+        help="batches whose gradients make a step; it adds no negatives (--grad_cache_chunk does)",
+    )
     parser.add_argument("--margin", type=at_least(0.0, float), default=0.2, help="taken off the positive's cosine")
     parser.add_argument("--scale", type=at_least(0.0, float), default=30.0, help="factor of the cosines")
     parser.add_argument(
@@ -285,12 +436,55 @@ def build_parser() -> argparse.ArgumentParser:
         help="let a title count as a negative even where the training file pairs it with the query",
     )
     parser.add_argument(
+        "--no_cross_device_negatives",
+        action="store_true",
+        help="score each query against the titles of its own process alone",
+    )
+    parser.add_argument(
+        "--grad_cache_chunk",
+        type=at_least(1),
+        help="encode so many texts at a time, each twice: memory no longer grows with --batch_size",
+    )
+    parser.add_argument(
+        "--use_gradient_cache", action="store_true", help="the same, with chunks as --chunk_numbers says"
+    )
+    parser.add_argument(
+        "--chunk_numbers", type=at_least(1), default=50, help="chunks of a batch's queries, and of its titles"
+    )
+    parser.add_argument("--use_amp", action="store_true", help="mixed precision, on a GPU")
+    parser.add_argument(
+        "--amp_dtype", choices=["float16", "bfloat16"], default="float16", help="type of the matrix products"
+    )
+    parser.add_argument(
+        "--amp_loss_scale", type=at_least(1.0, float), default=32768.0, help="first loss scale for float16"
+    )
+    parser.add_argument(
+        "--use_recompute", action="store_true", help="compute activations again in the backward pass: saves memory"
+    )
+    parser.add_argument(
+        "--group_by_length",
+        action="store_true",
+        help="batches of pairs of like length: less padding, a bit less random",
+    )
+    parser.add_argument(
         "--seed", type=at_least(0, below=2**32), default=1000, help="seed of the weights, dropout and shuffle"
     )
     parser.add_argument("--log_steps", type=at_least(1), default=10, help="steps between log lines")
     parser.add_argument("--save_steps", type=at_least(1), default=10000, help="steps between checkpoints")
+    parser.add_argument(
+        "--keep_checkpoints", type=at_least(1), help="keep so many of the newest steps' checkpoints (default: all)"
+    )
+    parser.add_argument(
+        "--resume_from",
+        metavar="DIR|latest",
+        help="go on from a checkpoint, exactly; latest: the newest usable one in --save_dir, if any",
+    )
     parser.add_argument("--evaluate", action="store_true", help="evaluate after each epoch and keep model_best")
     parser.add_argument("--eval_steps", type=at_least(1), help="evaluate every so many steps instead, and at the end")
+    parser.add_argument("--best_metric", help="metric that decides on model_best (default: recall@5)")
+    parser.add_argument(
+        "--early_stop_patience", type=at_least(1), help="end after so many evaluations in a row without a better one"
+    )
     add_evaluation_file_args(parser, required=False)
     parser.add_argument("--evaluate_result", default="evaluate_result.txt", help="all metrics, in recall_result_dir")
     parser.add_argument("--recall_num", type=at_least(1), default=50, help="documents recalled for a query")
@@ -299,9 +493,36 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def choose_metric(best_metric: str | None, recall_num: int) -> str:
+    """The metric that tells the best model. Raises InputError if it isn't computed."""
+    names = metric_names(recall_num)
+    if best_metric and best_metric not in names:
+        raise InputError(f"--best_metric {best_metric}: with --recall_num {recall_num} give one of {', '.join(names)}")
+    return best_metric or [name for name in ("recall@1", "recall@5") if name in names][-1]
+
+
+def check_amp(use_amp: bool, amp_dtype: str) -> None:
+    """Raises InputError if the device doesn't have mixed precision."""
+    if use_amp and paddle.get_device() == "cpu":
+        raise InputError("--use_amp: Paddle trains in float32 on a CPU; leave it out, or use --device gpu")
+    if use_amp and amp_dtype == "bfloat16" and not paddle.amp.is_bfloat16_supported():
+        raise InputError("--amp_dtype bfloat16: this GPU has no bfloat16; use --amp_dtype float16")
+
+
+def cache_chunk(grad_cache_chunk: int | None, use_cache: bool, chunk_numbers: int, batch_size: int) -> int | None:
+    """Texts that the gradient cache encodes at a time, None without it.
+
+    The original's chunk_numbers says in how many parts the queries, and as many in which the titles, are encoded.
+    """
+    if grad_cache_chunk is None and use_cache:
+        return math.ceil(batch_size / chunk_numbers)
+    return grad_cache_chunk
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, saves and evaluates."""
     args = build_parser().parse_args(argv)
+    save_dir = Path(args.save_dir)
     pairs = read_text_pairs(args.train_set_file, skip_bad_lines=args.skip_bad_lines)
     evaluator = None
     if args.evaluate:
@@ -323,76 +544,124 @@ def main(argv: Sequence[str] | None = None) -> int:
             ),
             result_file=Path(args.recall_result_dir) / args.recall_result_file,
             report_file=Path(args.recall_result_dir) / args.evaluate_result,
+            best_metric=choose_metric(args.best_metric, args.recall_num),
         )
 
     set_device(args.device)
+    check_amp(args.use_amp, args.amp_dtype)
     rank, world_size = init_ranks()
     check_batch_size(args.batch_size, world_size, pairs, args.train_set_file)
-    set_seed(args.seed)
-    model, collator = create_model(
-        SemanticIndexBatchNeg,
-        model_name_or_path=args.model_name_or_path,
-        from_scratch=args.from_scratch,
-        init_from_ckpt=args.init_from_ckpt,
-        output_emb_size=args.output_emb_size,
-        pooling=args.pooling,
-        dropout=args.dropout,
-        max_seq_length=args.max_seq_length,
+    shape = {name: getattr(args, name) for name in SHAPING_OPTIONS}
+    shape |= {"number of processes": world_size, "SHA-256 of the training file": sha256(args.train_set_file)}
+    if rank == 0:
+        clear_leftovers(save_dir)
+    meet()
+
+    checkpoint = find_resumed(args.resume_from, save_dir) if args.resume_from else None
+    state = read_training_state(checkpoint) if checkpoint else None
+    if checkpoint:
+        check_same_shape(checkpoint, state.progress["shape"], shape)
+        loaded = load_checkpoint(checkpoint, SemanticIndexBatchNeg)
+        loaded.model.train()
+    else:
+        set_seed(args.seed)
+        loaded = create_model(
+            SemanticIndexBatchNeg,
+            model_name_or_path=args.model_name_or_path,
+            from_scratch=args.from_scratch,
+            init_from_ckpt=args.init_from_ckpt,
+            output_emb_size=args.output_emb_size,
+            pooling=args.pooling,
+            dropout=args.dropout,
+            max_seq_length=args.max_seq_length,
+        )
+        broadcast_parameters(loaded.model)
+    if args.device == "cpu":
+        speed_up_training(loaded.model)
+    if args.use_recompute:
+        loaded.model.ptm.recompute_enable()
+
+    chunk_texts = cache_chunk(args.grad_cache_chunk, args.use_gradient_cache, args.chunk_numbers, args.batch_size)
+    collate = PairCollator(loaded.collator, pairs, mask_duplicates=not args.no_mask_duplicates, chunk_texts=chunk_texts)
+    plan = Plan(
+        len(pairs),
+        args.batch_size,
+        seed=args.seed,
+        epochs=args.epochs,
+        max_steps=args.max_steps,
+        accumulation=args.gradient_accumulation_steps,
+        world_size=world_size,
+        lengths=collate.lengths if args.group_by_length else None,
     )
-    broadcast_parameters(model)
-    set_seed(args.seed + rank)  # ranks start from the same weights and drop different values
-    plan = {"epochs": args.epochs, "max_steps": args.max_steps, "world_size": world_size}
-    steps = total_steps(len(pairs), args.batch_size, **plan)
     optimizer, scheduler = make_optimizer(
-        model,
+        loaded.model,
         learning_rate=args.learning_rate,
-        total_steps=steps,
+        total_steps=plan.total_steps,
         warmup_proportion=args.warmup_proportion,
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
     )
-    save_dir = Path(args.save_dir)
-    training_log = TrainingLog(save_dir / "visualdl", args.log_steps, steps) if rank == 0 else None
-    log(f"training on {len(pairs)} pairs: {steps} steps of {args.batch_size} pairs on each of {world_size} process(es)")
+    trainer = Trainer(
+        loaded.model,
+        collate,
+        optimizer,
+        scheduler,
+        rank=rank,
+        seed=args.seed,
+        margin=args.margin,
+        scale=args.scale,
+        cross_device=not args.no_cross_device_negatives,
+        backward=cached_backward if chunk_texts else direct_backward,
+        amp_dtype=args.amp_dtype if args.use_amp else None,
+        loss_scale=args.amp_loss_scale,
+    )
+    first = 0
+    if state:
+        first = state.progress["step"]
+        trainer.restore(state)
+        if evaluator and state.progress["evaluator"]:
+            evaluator.restore(state.progress["evaluator"])
 
-    try:
-        for step in train(
-            model,
-            PairCollator(collator, pairs, mask_duplicates=not args.no_mask_duplicates),
-            optimizer,
-            scheduler,
-            schedule(len(pairs), args.batch_size, seed=args.seed, **plan),
-            rank=rank,
-            margin=args.margin,
-            scale=args.scale,
-        ):
+    scored = args.batch_size * (1 if args.no_cross_device_negatives else world_size)
+    log(
+        f"training on {len(pairs)} pairs: steps {first + 1} to {plan.total_steps} of {args.batch_size} pairs on each "
+        f"of {world_size} process(es); a query has {scored - 1} other titles as negatives"
+    )
+    training_log = TrainingLog(save_dir / "visualdl", args.log_steps, plan.total_steps, first) if rank == 0 else None
+    session = Session(
+        loaded,
+        trainer,
+        plan,
+        evaluator,
+        training_log,
+        save_dir=save_dir,
+        shape=shape,
+        save_steps=args.save_steps,
+        eval_steps=args.eval_steps,
+        keep_checkpoints=args.keep_checkpoints,
+        patience=args.early_stop_patience,
+    )
+    with StopSignals() as signals:
+        try:
+            last = session.run(first, signals)
+        except NonFiniteLoss as error:
+            lines = lines_of_rows(args.train_set_file, error.rows)
+            where = (
+                f"the batch has lines {', '.join(map(str, lines))} of {args.train_set_file}" if lines else "on a rank"
+            )
+            remedy = "look at them, or lower --learning_rate; the last checkpoint is kept"
+            raise InputError(f"{error}; {where}; {remedy}") from None
+        finally:
             if training_log:
-                training_log.step(step)
-            paused_at = time.monotonic()
-            is_last = step.number == steps
-            if rank == 0 and (is_last or step.number % args.save_steps == 0):
-                save_checkpoint(save_dir / f"model_{step.number}", model, collator)
-            is_due = step.number % args.eval_steps == 0 if args.eval_steps else step.ends_epoch
-            if evaluator and (is_due or is_last):
-                evaluation = evaluator(model, collator, step)
-                if evaluation and training_log:
-                    training_log.evaluation(evaluation, step)
-                    if evaluator.is_best(evaluation):
-                        recall_5 = best_metric(evaluation)
-                        result = f"epoch={step.epoch}, global_step: {step.number}, recall: {recall_5}\n"
-                        save_checkpoint(save_dir / "model_best", model, collator, {"train_result.txt": result})
-            if training_log:
-                training_log.resume_clock(time.monotonic() - paused_at)
-    except NonFiniteLoss as error:
-        lines = lines_of_rows(args.train_set_file, error.rows)
-        where = f"the batch has lines {', '.join(map(str, lines))} of {args.train_set_file}" if lines else "on a rank"
-        remedy = "look at them, or lower --learning_rate; the last checkpoint is kept"
-        raise InputError(f"{error}; {where}; {remedy}") from None
-    finally:
-        if training_log:
-            training_log.close()
+                training_log.close()
+        folder = step_folder(save_dir, last)
+        if signals.received:
+            wait_for_rank_0(STOP_SECONDS)
+            name = signal.Signals(signals.received).name
+            log(f"stopped by {name} after step {last}: wrote {folder}; go on with --resume_from latest")
+            return 128 + signals.received
     if rank == 0:
-        print(f"wrote {save_dir / f'model_{steps}'}")
+        print(f"wrote {folder}")
     return 0
 
 

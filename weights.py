@@ -1,12 +1,13 @@
-"""Reads weight files as NumPy arrays without ever running code from them. Imports no Paddle."""
+"""Reads weight files as NumPy arrays without ever running code from them, and writes them. Imports no Paddle."""
 
 import collections
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 from runtime import InputError
 
@@ -70,6 +71,11 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     if wrong or not weights:
         raise InputError(f"{path}: isn't a weights file ({f'{wrong[0]!r} is no array' if wrong else 'it is empty'})")
     return weights
+
+
+def write_safetensors(path: Path, weights: Mapping[str, np.ndarray]) -> None:
+    """Writes parameter name -> array. Raises OSError if it can't be written."""
+    path.write_bytes(save({name: np.ascontiguousarray(array) for name, array in weights.items()}))
 
 
 def _array(value: Any) -> np.ndarray | None:

@@ -4,6 +4,7 @@ import paddle
 
 from base_model import SemanticIndexBase
 from data import PairBatch, TokenIds
+from distributed import gather_rows
 
 MASKED_LOGIT = -1e9  # its exponential is 0 beside any other logit, and unlike -inf it has a finite gradient
 
@@ -32,22 +33,36 @@ def in_batch_negatives_loss(
     return (paddle.logsumexp(logits, axis=1) - paddle.diagonal(logits)).mean()
 
 
+def batch_loss(vectors: paddle.Tensor, batch: PairBatch, *, margin: float, scale: float) -> paddle.Tensor:
+    """The loss of a batch, a scalar, over the pairs of all ranks that it is scored against.
+
+    vectors: unit vectors [T, D] of the rows of the batch's chunks. Each rank has the whole loss but only the gradient
+    of its own vectors; the sum over the ranks is the gradient of one process with the whole batch.
+    """
+    own = paddle.index_select(vectors, paddle.to_tensor(batch.chunk_rows))
+    counts = [2 * pairs + hard_negatives for pairs, hard_negatives in batch.sizes]
+    ranks = list(zip(gather_rows(own, counts, batch.place), batch.sizes, strict=True))
+    queries = [rows[:pairs] for rows, (pairs, _) in ranks]
+    titles = [rows[pairs : 2 * pairs] for rows, (pairs, _) in ranks]
+    hard_negatives = [rows[2 * pairs :] for rows, (pairs, hard) in ranks if hard]
+    return in_batch_negatives_loss(
+        paddle.concat(queries),
+        paddle.concat(titles + hard_negatives),
+        margin=margin,
+        scale=scale,
+        mask=None if batch.mask is None else paddle.to_tensor(batch.mask),
+    )
+
+
 class SemanticIndexBatchNeg(SemanticIndexBase):
     """The dual tower: one encoder for queries and titles, trained with the other titles of the batch as negatives."""
 
     def forward(self, batch: PairBatch, margin: float, scale: float) -> paddle.Tensor:
         """The loss of a batch, a scalar."""
-        vectors = paddle.concat([self._embed_tokens(chunk) for chunk in batch.chunks])
-        vectors = paddle.index_select(vectors, paddle.to_tensor(batch.chunk_rows))
-        pairs = len(batch.rows)
-        return in_batch_negatives_loss(
-            vectors[:pairs],
-            vectors[pairs:],
-            margin=margin,
-            scale=scale,
-            mask=None if batch.mask is None else paddle.to_tensor(batch.mask),
-        )
+        vectors = paddle.concat([self.encode_chunk(chunk) for chunk in batch.chunks])
+        return batch_loss(vectors, batch, margin=margin, scale=scale)
 
-    def _embed_tokens(self, tokens: TokenIds) -> paddle.Tensor:
+    def encode_chunk(self, tokens: TokenIds) -> paddle.Tensor:
+        """Unit vectors [N, D] of a chunk's N texts."""
         input_ids, token_type_ids = tokens
         return self.get_pooled_embedding(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids))

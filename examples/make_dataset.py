@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import atomic_write
+from files import atomic_write
 from runtime import ArgumentParser, InputError, at_least, run
 
 TERMS_DIR = Path(__file__).resolve().parent / "terms"

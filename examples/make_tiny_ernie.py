@@ -11,11 +11,10 @@ from data import (
     VOCABULARY_FILE,
     build_vocabulary,
     read_corpus,
-    read_json,
     read_text_pairs,
-    write_json,
     write_vocabulary,
 )
+from files import read_json, write_json
 from runtime import ArgumentParser, at_least, run
 
 TINY_ERNIE_CONFIG = Path(__file__).parent / "tiny_ernie" / "config.json"

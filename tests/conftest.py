@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data import build_vocabulary, write_json, write_vocabulary
+from data import build_vocabulary, write_vocabulary
+from files import write_json
 from runtime import set_up_paddle
 
 set_up_paddle()

@@ -17,12 +17,18 @@ from ann_util import (
     add_index_args,
     build_index,
     check_index_args,
-    overlap_with_exact,
+    overlap,
 )
 from runtime import InputError, cpu_count
 
 ROOT = Path(__file__).resolve().parent.parent
 DIM = 16
+
+
+def overlap_with_exact(index: VectorIndex, vectors: np.ndarray, queries: np.ndarray, k: int) -> float:
+    _, found = index.search(queries, k)
+    _, exact = build_index("exact", vectors).search(queries, k)
+    return overlap(found, exact)
 
 
 @pytest.fixture(params=["hnswlib", "exact"])

@@ -11,16 +11,10 @@ from conftest import all_pairs, make_model_folder
 from paddlenlp.transformers import ErnieModel
 from paddlenlp.transformers.ernie.modeling import ErnieModel as ErnieBackbone
 
-from base_model import (
-    ModelConfig,
-    SemanticIndexBase,
-    create_model,
-    load_checkpoint,
-    save_checkpoint,
-    set_device,
-    set_seed,
-)
-from data import TextCollator, read_json, write_json
+from base_model import ModelConfig, SemanticIndexBase, set_device, set_seed
+from checkpoint import create_model, load_checkpoint, save_checkpoint
+from data import TextCollator
+from files import read_json, write_json
 from runtime import InputError
 from weights import read_weights
 
@@ -107,7 +101,7 @@ def test_a_checkpoint_says_everything_about_itself(model_folder: Path, tmp_path:
 
 def test_a_checkpoint_is_replaced_as_a_whole(model_folder: Path, tmp_path: Path) -> None:
     model, collator = new_model(model_folder)
-    save_checkpoint(tmp_path / "model_best", model, collator, {"train_result.txt": "old"})
+    save_checkpoint(tmp_path / "model_best", model, collator, notes={"train_result.txt": "old"})
     save_checkpoint(tmp_path / "model_best", model, collator)
     assert not (tmp_path / "model_best" / "train_result.txt").exists()
     assert [file.name for file in tmp_path.iterdir()] == ["model_best"]
@@ -241,13 +235,13 @@ def test_a_model_by_name_is_downloaded_and_read_safely(
     paddle.save({f"ernie.{name}": value for name, value in backbone.state_dict().items()}, str(file))
     config = read_json(model_folder / "config.json")
     monkeypatch.setitem(ErnieBackbone.config_class.pretrained_init_configuration, "ernie-1.0", config)
-    monkeypatch.setattr("base_model.resolve_file_path", lambda name, files: str(file))
+    monkeypatch.setattr("backbone.resolve_file_path", lambda name, files: str(file))
 
     class Tokenizer:
         def save_pretrained(self, folder: str) -> None:
             shutil.copy(model_folder / "vocab.txt", folder)
 
-    monkeypatch.setattr("base_model.AutoTokenizer.from_pretrained", lambda name: Tokenizer())
+    monkeypatch.setattr("backbone.AutoTokenizer.from_pretrained", lambda name: Tokenizer())
     model, _ = create_model(SemanticIndexBase)
     for name, value in backbone.state_dict().items():
         np.testing.assert_array_equal(model.ptm.state_dict()[name].numpy(), value.numpy())
@@ -257,7 +251,7 @@ def test_a_model_by_name_is_downloaded_and_read_safely(
 
 
 def test_a_name_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("base_model.resolve_file_path", lambda name, files: None)
+    monkeypatch.setattr("backbone.resolve_file_path", lambda name, files: None)
     with pytest.raises(InputError, match=r"no-such-model: .* give a local folder"):
         create_model(SemanticIndexBase, model_name_or_path="no-such-model")
 

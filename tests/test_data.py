@@ -32,23 +32,20 @@ from data import (
     PositivesMask,
     TextCollator,
     TextPair,
-    atomic_folder,
-    atomic_write,
     batched,
     build_vocabulary,
     encode_texts,
     epoch_batches,
     read_corpus,
     read_hits,
-    read_json,
     read_text_pairs,
     read_vocabulary,
     split_evenly,
     titles_by_query,
     write_hits,
-    write_json,
     write_vocabulary,
 )
+from files import atomic_folder, atomic_write, read_json, write_json
 from runtime import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -921,8 +918,8 @@ def batch_ids(batch: PairBatch) -> list[list[int]]:
 def test_pair_collator_gathers_texts_and_mask() -> None:
     collator = small_collator()
     rows = np.array([2, 1, 0], dtype=np.int64)
-    batch = PairCollator(collator, PAIRS)(rows)
-    assert batch.rows is rows
+    batch = PairCollator(collator, PAIRS)([rows])
+    assert (batch.sizes, batch.place) == ([(3, 2)], 0)
     queries, titles = ["深度", "图像", "深度"], ["学习", "医学图像", "学习综述"]
     assert batch_ids(batch) == collator.tokenize([*queries, *titles, "学习综述", "图像分割方法"])
     np.testing.assert_array_equal(
@@ -937,23 +934,23 @@ def test_pair_collator_gathers_texts_and_mask() -> None:
 
 def test_pair_collator_without_hard_negatives_and_without_mask() -> None:
     collator, rows = small_collator(), np.array([3, 0], dtype=np.int64)
-    batch = PairCollator(collator, PAIRS)(rows)
+    batch = PairCollator(collator, PAIRS)([rows])
     assert batch_ids(batch) == collator.tokenize(["方法", "深度", "综述", "学习综述"])
     assert batch.mask.tolist() == [[True, False], [False, True]]
-    assert PairCollator(collator, PAIRS, mask_duplicates=False)(rows).mask is None
+    assert PairCollator(collator, PAIRS, mask_duplicates=False)([rows]).mask is None
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 100])
 def test_pair_collator_s_chunks_hold_every_text_once_with_little_padding(count: int) -> None:
     collator, texts = small_collator(64), random_texts(3 * count, seed=count)
     pairs = [TextPair(*texts[3 * row : 3 * row + 2], texts[3 * row + 2] if row % 2 else None) for row in range(count)]
-    batch = PairCollator(collator, pairs)(np.arange(count))
+    batch = PairCollator(collator, pairs)([np.arange(count)])
     negatives = [pair.hard_negative for pair in pairs if pair.hard_negative]
     expected = collator.tokenize([pair.query for pair in pairs] + [pair.title for pair in pairs] + negatives)
     assert batch_ids(batch) == expected
     assert sorted(batch.chunk_rows) == list(range(len(expected)))
     lengths = [input_ids.shape[1] for input_ids, _ in batch.chunks]
-    assert lengths == sorted(lengths)
+    assert lengths == sorted(lengths, reverse=True)
     for input_ids, token_type_ids in batch.chunks:
         assert input_ids.dtype == token_type_ids.dtype == np.int64
         assert input_ids.shape == token_type_ids.shape

@@ -11,7 +11,8 @@ import paddle
 import pytest
 from conftest import ROOT, all_pairs, make_model_folder, write_pairs
 
-from base_model import SemanticIndexBase, create_model, save_checkpoint
+from base_model import SemanticIndexBase
+from checkpoint import create_model, save_checkpoint
 
 READMES = (ROOT / "README.md", ROOT / "README_cn.md")
 # They need the network or a GPU, set up what these tests run in, or are run by tests of their own.

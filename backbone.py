@@ -1,0 +1,118 @@
+"""The pretrained encoders of PaddleNLP that the dual tower stands on."""
+
+import inspect
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import paddle
+from paddlenlp.transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedModel
+from paddlenlp.transformers.auto.configuration import MODEL_NAMES_MAPPING
+from paddlenlp.utils.download import resolve_file_path
+from paddlenlp.utils.log import logger as paddlenlp_logger
+
+from data import VOCABULARY_FILE, TextCollator
+from files import read_json
+from runtime import InputError
+
+BACKBONE_CONFIG_FILE = "config.json"
+WEIGHTS_FILES = ("model.safetensors", "model_state.pdparams")  # the first is preferred: it holds nothing but weights
+
+
+class Backbone(NamedTuple):
+    """A backbone that isn't built yet."""
+
+    source: str  # what the user called it, for messages
+    model_class: type[PretrainedModel]
+    config: Any  # a PaddleNLP PretrainedConfig
+
+
+def find_backbone(name_or_path: str | Path) -> Backbone:
+    """Finds the class and config of a folder, or of a name that PaddleNLP knows. Downloads at most a config."""
+    paddlenlp_logger.set_level("ERROR")
+    folder = Path(name_or_path)
+    if folder.is_dir() and not (folder / BACKBONE_CONFIG_FILE).is_file():
+        raise InputError(f"{folder}: has no {BACKBONE_CONFIG_FILE}; give a PaddleNLP model folder or a name")
+    if folder.is_dir():
+        read_json(folder / BACKBONE_CONFIG_FILE)
+    try:
+        # A folder's full path: PaddleNLP would take its own config for a folder that has one of its names.
+        config = AutoConfig.from_pretrained(str(folder.resolve() if folder.is_dir() else name_or_path))
+    except Exception as error:  # PaddleNLP raises anything from KeyError to its own classes
+        raise (_unreadable(folder, error) if folder.exists() else _not_found(name_or_path)) from None
+    if getattr(config, "model_type", None) not in MODEL_NAMES_MAPPING:
+        raise InputError(f"{name_or_path}: PaddleNLP knows no model of type {getattr(config, 'model_type', None)!r}")
+    config.architectures = [MODEL_NAMES_MAPPING[config.model_type] + "Model"]
+    model_class = AutoModel._get_model_class_from_config(None, None, config)
+    return Backbone(str(name_or_path), model_class, config)
+
+
+def _unreadable(source: str | Path, error: Exception) -> InputError:
+    """For a model that is there, but not in order."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(f"{source}: isn't a PaddleNLP model that can be read ({reason})")
+
+
+def _not_found(name: str | Path) -> InputError:
+    """For a name that PaddleNLP can't download."""
+    return InputError(
+        f"{name}: is no folder here, and can't be downloaded; check the name and the network, or give a local folder"
+    )
+
+
+def build_backbone(backbone: Backbone) -> PretrainedModel:
+    """The encoder with random weights. Raises InputError if it isn't one that this project can use."""
+    try:
+        ptm = backbone.model_class(backbone.config)
+    except Exception as error:
+        raise _unreadable(backbone.source, error) from None
+    name = f"{backbone.source}: {backbone.model_class.__name__}"
+    wanted = "need an encoder such as ERNIE or BERT"
+    if not {"input_ids", "token_type_ids"} <= set(inspect.signature(ptm.forward).parameters):
+        raise InputError(f"{name} doesn't take input_ids and token_type_ids; {wanted}")
+    ptm.eval()
+    ids = paddle.zeros([1, 3], dtype="int64") + (0 if backbone.config.pad_token_id else 1)
+    with paddle.no_grad():
+        try:
+            shapes = [tuple(output.shape) for output in ptm(ids, paddle.zeros_like(ids))]
+        except Exception:
+            shapes = []
+    hidden_size = backbone.config.hidden_size
+    if shapes != [(1, 3, hidden_size), (1, hidden_size)]:
+        raise InputError(f"{name} doesn't return (sequence, pooled); {wanted}")
+    ptm.train()
+    return ptm
+
+
+def pretrained_weights(backbone: Backbone) -> Path:
+    """The weights file of a pretrained backbone: in its folder, or downloaded into PaddleNLP's cache."""
+    folder = Path(backbone.source)
+    if folder.is_dir():
+        for name in WEIGHTS_FILES:
+            if (folder / name).is_file():
+                return folder / name
+        raise InputError(
+            f"{folder}: has no {WEIGHTS_FILES[-1]}; use --from_scratch {folder} to start from random weights"
+        )
+    url = backbone.model_class.pretrained_resource_files_map.get("model_state", {}).get(backbone.source)
+    try:
+        file = resolve_file_path(backbone.source, [url] if url else list(WEIGHTS_FILES))
+    except Exception:
+        file = None
+    if file is None:
+        raise _not_found(backbone.source)
+    return Path(file)
+
+
+def load_collator(name_or_path: str | Path, max_seq_length: int) -> TextCollator:
+    """The collator of a folder with a vocabulary, or of a name that PaddleNLP knows."""
+    if Path(name_or_path).is_dir():
+        return TextCollator.load(name_or_path, max_seq_length)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            AutoTokenizer.from_pretrained(str(name_or_path)).save_pretrained(folder)
+        except Exception:
+            raise _not_found(name_or_path) from None
+        if not (Path(folder) / VOCABULARY_FILE).is_file():
+            raise InputError(f"{name_or_path}: its tokenizer has no {VOCABULARY_FILE}; need a WordPiece tokenizer")
+        return TextCollator.load(folder, max_seq_length)

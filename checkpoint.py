@@ -1,0 +1,310 @@
+"""The checkpoint folder, which says everything about a model, and what a training needs to go on from it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import paddle
+
+from backbone import (
+    BACKBONE_CONFIG_FILE,
+    WEIGHTS_FILES,
+    Backbone,
+    build_backbone,
+    find_backbone,
+    load_collator,
+    pretrained_weights,
+)
+from base_model import DEFAULT_EMBEDDING_SIZE, DEFAULT_MODEL, ModelConfig, SemanticIndexBase
+from data import VOCABULARY_FILE, TextCollator
+from files import atomic_folder, check_manifest, read_json, remove_folder, whole_folder, write_json, write_manifest
+from runtime import InputError, log
+from weights import read_weights, write_safetensors
+
+DEFAULT_TRAIN_LENGTH = 512  # train_batch_neg.py's default, cut to the position table
+REPORTED_PARAMETERS = 3
+
+MODEL_CONFIG_FILE = "semantic_index.json"
+TRAINING_PREFIX = "training_"  # of the files that only `--resume_from` reads
+TRAINING_STATE_FILE = TRAINING_PREFIX + "state.json"
+OPTIMIZER_FILE = TRAINING_PREFIX + "optimizer.safetensors"
+STEP_FOLDER = "model_"  # and the number of the step
+
+Model = TypeVar("Model", bound=SemanticIndexBase)
+
+
+class LoadedModel(NamedTuple):
+    """A model and the collator that makes its input."""
+
+    model: Any  # of the class that was asked for
+    collator: TextCollator
+
+
+class TrainingState(NamedTuple):
+    """What a training needs beside the model to go on: all else follows from the options and the step."""
+
+    progress: dict[str, Any]  # what JSON can hold
+    optimizer: dict[str, np.ndarray]  # `optimizer_arrays`
+
+
+def create_model(
+    cls: type[Model],
+    *,
+    model_name_or_path: str = DEFAULT_MODEL,
+    from_scratch: str | None = None,
+    init_from_ckpt: str | None = None,
+    output_emb_size: int = DEFAULT_EMBEDDING_SIZE,
+    pooling: str = "cls",
+    dropout: float = 0.1,
+    max_seq_length: int | None = None,
+) -> LoadedModel:
+    """The model that a training starts from, in training mode.
+
+    Its backbone has pretrained weights, the weights of `init_from_ckpt`, or, with `from_scratch`, random ones.
+    max_seq_length: by default 512 or the size of the position table. Raises InputError.
+    """
+    checkpoint = _weights_file(init_from_ckpt) if init_from_ckpt else None
+    if checkpoint:
+        check_manifest(checkpoint.parent, ignored=TRAINING_PREFIX)
+    if checkpoint and not from_scratch and (checkpoint.parent / BACKBONE_CONFIG_FILE).is_file():
+        model_name_or_path = str(checkpoint.parent)
+    source = from_scratch or model_name_or_path
+    if from_scratch and not Path(from_scratch).is_dir():
+        raise InputError(f"--from_scratch {from_scratch}: no such folder")
+    backbone = find_backbone(source)
+    if max_seq_length is None:
+        max_seq_length = min(DEFAULT_TRAIN_LENGTH, _longest(backbone))
+    config = ModelConfig(output_emb_size, pooling, dropout, max_seq_length)
+    collator = _collator_beside(checkpoint, source, backbone, max_seq_length)
+    weights_file = checkpoint or (None if from_scratch else pretrained_weights(backbone))
+    model = cls(build_backbone(backbone), config)
+    _check_vocabulary(collator, backbone)
+    if weights_file:
+        _set_weights(model, read_weights(weights_file), weights_file, backbone, head_is_optional=True)
+    return LoadedModel(model, collator)
+
+
+def load_checkpoint(
+    path: str | Path,
+    cls: type[Model] = SemanticIndexBase,
+    *,
+    model_name_or_path: str = DEFAULT_MODEL,
+    output_emb_size: int | None = None,
+    max_seq_length: int | None = None,
+) -> LoadedModel:
+    """A trained model, in evaluation mode.
+
+    path: the checkpoint's folder, or the .pdparams file in it. A checkpoint of the original scripts has no configs: its
+    backbone is `model_name_or_path`, its embedding size is read off the weights. output_emb_size: checked against the
+    checkpoint's; max_seq_length: in place of the checkpoint's. Raises InputError.
+    """
+    file = _weights_file(path)
+    check_manifest(file.parent, ignored=TRAINING_PREFIX)
+    source = file.parent if (file.parent / BACKBONE_CONFIG_FILE).is_file() else model_name_or_path
+    backbone = find_backbone(source)
+    weights = read_weights(file)
+    config = _read_model_config(file, weights)
+    if output_emb_size is not None and output_emb_size != config.output_emb_size:
+        raise InputError(
+            f"--output_emb_size {output_emb_size}: {file} has {config.output_emb_size}; leave the option out"
+        )
+    model = cls(build_backbone(backbone), config)
+    _set_weights(model, weights, file, backbone, head_is_optional=False)
+    model.eval()
+    length = max_seq_length or min(config.max_seq_length, _longest(backbone))
+    collator = _collator_beside(file, source, backbone, length)
+    _check_vocabulary(collator, backbone)
+    return LoadedModel(model, collator)
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: SemanticIndexBase,
+    collator: TextCollator,
+    *,
+    notes: Mapping[str, str] | None = None,
+    training: TrainingState | None = None,
+) -> None:
+    """Writes a folder from which `load_checkpoint` needs nothing else; a folder of that name is replaced as a whole.
+
+    notes: further text files, name -> content; training: what `read_training_state` gives back. Raises InputError if
+    it can't be written.
+    """
+    with atomic_folder(folder) as temporary:
+        safetensors_file, pdparams_file = (temporary / name for name in WEIGHTS_FILES)
+        paddle.save(model.state_dict(), str(pdparams_file))
+        write_safetensors(safetensors_file, {name: value.numpy() for name, value in model.state_dict().items()})
+        write_json(temporary / BACKBONE_CONFIG_FILE, model.ptm.config.to_dict())
+        write_json(temporary / MODEL_CONFIG_FILE, asdict(model.config))
+        collator.save(temporary)
+        for name, content in (notes or {}).items():
+            (temporary / name).write_text(content, encoding="utf-8")
+        if training:
+            write_json(temporary / TRAINING_STATE_FILE, training.progress)
+            write_safetensors(temporary / OPTIMIZER_FILE, training.optimizer)
+        write_manifest(temporary)
+
+
+def read_training_state(folder: Path) -> TrainingState:
+    """What `save_checkpoint` was given. Raises InputError if a file of the folder isn't as it was written."""
+    if not (folder / TRAINING_STATE_FILE).is_file():
+        remedy = "take its weights alone with --init_from_ckpt"
+        raise InputError(f"{folder}: has no {TRAINING_STATE_FILE}, so no training can go on from it; {remedy}")
+    check_manifest(folder)
+    return TrainingState(read_json(folder / TRAINING_STATE_FILE), read_weights(folder / OPTIMIZER_FILE))
+
+
+def step_folder(save_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return save_dir / f"{STEP_FOLDER}{step}"
+
+
+def step_folders(save_dir: Path) -> list[Path]:
+    """The checkpoints of a training, by step."""
+    steps = [path.name.removeprefix(STEP_FOLDER) for path in save_dir.glob(f"{STEP_FOLDER}*") if path.is_dir()]
+    return [step_folder(save_dir, step) for step in sorted(int(step) for step in steps if step.isdecimal())]
+
+
+def latest_checkpoint(save_dir: Path) -> Path | None:
+    """The newest checkpoint that a training can go on from, or None; those that can't be used are logged."""
+    for folder in reversed(step_folders(save_dir)):
+        try:
+            read_training_state(folder)
+        except InputError as error:
+            log(f"passed over {error}")
+            continue
+        return folder
+    return None
+
+
+def remove_old_checkpoints(save_dir: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints of steps."""
+    for folder in step_folders(save_dir)[:-keep]:
+        remove_folder(folder)
+
+
+def optimizer_arrays(model: SemanticIndexBase, optimizer: paddle.optimizer.Optimizer) -> dict[str, np.ndarray]:
+    """The optimizer's state as `<parameter>.<name of the accumulator>` -> array."""
+    state = {name: value.numpy() for name, value in optimizer.state_dict().items() if name not in _NOT_ARRAYS}
+    return {
+        f"{name}.{key.removeprefix(parameter.name + '_')}": value
+        for name, parameter in model.named_parameters()
+        for key, value in state.items()
+        if key.startswith(parameter.name + "_")
+    }
+
+
+def restore_optimizer(
+    model: SemanticIndexBase, optimizer: paddle.optimizer.Optimizer, arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Gives an optimizer that has taken no step the state that `optimizer_arrays` read."""
+    internal_names = {name: parameter.name for name, parameter in model.named_parameters()}
+    state = {}
+    for key, value in arrays.items():
+        name, accumulator = key.rsplit(".", 1)
+        state[f"{internal_names[name]}_{accumulator}"] = paddle.to_tensor(value)
+    optimizer.set_state_dict(state)
+
+
+_NOT_ARRAYS = ("LR_Scheduler", "master_weights")  # the rate follows from the step; parameters are float32
+
+
+def _weights_file(path: str | Path) -> Path:
+    """The weights file of a checkpoint given as a folder or as the file itself."""
+    path = Path(path)
+    folder = whole_folder(path)
+    if folder.is_dir():
+        for name in WEIGHTS_FILES:
+            if (folder / name).is_file():
+                return folder / name
+        raise InputError(f"{path}: has no {' or '.join(reversed(WEIGHTS_FILES))}")
+    file = whole_folder(path.parent) / path.name
+    if not file.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    return file
+
+
+def _read_model_config(file: Path, weights: Mapping[str, np.ndarray]) -> ModelConfig:
+    """The ModelConfig beside a weights file, or the original scripts' one, which only the weights tell."""
+    config_file = file.parent / MODEL_CONFIG_FILE
+    if not config_file.is_file():
+        reduction = weights.get("emb_reduce_linear.weight")
+        return ModelConfig(output_emb_size=0 if reduction is None else int(reduction.shape[-1]))
+    content = read_json(config_file)
+    try:
+        config = ModelConfig(**{field.name: field.type(content[field.name]) for field in fields(ModelConfig)})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{config_file}: isn't a model config (see {error})") from None
+    if config.pooling not in ("cls", "mean") or config.output_emb_size < 0 or not 0 <= config.dropout < 1:
+        raise InputError(f"{config_file}: has a value out of range")
+    return config
+
+
+def _longest(backbone: Backbone) -> int:
+    """Positions that the backbone has vectors for."""
+    return backbone.config.max_position_embeddings
+
+
+def _collator_beside(file: Path | None, source: str | Path, backbone: Backbone, max_seq_length: int) -> TextCollator:
+    """The collator of the checkpoint's folder if it has a vocabulary, else the backbone's."""
+    if max_seq_length > _longest(backbone):
+        remedy = f"the position table of {backbone.source} has {_longest(backbone)} rows; use at most that many tokens"
+        raise InputError(f"--max_seq_length {max_seq_length}: {remedy}")
+    has_vocabulary = file is not None and (file.parent / VOCABULARY_FILE).is_file()
+    return load_collator(file.parent if has_vocabulary else source, max_seq_length)
+
+
+def _check_vocabulary(collator: TextCollator, backbone: Backbone) -> None:
+    rows = backbone.config.vocab_size
+    if collator.vocabulary_size > rows:
+        raise InputError(f"{backbone.source}: its {VOCABULARY_FILE} has more lines than the model's {rows} embeddings")
+    if collator.pad_id != backbone.config.pad_token_id:
+        raise InputError(f"{backbone.source}: pad_token_id isn't the line number of [PAD] in {VOCABULARY_FILE}")
+
+
+def _set_weights(
+    model: SemanticIndexBase, weights: Mapping[str, np.ndarray], file: Path, backbone: Backbone, head_is_optional: bool
+) -> None:
+    """Copies the weights of `file` into the model, and says which don't fit.
+
+    Raises InputError if a parameter is missing or has another shape; those of the reduction may, if it is optional.
+    """
+    weights = _with_our_names(weights, backbone.model_class.base_model_prefix)
+    parameters = model.state_dict()
+    fitting = [name for name in parameters if name in weights and weights[name].shape == tuple(parameters[name].shape)]
+    problems = {
+        "missing": [name for name in parameters if name not in weights],
+        "wrong-shaped": [
+            f"{name} {list(weights[name].shape)} instead of {list(parameter.shape)}"
+            for name, parameter in parameters.items()
+            if name in weights and name not in fitting
+        ],
+        "unexpected": [name for name in weights if name not in parameters],
+    }
+    serious = [
+        name
+        for kind in ("missing", "wrong-shaped")
+        for name in problems[kind]
+        if not (head_is_optional and name.startswith("emb_reduce_linear."))
+    ]
+    report = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names)
+    if serious:
+        raise InputError(f"{file}: doesn't fit {backbone.model_class.__name__} of {backbone.source} ({report})")
+    if report or head_is_optional:
+        log(f"{file}: took {len(fitting)} of {len(parameters)} parameters" + (f" ({report})" if report else ""))
+    for name in fitting:
+        parameters[name].set_value(weights[name])
+
+
+def _with_our_names(weights: Mapping[str, np.ndarray], backbone_prefix: str) -> dict[str, np.ndarray]:
+    """Names of a plain PaddleNLP backbone (`embeddings.…` or `ernie.embeddings.…`) become ours (`ptm.embeddings.…`)."""
+    if any(name.startswith("ptm.") for name in weights):
+        return dict(weights)
+    return {"ptm." + name.removeprefix(backbone_prefix + "."): array for name, array in weights.items()}
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - REPORTED_PARAMETERS
+    return ", ".join(names[:REPORTED_PARAMETERS]) + (f" and {more} more" if more > 0 else "")

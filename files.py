@@ -1,0 +1,222 @@
+"""Files that appear whole or not at all, and the manifest that tells whether a folder is as it was written."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime import InputError
+
+MANIFEST_FILE = "manifest.json"
+REPLACED_SUFFIX = ".replaced"
+TEMPORARY_SUFFIX = ".tmp"
+HASHED_BYTES = 1 << 20  # at a time
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def open_for_reading(path: str | Path) -> io.BufferedReader:
+    """Opens a file for bytes. Raises InputError if it is missing, no file, or can't be read."""
+    try:
+        if Path(path).is_fifo():
+            raise InputError(f"{path}: is a pipe; give a file")
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; give the file in it") from None
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror})") from None
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises InputError for anything else."""
+    with open_for_reading(path) as file:
+        try:
+            content = json.loads(file.read())
+        except (ValueError, RecursionError):
+            content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: isn't a JSON object")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def _temporary_name(path: Path) -> Path:
+    # Cut, so that it isn't too long where the name itself isn't.
+    return path.with_name(f".{path.name[:60]}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+
+
+def _replaced_name(path: Path) -> Path:
+    return path.with_name(f".{path.name[:60]}{REPLACED_SUFFIX}")
+
+
+def _replaceable(path: str | Path, is_kind: Callable[[Path], bool]) -> Path:
+    """The file or folder to write: a link's target. Raises InputError if something of another kind is there."""
+    path = Path(path)
+    try:
+        target = path.resolve() if path.is_symlink() else path
+        if target.name and (is_kind(target) or not target.exists()):
+            return target
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror or error})") from None
+    raise InputError(f"{path}: can't be written (something else is there)")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
+    """Opens a file that appears under `path` only when the block has ended well. Makes the folder if need be.
+
+    mode: "w" for UTF-8 text with LF, "wb" for bytes. Raises InputError if the file can't be written.
+    """
+    path = _replaceable(path, Path.is_file)
+    temporary = _temporary_name(path)
+    text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, **text_options) as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Gives a new folder that takes the place of `path` only when the block has ended well and its files are on disk.
+
+    A kill between the two renames of a replacement leaves the old folder beside its place: see `whole_folder`. Raises
+    InputError if it can't be written.
+    """
+    path = _replaceable(path, Path.is_dir)
+    temporary = _temporary_name(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            _flush_to_disk(written)
+        restore_folder(path)
+        if path.exists():
+            path.rename(_replaced_name(path))
+        temporary.rename(path)
+        _flush_to_disk(path.parent)
+        remove_folder(_replaced_name(path))
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def whole_folder(path: str | Path) -> Path:
+    """`path`, or the folder that it held before a kill cut its replacement short."""
+    path = Path(path)
+    replaced = _replaced_name(path) if path.name else path
+    return replaced if replaced.is_dir() and not path.exists() else path
+
+
+def restore_folder(path: Path) -> None:
+    """Ends a replacement that a kill cut short: the old folder goes back, or away if the new one has its place."""
+    if whole_folder(path) != path:
+        _replaced_name(path).rename(path)
+    else:
+        remove_folder(_replaced_name(path))
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder, if it is there, so that no kill leaves a part of it under its name."""
+    if path.is_dir():
+        temporary = path if path.name.endswith(TEMPORARY_SUFFIX) else _temporary_name(path)
+        if temporary != path:
+            path.rename(temporary)
+        shutil.rmtree(temporary)
+
+
+def clear_leftovers(folder: str | Path) -> None:
+    """Removes what killed writers left in a folder that nobody else is writing to."""
+    for path in Path(folder).glob(".*"):
+        if path.name.endswith(REPLACED_SUFFIX):
+            restore_folder(path.with_name(path.name[1:].removesuffix(REPLACED_SUFFIX)))
+        elif path.name.endswith(TEMPORARY_SUFFIX):
+            remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object for people to read. Raises InputError if it can't be written."""
+    with atomic_write(path) as file:
+        json.dump(content, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Manifests
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes the size and SHA-256 of each file in a folder beside them."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    write_json(folder / MANIFEST_FILE, {"files": {path.name: _fingerprint(path) for path in files}})
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether the folder was written by a version that writes manifests, and to the end."""
+    return (folder / MANIFEST_FILE).is_file()
+
+
+def check_manifest(folder: Path, ignored: str = "") -> None:
+    """Raises InputError naming the first file that isn't as the folder's manifest says; without a manifest all is well.
+
+    ignored: beginning of the names of files that aren't looked at.
+    """
+    if not has_manifest(folder):
+        return
+    files = read_json(folder / MANIFEST_FILE).get("files")
+    if not isinstance(files, dict):
+        raise InputError(f"{folder / MANIFEST_FILE}: isn't a manifest; take another checkpoint")
+    for name, expected in files.items():
+        if ignored and name.startswith(ignored):
+            continue
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{path}: is missing, though {MANIFEST_FILE} lists it; take another checkpoint")
+        if _fingerprint(path) != expected:
+            raise InputError(
+                f"{path}: isn't as it was written (see {MANIFEST_FILE}); take another checkpoint, or remove "
+                f"{MANIFEST_FILE} if you changed the file on purpose"
+            )
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hex. Raises InputError if it can't be read."""
+    digest = hashlib.sha256()
+    with open_for_reading(path) as file:
+        try:
+            while block := file.read(HASHED_BYTES):
+                digest.update(block)
+        except OSError as error:
+            raise InputError(f"{path}: can't be read ({error.strerror})") from None
+    return digest.hexdigest()

@@ -1,0 +1,152 @@
+"""The ways to the gradient of a batch: gradient cache, accumulation, recomputation, the CPU's own linear layer."""
+
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from conftest import all_pairs
+
+from base_model import set_seed
+from batch_negative.gradient_cache import cached_backward, direct_backward
+from batch_negative.model import SemanticIndexBatchNeg
+from checkpoint import create_model
+from cpu_layers import CpuLinear, speed_up_training
+from data import PairCollator, TextPair
+from train_batch_neg import PlannedStep, Trainer, make_optimizer
+
+PAIRS = [
+    TextPair(query, title, all_pairs()[row + 20][1] if row % 3 == 0 else None)
+    for row, (query, title) in enumerate(all_pairs()[:11])
+]
+PAIRS += [TextPair(PAIRS[0].query, PAIRS[4].title), TextPair(PAIRS[3].query, PAIRS[3].title)]
+ROWS = np.arange(len(PAIRS))
+
+
+class GradientsOnly:
+    """Stands in for the optimizer: keeps the gradients that it was to step on."""
+
+    def __init__(self, model: SemanticIndexBatchNeg) -> None:
+        self._model = model
+
+    def get_lr(self) -> float:
+        return 0.0
+
+    def step(self) -> None:
+        named = self._model.named_parameters()
+        self.gradients = {name: None if value.grad is None else value.grad.numpy() for name, value in named}
+
+    def clear_grad(self) -> None:
+        self._model.clear_gradients()
+
+
+def gradients(
+    folder: Path,
+    batches: list[np.ndarray],
+    *,
+    chunk_texts: int | None = None,
+    recompute: bool = False,
+    fast_linear: bool = False,
+    dropout: float = 0.1,
+    **trainer_options: object,
+) -> tuple[float, dict[str, np.ndarray | None]]:
+    """The loss and the gradient of a step on PAIRS, from the same weights each time."""
+    set_seed(3)
+    model, collator = create_model(
+        SemanticIndexBatchNeg,
+        from_scratch=str(folder),
+        pooling="mean",
+        output_emb_size=16,
+        max_seq_length=24,
+        dropout=dropout,
+    )
+    if recompute:
+        model.ptm.recompute_enable()
+    if fast_linear:
+        speed_up_training(model)
+    optimizer = GradientsOnly(model)
+    _, scheduler = make_optimizer(
+        model, learning_rate=0.1, total_steps=9, warmup_proportion=0.0, weight_decay=0.0, max_grad_norm=1.0
+    )
+    trainer = Trainer(
+        model,
+        PairCollator(collator, PAIRS, chunk_texts=chunk_texts),
+        optimizer,
+        scheduler,
+        rank=0,
+        seed=5,
+        margin=0.2,
+        scale=30.0,
+        **trainer_options,
+    )
+    step = trainer.step(PlannedStep(1, 1, False, [[rows] for rows in batches]))
+    return step.loss, optimizer.gradients
+
+
+def assert_same(
+    first: tuple[float, dict[str, np.ndarray | None]], second: tuple[float, dict[str, np.ndarray | None]]
+) -> None:
+    assert first[0] == pytest.approx(second[0], abs=1e-6)
+    assert first[1].keys() == second[1].keys()
+    for name, value in first[1].items():
+        if value is None:
+            assert second[1][name] is None, name
+        else:
+            np.testing.assert_allclose(value, second[1][name], rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("chunk_texts", [1, 3, 7, 16, 1000])
+def test_the_gradient_cache_changes_nothing(model_folder: Path, chunk_texts: int) -> None:
+    """With dropout on, remainders, masks and hard negatives."""
+    direct = gradients(model_folder, [ROWS], chunk_texts=chunk_texts, backward=direct_backward)
+    cached = gradients(model_folder, [ROWS], chunk_texts=chunk_texts, backward=cached_backward)
+    assert_same(cached, direct)
+    assert max(np.abs(value).max() for value in direct[1].values() if value is not None) > 1e-2
+
+
+def test_dropout_is_on_and_differs_between_steps_and_chunks(model_folder: Path, still_model_folder: Path) -> None:
+    with_dropout = gradients(model_folder, [ROWS])
+    assert with_dropout[0] != gradients(still_model_folder, [ROWS], dropout=0.0)[0]
+    twice = gradients(model_folder, [ROWS, ROWS])  # two batches of the same rows
+    assert twice[0] != pytest.approx(with_dropout[0], abs=1e-6)
+
+
+def test_chunks_change_nothing_without_dropout(still_model_folder: Path) -> None:
+    whole = gradients(still_model_folder, dropout=0.0, batches=[ROWS], chunk_texts=1000)
+    assert_same(
+        gradients(still_model_folder, dropout=0.0, batches=[ROWS], chunk_texts=4, backward=cached_backward), whole
+    )
+    assert_same(gradients(still_model_folder, dropout=0.0, batches=[ROWS]), whole)
+
+
+def test_accumulated_batches_weigh_by_their_pairs(still_model_folder: Path) -> None:
+    loss, accumulated = gradients(still_model_folder, dropout=0.0, batches=[ROWS[:9], ROWS[9:]])
+    parts = [gradients(still_model_folder, dropout=0.0, batches=[rows]) for rows in (ROWS[:9], ROWS[9:])]
+    shares = 9 / 13, 4 / 13
+    assert loss == pytest.approx(sum(share * part[0] for share, part in zip(shares, parts, strict=True)), abs=1e-6)
+    for name, value in accumulated.items():
+        if value is not None:
+            expected = sum(share * part[1][name] for share, part in zip(shares, parts, strict=True))
+            np.testing.assert_allclose(value, expected, rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("backward", [direct_backward, cached_backward])
+def test_recomputation_changes_nothing(model_folder: Path, backward: object) -> None:
+    plain = gradients(model_folder, [ROWS], chunk_texts=8, backward=backward)
+    assert_same(gradients(model_folder, [ROWS], chunk_texts=8, backward=backward, recompute=True), plain)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_fast_linear_layer_changes_nothing(model_folder: Path, recompute: bool) -> None:
+    plain = gradients(model_folder, [ROWS], chunk_texts=8, recompute=recompute)
+    assert_same(gradients(model_folder, [ROWS], chunk_texts=8, recompute=recompute, fast_linear=True), plain)
+
+
+def test_all_linear_layers_of_the_encoder_are_fast(model_folder: Path) -> None:
+    model, _ = create_model(SemanticIndexBatchNeg, from_scratch=str(model_folder))
+    names = [name for name, _ in model.named_parameters()]
+    speed_up_training(model)
+    linear = [layer for layer in model.sublayers() if isinstance(layer, paddle.nn.Linear)]
+    assert len(linear) == 2 * 6 + 2  # two layers of ERNIE, its pooler and the reduction
+    assert all(isinstance(layer, CpuLinear) for layer in linear)
+    assert [name for name, _ in model.named_parameters()] == names
