@@ -55,7 +55,8 @@ class SemanticIndexBase(nn.Layer):
             pooled = (sequence * real).sum(axis=1) / real.sum(axis=1)
         if self.config.output_emb_size:
             pooled = self.emb_reduce_linear(pooled)
-        return F.normalize(self.dropout(pooled), axis=-1)
+        # float32 under mixed precision too: a norm in float16 is off in the third digit.
+        return F.normalize(self.dropout(pooled).astype("float32"), axis=-1)
 
     def cosine_sim(
         self,

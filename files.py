@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -157,7 +158,7 @@ def clear_leftovers(folder: str | Path) -> None:
     for path in Path(folder).glob(".*"):
         if path.name.endswith(REPLACED_SUFFIX):
             restore_folder(path.with_name(path.name[1:].removesuffix(REPLACED_SUFFIX)))
-        elif path.name.endswith(TEMPORARY_SUFFIX):
+        elif re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name):
             remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -3,30 +3,19 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from visualdl import LogWriter
 
 from ann_util import VectorIndex
 from base_model import SemanticIndexBase
+from batch_negative.trainer import Step
 from data import Corpus, TextCollator, documents_by_query, write_hits
 from evaluate import Evaluation, evaluate, format_lines, metrics
 from files import atomic_write
 from recall import as_hits, recall
 from runtime import is_main_process
-
-
-class Step(NamedTuple):
-    """What is known after a training step."""
-
-    number: int  # from 1, over all epochs
-    epoch: int  # from 1
-    ends_epoch: bool
-    loss: float  # mean over the pairs of all ranks
-    learning_rate: float  # at which the step was taken
-    pairs: int  # of all ranks
-    stop: bool  # whether a rank was told to stop
 
 
 class Evaluator:

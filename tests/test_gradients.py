@@ -10,10 +10,10 @@ from conftest import all_pairs
 from base_model import set_seed
 from batch_negative.gradient_cache import cached_backward, direct_backward
 from batch_negative.model import SemanticIndexBatchNeg
+from batch_negative.trainer import PlannedStep, Trainer, make_optimizer
 from checkpoint import create_model
 from cpu_layers import CpuLinear, speed_up_training
 from data import PairCollator, TextPair
-from train_batch_neg import PlannedStep, Trainer, make_optimizer
 
 PAIRS = [
     TextPair(query, title, all_pairs()[row + 20][1] if row % 3 == 0 else None)

@@ -15,6 +15,7 @@ import recall
 import train_batch_neg
 from base_model import set_seed
 from batch_negative.model import SemanticIndexBatchNeg, in_batch_negatives_loss
+from batch_negative.trainer import make_optimizer
 from checkpoint import create_model, load_checkpoint
 from data import (
     PairCollator,
@@ -27,7 +28,6 @@ from data import (
     titles_by_query,
 )
 from runtime import InputError
-from train_batch_neg import make_optimizer
 from weights import read_weights
 
 
