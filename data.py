@@ -540,10 +540,13 @@ class TokenisedTexts(Sequence[np.ndarray]):
     def __init__(self, collator: TextCollator, texts: Sequence[str]) -> None:
         dtype = np.min_scalar_type(collator.vocabulary_size)
         tokens, lengths = [], []
+        progress = progress_bar(len(texts), "tokenising", "text")
         for window in batched(texts, SORTING_WINDOW):
             ids = collator.tokenize(window)
             tokens.append(np.fromiter(chain.from_iterable(ids), dtype))
             lengths.append(np.array([len(text_ids) for text_ids in ids]))
+            progress.update(len(window))
+        progress.close()
         self.lengths = np.concatenate(lengths)
         self._tokens = np.concatenate(tokens)
         self._ends = np.cumsum(self.lengths)
