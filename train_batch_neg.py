@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -294,6 +295,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def warn_of_small_disk(save_dir: Path, model: SemanticIndexBatchNeg, checkpoints: int) -> None:
+    """Logs it if the checkpoints to come won't fit on the disk."""
+    size = 4 * sum(4 * parameter.size for parameter in model.parameters())  # float32: weights twice, AdamW's moments
+    folder = next(path for path in (save_dir.absolute(), *save_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if checkpoints * size > free:
+        log(
+            f"{save_dir}: {checkpoints} checkpoints of {size / 1e9:.1f} GB won't fit into the {free / 1e9:.0f} GB that "
+            "are free; save less often (--save_steps) or keep fewer (--keep_checkpoints)"
+        )
+
+
 def choose_metric(best_metric: str | None, recall_num: int) -> str:
     """The metric that tells the best model. Raises InputError if it isn't computed."""
     names = metric_names(recall_num)
@@ -428,6 +441,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"training on {len(pairs)} pairs: steps {first + 1} to {plan.total_steps} of {args.batch_size} pairs on each "
         f"of {world_size} process(es); a query has {scored - 1} other titles as negatives"
     )
+    saved = -(-(plan.total_steps - first) // args.save_steps)
+    warn_of_small_disk(save_dir, loaded.model, min(saved, args.keep_checkpoints or saved))
     training_log = TrainingLog(save_dir / "visualdl", args.log_steps, plan.total_steps, first) if rank == 0 else None
     session = Session(
         loaded,

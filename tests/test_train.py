@@ -225,6 +225,17 @@ def test_a_loss_that_is_no_number_stops_and_names_the_lines(
     assert load_checkpoint(tmp_path / "out" / "model_2")
 
 
+@pytest.mark.parametrize(("options", "warned"), [([], True), (["--keep_checkpoints", "2"], False)])
+def test_a_disk_too_small_for_all_checkpoints_is_told(
+    model_folder: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, options, warned
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)  # a checkpoint has 0.3 MB
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    options = ["--max_steps", "5", "--save_steps", "1", *options]
+    train_batch_neg.main(train_options(model_folder, recall_data, tmp_path / "new", *options))
+    assert ("5 checkpoints of 0.0 GB won't fit" in capsys.readouterr().err) == warned
+
+
 def test_a_batch_larger_than_the_data(model_folder: Path, recall_data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--batch_size 129 .* has 128 pairs; use at most --batch_size 128"):
         train_batch_neg.main(train_options(model_folder, recall_data, tmp_path, "--batch_size", "129"))
