@@ -20,9 +20,9 @@ from benchmarks.common import (
     add_input_args,
     benchmark_inputs,
     check_benchmarks_python,
+    describe_machine,
     in_training_order,
     interleaved,
-    machine,
     median_step_seconds,
     write_pairs,
 )
@@ -92,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--steps {steps}: must be more than --warm_up {warm_up}")
     if args.batch_size % 2:
         raise InputError(f"--batch_size {args.batch_size}: must be even, for two ranks of half of it")
-    at_start = machine()
-    print(json.dumps(at_start))
+    machine = describe_machine()
     with benchmark_inputs(args.train_set_file, args.model, MEDIUM_ERNIE) as inputs:
         if len(inputs.pairs) < steps * args.batch_size:
             needed = f"{steps} steps of {args.batch_size} pairs need {steps * args.batch_size}"
@@ -104,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in trainings:
         figures = [result[column][name] for column in ("steps_per_second", "pairs_per_second", "last_loss")]
         print(f"{name:24}{figures[0]:>10.3f}{figures[1]:>10.1f}{figures[2]:>12.3f}")
-    print(json.dumps({**result, "machine": at_start}))
+    print(json.dumps({**result, "machine": machine}))
     return 0
 
 

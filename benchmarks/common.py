@@ -166,17 +166,22 @@ def median_step_seconds(trainings: Sequence[Training], warm_up: int) -> float:
     return statistics.median(statistics.mean(training.step_seconds[warm_up:]) for training in trainings)
 
 
-def machine() -> dict[str, Any]:
-    """What speed depends on: processor, cores, its vector instructions, memory, and how busy it is."""
+def describe_machine() -> dict[str, Any]:
+    """What speed depends on, printed: processor, cores, its vector instructions, memory, and how busy it is."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     flags = set(fields.get("flags", "").split())
-    return {
+    load = os.getloadavg()[0]
+    described = {
         "cpu": fields.get("model name", platform.processor() or platform.machine()),
         "cores": cpu_count(),
         "flags": [flag for flag in CPU_FLAGS if flag in flags],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "load_average": round(os.getloadavg()[0], 2),
+        "load_average": round(load, 2),
         "python": platform.python_version(),
     }
+    print(json.dumps(described))
+    if load > described["cores"] / 4:
+        print("note: other programs use this machine, and threads that wait for them make any figure doubtful")
+    return described

@@ -7,7 +7,7 @@ the loop and in file order, a batch padded to its longest text.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds, losses = train(
         ReferenceModel(ErnieConfig.from_pretrained(args.model)),
         ErnieTokenizer.from_pretrained(args.model),
-        iter(read_text_pairs(args.train_set_file)),
+        cycle(read_text_pairs(args.train_set_file)),
         steps=args.steps,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
