@@ -7,7 +7,7 @@ import paddle
 import pytest
 from conftest import all_pairs
 
-from base_model import set_seed
+from base_model import STRIDE_FLAG, set_device, set_seed
 from batch_negative.gradient_cache import cached_backward, direct_backward
 from batch_negative.model import SemanticIndexBatchNeg
 from batch_negative.trainer import PlannedStep, Trainer, make_optimizer
@@ -150,3 +150,22 @@ def test_all_linear_layers_of_the_encoder_are_fast(model_folder: Path) -> None:
     assert len(linear) == 2 * 6 + 2  # two layers of ERNIE, its pooler and the reduction
     assert all(isinstance(layer, CpuLinear) for layer in linear)
     assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_transpositions_that_copy_change_nothing(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(STRIDE_FLAG, raising=False)
+    paddle.set_flags({STRIDE_FLAG: True})
+    plain = gradients(model_folder, [ROWS])
+    set_device("cpu")
+    assert not paddle.get_flags(STRIDE_FLAG)[STRIDE_FLAG]
+    copying = gradients(model_folder, [ROWS])
+    assert copying[0] == plain[0]
+    for name, value in plain[1].items():
+        np.testing.assert_array_equal(copying[1][name], value, err_msg=name)
+
+
+def test_the_users_own_setting_of_transpositions_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STRIDE_FLAG, "1")
+    paddle.set_flags({STRIDE_FLAG: True})
+    set_device("cpu")
+    assert paddle.get_flags(STRIDE_FLAG)[STRIDE_FLAG]

@@ -1,0 +1,136 @@
+"""Memory and time of the gradient cache on a CPU: it must hardly need more of the first as the batch grows.
+
+The last line is a JSON object: the peak memory of one step of a large batch against that of a small one, and the time
+that a pair takes through the cache against plain training.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import (
+    MAX_SEQ_LENGTH,
+    MEDIUM_ERNIE,
+    Training,
+    add_input_args,
+    benchmark_inputs,
+    describe_machine,
+    interleaved,
+    median_step_seconds,
+    run_trainer,
+    write_pairs,
+)
+from data import TextPair
+from runtime import ArgumentParser, at_least, run
+
+CHUNK = 32
+BASE_ERNIE = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+
+
+class Sizes(NamedTuple):
+    """Of one run of this benchmark."""
+
+    model: dict[str, int]
+    large_batch: int  # whose peak memory is compared with that of
+    small_batch: int
+    cached_batch: int  # whose time a pair is compared with that of
+    plain_batch: int
+    steps: int  # timed, of each process
+    rounds: int
+
+
+FULL = Sizes(BASE_ERNIE, 2048, 256, 256, 64, 1, 3)
+QUICK = Sizes(MEDIUM_ERNIE, 512, 64, 128, 64, 1, 2)
+
+
+def full_length(pairs: Sequence[TextPair], count: int) -> list[TextPair]:
+    """`count` different pairs of texts that fill MAX_SEQ_LENGTH: each is numbered and repeated."""
+    texts = (pairs[row % len(pairs)] for row in range(count))
+    return [TextPair(*(f"{row} {text} " * MAX_SEQ_LENGTH for text in pair[:2])) for row, pair in enumerate(texts)]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add_input_args(parser)
+    parser.add_argument("--large_batch", type=at_least(CHUNK), help=f"pairs (default: {FULL.large_batch})")
+    parser.add_argument("--small_batch", type=at_least(CHUNK), help=f"pairs (default: {FULL.small_batch})")
+    parser.add_argument("--rounds", type=at_least(1), help=f"timed processes of each kind (default: {FULL.rounds})")
+    parser.add_argument("--quick", action="store_true", help="a small model and small batches, in minutes")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints what it measured, and the JSON object."""
+    args = build_parser().parse_args(argv)
+    chosen = {name: value for name in ("large_batch", "small_batch", "rounds") if (value := getattr(args, name))}
+    sizes = (QUICK if args.quick else FULL)._replace(**chosen)
+    machine = describe_machine()
+    with benchmark_inputs(args.train_set_file, args.model, sizes.model) as inputs:
+        needed = max(sizes.large_batch, sizes.cached_batch * (sizes.steps + 1))
+        train_set_file = write_pairs(inputs.folder / "train.csv", full_length(inputs.pairs, needed))
+
+        def command(batch_size: int, steps: int, *options: str) -> list[str | Path]:
+            trainer = [sys.executable, Path(__file__).parent / "ours.py", "--model", inputs.model]
+            return [
+                *trainer,
+                "--train_set_file",
+                train_set_file,
+                "--batch_size",
+                str(batch_size),
+                "--steps",
+                str(steps),
+                *options,
+            ]
+
+        cache = ["--grad_cache_chunk", str(CHUNK)]
+        # The first step of a process warms it up. Both kinds are timed on as many pairs.
+        timed = interleaved(
+            {
+                "plain": command(sizes.plain_batch, sizes.steps * sizes.cached_batch // sizes.plain_batch + 1),
+                "cached": command(sizes.cached_batch, sizes.steps + 1, *cache),
+            },
+            sizes.rounds,
+            inputs.folder,
+        )
+        peaks = {
+            size: run_trainer(command(size, 1, *cache), inputs.folder / "report.json").peak_bytes
+            for size in (sizes.small_batch, sizes.large_batch)
+        }
+    result = summary(timed, peaks, sizes)
+    for name, seconds in result["seconds_per_pair"].items():
+        print(f"{name}: {seconds:.4f} s a pair")
+    for size, mib in result["peak_mib"].items():
+        print(f"{size} pairs through the cache: {mib} MiB at most")
+    print(json.dumps({**result, "machine": machine}))
+    return 0
+
+
+def summary(timed: dict[str, list[Training]], peaks: dict[int, int], sizes: Sizes) -> dict[str, object]:
+    """The ratios, and the figures that they are made of."""
+    per_pair = {
+        "plain": median_step_seconds(timed["plain"], 1) / sizes.plain_batch,
+        "cached": median_step_seconds(timed["cached"], 1) / sizes.cached_batch,
+    }
+    return {
+        "peak_memory_ratio": round(peaks[sizes.large_batch] / peaks[sizes.small_batch], 3),
+        "time_per_pair_ratio": round(per_pair["cached"] / per_pair["plain"], 3),
+        "peak_mib": {str(size): round(peak / 2**20) for size, peak in peaks.items()},
+        "seconds_per_pair": {name: round(seconds, 5) for name, seconds in per_pair.items()},
+        "seconds_of_steps": {
+            name: [[round(value, 2) for value in training.step_seconds] for training in rounds]
+            for name, rounds in timed.items()
+        },
+        "sizes": sizes._asdict(),
+        "chunk": CHUNK,
+        "length": MAX_SEQ_LENGTH,
+    }
+
+
+if __name__ == "__main__":
+    run(main)

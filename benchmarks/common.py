@@ -1,0 +1,187 @@
+"""What the training benchmarks share: options, inputs, fresh processes, the machine. Imports no Paddle."""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data import VOCABULARY_FILE, TextPair, build_vocabulary, epoch_batches, read_text_pairs, write_vocabulary
+from examples import make_dataset
+from examples.make_tiny_ernie import TINY_ERNIE_CONFIG
+from files import atomic_write, read_json, write_json
+from runtime import InputError, at_least, cpu_count
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS_PYTHON = ROOT / ".venv-benchmarks" / "bin" / "python"
+EMBEDDING_SIZE = 256
+MAX_SEQ_LENGTH = 64
+SCALE, MARGIN = 30.0, 0.2  # defaults of train_batch_neg.py
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_tile")
+MEDIUM_ERNIE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 4}
+
+
+class Training(NamedTuple):
+    """What a trainer's process reports."""
+
+    step_seconds: list[float]
+    losses: list[float]
+    peak_bytes: int  # largest resident memory of the process
+    versions: dict[str, str]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a trainer's process
+
+
+def add_trainer_args(parser: argparse.ArgumentParser) -> None:
+    """Options that every trainer takes."""
+    parser.add_argument("--model", required=True, help="folder with a config.json and a vocab.txt")
+    parser.add_argument("--train_set_file", required=True, help="pairs: query<TAB>title a line")
+    parser.add_argument("--steps", type=at_least(1), required=True, help="training steps")
+    parser.add_argument("--batch_size", type=at_least(1), default=64, help="pairs a step, on each process")
+    parser.add_argument("--learning_rate", type=at_least(0.0, float), default=5e-4, help="highest learning rate")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the weights, dropout and shuffle")
+    parser.add_argument("--report", help="JSON file to write seconds and loss of each step to")
+
+
+def timed_steps(step: Callable[[Any], float], inputs: Iterable[Any]) -> tuple[list[float], list[float]]:
+    """(seconds, losses) of the steps; making a step's input counts as part of it."""
+    seconds, losses = [], []
+    start = time.perf_counter()
+    for step_input in inputs:
+        losses.append(step(step_input))
+        end = time.perf_counter()
+        seconds.append(end - start)
+        start = end
+    return seconds, losses
+
+
+def write_report(path: str, seconds: list[float], losses: list[float], packages: Sequence[str]) -> None:
+    """Writes a Training."""
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    versions = {package: version(package) for package in packages}
+    write_json(Path(path), Training(seconds, losses, peak_bytes, versions)._asdict())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a benchmark's process
+
+
+def add_input_args(parser: argparse.ArgumentParser) -> None:
+    """Where the pairs and the model come from."""
+    parser.add_argument("--train_set_file", help="pairs: query<TAB>title a line (default: made by examples)")
+    parser.add_argument(
+        "--model", help="folder with a config.json and a vocab.txt (default: a vocabulary made of the pairs)"
+    )
+
+
+class Inputs(NamedTuple):
+    """What all trainers are given."""
+
+    pairs: list[TextPair]
+    model: Path
+    folder: Path  # for whatever else a benchmark writes
+
+
+@contextmanager
+def benchmark_inputs(train_set_file: str | None, model: str | None, sizes: Mapping[str, int]) -> Iterator[Inputs]:
+    """Pairs and a model folder, made in a temporary folder where they aren't given.
+
+    sizes: of the model that is made, in place of the example's. Raises InputError.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if train_set_file is None:
+            make_dataset.main(["--output_dir", name])
+            train_set_file = str(folder / "recall" / "train.csv")
+        pairs = read_text_pairs(train_set_file)
+        if model is None:
+            make_model_folder(folder / "model", pairs, sizes)
+        yield Inputs(pairs, folder / "model" if model is None else Path(model), folder)
+
+
+def make_model_folder(folder: Path, pairs: Sequence[TextPair], sizes: Mapping[str, int]) -> None:
+    """The example's config with other sizes, and a vocabulary made of the pairs."""
+    vocabulary = build_vocabulary(chain.from_iterable((pair.query, pair.title) for pair in pairs))
+    write_vocabulary(folder / VOCABULARY_FILE, vocabulary)
+    write_json(folder / "config.json", {**read_json(TINY_ERNIE_CONFIG), **sizes, "vocab_size": len(vocabulary)})
+
+
+def write_pairs(path: Path, pairs: Sequence[TextPair]) -> Path:
+    """Writes queries and titles, a pair a line."""
+    with atomic_write(path) as file:
+        file.writelines(f"{pair.query}\t{pair.title}\n" for pair in pairs)
+    return path
+
+
+def in_training_order(pairs: Sequence[TextPair], batch_size: int, seed: int) -> list[TextPair]:
+    """The pairs as the first epoch of ours takes them, for a trainer that goes by file order."""
+    batches = epoch_batches(len(pairs), batch_size, seed=seed, epoch=1)
+    return [pairs[row] for ranks in batches for rows in ranks for row in rows]
+
+
+def check_benchmarks_python() -> None:
+    """Raises InputError where the environment of the peers is missing."""
+    if not BENCHMARKS_PYTHON.exists():
+        raise InputError(f"{BENCHMARKS_PYTHON.parents[1]}: no such environment; run sh scripts/setup.sh --benchmarks")
+
+
+def run_trainer(command: Sequence[str | Path], report: Path) -> Training:
+    """Runs a trainer in a fresh process. Raises InputError if it does, and RuntimeError if it fails otherwise."""
+    done = subprocess.run(
+        [*map(str, command), "--report", str(report)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    if done.returncode == 2 and lines:
+        raise InputError(lines[-1].removeprefix("error: "))
+    if done.returncode:
+        raise RuntimeError("\n".join([f"{' '.join(map(str, command))} failed:", *lines[-30:]]))
+    return Training(**json.loads(report.read_text(encoding="utf-8")))
+
+
+def interleaved(commands: Mapping[str, Sequence[str | Path]], rounds: int, folder: Path) -> dict[str, list[Training]]:
+    """Runs every command once a round, so that a slow minute of the machine meets all of them."""
+    trainings: dict[str, list[Training]] = {name: [] for name in commands}
+    for number in range(1, rounds + 1):
+        for name, command in commands.items():
+            trainings[name].append(run_trainer(command, folder / "report.json"))
+            print(f"round {number} of {rounds}: {name}", file=sys.stderr, flush=True)
+    return trainings
+
+
+def median_step_seconds(trainings: Sequence[Training], warm_up: int) -> float:
+    """The median over processes of the mean time of a step, which leaves out each one's first `warm_up` steps."""
+    return statistics.median(statistics.mean(training.step_seconds[warm_up:]) for training in trainings)
+
+
+def describe_machine() -> dict[str, Any]:
+    """What speed depends on, printed: processor, cores, its vector instructions, memory, and how busy it is."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = set(fields.get("flags", "").split())
+    load = os.getloadavg()[0]
+    described = {
+        "cpu": fields.get("model name", platform.processor() or platform.machine()),
+        "cores": cpu_count(),
+        "flags": [flag for flag in CPU_FLAGS if flag in flags],
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average": round(load, 2),
+        "python": platform.python_version(),
+    }
+    print(json.dumps(described))
+    if load > described["cores"] / 4:
+        print("note: other programs use this machine, and threads that wait for them make any figure doubtful")
+    return described

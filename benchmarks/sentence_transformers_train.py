@@ -1,0 +1,164 @@
+"""Trains the same dual tower with sentence-transformers: a peer to measure against, in speed and in quality.
+
+It runs in .venv-benchmarks. The trainer's own loop was no faster than this one (docs/benchmarks.md), which tokenises
+all texts once, with the tokenizer that ours uses.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Pooling
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
+
+from benchmarks.common import (
+    EMBEDDING_SIZE,
+    MAX_SEQ_LENGTH,
+    SCALE,
+    add_trainer_args,
+    timed_steps,
+    write_report,
+)
+from data import (
+    PAD,
+    UNK,
+    TextCollator,
+    TokenisedTexts,
+    encode_texts,
+    epoch_batches,
+    read_corpus,
+    read_text_pairs,
+    titles_by_query,
+)
+from files import read_json
+from runtime import ArgumentParser, run
+
+ERNIE_TO_BERT = (  # sizes and rates that both configs name alike
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "initializer_range",
+    "pad_token_id",
+)
+Features = dict[str, torch.Tensor]
+
+
+def create_model(folder: str) -> SentenceTransformer:
+    """A BERT of the folder's sizes with random weights, the mean over tokens, and a linear layer without activation."""
+    sizes = read_json(Path(folder) / "config.json")
+    config = BertConfig(**{name: sizes[name] for name in ERNIE_TO_BERT if name in sizes})
+    # The model is given ids; Transformer only insists on having a tokenizer.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordPiece(unk_token=UNK)), pad_token=PAD)
+    with tempfile.TemporaryDirectory() as temporary:
+        BertModel(config).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        transformer = Transformer(temporary, max_seq_length=MAX_SEQ_LENGTH)
+    dense = Dense(config.hidden_size, EMBEDDING_SIZE, activation_function=None)
+    return SentenceTransformer(modules=[transformer, Pooling(config.hidden_size, "mean"), dense], device="cpu")
+
+
+def features_of(collator: TextCollator, ids: Sequence[Sequence[int]]) -> Features:
+    """The model's input, padded to the longest text."""
+    input_ids, token_type_ids = map(torch.from_numpy, collator.pad(ids))
+    attention_mask = (input_ids != collator.pad_id).long()
+    return {"input_ids": input_ids, "token_type_ids": token_type_ids, "attention_mask": attention_mask}
+
+
+def make_step(model: SentenceTransformer, learning_rate: float, steps: int) -> Callable[[list[Features]], float]:
+    """A training step on the features of queries and titles, which returns the loss."""
+    loss_function = MultipleNegativesRankingLoss(model, scale=SCALE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+    scheduler = get_linear_schedule_with_warmup(optimizer, int(0.1 * steps), steps)
+    model.train()
+
+    def step(columns: list[Features]) -> float:
+        loss = loss_function(columns, None)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def batches(
+    collator: TextCollator, columns: Sequence[Sequence[str]], batch_size: int, seed: int
+) -> Iterator[list[Features]]:
+    """The same batches in the same order as ours, without end; columns are padded separately."""
+    tokens = [TokenisedTexts(collator, column) for column in columns]
+    for epoch in count(1):
+        for (rows,) in epoch_batches(len(tokens[0]), batch_size, seed=seed, epoch=epoch):
+            yield [features_of(collator, [texts[row] for row in rows]) for texts in tokens]
+
+
+def write_vectors(model: SentenceTransformer, collator: TextCollator, texts: Sequence[str], path: Path) -> None:
+    """Unit vectors of the texts, float32 [N, D], in their order."""
+
+    @torch.inference_mode()
+    def embed(input_ids: np.ndarray, _: np.ndarray) -> np.ndarray:
+        features = features_of(collator, input_ids)
+        return torch.nn.functional.normalize(model(features)["sentence_embedding"]).numpy()
+
+    model.eval()
+    np.save(path, encode_texts(embed, texts, collator, 64, desc=str(path)))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add_trainer_args(parser)
+    parser.add_argument("--corpus_file", help="documents, one a line, to encode after training")
+    parser.add_argument("--similar_text_pair_file", help="pairs whose distinct queries to encode after training")
+    parser.add_argument(
+        "--output", type=Path, default=Path("vectors"), help="folder for corpus.npy and queries.npy, in file order"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains, reports and encodes."""
+    args = build_parser().parse_args(argv)
+    torch.manual_seed(args.seed)
+    pairs = read_text_pairs(args.train_set_file)
+    collator = TextCollator.load(args.model, MAX_SEQ_LENGTH)
+    model = create_model(args.model)
+    step = make_step(model, args.learning_rate, args.steps)
+    columns = [[pair.query for pair in pairs], [pair.title for pair in pairs]]
+    training_batches = batches(collator, columns, args.batch_size, args.seed)
+    seconds, losses = timed_steps(step, islice(training_batches, args.steps))
+    if args.report:
+        write_report(args.report, seconds, losses, ["sentence-transformers", "torch"])
+    print(f"{len(losses)} steps, last loss {losses[-1]:.4f}")
+    if args.corpus_file or args.similar_text_pair_file:
+        args.output.mkdir(parents=True, exist_ok=True)
+    if args.corpus_file:
+        write_vectors(model, collator, read_corpus(args.corpus_file), args.output / "corpus.npy")
+    if args.similar_text_pair_file:
+        queries = list(titles_by_query(read_text_pairs(args.similar_text_pair_file)))
+        write_vectors(model, collator, queries, args.output / "queries.npy")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
