@@ -180,7 +180,7 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
 def write_manifest(folder: Path) -> None:
     """Writes the size and SHA-256 of each file in a folder beside them."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST_FILE)
     write_json(folder / MANIFEST_FILE, {"files": {path.name: _fingerprint(path) for path in files}})
 
 

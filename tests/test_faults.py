@@ -6,6 +6,8 @@ import errno
 import io
 import itertools
 import os
+import pickle
+import resource
 import shutil
 import signal
 import socket
@@ -18,10 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import ROOT, run_script, train_options
+from conftest import ROOT, all_pairs, run_script, train_options, write_pairs
 from test_resume import assert_same_bits
-from test_train import assert_same_weights
+from test_train import assert_same_weights, poisoned
+from test_weights import Calls
 
+import checkpoint as checkpoint_module
+import monitor
 import train_batch_neg
 from checkpoint import (
     latest_checkpoint,
@@ -31,7 +36,8 @@ from checkpoint import (
     step_folder,
     step_folders,
 )
-from files import MANIFEST_FILE, check_manifest, clear_leftovers
+from data import epoch_batches
+from files import MANIFEST_FILE, check_manifest, clear_leftovers, write_manifest
 from runtime import InputError
 
 RENAMES = frozenset(["os.rename"])  # audit events of Python
@@ -415,6 +421,41 @@ def test_a_signal_ends_a_training_after_the_step_and_loses_nothing(
     assert_same_bits(whole, tmp_path / "checkpoints" / "model_12")
 
 
+@pytest.mark.parametrize("place", ["recall", "write_hits", "metrics"])
+def test_an_evaluation_that_is_stopped_is_made_again(
+    whole: Path, model_folder: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    plain = getattr(monitor, place)
+
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        result = plain(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    options = signal_options(model_folder, recall_data, tmp_path)
+    monkeypatch.setattr(monitor, place, stopped)
+    assert train_batch_neg.main(options) == 128 + signal.SIGTERM
+    assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "model_6"
+    monkeypatch.undo()
+    assert train_batch_neg.main([*options, "--resume_from", "latest"]) == 0
+    assert_same_bits(whole, tmp_path / "checkpoints" / "model_12")
+    assert_same_weights(whole.parent / "model_best", tmp_path / "checkpoints" / "model_best")
+
+
+def test_a_signal_in_the_last_step_s_saving_comes_too_late(
+    whole: Path, model_folder: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(folder: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write_manifest(folder)
+
+    options = [*signal_options(model_folder, recall_data, tmp_path)]
+    options.remove("--evaluate")
+    monkeypatch.setattr(checkpoint_module, "write_manifest", stopped)
+    assert train_batch_neg.main([*options, "--save_steps", "100"]) == 0
+    assert_same_weights(whole, tmp_path / "checkpoints" / "model_12")
+
+
 def test_stopped_and_killed_ranks_lose_nothing(
     whole_of_two: Path, start: Callable[..., Script], model_folder: Path, recall_data: Path, tmp_path: Path
 ) -> None:
@@ -481,3 +522,68 @@ def test_two_machines_train_as_one_and_stop_together(
 
 def parent(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def test_a_disk_that_fills_up_ends_the_training_with_one_line(
+    start: Callable[..., Script], model_folder: Path, recall_data: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of its files stands in: half of the weights still fit."""
+    options = [*signal_options(model_folder, recall_data, tmp_path), "--save_steps", "1"]
+    script = start(options)
+    script.wait_for("global step 3/")
+    resource.prlimit(script.process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    assert script.end() == 2
+    save_dir = tmp_path / "checkpoints"
+    last = step_folders(save_dir)[-1]
+    following = step_folder(save_dir, int(last.name.removeprefix("model_")) + 1)
+    assert script.output().splitlines()[-1] == f"error: {following}: can't be written (File too large)"
+    assert "Traceback" not in script.output()
+    assert latest_checkpoint(save_dir) == last
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_loss_that_is_no_number_on_one_rank_stops_all(
+    checkpoint: Path, model_folder: Path, tmp_path: Path, shared: bool
+) -> None:
+    """The vector of [UNK] is NaN, and a line of rank 1's in the third step has an unknown character."""
+    steps = epoch_batches(64, 8, seed=1000, epoch=1, world_size=2)
+    pairs = all_pairs()[:64]
+    pairs[steps[2][1][5]] = ("鑫", pairs[steps[2][1][5]][1])
+    file = write_pairs(tmp_path / "data" / "train.csv", pairs)
+    options = ["--epochs", "1", "--batch_size", "8", "--save_steps", "1", "--init_from_ckpt"]
+    options += [str(poisoned(checkpoint, tmp_path / "poisoned")), *([] if shared else ["--no_cross_device_negatives"])]
+    options = train_options(model_folder, tmp_path / "data", tmp_path / "checkpoints", *options)
+    done = run_script("train_batch_neg.py", *options, ranks=2, log_dir=tmp_path / "log")
+    assert done.returncode == 2
+    assert processes(tmp_path) == {}
+    rows = [[*steps[2][0], *steps[2][1]]] * 2 if shared else [[], steps[2][1]]
+    for rank in range(2):
+        lines = ", ".join(str(row + 1) for row in sorted(rows[rank]))
+        where = f"the batch has lines {lines} of {file}" if lines else "on a rank"
+        output = (tmp_path / "log" / f"workerlog.{rank}").read_text()
+        assert output.splitlines()[-1].startswith(f"error: the loss of step 3 is nan; {where}; ")
+        assert "Traceback" not in output
+    assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "model_2"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Strangers
+
+
+@pytest.mark.parametrize("option", ["--init_from_ckpt", "--resume_from"])
+def test_weights_that_ask_for_a_call_are_refused(
+    checkpoint: Path, model_folder: Path, recall_data: Path, tmp_path: Path, option: str
+) -> None:
+    """The stranger's manifest is in order."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model_4"))
+    (folder / "model.safetensors").unlink()
+    marker = tmp_path / "marker"
+    (folder / "model_state.pdparams").write_bytes(pickle.dumps({"weight": Calls(os.mkdir, str(marker))}))
+    write_manifest(folder)
+    options = train_options(model_folder, recall_data, tmp_path / "out", "--max_steps", "4", option, str(folder))
+    with pytest.raises(InputError, match=r"model_state.pdparams: .*it wants to load posix.mkdir, .*don't need"):
+        train_batch_neg.main(options)
+    assert not marker.exists()
+    pickle.loads((folder / "model_state.pdparams").read_bytes())
+    assert marker.exists()

@@ -268,6 +268,9 @@ def test_a_manifest_has_the_size_and_hash_of_each_file(listed: Path) -> None:
     assert files["weights"] == {"bytes": 21, "sha256": hashlib.sha256(raw).hexdigest()}
     written(listed, b"", "notes")  # what isn't listed is nobody's business
     check_manifest(listed)
+    write_manifest(listed)
+    check_manifest(listed)
+    assert list(read_json(listed / MANIFEST_FILE)["files"]) == ["config.json", "notes", "training_state", "weights"]
 
 
 @pytest.mark.parametrize("raw", [None, b"", b"weightsweightsweight", b"weightsweightsweightz", b"weights" * 4])
