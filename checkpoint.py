@@ -19,7 +19,16 @@ from backbone import (
 )
 from base_model import DEFAULT_EMBEDDING_SIZE, DEFAULT_MODEL, ModelConfig, SemanticIndexBase
 from data import VOCABULARY_FILE, TextCollator
-from files import atomic_folder, check_manifest, read_json, remove_folder, whole_folder, write_json, write_manifest
+from files import (
+    MANIFEST_FILE,
+    atomic_folder,
+    check_manifest,
+    read_json,
+    remove_folder,
+    whole_folder,
+    write_json,
+    write_manifest,
+)
 from runtime import InputError, log
 from weights import read_weights, write_safetensors
 
@@ -149,9 +158,10 @@ def save_checkpoint(
 
 def read_training_state(folder: Path) -> TrainingState:
     """What `save_checkpoint` was given. Raises InputError if a file of the folder isn't as it was written."""
-    if not (folder / TRAINING_STATE_FILE).is_file():
-        remedy = "take its weights alone with --init_from_ckpt"
-        raise InputError(f"{folder}: has no {TRAINING_STATE_FILE}, so no training can go on from it; {remedy}")
+    for name in (TRAINING_STATE_FILE, MANIFEST_FILE):
+        if not (folder / name).is_file():
+            remedy = "take its weights alone with --init_from_ckpt"
+            raise InputError(f"{folder}: has no {name}, so no training can go on from it; {remedy}")
     check_manifest(folder)
     return TrainingState(read_json(folder / TRAINING_STATE_FILE), read_weights(folder / OPTIMIZER_FILE))
 
@@ -179,10 +189,17 @@ def latest_checkpoint(save_dir: Path) -> Path | None:
     return None
 
 
-def remove_old_checkpoints(save_dir: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints of steps."""
-    for folder in step_folders(save_dir)[:-keep]:
-        remove_folder(folder)
+def remove_old_checkpoints(save_dir: Path, step: int, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints up to a step's. Raises InputError if one can't be removed.
+
+    Those of later steps stay and don't count: a training that had to go on from an earlier one passed them over.
+    """
+    folders = step_folders(save_dir)
+    for folder in folders[: folders.index(step_folder(save_dir, step)) + 1][:-keep]:
+        try:
+            remove_folder(folder)
+        except OSError as error:
+            raise InputError(f"{folder}: can't be removed ({error.strerror})") from None
 
 
 def optimizer_arrays(model: SemanticIndexBase, optimizer: paddle.optimizer.Optimizer) -> dict[str, np.ndarray]:

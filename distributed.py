@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -11,11 +12,13 @@ import paddle.distributed as dist
 from paddle.base import core
 
 from data import split_evenly
+from runtime import Stopped
 
 GATHERED_ROWS = 65536  # vectors sent to rank 0 at a time: 64 MiB of 256 floats
 SECONDS_BETWEEN_LOOKS = 0.02  # while a rank waits for the others
 _meetings = itertools.count()
 _RANK_0_IS_THERE = "semantic_index/rank_0_is_there"
+_LEFT = "semantic_index/left"
 
 
 def init_ranks() -> tuple[int, int]:
@@ -26,28 +29,45 @@ def init_ranks() -> tuple[int, int]:
 
 
 def meet() -> None:
-    """Returns when all ranks have come here.
+    """Returns when all ranks have come here. Raises Stopped if one won't, as `leave` says.
 
     They wait at the launcher's store and not in a collective, which would end after 30 minutes and is deaf to signals.
     """
     if dist.get_world_size() == 1:
         return
-    store, meeting = core.create_or_get_global_tcp_store(), f"semantic_index/meeting/{next(_meetings)}"
-    store.add(meeting, 1)
-    while store.add(meeting, 0) < dist.get_world_size():
+    meeting = f"semantic_index/meeting/{next(_meetings)}"
+    _add(meeting, 1)
+    while _add(meeting, 0) < dist.get_world_size():
+        if _add(_LEFT, 0):
+            raise Stopped
         time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def leave() -> None:
+    """Tells the ranks that wait for this one in `meet` that it won't come any more."""
+    if dist.get_world_size() > 1:
+        _add(_LEFT, 1)
+
+
+def _add(key: str, amount: int) -> int:
+    """Adds to a number in the store and returns the sum; a signal, which would break the connection off, waits."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        return core.create_or_get_global_tcp_store().add(key, amount)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def wait_for_rank_0(seconds: float) -> None:
     """Returns when rank 0 has come here too, or after `seconds`; rank 0 itself doesn't wait."""
     if dist.get_world_size() == 1:
         return
-    store, end = core.create_or_get_global_tcp_store(), time.monotonic() + seconds
+    end = time.monotonic() + seconds
     if dist.get_rank() == 0:
-        store.add(_RANK_0_IS_THERE, 1)
+        _add(_RANK_0_IS_THERE, 1)
         return
-    with contextlib.suppress(RuntimeError):  # rank 0, which keeps the store, has left already
-        while time.monotonic() < end and not store.add(_RANK_0_IS_THERE, 0):
+    with contextlib.suppress(RuntimeError, ValueError):  # rank 0, which keeps the store, has left already
+        while time.monotonic() < end and not _add(_RANK_0_IS_THERE, 0):
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
 

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -100,7 +99,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Gives a new folder that takes the place of `path` only when the block has ended well and its files are on disk.
 
     A kill between the two renames of a replacement leaves the old folder beside its place: see `whole_folder`. Raises
-    InputError if it can't be written.
+    InputError, with the old folder in its place, if it can't be written.
     """
     path = _replaceable(path, Path.is_dir)
     temporary = _temporary_name(path)
@@ -115,7 +114,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         temporary.rename(path)
         _flush_to_disk(path.parent)
         remove_folder(_replaced_name(path))
+    except InputError as error:
+        raise InputError(str(error).replace(str(temporary), str(path))) from None
     except OSError as error:
+        with contextlib.suppress(OSError):
+            restore_folder(path)
         raise InputError(f"{path}: can't be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -154,12 +157,14 @@ def remove_folder(path: Path) -> None:
 
 
 def clear_leftovers(folder: str | Path) -> None:
-    """Removes what killed writers left in a folder that nobody else is writing to."""
-    for path in Path(folder).glob(".*"):
-        if path.name.endswith(REPLACED_SUFFIX):
+    """Removes what killed writers left in a folder that nobody else is writing to. Raises InputError if it can't."""
+    try:
+        for path in Path(folder).glob(f".*{REPLACED_SUFFIX}"):
             restore_folder(path.with_name(path.name[1:].removesuffix(REPLACED_SUFFIX)))
-        elif re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name):
+        for path in Path(folder).glob(f".*.{'[0-9a-f]' * 8}{TEMPORARY_SUFFIX}"):
             remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{error.filename}: can't be removed ({error.strerror})") from None
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
@@ -175,13 +180,8 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
 def write_manifest(folder: Path) -> None:
     """Writes the size and SHA-256 of each file in a folder beside them."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST_FILE)
     write_json(folder / MANIFEST_FILE, {"files": {path.name: _fingerprint(path) for path in files}})
-
-
-def has_manifest(folder: Path) -> bool:
-    """Whether the folder was written by a version that writes manifests, and to the end."""
-    return (folder / MANIFEST_FILE).is_file()
 
 
 def check_manifest(folder: Path, ignored: str = "") -> None:
@@ -189,7 +189,7 @@ def check_manifest(folder: Path, ignored: str = "") -> None:
 
     ignored: beginning of the names of files that aren't looked at.
     """
-    if not has_manifest(folder):
+    if not (folder / MANIFEST_FILE).is_file():
         return
     files = read_json(folder / MANIFEST_FILE).get("files")
     if not isinstance(files, dict):

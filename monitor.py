@@ -82,7 +82,7 @@ class Evaluator:
             "last_step": self.last_step,
             "best": self._best,
             "without_gain": self.without_gain,
-            "reports": self._reports,
+            "reports": list(self._reports),
         }
 
     def restore(self, state: dict[str, Any]) -> None:

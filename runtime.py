@@ -77,11 +77,11 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM came while `StopSignals.raised` was in force."""
+    """SIGINT or SIGTERM came while `StopSignals.raised` was in force, here or on another rank."""
 
 
 class StopSignals:
-    """As a context: SIGINT and SIGTERM only make `received` their number, so that what is being done ends well."""
+    """As a context: SIGINT and SIGTERM only make `received` the first one's number: what is being done ends well."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -98,7 +98,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: object) -> None:
-        self.received = number
+        self.received = self.received or number
         if self._raise:
             self._raise = False  # a second signal doesn't disturb what the first one started
             raise Stopped

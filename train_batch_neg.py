@@ -24,7 +24,7 @@ from data import (
     titles_by_query,
 )
 from evaluate import metric_names
-from files import clear_leftovers, sha256
+from files import clear_leftovers, sha256, whole_folder
 from runtime import (
     ArgumentParser,
     InputError,
@@ -57,7 +57,7 @@ from checkpoint import (
     step_folder,
 )
 from cpu_layers import speed_up_training
-from distributed import broadcast_parameters, init_ranks, meet, wait_for_rank_0
+from distributed import broadcast_parameters, init_ranks, leave, meet, wait_for_rank_0
 from monitor import Evaluator, TrainingLog
 from recall import report_missing_positives
 
@@ -118,6 +118,7 @@ class Session:
         self._save_dir, self._shape = save_dir, shape
         self._save_steps, self._eval_steps = save_steps, eval_steps
         self._keep_checkpoints, self._patience = keep_checkpoints, patience
+        self.is_stopped = False  # by a signal, to whichever rank
 
     def run(self, first: int, signals: StopSignals) -> int:
         """Returns the number of the last step; a signal ends the training after the step in hand, saved."""
@@ -131,6 +132,7 @@ class Session:
             is_saved = step.stop or step.number % self._save_steps == 0 or step.number == self._plan.total_steps
             if is_saved:
                 self._save(step.number)
+            self.is_stopped = step.stop
             if step.stop or self._evaluation_ends_it(step.number, signals, is_saved):
                 return step.number
             if self._log:
@@ -145,10 +147,15 @@ class Session:
         epoch, ends_epoch = self._plan.epoch(step)
         is_due = step % self._eval_steps == 0 if self._eval_steps else ends_epoch
         if (is_due or step == self._plan.total_steps) and evaluator.last_step != step:
+            before = evaluator.state()
             try:
                 with signals.raised():
                     evaluation = evaluator(*self._loaded, step, epoch)
+                    meet()  # lest one that is stopped just now leaves the others to the next step
             except Stopped:
+                leave()
+                evaluator.restore(before)  # the resumed training makes all of it again
+                self.is_stopped = True
                 if not is_saved:
                     self._save(step)
                 return True
@@ -173,7 +180,7 @@ class Session:
         progress = {"step": step, "shape": self._shape, "evaluator": self._evaluator and self._evaluator.state()}
         save_checkpoint(step_folder(self._save_dir, step), *self._loaded, training=self._trainer.state(progress))
         if self._keep_checkpoints:
-            remove_old_checkpoints(self._save_dir, self._keep_checkpoints)
+            remove_old_checkpoints(self._save_dir, step, self._keep_checkpoints)
 
 
 def lines_of_rows(train_set_file: str, rows: Sequence[int]) -> list[int]:
@@ -200,9 +207,10 @@ def check_same_shape(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) 
 def find_resumed(resume_from: str, save_dir: Path) -> Path | None:
     """The checkpoint to go on from; None if it is the latest of a folder that has none yet. Raises InputError."""
     if resume_from != "latest":
-        if not Path(resume_from).is_dir():
+        folder = whole_folder(resume_from)
+        if not folder.is_dir():
             raise InputError(f"--resume_from {resume_from}: no such folder; give a checkpoint's folder or latest")
-        return Path(resume_from)
+        return folder
     folder = latest_checkpoint(save_dir)
     log(f"going on from {folder}" if folder else f"{save_dir}: no checkpoint to go on from yet; starting at step 0")
     return folder
@@ -471,11 +479,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if training_log:
                 training_log.close()
         folder = step_folder(save_dir, last)
-        if signals.received:
+        if session.is_stopped:
             wait_for_rank_0(STOP_SECONDS)
-            name = signal.Signals(signals.received).name
-            log(f"stopped by {name} after step {last}: wrote {folder}; go on with --resume_from latest")
-            return 128 + signals.received
+            number = signal.Signals(signals.received or signal.SIGTERM)  # another rank may be the one that got it
+            log(f"stopped by {number.name} after step {last}: wrote {folder}; go on with --resume_from latest")
+            return 128 + number
     if rank == 0:
         print(f"wrote {folder}")
     return 0

@@ -13,11 +13,11 @@ from paddlenlp.transformers import ErnieConfig, ErnieTokenizer
 
 from base_model import set_seed
 from batch_negative.model import SemanticIndexBatchNeg
+from batch_negative.trainer import Plan
 from benchmarks import bench_grad_cache, bench_train, common, ours, reference
 from checkpoint import create_model
 from data import UNK, PairCollator, TextCollator, TextPair, read_text_pairs, read_vocabulary
 from runtime import InputError, run
-from train_batch_neg import Plan
 
 PAIRS = [TextPair(*pair) for pair in all_pairs()]
 

@@ -5,7 +5,6 @@ import math
 import os
 import random
 import re
-import stat
 import subprocess
 import sys
 import tempfile
@@ -45,7 +44,7 @@ from data import (
     write_hits,
     write_vocabulary,
 )
-from files import atomic_folder, atomic_write, read_json, write_json
+from files import read_json, write_json
 from runtime import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -418,134 +417,6 @@ def test_hits_round_trip(tmp_path: Path) -> None:
     scores = [line.row.score for line in data.read_lines(path, data.parse_hit)]
     np.testing.assert_allclose(scores, [hit.score for hit in hits], rtol=1e-7)
     assert b"\r\n" not in path.read_bytes()
-
-
-def test_json_round_trip_and_what_is_no_json_object(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    write_json(path, {"名": [1, None], "x": 0.5})
-    assert read_json(path) == {"名": [1, None], "x": 0.5}
-    assert "名" in path.read_text(encoding="utf-8")
-    for raw in (b"", b"[1]", b"{", b"\xff", b"[" * 200_000, b"1"):
-        with pytest.raises(InputError, match=f"{path}: isn't a JSON object"):
-            read_json(written(tmp_path, raw, path.name))
-
-
-@pytest.mark.parametrize("failure", [RuntimeError("NaN"), KeyboardInterrupt(), InputError("bad line")])
-def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path, failure: BaseException) -> None:
-    path = written(tmp_path, b"old", "result.txt")
-    with pytest.raises(type(failure)), atomic_write(path) as file:
-        file.write("new")
-        file.flush()
-        assert path.read_bytes() == b"old"
-        raise failure
-    assert os.listdir(tmp_path) == ["result.txt"]
-    assert path.read_bytes() == b"old"
-
-
-def test_atomic_write_replaces_text_and_bytes(tmp_path: Path) -> None:
-    path = written(tmp_path, b"a longer old text")
-    with open(path, "rb") as reader:  # one that is in the middle of the old file reads it to its end
-        with atomic_write(path) as file:
-            file.write("新\n")
-        assert reader.read() == b"a longer old text"
-    assert path.read_bytes() == "新\n".encode()
-    with atomic_write(path, "wb") as file:
-        file.write(b"\0\xff")
-    assert path.read_bytes() == b"\0\xff"
-    assert os.listdir(tmp_path) == [path.name]
-
-
-@pytest.mark.parametrize("failure", [RuntimeError("NaN"), KeyboardInterrupt(), InputError("bad line")])
-def test_an_exception_leaves_the_old_folder_and_nothing_else(tmp_path: Path, failure: BaseException) -> None:
-    path = tmp_path / "model_best"
-    path.mkdir()
-    written(path, b"old", "config.json")
-    with pytest.raises(type(failure)), atomic_folder(path) as folder:
-        written(folder, b"new", "config.json")
-        raise failure
-    assert os.listdir(tmp_path) == ["model_best"]
-    assert {file.name: file.read_bytes() for file in path.iterdir()} == {"config.json": b"old"}
-
-
-def test_atomic_folder_replaces_the_whole_folder(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoints" / "model_best"
-    for name in ("first", "second"):
-        with atomic_folder(path) as folder:
-            written(folder, name.encode(), name)
-    assert [file.name for file in path.iterdir()] == ["second"]
-    assert os.listdir(path.parent) == ["model_best"]
-
-
-def write_file(path: Path) -> None:
-    with atomic_write(path) as file:
-        file.write("x")
-
-
-def write_folder(path: Path) -> None:
-    with atomic_folder(path) as folder:
-        written(folder, b"x")
-
-
-@pytest.mark.parametrize("write", [write_file, write_folder])
-@pytest.mark.parametrize(
-    "place", ["file/below", "file/below/below", "n" * 300, "名" * 90, "/proc/none/below", ".", "/"]
-)
-def test_a_place_that_can_t_be_written_is_an_input_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], place: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    written(tmp_path, b"old", "file")
-    with pytest.raises(InputError, match="can't be written"):
-        write(Path(place))
-    assert os.listdir(tmp_path) == ["file"]
-    assert (tmp_path / "file").read_bytes() == b"old"
-
-
-def test_the_longest_file_names_can_be_written(tmp_path: Path) -> None:
-    names = ["n" * 255, "名" * 85]
-    write_file(tmp_path / names[0])
-    write_folder(tmp_path / names[1])
-    assert sorted(os.listdir(tmp_path)) == names
-
-
-def test_a_folder_in_a_file_s_place_and_the_reverse_are_input_errors(tmp_path: Path) -> None:
-    file, folder = written(tmp_path, b"old", "file"), tmp_path / "folder"
-    folder.mkdir()
-    written(folder, b"old")
-    with pytest.raises(InputError, match=f"{folder}: can't be written"):
-        write_file(folder)
-    with pytest.raises(InputError, match=f"{file}: can't be written"):
-        write_folder(file)
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
-    assert file.read_bytes() == b"old"
-    assert os.listdir(folder) == ["file.csv"]
-
-
-def test_a_link_stays_a_link_to_what_was_written(tmp_path: Path) -> None:
-    disk = tmp_path / "large disk"
-    disk.mkdir()
-    (disk / "folder").mkdir()
-    written(disk, b"old", "file")
-    for name, write in (("file", write_file), ("folder", write_folder)):
-        link = tmp_path / name
-        link.symlink_to(disk / name)
-        write(link)
-        assert link.is_symlink()
-    assert (disk / "file").read_bytes() == b"x"
-    assert os.listdir(disk / "folder") == ["file.csv"]
-    assert sorted(os.listdir(disk)) == ["file", "folder"]
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "large disk"]
-
-
-def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
-    """As root, `--output /dev/null` would otherwise turn the device into a file."""
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    for write in (write_file, write_folder):
-        with pytest.raises(InputError, match=f"{pipe}: can't be written"):
-            write(pipe)
-        assert stat.S_ISFIFO(pipe.stat().st_mode)
-    assert os.listdir(tmp_path) == ["pipe"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -155,6 +155,14 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over(
             load_checkpoint(interrupted / "model_9")
 
 
+@pytest.mark.parametrize("name", ["training_state.json", "manifest.json"])
+def test_a_folder_without_what_a_resumption_needs_is_passed_over(interrupted: Path, name: str) -> None:
+    (interrupted / "model_9" / name).unlink()
+    with pytest.raises(InputError, match=f"model_9: has no {name}, so no training can go on from it"):
+        read_training_state(interrupted / "model_9")
+    assert latest_checkpoint(interrupted) == interrupted / "model_6"
+
+
 def test_a_folder_without_training_state_is_refused(
     interrupted: Path, model_folder: Path, recall_data: Path, tmp_path: Path
 ) -> None:
@@ -204,6 +212,26 @@ def test_another_number_of_processes_is_refused_but_weights_are_taken(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is kept
+
+
+def test_a_damaged_later_checkpoint_costs_no_good_one(
+    interrupted: Path, model_folder: Path, recall_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were the damaged one of the two newest, the ones written after the resumption would be removed at once."""
+    (interrupted / "model_9" / "model.safetensors").unlink()
+    plain_step = train_batch_neg.Trainer.step
+
+    def ends(trainer: train_batch_neg.Trainer, planned: train_batch_neg.PlannedStep, stop: bool) -> object:
+        if planned.number == 9:
+            raise InputError("the machine is gone")
+        return plain_step(trainer, planned, stop)
+
+    monkeypatch.setattr(train_batch_neg.Trainer, "step", ends)
+    options = train_options(model_folder, recall_data, interrupted, *COMMON, "--resume_from", "latest")
+    with pytest.raises(InputError, match="the machine is gone"):
+        train_batch_neg.main([*options, "--save_steps", "1", "--keep_checkpoints", "1"])
+    assert [folder.name for folder in step_folders(interrupted)] == ["model_8", "model_9"]
+    assert latest_checkpoint(interrupted) == interrupted / "model_8"
 
 
 def test_the_newest_checkpoints_are_kept(model_folder: Path, recall_data: Path, tmp_path: Path) -> None:

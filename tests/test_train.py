@@ -38,6 +38,17 @@ def assert_same_weights(first: Path, second: Path, tolerance: float = 0.0) -> No
         np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=tolerance, err_msg=name)
 
 
+def poisoned(checkpoint: Path, folder: Path) -> Path:
+    """The weights of a checkpoint in another folder, with NaN as the vector of [UNK]."""
+    shutil.copytree(checkpoint, folder)
+    (folder / "manifest.json").unlink()
+    weights = read_weights(folder / "model_state.pdparams")
+    unknown = (folder / "vocab.txt").read_text().splitlines().index("[UNK]")
+    weights["ptm.embeddings.word_embeddings.weight"][unknown] = np.nan
+    paddle.save(weights, str(folder / "model_state.pdparams"))
+    return folder / "model_state.pdparams"
+
+
 def recall_at_1(checkpoint: Path, recall_data: Path, folder: Path) -> float:
     options = ["--similar_text_pair", str(recall_data / "dev.csv"), "--corpus_file", str(recall_data / "corpus.csv")]
     options += ["--recall_result_dir", str(folder), "--params_path", str(checkpoint), "--device", "cpu"]
@@ -207,14 +218,8 @@ def test_a_loss_that_is_no_number_stops_and_names_the_lines(
     pairs = all_pairs()[:64]
     pairs[steps[2][0][5]] = ("鑫", pairs[steps[2][0][5]][1])
     write_pairs(tmp_path / "data" / "train.csv", pairs)
-    poisoned = shutil.copytree(checkpoint, tmp_path / "poisoned")
-    weights = read_weights(poisoned / "model_state.pdparams")
-    unknown = (poisoned / "vocab.txt").read_text().splitlines().index("[UNK]")
-    weights["ptm.embeddings.word_embeddings.weight"][unknown] = np.nan
-    paddle.save(weights, str(poisoned / "model_state.pdparams"))
-    (poisoned / "manifest.json").unlink()
-
-    options = ["--epochs", "1", "--save_steps", "1", "--init_from_ckpt", str(poisoned / "model_state.pdparams")]
+    weights = poisoned(checkpoint, tmp_path / "poisoned")
+    options = ["--epochs", "1", "--save_steps", "1", "--init_from_ckpt", str(weights)]
     with pytest.raises(InputError) as error:
         train_batch_neg.main(train_options(model_folder, tmp_path / "data", tmp_path / "out", *options))
     message = str(error.value)

@@ -1,0 +1,303 @@
+"""Files and folders that appear whole or not at all, what a kill leaves of them, and manifests."""
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from files import (
+    HASHED_BYTES,
+    MANIFEST_FILE,
+    atomic_folder,
+    atomic_write,
+    check_manifest,
+    clear_leftovers,
+    read_json,
+    remove_folder,
+    restore_folder,
+    sha256,
+    whole_folder,
+    write_json,
+    write_manifest,
+)
+from runtime import InputError
+
+
+def written(folder: Path, raw: bytes, name: str = "file.csv") -> Path:
+    path = folder / name
+    path.write_bytes(raw)
+    return path
+
+
+def test_json_round_trip_and_what_is_no_json_object(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    write_json(path, {"名": [1, None], "x": 0.5})
+    assert read_json(path) == {"名": [1, None], "x": 0.5}
+    assert "名" in path.read_text(encoding="utf-8")
+    for raw in (b"", b"[1]", b"{", b"\xff", b"[" * 200_000, b"1"):
+        with pytest.raises(InputError, match=f"{path}: isn't a JSON object"):
+            read_json(written(tmp_path, raw, path.name))
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("NaN"), KeyboardInterrupt(), InputError("bad line")])
+def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path, failure: BaseException) -> None:
+    path = written(tmp_path, b"old", "result.txt")
+    with pytest.raises(type(failure)), atomic_write(path) as file:
+        file.write("new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+        raise failure
+    assert os.listdir(tmp_path) == ["result.txt"]
+    assert path.read_bytes() == b"old"
+
+
+def test_atomic_write_replaces_text_and_bytes(tmp_path: Path) -> None:
+    path = written(tmp_path, b"a longer old text")
+    with open(path, "rb") as reader:  # one that is in the middle of the old file reads it to its end
+        with atomic_write(path) as file:
+            file.write("新\n")
+        assert reader.read() == b"a longer old text"
+    assert path.read_bytes() == "新\n".encode()
+    with atomic_write(path, "wb") as file:
+        file.write(b"\0\xff")
+    assert path.read_bytes() == b"\0\xff"
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("NaN"), KeyboardInterrupt(), InputError("bad line")])
+def test_an_exception_leaves_the_old_folder_and_nothing_else(tmp_path: Path, failure: BaseException) -> None:
+    path = tmp_path / "model_best"
+    path.mkdir()
+    written(path, b"old", "config.json")
+    with pytest.raises(type(failure)), atomic_folder(path) as folder:
+        written(folder, b"new", "config.json")
+        raise failure
+    assert os.listdir(tmp_path) == ["model_best"]
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == {"config.json": b"old"}
+
+
+def test_atomic_folder_replaces_the_whole_folder(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "model_best"
+    for name in ("first", "second"):
+        with atomic_folder(path) as folder:
+            written(folder, name.encode(), name)
+    assert [file.name for file in path.iterdir()] == ["second"]
+    assert os.listdir(path.parent) == ["model_best"]
+
+
+def write_file(path: Path) -> None:
+    with atomic_write(path) as file:
+        file.write("x")
+
+
+def write_folder(path: Path) -> None:
+    with atomic_folder(path) as folder:
+        written(folder, b"x")
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+@pytest.mark.parametrize(
+    "place", ["file/below", "file/below/below", "n" * 300, "名" * 90, "/proc/none/below", ".", "/"]
+)
+def test_a_place_that_can_t_be_written_is_an_input_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, b"old", "file")
+    with pytest.raises(InputError, match="can't be written"):
+        write(Path(place))
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_the_longest_file_names_can_be_written(tmp_path: Path) -> None:
+    names = ["n" * 255, "名" * 85]
+    write_file(tmp_path / names[0])
+    write_folder(tmp_path / names[1])
+    assert sorted(os.listdir(tmp_path)) == names
+
+
+def test_a_folder_in_a_file_s_place_and_the_reverse_are_input_errors(tmp_path: Path) -> None:
+    file, folder = written(tmp_path, b"old", "file"), tmp_path / "folder"
+    folder.mkdir()
+    written(folder, b"old")
+    with pytest.raises(InputError, match=f"{folder}: can't be written"):
+        write_file(folder)
+    with pytest.raises(InputError, match=f"{file}: can't be written"):
+        write_folder(file)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    assert file.read_bytes() == b"old"
+    assert os.listdir(folder) == ["file.csv"]
+
+
+def test_a_link_stays_a_link_to_what_was_written(tmp_path: Path) -> None:
+    disk = tmp_path / "large disk"
+    disk.mkdir()
+    (disk / "folder").mkdir()
+    written(disk, b"old", "file")
+    for name, write in (("file", write_file), ("folder", write_folder)):
+        link = tmp_path / name
+        link.symlink_to(disk / name)
+        write(link)
+        assert link.is_symlink()
+    assert (disk / "file").read_bytes() == b"x"
+    assert os.listdir(disk / "folder") == ["file.csv"]
+    assert sorted(os.listdir(disk)) == ["file", "folder"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "large disk"]
+
+
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
+    """As root, `--output /dev/null` would otherwise turn the device into a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (write_file, write_folder):
+        with pytest.raises(InputError, match=f"{pipe}: can't be written"):
+            write(pipe)
+        assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# After a kill
+
+
+def folder_with(path: Path, content: str) -> Path:
+    path.mkdir(parents=True)
+    (path / "weights").write_text(content)
+    return path
+
+
+def test_a_replacement_cut_short_between_its_renames_is_read_and_undone(tmp_path: Path) -> None:
+    place = tmp_path / "model_best"
+    replaced = folder_with(tmp_path / ".model_best.replaced", "old")
+    assert whole_folder(place) == replaced
+    clear_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["model_best"]
+    assert (place / "weights").read_text() == "old"
+    assert whole_folder(place) == place
+
+
+def test_a_replacement_cut_short_after_its_renames_is_ended(tmp_path: Path) -> None:
+    place = folder_with(tmp_path / "model_best", "new")
+    folder_with(tmp_path / ".model_best.replaced", "old")
+    assert whole_folder(place) == place
+    restore_folder(place)
+    assert os.listdir(tmp_path) == ["model_best"]
+    assert (place / "weights").read_text() == "new"
+
+
+@pytest.mark.parametrize("place", ["model_best", ".", "/"])
+def test_a_folder_that_nobody_replaced_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert whole_folder(place) == Path(place)
+
+
+def test_a_new_replacement_starts_from_the_one_cut_short(tmp_path: Path) -> None:
+    """Were the old folder left beside its place, a rename of the next one onto it would fail."""
+    folder_with(tmp_path / ".model_best.replaced", "old")
+    with atomic_folder(tmp_path / "model_best") as folder:
+        written(folder, b"new", "weights")
+    assert os.listdir(tmp_path) == ["model_best"]
+    assert (tmp_path / "model_best" / "weights").read_text() == "new"
+
+
+def test_only_leftovers_of_ours_are_cleared(tmp_path: Path) -> None:
+    folder_with(tmp_path / ".model_4.0123abcd.tmp", "half")
+    written(tmp_path, b"half", ".result.txt.ffffffff.tmp")
+    others = ["model_3", ".notes.tmp", ".hidden", "0123abcd.tmp"]
+    for name in others:
+        written(tmp_path, b"", name)
+    clear_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
+    clear_leftovers(tmp_path / "nowhere")
+
+
+def test_leftovers_that_can_t_be_removed_are_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leftover = folder_with(tmp_path / ".model_4.0123abcd.tmp", "half")
+
+    def refuse(path: str, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(InputError, match=rf"{leftover}: can't be removed \(Permission denied\)"):
+        clear_leftovers(tmp_path)
+
+
+def test_a_folder_disappears_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is removed file by file has no name of ours any more."""
+    folder = folder_with(tmp_path / "model_3", "old")
+    names = []
+    plain_rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (names.extend(os.listdir(tmp_path)), plain_rmtree(path)))
+    remove_folder(folder)
+    assert len(names) == 1 and names[0].startswith(".model_3.") and names[0].endswith(".tmp")
+    assert os.listdir(tmp_path) == []
+    remove_folder(folder)
+
+
+def test_an_error_in_a_folder_names_its_place(tmp_path: Path) -> None:
+    message = f"^{tmp_path}/model_4/config.json: is bad$"
+    with pytest.raises(InputError, match=message), atomic_folder(tmp_path / "model_4") as folder:
+        raise InputError(f"{folder}/config.json: is bad")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Manifests
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """A folder with three files and their manifest."""
+    folder = tmp_path / "model_4"
+    folder.mkdir()
+    for name in ("config.json", "training_state", "weights"):
+        written(folder, name.encode() * 3, name)
+    write_manifest(folder)
+    return folder
+
+
+def test_a_manifest_has_the_size_and_hash_of_each_file(listed: Path) -> None:
+    check_manifest(listed)
+    raw = (listed / "weights").read_bytes()
+    files = read_json(listed / MANIFEST_FILE)["files"]
+    assert list(files) == ["config.json", "training_state", "weights"]
+    assert files["weights"] == {"bytes": 21, "sha256": hashlib.sha256(raw).hexdigest()}
+    written(listed, b"", "notes")  # what isn't listed is nobody's business
+    check_manifest(listed)
+    write_manifest(listed)
+    check_manifest(listed)
+    assert list(read_json(listed / MANIFEST_FILE)["files"]) == ["config.json", "notes", "training_state", "weights"]
+
+
+@pytest.mark.parametrize("raw", [None, b"", b"weightsweightsweight", b"weightsweightsweightz", b"weights" * 4])
+def test_a_file_that_is_not_as_listed_is_refused_by_name(listed: Path, raw: bytes | None) -> None:
+    (listed / "weights").unlink()
+    if raw is not None:
+        written(listed, raw, "weights")
+    with pytest.raises(InputError, match=f"^{listed}/weights: is.*; take another checkpoint"):
+        check_manifest(listed)
+    check_manifest(listed, ignored="wei")
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b'{"files": []}', b'{"files'])
+def test_a_damaged_manifest_is_refused(listed: Path, raw: bytes) -> None:
+    written(listed, raw, MANIFEST_FILE)
+    with pytest.raises(InputError, match=f"^{listed}/{MANIFEST_FILE}: isn't a"):
+        check_manifest(listed)
+
+
+def test_a_folder_without_a_manifest_is_not_checked(listed: Path) -> None:
+    (listed / MANIFEST_FILE).unlink()
+    (listed / "weights").unlink()
+    check_manifest(listed)
+
+
+def test_hashes_are_those_of_the_whole_file(tmp_path: Path) -> None:
+    raw = os.urandom(HASHED_BYTES + 1)
+    assert sha256(written(tmp_path, raw)) == hashlib.sha256(raw).hexdigest()
+    with pytest.raises(InputError, match="no such file"):
+        sha256(tmp_path / "none")
