@@ -1,5 +1,6 @@
 """The checkpoint folder, which says everything about a model, and what a training needs to go on from it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -40,6 +41,8 @@ TRAINING_PREFIX = "training_"  # of the files that only `--resume_from` reads
 TRAINING_STATE_FILE = TRAINING_PREFIX + "state.json"
 OPTIMIZER_FILE = TRAINING_PREFIX + "optimizer.safetensors"
 STEP_FOLDER = "model_"  # and the number of the step
+PROGRESS_KEYS = ("step", "shape", "evaluator", "loss_scaler")  # of a training state's progress
+NOT_ARRAYS = ("LR_Scheduler", "master_weights")  # of AdamW: the rate follows from the step; parameters are float32
 
 Model = TypeVar("Model", bound=SemanticIndexBase)
 
@@ -54,7 +57,7 @@ class LoadedModel(NamedTuple):
 class TrainingState(NamedTuple):
     """What a training needs beside the model to go on: all else follows from the options and the step."""
 
-    progress: dict[str, Any]  # what JSON can hold
+    progress: dict[str, Any]  # PROGRESS_KEYS, as JSON can hold them
     optimizer: dict[str, np.ndarray]  # `optimizer_arrays`
 
 
@@ -163,7 +166,10 @@ def read_training_state(folder: Path) -> TrainingState:
             remedy = "take its weights alone with --init_from_ckpt"
             raise InputError(f"{folder}: has no {name}, so no training can go on from it; {remedy}")
     check_manifest(folder)
-    return TrainingState(read_json(folder / TRAINING_STATE_FILE), read_weights(folder / OPTIMIZER_FILE))
+    progress = read_json(folder / TRAINING_STATE_FILE)
+    if missing := [key for key in PROGRESS_KEYS if key not in progress]:
+        raise InputError(f"{folder / TRAINING_STATE_FILE}: isn't a training state, it lacks {', '.join(missing)}")
+    return TrainingState(progress, read_weights(folder / OPTIMIZER_FILE))
 
 
 def step_folder(save_dir: Path, step: int) -> Path:
@@ -173,8 +179,8 @@ def step_folder(save_dir: Path, step: int) -> Path:
 
 def step_folders(save_dir: Path) -> list[Path]:
     """The checkpoints of a training, by step."""
-    steps = [path.name.removeprefix(STEP_FOLDER) for path in save_dir.glob(f"{STEP_FOLDER}*") if path.is_dir()]
-    return [step_folder(save_dir, step) for step in sorted(int(step) for step in steps if step.isdecimal())]
+    names = [path.name.removeprefix(STEP_FOLDER) for path in save_dir.glob(f"{STEP_FOLDER}*") if path.is_dir()]
+    return [step_folder(save_dir, step) for step in sorted(int(name) for name in names if re.fullmatch("[0-9]+", name))]
 
 
 def latest_checkpoint(save_dir: Path) -> Path | None:
@@ -204,7 +210,7 @@ def remove_old_checkpoints(save_dir: Path, step: int, keep: int) -> None:
 
 def optimizer_arrays(model: SemanticIndexBase, optimizer: paddle.optimizer.Optimizer) -> dict[str, np.ndarray]:
     """The optimizer's state as `<parameter>.<name of the accumulator>` -> array."""
-    state = {name: value.numpy() for name, value in optimizer.state_dict().items() if name not in _NOT_ARRAYS}
+    state = {name: value.numpy() for name, value in optimizer.state_dict().items() if name not in NOT_ARRAYS}
     return {
         f"{name}.{key.removeprefix(parameter.name + '_')}": value
         for name, parameter in model.named_parameters()
@@ -223,9 +229,6 @@ def restore_optimizer(
         name, accumulator = key.rsplit(".", 1)
         state[f"{internal_names[name]}_{accumulator}"] = paddle.to_tensor(value)
     optimizer.set_state_dict(state)
-
-
-_NOT_ARRAYS = ("LR_Scheduler", "master_weights")  # the rate follows from the step; parameters are float32
 
 
 def _weights_file(path: str | Path) -> Path:

@@ -10,6 +10,7 @@ from conftest import all_pairs, run_script, train_options, write_pairs
 
 import train_batch_neg
 from checkpoint import latest_checkpoint, load_checkpoint, read_training_state, step_folders
+from files import write_manifest
 from runtime import InputError
 from weights import read_weights
 
@@ -172,6 +173,13 @@ def test_a_folder_without_training_state_is_refused(
         options = train_options(model_folder, recall_data, interrupted, *COMMON, "--resume_from", str(place))
         with pytest.raises(InputError, match=message):
             train_batch_neg.main(options)
+
+
+def test_a_training_state_of_another_kind_is_refused(interrupted: Path) -> None:
+    (interrupted / "model_9" / "training_state.json").write_text('{"step": 9, "shape": {}}')
+    write_manifest(interrupted / "model_9")
+    with pytest.raises(InputError, match=r"training_state\.json: .* it lacks evaluator, loss_scaler"):
+        read_training_state(interrupted / "model_9")
 
 
 @pytest.mark.parametrize(
