@@ -9,6 +9,7 @@ import pytest
 from conftest import all_pairs, run_script, train_options, write_pairs
 
 import train_batch_neg
+from batch_negative.trainer import PlannedStep, Trainer
 from checkpoint import latest_checkpoint, load_checkpoint, read_training_state, step_folders
 from files import write_manifest
 from runtime import InputError
@@ -227,14 +228,14 @@ def test_a_damaged_later_checkpoint_costs_no_good_one(
 ) -> None:
     """Were the damaged one of the two newest, the ones written after the resumption would be removed at once."""
     (interrupted / "model_9" / "model.safetensors").unlink()
-    plain_step = train_batch_neg.Trainer.step
+    plain_step = Trainer.step
 
-    def ends(trainer: train_batch_neg.Trainer, planned: train_batch_neg.PlannedStep, stop: bool) -> object:
+    def ends(trainer: Trainer, planned: PlannedStep, stop: bool) -> object:
         if planned.number == 9:
             raise InputError("the machine is gone")
         return plain_step(trainer, planned, stop)
 
-    monkeypatch.setattr(train_batch_neg.Trainer, "step", ends)
+    monkeypatch.setattr(Trainer, "step", ends)
     options = train_options(model_folder, recall_data, interrupted, *COMMON, "--resume_from", "latest")
     with pytest.raises(InputError, match="the machine is gone"):
         train_batch_neg.main([*options, "--save_steps", "1", "--keep_checkpoints", "1"])
