@@ -77,9 +77,7 @@ def create_model(
     Its backbone has pretrained weights, the weights of `init_from_ckpt`, or, with `from_scratch`, random ones.
     max_seq_length: by default 512 or the size of the position table. Raises InputError.
     """
-    checkpoint = _weights_file(init_from_ckpt) if init_from_ckpt else None
-    if checkpoint:
-        check_manifest(checkpoint.parent, ignored=TRAINING_PREFIX)
+    checkpoint = _checked_weights_file(init_from_ckpt) if init_from_ckpt else None
     if checkpoint and not from_scratch and (checkpoint.parent / BACKBONE_CONFIG_FILE).is_file():
         model_name_or_path = str(checkpoint.parent)
     source = from_scratch or model_name_or_path
@@ -112,8 +110,7 @@ def load_checkpoint(
     backbone is `model_name_or_path`, its embedding size is read off the weights. output_emb_size: checked against the
     checkpoint's; max_seq_length: in place of the checkpoint's. Raises InputError.
     """
-    file = _weights_file(path)
-    check_manifest(file.parent, ignored=TRAINING_PREFIX)
+    file = _checked_weights_file(path)
     source = file.parent if (file.parent / BACKBONE_CONFIG_FILE).is_file() else model_name_or_path
     backbone = find_backbone(source)
     weights = read_weights(file)
@@ -229,6 +226,13 @@ def restore_optimizer(
         name, accumulator = key.rsplit(".", 1)
         state[f"{internal_names[name]}_{accumulator}"] = paddle.to_tensor(value)
     optimizer.set_state_dict(state)
+
+
+def _checked_weights_file(path: str | Path) -> Path:
+    """`_weights_file`, in a folder whose model is as its manifest says."""
+    file = _weights_file(path)
+    check_manifest(file.parent, ignored=TRAINING_PREFIX)
+    return file
 
 
 def _weights_file(path: str | Path) -> Path:

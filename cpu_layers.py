@@ -8,7 +8,7 @@ from paddle.autograd import PyLayer
 class _Linear(PyLayer):
     """`x W + b`, whose bias gradient is a product with a row of ones.
 
-    Paddle's own sums it over the rows in one thread, which took 13 to 30 % of a training step (docs/benchmarks.md).
+    Paddle's own sums it over the rows in one thread, which took up to 13 % of a training step (docs/benchmarks.md).
     """
 
     @staticmethod

@@ -496,29 +496,28 @@ class PairCollator:
         self._collator, self._chunk_texts = collator, chunk_texts
         self._positives_mask = PositivesMask(pairs) if mask_duplicates else None
         self._has_hard_negative = np.array([pair.hard_negative is not None for pair in pairs])
-        self._queries, self._titles, self._hard_negatives = (
-            TokenisedTexts(collator, [text or "" for text in column]) for column in zip(*pairs, strict=True)
+        queries, titles, hard_negatives = zip(*pairs, strict=True)
+        # The queries, the titles, and the hard negatives that there are.
+        self._texts = TokenisedTexts(
+            collator, [*queries, *titles, *(text for text in hard_negatives if text is not None)]
         )
+        self._hard_negative_texts = 2 * len(pairs) + np.cumsum(self._has_hard_negative) - 1
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each pair, int64 [N]: what encoding it costs."""
-        hard_negatives = np.where(self._has_hard_negative, self._hard_negatives.lengths, 0)
-        return self._queries.lengths + self._titles.lengths + hard_negatives
+        count, lengths = len(self._has_hard_negative), self._texts.lengths
+        total = lengths[:count] + lengths[count : 2 * count]
+        total[self._has_hard_negative] += lengths[2 * count :]
+        return total
 
     def __call__(self, rank_rows: Sequence[np.ndarray], place: int = 0) -> PairBatch:
         """The batch of `rank_rows[place]`, scored against the texts of all `rank_rows`: int64 [B] each, some empty."""
         hard_negative_rows = [rows[self._has_hard_negative[rows]] for rows in rank_rows]
         rows = rank_rows[place]
-        ids = [
-            texts[row]
-            for texts, own_rows in (
-                (self._queries, rows),
-                (self._titles, rows),
-                (self._hard_negatives, hard_negative_rows[place]),
-            )
-            for row in own_rows
-        ]
+        titles = rows + len(self._has_hard_negative)
+        hard_negatives = self._hard_negative_texts[hard_negative_rows[place]]
+        ids = [self._texts[text] for text in np.concatenate([rows, titles, hard_negatives])]
         longest_first = np.argsort([-len(text_ids) for text_ids in ids], kind="stable")
         parts = -(-len(ids) // self._chunk_texts) if self._chunk_texts else LENGTH_CHUNKS
         chunks = [chunk for chunk in np.array_split(longest_first, max(1, parts)) if len(chunk)]

@@ -14,7 +14,6 @@ from paddle.base import core
 from data import split_evenly
 from runtime import Stopped
 
-GATHERED_ROWS = 65536  # vectors sent to rank 0 at a time: 64 MiB of 256 floats
 SECONDS_BETWEEN_LOOKS = 0.02  # while a rank waits for the others
 _meetings = itertools.count()
 _RANK_0_IS_THERE = "semantic_index/rank_0_is_there"
@@ -133,16 +132,8 @@ def encode_share(count: int, width: int, encode: Callable[[slice], np.ndarray]) 
     share = encode(split_evenly(count, world_size, rank))
     if world_size == 1:
         return share
-    everything = np.empty((count, width), dtype=np.float32)
-    longest = -(-count // world_size)
-    for start in range(0, longest, GATHERED_ROWS):
-        block = np.zeros((min(GATHERED_ROWS, longest - start), width), dtype=np.float32)
-        rows = share[start : start + len(block)]
-        block[: len(rows)] = rows
-        for sender, received in enumerate(gather_arrays(block)):
-            theirs = split_evenly(count, world_size, sender)
-            first = theirs.start + start
-            last = min(first + len(block), theirs.stop)
-            if first < last:
-                everything[first:last] = received[: last - first]
-    return everything
+    # A collective needs arrays of one shape: shares that are a row shorter are padded for it.
+    padded = np.zeros((-(-count // world_size), width), dtype=np.float32)
+    padded[: len(share)] = share
+    counts = [len(range(count)[split_evenly(count, world_size, sender)]) for sender in range(world_size)]
+    return np.concatenate([rows[:own] for rows, own in zip(gather_arrays(padded), counts, strict=True)])

@@ -47,7 +47,6 @@ class PlannedStep(NamedTuple):
 
     number: int  # from 1, over all epochs
     epoch: int  # from 1
-    ends_epoch: bool
     batches: list[list[np.ndarray]]
 
 
@@ -86,11 +85,10 @@ class Plan:
         """The steps after `first`."""
         epoch_steps: list[list[list[np.ndarray]]] = []
         for number in range(first + 1, self.total_steps + 1):
-            epoch, ends_epoch = self.epoch(number)
-            place = (number - 1) % self.steps_per_epoch
+            epoch, place = divmod(number - 1, self.steps_per_epoch)
             if place == 0 or not epoch_steps:
-                epoch_steps = list(batched(self._epoch_batches(epoch=epoch), self._accumulation))
-            yield PlannedStep(number, epoch, ends_epoch, epoch_steps[place])
+                epoch_steps = list(batched(self._epoch_batches(epoch=epoch + 1), self._accumulation))
+            yield PlannedStep(number, epoch + 1, epoch_steps[place])
 
 
 class Step(NamedTuple):
@@ -98,7 +96,6 @@ class Step(NamedTuple):
 
     number: int  # from 1, over all epochs
     epoch: int  # from 1
-    ends_epoch: bool
     loss: float  # mean over the pairs of all ranks
     learning_rate: float  # at which the step was taken
     pairs: int  # of all ranks
@@ -154,7 +151,7 @@ class Trainer:
         self._scaler.update()
         self._optimizer.clear_grad()
         self._scheduler.step()
-        return Step(planned.number, planned.epoch, planned.ends_epoch, loss, learning_rate, pairs, stops > 0)
+        return Step(planned.number, planned.epoch, loss, learning_rate, pairs, stops > 0)
 
     def state(self, progress: dict[str, Any]) -> TrainingState:
         """What `restore` needs, with whatever else `progress` holds."""

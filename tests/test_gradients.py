@@ -79,7 +79,7 @@ def gradients(
         scale=30.0,
         **trainer_options,
     )
-    step = trainer.step(PlannedStep(1, 1, False, [[rows] for rows in batches]))
+    step = trainer.step(PlannedStep(1, 1, [[rows] for rows in batches]))
     return step.loss, optimizer.gradients
 
 
