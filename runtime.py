@@ -20,6 +20,7 @@ from tqdm import tqdm
 INPUT_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # what MKL and oneDNN mean by it
 SECONDS_BETWEEN_LINES = 10.0  # progress on something that isn't a terminal, such as a log file
 
 
@@ -131,6 +132,17 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def read_cpuinfo() -> str:
+    """The text of /proc/cpuinfo, empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def cpu_flags(cpuinfo: str) -> set[str]:
+    """The processor's features as `read_cpuinfo` names them."""
+    return {flag for line in cpuinfo.splitlines() if line.startswith("flags") for flag in line.split()}
+
+
 def cpu_environment(environ: Mapping[str, str], cpuinfo: str, cores: int) -> dict[str, str]:
     """The variables that make Paddle use the whole CPU, less those that the user has set.
 
@@ -146,8 +158,8 @@ def cpu_environment(environ: Mapping[str, str], cpuinfo: str, cores: int) -> dic
     if "MKL_DEBUG_CPU_TYPE" not in environ and "AuthenticAMD" in cpuinfo:
         # The MKL inside the Paddle wheel takes a slow path on AMD; this variable names a faster one (7: AVX-512,
         # 5: AVX2). A type that the CPU lacks ends in an illegal instruction, hence the look at its flags.
-        flags = {flag for line in cpuinfo.splitlines() if line.startswith("flags") for flag in line.split()}
-        if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+        flags = cpu_flags(cpuinfo)
+        if flags >= AVX512:
             chosen["MKL_DEBUG_CPU_TYPE"] = "7"
         elif "avx2" in flags:
             chosen["MKL_DEBUG_CPU_TYPE"] = "5"
@@ -172,9 +184,7 @@ def set_up_paddle() -> None:
     Warnings of third parties that tell the user nothing are left out.
     """
     keep_freed_memory()
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
-    os.environ.update(cpu_environment(os.environ, text, cpu_count()))
+    os.environ.update(cpu_environment(os.environ, read_cpuinfo(), cpu_count()))
     os.environ.setdefault("GLOG_minloglevel", "2")
     for message in ("No ccache found", "Setuptools is replacing distutils", "pkg_resources is deprecated"):
         warnings.filterwarnings("ignore", message=message)

@@ -21,7 +21,7 @@ from data import VOCABULARY_FILE, TextPair, build_vocabulary, epoch_batches, rea
 from examples import make_dataset
 from examples.make_tiny_ernie import TINY_ERNIE_CONFIG
 from files import atomic_write, read_json, write_json
-from runtime import InputError, at_least, cpu_count
+from runtime import InputError, at_least, cpu_count, cpu_flags, read_cpuinfo
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS_PYTHON = ROOT / ".venv-benchmarks" / "bin" / "python"
@@ -168,10 +168,9 @@ def median_step_seconds(trainings: Sequence[Training], warm_up: int) -> float:
 
 def describe_machine() -> dict[str, Any]:
     """What speed depends on, printed: processor, cores, its vector instructions, memory, and how busy it is."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    flags = set(fields.get("flags", "").split())
+    cpuinfo = read_cpuinfo()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in cpuinfo.splitlines())}
+    flags = cpu_flags(cpuinfo)
     load = os.getloadavg()[0]
     described = {
         "cpu": fields.get("model name", platform.processor() or platform.machine()),

@@ -1,0 +1,115 @@
+"""The model as a static graph: its export, and Paddle Inference to run it. Imports no PaddleNLP."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle import inference, nn
+from paddle.static import InputSpec
+
+from runtime import AVX512, InputError, cpu_count, cpu_flags, read_cpuinfo
+
+GRAPH_NAME = "inference.get_pooled_embedding"  # of the files, as the original's export names them
+GRAPH_SUFFIXES = (".json", ".pdmodel")  # Paddle 3 writes the first; the second comes from Paddle 2
+WEIGHTS_SUFFIX = ".pdiparams"
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # Paddle's names
+BF16_COMPUTE_CAPABILITY = 8  # of a GPU: Ampere
+GPU_MEMORY_MIB = 256  # that a predictor reserves at first
+
+
+class _PooledEmbedding(nn.Layer):
+    """`get_pooled_embedding` as a forward pass, which is what Paddle exports."""
+
+    def __init__(self, model: nn.Layer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor) -> paddle.Tensor:
+        return self.model.get_pooled_embedding(input_ids, token_type_ids)
+
+
+def export_static(model: nn.Layer, folder: Path) -> None:
+    """Writes graph and weights of a SemanticIndexBase into an existing folder; batch and length stay free.
+
+    Inputs: input_ids and token_type_ids, int64 [B, L]. Output: unit vectors, float32 [B, D].
+    """
+    spec = [InputSpec([None, None], "int64", name) for name in ("input_ids", "token_type_ids")]
+    training = model.training
+    model.eval()
+    graph = paddle.jit.to_static(_PooledEmbedding(model), input_spec=spec, full_graph=True)
+    paddle.jit.save(graph, str(folder / GRAPH_NAME))
+    if training:
+        model.train()
+
+
+def graph_file(folder: Path) -> Path:
+    """The graph in an exported folder. Raises InputError if it or its weights are missing."""
+    for suffix in GRAPH_SUFFIXES:
+        file = folder / (GRAPH_NAME + suffix)
+        if file.is_file():
+            break
+    else:
+        raise InputError(f"{folder}: has no {GRAPH_NAME}{GRAPH_SUFFIXES[0]}; export the model with export_model.py")
+    weights = folder / (GRAPH_NAME + WEIGHTS_SUFFIX)
+    if not weights.is_file():
+        raise InputError(f"{weights}: no such file; export the model again with export_model.py")
+    return file
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Raises InputError where this machine's `device`, "cpu" or "gpu", can't compute in a precision of PRECISIONS."""
+    if precision == "int8":
+        # enable_onednn_int8 leaves a graph of Paddle 3 in float32: its passes know Paddle 2's format only.
+        raise InputError(f"--precision int8: Paddle {paddle.__version__} has no int8 for its graphs; use fp32 or bf16")
+    if device == "cpu" and precision == "fp16":
+        raise InputError("--precision fp16: a CPU doesn't compute in it; use fp32, or bf16 where the CPU has AVX-512")
+    if device == "cpu" and precision == "bf16" and (missing := AVX512 - cpu_flags(read_cpuinfo())):
+        raise InputError(f"--precision bf16: this CPU lacks {', '.join(sorted(missing))}; use fp32")
+    if device == "gpu" and precision == "bf16":
+        major, minor = paddle.device.cuda.get_device_capability()
+        if major < BF16_COMPUTE_CAPABILITY:
+            raise InputError(f"--precision bf16: this GPU's compute capability is {major}.{minor}; use fp16")
+
+
+class StaticEncoder:
+    """Runs an exported graph: oneDNN on a CPU, CUDA on a GPU. Raises InputError as the functions above do.
+
+    threads: of the CPU, by default OMP_NUM_THREADS. Not to be called by several threads at a time.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, device: str = "cpu", precision: str = "fp32", threads: int | None = None
+    ) -> None:
+        graph = graph_file(Path(folder))
+        check_precision(precision, device)
+        config = inference.Config(str(graph), str(Path(folder) / (GRAPH_NAME + WEIGHTS_SUFFIX)))
+        config.disable_glog_info()
+        if graph.suffix == GRAPH_SUFFIXES[0]:
+            config.enable_new_ir(True)
+            config.enable_new_executor(True)
+        config.enable_memory_optim()  # fails on a new-IR graph without the two above
+        if device == "gpu":
+            low_precision = {"bf16": inference.PrecisionType.Bfloat16, "fp16": inference.PrecisionType.Half}
+            config.enable_use_gpu(
+                GPU_MEMORY_MIB,
+                int(paddle.device.get_device().removeprefix("gpu:")),
+                low_precision.get(precision, inference.PrecisionType.Float32),
+            )
+        else:
+            config.disable_gpu()
+            config.set_cpu_math_library_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", cpu_count())))
+            config.enable_mkldnn()
+            if precision == "bf16":
+                config.enable_mkldnn_bfloat16()
+        self._predictor = inference.create_predictor(config)
+        self._inputs = [self._predictor.get_input_handle(name) for name in ("input_ids", "token_type_ids")]
+        self._output = self._predictor.get_output_handle(self._predictor.get_output_names()[0])
+
+    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
+        """Unit vectors, float32 [B, D], of int64 [B, L] token ids: what `data.encode_texts` calls."""
+        for handle, array in zip(self._inputs, (input_ids, token_type_ids), strict=True):
+            handle.copy_from_cpu(array)
+        self._predictor.run()
+        return self._output.copy_to_cpu()

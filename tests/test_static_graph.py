@@ -1,0 +1,62 @@
+"""The exported graph gives the model's vectors."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import static_graph
+from checkpoint import load_checkpoint
+from runtime import AVX512, InputError
+from static_graph import StaticEncoder, check_precision, export_static, graph_file
+
+TEXTS = ["水", "水稻的产量", "论水稻产量研究水稻,产量" * 10, "Deep Learning 2.0!"]
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the graph of a trained model."""
+    folder = tmp_path_factory.mktemp("exported")
+    export_static(load_checkpoint(checkpoint).model, folder)
+    return folder
+
+
+def test_graph_gives_the_models_vectors(exported: Path, checkpoint: Path) -> None:
+    """For one text and for several, short and cut ones."""
+    model, collator = load_checkpoint(checkpoint)
+    encoder = StaticEncoder(exported)
+    for texts in (TEXTS, TEXTS[:1], TEXTS[2:3]):
+        tokens = collator(texts)
+        np.testing.assert_allclose(encoder.embed(*tokens), model.embed(*tokens), atol=1e-5)
+
+
+def test_export_leaves_the_mode_of_the_model(checkpoint: Path, tmp_path: Path) -> None:
+    """A model in training goes on training."""
+    model = load_checkpoint(checkpoint).model
+    for training in (True, False):
+        model.train() if training else model.eval()
+        export_static(model, tmp_path)
+        assert model.training is training
+
+
+@pytest.mark.parametrize("missing", ["json", "pdiparams"])
+def test_missing_files_are_named(exported: Path, tmp_path: Path, missing: str) -> None:
+    """Half an export is refused before Paddle sees it."""
+    for file in exported.iterdir():
+        if not file.name.endswith(missing):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(InputError, match=f"{missing}.*export_model.py"):
+        graph_file(tmp_path)
+
+
+def test_precisions_that_the_machine_lacks_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has isn't."""
+    for precision in ("int8", "fp16"):
+        with pytest.raises(InputError, match=f"--precision {precision}"):
+            check_precision(precision, "cpu")
+    monkeypatch.setattr(static_graph, "read_cpuinfo", lambda: "flags : avx2 avx512f")
+    with pytest.raises(InputError, match="--precision bf16: this CPU lacks avx512bw, avx512dq, avx512vl"):
+        check_precision("bf16", "cpu")
+    monkeypatch.setattr(static_graph, "read_cpuinfo", lambda: "flags : " + " ".join(AVX512))
+    check_precision("bf16", "cpu")
+    check_precision("fp32", "cpu")
