@@ -2,40 +2,67 @@
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
+from files import atomic_write
 from runtime import InputError, at_least, cpu_count
 
 ANN_CHOICES = ("hnswlib", "exact")
+HNSW_FILE, VECTORS_FILE = "hnsw.bin", "vectors.npy"
 CORPUS_BLOCK = 16384  # rows and
 QUERY_BLOCK = 256  # queries at a time: their similarities take 16 MB
+DEFAULT_SHARE = 0.995  # of exact search's hits on a sample, for 99 % on all queries
+MAX_EF = 1 << 14  # beyond it exact search is as fast
 UNIT_TOLERANCE = 1e-2  # a norm after rounding to bfloat16 is off by up to 4e-3
 TIE_TOLERANCE = 1e-6  # similarities of one pair of float32 vectors differ by less, whichever way they are summed
 
 
+class IndexOptions(NamedTuple):
+    """The options of `add_index_args`, under their names."""
+
+    ann: str = "hnswlib"
+    hnsw_m: int = 100
+    hnsw_ef: int = 100
+    hnsw_max_elements: int | None = None
+    tune_ef: float | None = None
+
+
 def add_index_args(parser: argparse.ArgumentParser) -> None:
     """Options of every script that searches a corpus."""
-    parser.add_argument("--ann", choices=ANN_CHOICES, default="hnswlib", help="HNSW index, or exact search")
-    parser.add_argument("--hnsw_m", type=at_least(2), default=100, help="links a vector in the HNSW graph")
+    defaults = IndexOptions()
+    parser.add_argument("--ann", choices=ANN_CHOICES, default=defaults.ann, help="HNSW index, or exact search")
+    parser.add_argument("--hnsw_m", type=at_least(2), default=defaults.hnsw_m, help="links a vector in the HNSW graph")
     parser.add_argument(
-        "--hnsw_ef", type=at_least(1), default=100, help="candidates kept while the HNSW graph is built and searched"
+        "--hnsw_ef",
+        type=at_least(1),
+        default=defaults.hnsw_ef,
+        help="candidates kept while the HNSW graph is built and, unless --tune_ef says otherwise, searched",
     )
     parser.add_argument(
         "--hnsw_max_elements", type=at_least(1), help="vectors to reserve memory for (default: the corpus's)"
     )
+    parser.add_argument(
+        "--tune_ef",
+        type=at_least(0.0, float, 1.0),
+        metavar="SHARE",
+        help="search with the fewest candidates that find this share of exact search's hits on a sample of the "
+        f"queries; 0: with --hnsw_ef (default: {DEFAULT_SHARE} for a new index, a saved one keeps what it has)",
+    )
 
 
-def check_index_args(ann: str, corpus_size: int, hnsw_max_elements: int | None = None) -> None:
+def check_index_args(options: IndexOptions, corpus_size: int) -> None:
     """Raises the InputError that `build_index` would, before `corpus_size` documents are encoded for it."""
-    if ann != "hnswlib":
+    if options.ann != "hnswlib":
         return
     _import_hnswlib()
-    if hnsw_max_elements is not None and hnsw_max_elements < corpus_size:
+    if options.hnsw_max_elements is not None and options.hnsw_max_elements < corpus_size:
         raise InputError(
-            f"--hnsw_max_elements {hnsw_max_elements}: the corpus has {corpus_size} documents; "
+            f"--hnsw_max_elements {options.hnsw_max_elements}: the corpus has {corpus_size} documents; "
             "give at least as many or leave the option out"
         )
 
@@ -69,7 +96,7 @@ class VectorIndex(ABC):
 
         Zero rows and those that hold NaN or infinity have another norm as well; the message names the first.
         """
-        _check_unit_vectors(vectors, self.dim, "corpus", self._size)
+        check_unit_vectors(vectors, self.dim, "corpus", self._size)
         if not len(vectors):
             raise InputError("the corpus is empty: there is nothing to search")
         self._add(vectors)
@@ -85,11 +112,33 @@ class VectorIndex(ABC):
             raise InputError(f"can't search for {k} documents: give 1 or more")
         if not len(self):
             raise InputError("the corpus is empty: there is nothing to search")
-        _check_unit_vectors(queries, self.dim, "query", 0)
+        check_unit_vectors(queries, self.dim, "query", 0)
         k = min(k, len(self))
         if not len(queries):
             return np.empty((0, k), np.int64), np.empty((0, k), np.float32)
         return self._search(np.asarray(queries, dtype=np.float32), k)
+
+    def search_exactly(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """What `search` would give if it compared each query with each vector."""
+        return _exact_top_k(self._blocks(), np.asarray(queries, dtype=np.float32), min(k, len(self)))
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes the vectors, and what finds them, into an existing folder. Raises InputError if it can't."""
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """What `load` needs beside the files."""
+        return {"dimension": self.dim, "documents": len(self)}
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, settings: Mapping[str, int]) -> "VectorIndex":
+        """What `save` wrote; the caller has made sure that the files are as they were written."""
+
+    @abstractmethod
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """All vectors in their order, float32."""
 
     @abstractmethod
     def _add(self, vectors: np.ndarray) -> None: ...
@@ -108,11 +157,30 @@ class ExactIndex(VectorIndex):
         super().__init__(dim)
         self._batches: list[np.ndarray] = []
 
+    def __str__(self) -> str:
+        return "the exact index"
+
     def _add(self, vectors: np.ndarray) -> None:
         self._batches.append(vectors)
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        return _exact_top_k((block for batch in self._batches for block in _blocks(batch)), queries, k)
+        return _exact_top_k(self._blocks(), queries, k)
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        return (block for batch in self._batches for block in _blocks(batch))
+
+    def save(self, folder: Path) -> None:
+        with atomic_write(folder / VECTORS_FILE, "wb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (len(self), self.dim)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in self._blocks():
+                file.write(np.ascontiguousarray(block))
+
+    @classmethod
+    def load(cls, folder: Path, settings: Mapping[str, int]) -> "ExactIndex":
+        index = cls(settings["dimension"])
+        index.add(np.load(folder / VECTORS_FILE, mmap_mode="r", allow_pickle=False))
+        return index
 
 
 class HnswIndex(VectorIndex):
@@ -137,7 +205,7 @@ class HnswIndex(VectorIndex):
         self._index = _import_hnswlib().Index(space="ip", dim=dim)
         try:
             self._index.init_index(max_elements=max_elements, M=m, ef_construction=ef_construction)
-            self._index.set_ef(ef)
+            self.ef = ef
         except (RuntimeError, MemoryError, ValueError, TypeError):  # the last two: more than 64 bits hold
             raise InputError(
                 f"no memory for an HNSW index of {max_elements} vectors with {m} links each and ef {ef_construction}: "
@@ -145,9 +213,69 @@ class HnswIndex(VectorIndex):
             ) from None
         self._index.set_num_threads(threads or cpu_count())
 
+    def __str__(self) -> str:
+        return f"the hnswlib index (ef {self.ef})"
+
+    @property
+    def ef(self) -> int:
+        """Candidates kept while searching."""
+        return self._index.ef
+
+    @ef.setter
+    def ef(self, ef: int) -> None:
+        self._index.set_ef(ef)
+
+    def tune_ef(self, queries: np.ndarray, k: int, share: float) -> None:
+        """Sets the smallest `ef` with which `search` finds this share of exact search's k best, at most MAX_EF.
+
+        queries: unit vectors [Q, dim], a sample of those to come.
+        """
+        _, expected = self.search_exactly(queries, k)
+
+        def is_enough(ef: int) -> bool:
+            self.ef = ef
+            return overlap(self.search(queries, k)[1], expected) >= share
+
+        low = high = min(k, len(self))
+        while not is_enough(high) and high < MAX_EF:
+            low, high = high, 2 * high
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if is_enough(middle) else (middle + 1, high)
+        self.ef = high
+
+    def save(self, folder: Path) -> None:
+        try:
+            self._index.save_index(str(folder / HNSW_FILE))
+        except RuntimeError as error:
+            raise InputError(f"{folder / HNSW_FILE}: can't be written ({error})") from None
+
+    @property
+    def settings(self) -> dict[str, int]:
+        return {**super().settings, "ef": self.ef}
+
+    @classmethod
+    def load(cls, folder: Path, settings: Mapping[str, int]) -> "HnswIndex":
+        size = settings["documents"]
+        index = cls(settings["dimension"], max_elements=1)
+        index._index = _import_hnswlib().Index(space="ip", dim=index.dim)  # it warns where it would replace a graph
+        index._index.set_num_threads(cpu_count())
+        try:
+            index._index.load_index(str(folder / HNSW_FILE), max_elements=size)
+        except (RuntimeError, MemoryError) as error:
+            raise InputError(f"{folder / HNSW_FILE}: can't be loaded ({error}); build the index anew") from None
+        index.ef = settings["ef"]  # hnswlib sets it to 10
+        index._size = index.max_elements = size
+        return index
+
     def _add(self, vectors: np.ndarray) -> None:
-        if len(self) + len(vectors) > self.max_elements:
-            raise InputError(f"the index holds {self.max_elements} vectors, not {len(self) + len(vectors)}")
+        size = len(self) + len(vectors)
+        if size > self.max_elements:
+            try:
+                self._index.resize_index(size)
+            except (RuntimeError, MemoryError):
+                raise InputError(f"no memory for an HNSW index of {size} vectors") from None
+            self.max_elements = size
         for block in _blocks(vectors):
             self._index.add_items(block)
 
@@ -174,25 +302,26 @@ class HnswIndex(VectorIndex):
                 ids[row], similarities[row] = self._knn_query(queries[row : row + 1], k)
             except RuntimeError:
                 unanswered.append(row)
-        starts = range(0, len(self), CORPUS_BLOCK)
-        rows = (np.arange(start, min(start + CORPUS_BLOCK, len(self))) for start in starts)
-        corpus = (self._index.get_items(block, return_type="numpy") for block in rows)
-        ids[unanswered], similarities[unanswered] = _exact_top_k(corpus, queries[unanswered], k)
+        ids[unanswered], similarities[unanswered] = self.search_exactly(queries[unanswered], k)
         return ids, similarities
 
+    def _blocks(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self), CORPUS_BLOCK):
+            rows = np.arange(start, min(start + CORPUS_BLOCK, len(self)))
+            yield self._index.get_items(rows, return_type="numpy")
 
-def build_index(
-    ann: str, vectors: np.ndarray, *, hnsw_m: int = 100, hnsw_ef: int = 100, hnsw_max_elements: int | None = None
-) -> VectorIndex:
-    """The index that the options of `add_index_args` name, over unit vectors [N, D]. Raises InputError."""
+
+def build_index(options: IndexOptions, vectors: np.ndarray) -> VectorIndex:
+    """The index that the options name, over unit vectors [N, D], which may be `Embeddings`. Raises InputError."""
     if vectors.ndim != 2:
         raise InputError(f"the corpus vectors have the shape {vectors.shape}, where [rows, columns] is needed")
     rows, dim = vectors.shape
-    check_index_args(ann, rows, hnsw_max_elements)
-    if ann == "exact":
+    check_index_args(options, rows)
+    if options.ann == "exact":
         index = ExactIndex(dim)
     else:
-        index = HnswIndex(dim, hnsw_max_elements or max(1, rows), hnsw_m, ef_construction=hnsw_ef, ef=hnsw_ef)
+        ef = options.hnsw_ef
+        index = HnswIndex(dim, options.hnsw_max_elements or max(1, rows), options.hnsw_m, ef_construction=ef, ef=ef)
     index.add(vectors)
     return index
 
@@ -211,7 +340,11 @@ def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
         yield np.asarray(vectors[start : start + CORPUS_BLOCK], dtype=np.float32)
 
 
-def _check_unit_vectors(vectors: np.ndarray, dim: int, name: str, first_row: int) -> None:
+def check_unit_vectors(vectors: np.ndarray, dim: int, name: str, first_row: int) -> None:
+    """Raises InputError for a shape other than [rows, dim] and for a row that isn't finite and of norm 1.
+
+    name: of what the vectors are, and first_row: the number of the first one, for the message.
+    """
     if vectors.ndim != 2 or vectors.shape[1] != dim:
         raise InputError(f"the {name} vectors have the shape {vectors.shape}, where [rows, {dim}] is needed")
     for block in _blocks(vectors):

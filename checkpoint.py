@@ -229,14 +229,14 @@ def restore_optimizer(
 
 
 def _checked_weights_file(path: str | Path) -> Path:
-    """`_weights_file`, in a folder whose model is as its manifest says."""
-    file = _weights_file(path)
+    """`weights_file`, in a folder whose model is as its manifest says."""
+    file = weights_file(path)
     check_manifest(file.parent, ignored=TRAINING_PREFIX)
     return file
 
 
-def _weights_file(path: str | Path) -> Path:
-    """The weights file of a checkpoint given as a folder or as the file itself."""
+def weights_file(path: str | Path) -> Path:
+    """The weights file of a checkpoint given as a folder or as the file itself. Raises InputError if there is none."""
     path = Path(path)
     folder = whole_folder(path)
     if folder.is_dir():

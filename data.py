@@ -1,6 +1,7 @@
 """The text files that stages exchange, and the one way from text to tokens, batches and vectors. Imports no Paddle."""
 
 import argparse
+import hashlib
 import io
 import math
 import mmap
@@ -19,7 +20,7 @@ from tokenizers.processors import BertProcessing
 from tokenizers.trainers import WordPieceTrainer
 
 from files import atomic_write, open_for_reading, read_json, write_json
-from runtime import InputError, at_least, log, progress_bar
+from runtime import InputError, Progress, at_least, log, progress_bar
 
 MAX_LINE_BYTES = 1 << 20  # a longer line is a file without line ends, not a text
 REPORTED_BAD_LINES = 10
@@ -59,7 +60,12 @@ class Hit(NamedTuple):
 
 def add_encoding_args(parser: argparse.ArgumentParser, batch_size: int = 32) -> None:
     """Options of every script that turns texts into vectors."""
-    parser.add_argument("--batch_size", type=at_least(1), default=batch_size, help="texts a batch, on each process")
+    parser.add_argument(
+        "--batch_size",
+        type=at_least(1),
+        default=batch_size,
+        help="texts a batch, on each process; in encoding, of texts of max_seq_length tokens",
+    )
     parser.add_argument(
         "--max_seq_length",
         type=at_least(3),
@@ -72,25 +78,21 @@ def add_skip_bad_lines_arg(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip_bad_lines", action="store_true", help="leave bad lines out and say how many they were")
 
 
-def add_evaluation_file_args(parser: argparse.ArgumentParser, required: bool) -> None:
-    """The files that an evaluation reads, and the recall result that it writes."""
+def add_evaluation_file_args(parser: argparse.ArgumentParser, train: bool) -> None:
+    """The files that an evaluation reads, and the recall result that it writes; training has defaults for them."""
     parser.add_argument(
         "--similar_text_pair_file",
         "--similar_text_pair",
-        required=required,
-        default=None if required else "./recall/dev.csv",
+        default="./recall/dev.csv" if train else None,
         help="pairs whose queries are searched and whose titles are the right answers",
     )
     parser.add_argument(
-        "--corpus_file",
-        required=required,
-        default=None if required else "./recall/corpus.csv",
-        help="documents to search, one a line",
+        "--corpus_file", default="./recall/corpus.csv" if train else None, help="documents to search, one a line"
     )
     parser.add_argument("--recall_result_dir", default="recall_result_dir", help="folder of the recall result")
     parser.add_argument(
         "--recall_result_file",
-        default="recall_result.txt" if required else "recall_result_init.txt",
+        default="recall_result_init.txt" if train else "recall_result.txt",
         help="name of the recall result in it",
     )
 
@@ -215,12 +217,21 @@ def read_text_pairs(path: str | Path, *, skip_bad_lines: bool = False) -> list[T
 class Corpus(Sequence[str]):
     """The documents of a file, one a line; a document's row number is its id. The file is mapped, not held in memory.
 
-    Raises InputError as `read_lines` does.
+    sha256: of the documents, a line each, in hex: files that differ in BOM, line ends or skipped lines alone have the
+    same. Raises InputError as `read_lines` does.
     """
 
     def __init__(self, path: str | Path, *, skip_bad_lines: bool = False) -> None:
-        lines = read_lines(path, parse_text, skip_bad_lines)
-        self._offsets = np.fromiter((line.offset for line in lines if line.row is not None), dtype=np.int64)
+        digest = hashlib.sha256()
+
+        def good_lines() -> Iterator[int]:
+            for line in read_lines(path, parse_text, skip_bad_lines):
+                if line.row is not None:
+                    digest.update(line.row.encode() + b"\n")
+                    yield line.offset
+
+        self._offsets = np.fromiter(good_lines(), dtype=np.int64)
+        self.sha256 = digest.hexdigest()
         with open_for_reading(path) as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -366,6 +377,11 @@ class TextCollator:
         write_json(Path(folder) / TOKENIZER_CONFIG_FILE, self._config)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """All that its token ids depend on."""
+        return {"vocabulary": self._vocabulary, "config": self._config, "max_seq_length": self.max_seq_length}
+
+    @property
     def vocabulary_size(self) -> int:
         """Number of token ids."""
         return len(self._vocabulary)
@@ -374,9 +390,13 @@ class TextCollator:
         """Token ids of each text with [CLS] and [SEP], at most max_seq_length of them."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
+    def lengths(self, ids: Sequence[Sequence[int]]) -> list[int]:
+        """Tokens that each text takes at least in a padded batch."""
+        return [self.max_seq_length if self.pad_to_max_seq_len else len(text_ids) for text_ids in ids]
+
     def pad(self, ids: Sequence[Sequence[int]]) -> TokenIds:
         """(input_ids, token_type_ids), int64 [B, longest]; the second is all zeros, a text being one segment."""
-        length = self.max_seq_length if self.pad_to_max_seq_len else max(map(len, ids))
+        length = max(self.lengths(ids))
         input_ids = np.full((len(ids), length), self.pad_id, dtype=np.int64)
         for row, row_ids in enumerate(ids):
             input_ids[row, : len(row_ids)] = row_ids
@@ -397,26 +417,36 @@ def encode_texts(
     collator: TextCollator,
     batch_size: int,
     out: np.ndarray | None = None,
-    desc: str | None = None,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """Vectors of the texts, float32 [N, D], in their order; `out` may be a memory map of that shape to write to.
 
-    Texts are sorted by length in windows, so that batches hold little padding. desc: name of the progress bar, if any.
+    Texts are sorted by length in windows, so that batches hold little padding; a batch has `batch_size` texts of
+    max_seq_length tokens, or more that are shorter. progress: is told of every batch.
     """
-    progress = progress_bar(len(texts), desc, "text") if desc else None
     for start in range(0, len(texts), SORTING_WINDOW):
         ids = collator.tokenize(texts[start : start + SORTING_WINDOW])
         by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        for rows in batched(by_length, batch_size):
+        for rows in _batches_of_tokens(by_length, collator.lengths(ids), batch_size * collator.max_seq_length):
             vectors = embed(*collator.pad([ids[row] for row in rows]))
             if out is None:
                 out = np.empty((len(texts), vectors.shape[1]), dtype=np.float32)
             out[start + np.array(rows)] = vectors
             if progress:
                 progress.update(len(rows))
-    if progress:
-        progress.close()
     return np.empty((0, 0), dtype=np.float32) if out is None else out
+
+
+def _batches_of_tokens(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Cuts rows of growing length into batches that are padded to at most `tokens` tokens, or hold one row."""
+    batch: list[int] = []
+    for row in rows:
+        if batch and (len(batch) + 1) * lengths[row] > tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -539,13 +569,12 @@ class TokenisedTexts(Sequence[np.ndarray]):
     def __init__(self, collator: TextCollator, texts: Sequence[str]) -> None:
         dtype = np.min_scalar_type(collator.vocabulary_size)
         tokens, lengths = [], []
-        progress = progress_bar(len(texts), "tokenising", "text")
-        for window in batched(texts, SORTING_WINDOW):
-            ids = collator.tokenize(window)
-            tokens.append(np.fromiter(chain.from_iterable(ids), dtype))
-            lengths.append(np.array([len(text_ids) for text_ids in ids]))
-            progress.update(len(window))
-        progress.close()
+        with progress_bar(len(texts), "tokenising", "text") as progress:
+            for window in batched(texts, SORTING_WINDOW):
+                ids = collator.tokenize(window)
+                tokens.append(np.fromiter(chain.from_iterable(ids), dtype))
+                lengths.append(np.array([len(text_ids) for text_ids in ids]))
+                progress.update(len(window))
         self.lengths = np.concatenate(lengths)
         self._tokens = np.concatenate(tokens)
         self._ends = np.cumsum(self.lengths)

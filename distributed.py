@@ -40,6 +40,11 @@ def meet() -> None:
         if _add(_LEFT, 0):
             raise Stopped
         time.sleep(SECONDS_BETWEEN_LOOKS)
+    # Rank 0 keeps the store, and may end right after this: it lets the others see first that all are here.
+    if dist.get_rank():
+        _add(meeting, 1)
+    while dist.get_rank() == 0 and _add(meeting, 0) < 2 * dist.get_world_size() - 1:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def leave() -> None:
@@ -121,6 +126,16 @@ def gather_arrays(own: np.ndarray) -> list[np.ndarray]:
     gathered: list[paddle.Tensor] = []
     dist.all_gather(gathered, paddle.to_tensor(own))
     return [array.numpy() for array in gathered]
+
+
+def from_rank_0(own: np.ndarray) -> np.ndarray:
+    """Rank 0's array, on every rank; the others give one of the same shape and type."""
+    if dist.get_world_size() == 1:
+        return own
+    meet()
+    tensor = paddle.to_tensor(own)
+    dist.broadcast(tensor, src=0)
+    return tensor.numpy()
 
 
 def encode_share(count: int, width: int, encode: Callable[[slice], np.ndarray]) -> np.ndarray:

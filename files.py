@@ -14,6 +14,7 @@ from typing import Any
 from runtime import InputError
 
 MANIFEST_FILE = "manifest.json"
+CHECKPOINT_REMEDY = f"take another checkpoint, or remove {MANIFEST_FILE} if you changed the files on purpose"
 REPLACED_SUFFIX = ".replaced"
 TEMPORARY_SUFFIX = ".tmp"
 HASHED_BYTES = 1 << 20  # at a time
@@ -184,27 +185,24 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST_FILE, {"files": {path.name: _fingerprint(path) for path in files}})
 
 
-def check_manifest(folder: Path, ignored: str = "") -> None:
+def check_manifest(folder: Path, ignored: str = "", remedy: str = CHECKPOINT_REMEDY) -> None:
     """Raises InputError naming the first file that isn't as the folder's manifest says; without a manifest all is well.
 
-    ignored: beginning of the names of files that aren't looked at.
+    ignored: beginning of the names of files that aren't looked at; remedy: what the user can do.
     """
     if not (folder / MANIFEST_FILE).is_file():
         return
     files = read_json(folder / MANIFEST_FILE).get("files")
     if not isinstance(files, dict):
-        raise InputError(f"{folder / MANIFEST_FILE}: isn't a manifest; take another checkpoint")
+        raise InputError(f"{folder / MANIFEST_FILE}: isn't a manifest; {remedy}")
     for name, expected in files.items():
         if ignored and name.startswith(ignored):
             continue
         path = folder / name
         if not path.is_file():
-            raise InputError(f"{path}: is missing, though {MANIFEST_FILE} lists it; take another checkpoint")
+            raise InputError(f"{path}: is missing, though {MANIFEST_FILE} lists it; {remedy}")
         if _fingerprint(path) != expected:
-            raise InputError(
-                f"{path}: isn't as it was written (see {MANIFEST_FILE}); take another checkpoint, or remove "
-                f"{MANIFEST_FILE} if you changed the file on purpose"
-            )
+            raise InputError(f"{path}: isn't as it was written (see {MANIFEST_FILE}); {remedy}")
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -8,18 +8,17 @@ import numpy as np
 from data import (
     add_encoding_args,
     add_skip_bad_lines_arg,
-    encode_texts,
     parse_text,
     read_lines,
 )
 from files import atomic_write
-from runtime import ArgumentParser, run, set_up_paddle
+from runtime import ArgumentParser, log, run, set_up_paddle
 
 if __name__ == "__main__":
     set_up_paddle()
 
 from base_model import add_checkpoint_args, add_device_arg, set_device
-from checkpoint import load_checkpoint
+from encoder import add_engine_args, compare_with_fp32, load_encoder
 
 SAMPLE_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"
 DEFAULT_PARAMS_PATH = "checkpoints/inbatch/model_40/model_state.pdparams"
@@ -35,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_args(parser, params_path=DEFAULT_PARAMS_PATH)
     add_skip_bad_lines_arg(parser)
     add_encoding_args(parser)
+    add_engine_args(parser)
     add_device_arg(parser, default=None)
     return parser
 
@@ -48,13 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         texts = [line.row for line in lines if line.row is not None]
 
     set_device(args.device)
-    model, collator = load_checkpoint(
+    encoder = load_encoder(
         args.params_path,
+        batch_size=args.batch_size,
+        texts=len(texts),
+        engine=args.engine,
+        precision=args.precision,
         model_name_or_path=args.model_name_or_path,
         output_emb_size=args.output_emb_size,
         max_seq_length=args.max_seq_length,
     )
-    vectors = encode_texts(model.embed, texts, collator, args.batch_size, desc="texts" if args.output else None)
+    vectors = encoder(texts, "texts" if args.output else None)
+    if encoder.fp32:
+        log(f"{encoder.precision}: {compare_with_fp32(encoder, texts, texts)}")
     print(list(vectors.shape))
     if args.output:
         with atomic_write(args.output, "wb") as file:

@@ -1,17 +1,16 @@
 """What a training says while it runs: its log, and the evaluations that tell which model is the best."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from visualdl import LogWriter
 
-from ann_util import VectorIndex
+from ann_util import IndexOptions
 from base_model import SemanticIndexBase
 from batch_negative.trainer import Step
 from data import Corpus, TextCollator, documents_by_query, write_hits
+from encoder import Encoder
 from evaluate import Evaluation, evaluate, format_lines, metrics
 from files import atomic_write
 from recall import as_hits, recall
@@ -19,7 +18,10 @@ from runtime import is_main_process
 
 
 class Evaluator:
-    """Recalls and evaluates as recall.py and evaluate.py do, and keeps the score of the best model so far."""
+    """Recalls and evaluates as recall.py and evaluate.py do, and keeps the score of the best model so far.
+
+    embedding_parent: where the corpus's vectors lie meanwhile.
+    """
 
     def __init__(
         self,
@@ -28,13 +30,15 @@ class Evaluator:
         *,
         batch_size: int,
         recall_num: int,
-        build: Callable[[np.ndarray], VectorIndex],
+        index_options: IndexOptions,
+        embedding_parent: Path,
         result_file: Path,
         report_file: Path,
         best_metric: str,
     ) -> None:
         self._corpus, self._positives = corpus, positives
-        self._batch_size, self._recall_num, self._build = batch_size, recall_num, build
+        self._batch_size, self._recall_num = batch_size, recall_num
+        self._index_options, self._embedding_parent = index_options, embedding_parent
         self._result_file, self._report_file = result_file, report_file
         self.best_metric = best_metric
         self._reports: list[str] = []
@@ -47,13 +51,12 @@ class Evaluator:
         """Evaluates the model, all ranks together; rank 0 writes both files. Afterwards `is_best` tells about it."""
         queries = list(self._positives)
         found = recall(
-            model,
-            collator,
+            Encoder(model.embed, collator, model.embedding_size, self._batch_size),
             self._corpus,
             queries,
-            batch_size=self._batch_size,
             recall_num=self._recall_num,
-            build=self._build,
+            options=self._index_options,
+            folder=self._embedding_parent,
         )
         hits = list(as_hits(found, self._corpus, queries))
         evaluation = evaluate(self._positives, documents_by_query(hits), self._recall_num)

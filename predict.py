@@ -5,36 +5,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data import TextPair, add_encoding_args, add_skip_bad_lines_arg, encode_texts, parse_pair, read_lines
-from runtime import ArgumentParser, is_main_process, run, set_up_paddle
+from data import TextPair, add_encoding_args, add_skip_bad_lines_arg, parse_pair, read_lines
+from runtime import ArgumentParser, is_main_process, log, run, set_up_paddle
 
 if __name__ == "__main__":
     set_up_paddle()
 
 from base_model import add_checkpoint_args, add_device_arg, set_device
-from checkpoint import LoadedModel, load_checkpoint
 from distributed import encode_share, init_ranks
+from encoder import Encoder, add_engine_args, compare_with_fp32, load_encoder
 
 
-def predict(loaded: LoadedModel, pairs: Sequence[TextPair], batch_size: int) -> np.ndarray:
+def predict(encoder: Encoder, pairs: Sequence[TextPair]) -> np.ndarray:
     """Cosines of query and title, float32 [N, 1], in order; each rank computes its share."""
 
     def cosines(rows: slice) -> np.ndarray:
-        vectors = [
-            encode_texts(
-                loaded.model.embed,
-                texts,
-                loaded.collator,
-                batch_size,
-                np.empty((len(texts), loaded.model.embedding_size), dtype=np.float32),
-                desc,
-            )
-            for desc, texts in (
-                ("queries", [pair.query for pair in pairs[rows]]),
-                ("titles", [pair.title for pair in pairs[rows]]),
-            )
-        ]
-        return (vectors[0] * vectors[1]).sum(axis=1, keepdims=True)
+        queries = encoder([pair.query for pair in pairs[rows]], "queries")
+        titles = encoder([pair.title for pair in pairs[rows]], "titles")
+        return (queries * titles).sum(axis=1, keepdims=True)
 
     return encode_share(len(pairs), 1, cosines)
 
@@ -49,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pad_to_max_seq_len", action="store_true", help="pad every text to max_seq_length: slower, the same cosines"
     )
+    add_engine_args(parser)
     add_device_arg(parser, default="gpu")
     return parser
 
@@ -60,14 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     set_device(args.device)
     init_ranks()
-    loaded = load_checkpoint(
+    pairs = [pair for pair in lines if pair is not None]
+    encoder = load_encoder(
         args.params_path,
+        batch_size=args.batch_size,
+        texts=2 * len(pairs),
+        engine=args.engine,
+        precision=args.precision,
         model_name_or_path=args.model_name_or_path,
         output_emb_size=args.output_emb_size,
         max_seq_length=args.max_seq_length,
     )
-    loaded.collator.pad_to_max_seq_len = args.pad_to_max_seq_len
-    cosines = predict(loaded, [pair for pair in lines if pair is not None], args.batch_size)
+    encoder.collator.pad_to_max_seq_len = args.pad_to_max_seq_len
+    cosines = predict(encoder, pairs)
+    if encoder.fp32:
+        titles, queries = [pair.title for pair in pairs], [pair.query for pair in pairs]
+        log(f"{encoder.precision}: {compare_with_fp32(encoder, titles, queries)}")
     if is_main_process():
         remaining = iter(cosines[:, 0].tolist())
         print("\n".join("nan" if pair is None else str(next(remaining)) for pair in lines))

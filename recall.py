@@ -1,38 +1,52 @@
 """Recalls the documents nearest to each query: encodes the corpus, indexes it, searches it, writes the hits."""
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ann_util import VectorIndex, add_index_args, build_index, check_index_args, overlap
+from ann_util import (
+    DEFAULT_SHARE,
+    HnswIndex,
+    IndexOptions,
+    VectorIndex,
+    add_index_args,
+    build_index,
+    check_index_args,
+    overlap,
+)
 from data import (
     Corpus,
     Hit,
-    TextCollator,
     add_encoding_args,
     add_evaluation_file_args,
     add_skip_bad_lines_arg,
     encode_texts,
+    parse_text,
     read_corpus,
     read_text_pairs,
-    split_evenly,
     titles_by_query,
     write_hits,
 )
-from runtime import ArgumentParser, at_least, is_main_process, log, run, set_up_paddle
+from embeddings import SHARD_ROWS, Description, Embeddings
+from index_folder import SavedIndex, check_index_fits, has_index, load_index, save_index
+from runtime import ArgumentParser, InputError, at_least, is_main_process, log, progress_bar, run, set_up_paddle
 
 if __name__ == "__main__":
     set_up_paddle()
 
-from base_model import SemanticIndexBase, add_checkpoint_args, add_device_arg, set_device
-from checkpoint import load_checkpoint
-from distributed import encode_share, gather_arrays, init_ranks
+from base_model import add_checkpoint_args, add_device_arg, set_device
+from distributed import encode_share, from_rank_0, init_ranks, meet
+from encoder import Encoder, add_engine_args, compare_with_fp32, load_encoder
 
-OVERLAP_SAMPLE = 200  # queries on which the index is compared with exact search: half a point is one hit in 200
+SAMPLE = 200  # queries on which the index is compared with exact search: half a point is one hit in 200
 
 
 class Recall(NamedTuple):
@@ -43,62 +57,109 @@ class Recall(NamedTuple):
     index_overlap: float  # share of exact search's hits that the index found, on a sample of the queries
 
 
-class ShardedIndex:
-    """The index of a corpus that is cut over the ranks: each holds and searches its share, all get the answer.
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
 
-    build: makes the index of vectors [N, D]; vectors: those of our share; rows: where it lies in the corpus; size: of
-    the whole corpus.
+
+def encode_corpus(encoder: Encoder, corpus: Corpus, folder: str | Path) -> Embeddings:
+    """The vectors of all documents, on disk: each rank encodes every so manieth shard that isn't there yet.
+
+    Raises InputError, as when a vector isn't finite, or the folder holds those of another corpus or model.
     """
+    description = Description(
+        encoder.fingerprint, encoder.precision, corpus.sha256, len(corpus), encoder.embedding_size
+    )
+    embeddings = Embeddings(folder, description)
+    rank, world_size = init_ranks()
+    own = [number for number in embeddings.missing() if number % world_size == rank]
+    shards = embeddings.shards
+    with progress_bar(sum(shards[number].stop - shards[number].start for number in own), "corpus", "text") as progress:
+        for number in own:
+            texts = corpus[shards[number]]
+            vectors = np.empty((len(texts), encoder.embedding_size), dtype=np.float32)
+            encode_texts(encoder.embed, texts, encoder.collator, encoder.batch_size, vectors, progress)
+            embeddings.write(number, vectors)
+    meet()
+    return embeddings
 
-    def __init__(self, build: Callable[[np.ndarray], VectorIndex], vectors: np.ndarray, rows: slice, size: int) -> None:
-        # A corpus with fewer documents than ranks leaves some without any.
-        self._share = build(vectors) if len(vectors) else None
-        self._first_row, self._size = rows.start, size
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """What `VectorIndex.search` gives for an index of the whole corpus."""
-        k = min(k, self._size)
-        ids = np.full((len(queries), k), -1, np.int64)
-        similarities = np.full((len(queries), k), -np.inf, np.float32)
-        if self._share:
-            own_ids, own_similarities = self._share.search(queries, k)
-            ids[:, : own_ids.shape[1]] = own_ids + self._first_row
-            similarities[:, : own_ids.shape[1]] = own_similarities
-        ids = np.concatenate(gather_arrays(ids), axis=1)
-        similarities = np.concatenate(gather_arrays(similarities), axis=1)
-        best = np.lexsort((ids, -similarities), axis=1)[:, :k]
-        return np.take_along_axis(ids, best, axis=1), np.take_along_axis(similarities, best, axis=1)
+def encode_queries(encoder: Encoder, queries: Sequence[str]) -> np.ndarray:
+    """Vectors of the queries, float32 [Q, D]; each rank encodes a share, all get them all."""
+    return encode_share(len(queries), encoder.embedding_size, lambda share: encoder(queries[share], "queries"))
+
+
+@contextlib.contextmanager
+def embedding_folder(embedding_dir: str | None, parent: str | Path) -> Iterator[Path]:
+    """`embedding_dir`, or else a folder in `parent` that is gone afterwards; all ranks get the same."""
+    if embedding_dir:
+        yield Path(embedding_dir)
+        return
+    number = from_rank_0(np.random.default_rng().integers(1 << 32, size=1))[0]
+    folder = Path(parent) / f".embeddings.{number:08x}.tmp"
+    try:
+        yield folder
+    finally:
+        if is_main_process():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def sample_of(rows: Sequence[str] | np.ndarray) -> Sequence[str] | np.ndarray:
+    """Up to twice SAMPLE of the rows, from all over them."""
+    return rows[:: max(1, len(rows) // SAMPLE)]
+
+
+def tune(index: VectorIndex, queries: np.ndarray, k: int, share: float | None) -> None:
+    """Tunes `ef` of an HNSW index on a sample of the queries, unit vectors [Q, D]; 0 leaves it, None is the default."""
+    share = DEFAULT_SHARE if share is None else share
+    if isinstance(index, HnswIndex) and share and len(queries):
+        index.tune_ef(sample_of(queries), k, share)
+
+
+def search(index: VectorIndex, queries: np.ndarray, k: int) -> Recall:
+    """Searches for all queries, unit vectors [Q, D], and compares a sample with exact search."""
+    ids, similarities = index.search(queries, k)
+    _, expected = index.search_exactly(sample_of(queries), k)
+    return Recall(ids, similarities, overlap(sample_of(similarities), expected))
 
 
 def recall(
-    model: SemanticIndexBase,
-    collator: TextCollator,
-    corpus: Corpus,
-    queries: Sequence[str],
-    *,
-    batch_size: int,
-    recall_num: int,
-    build: Callable[[np.ndarray], VectorIndex],
+    encoder: Encoder, corpus: Corpus, queries: Sequence[str], *, recall_num: int, options: IndexOptions, folder: Path
 ) -> Recall:
     """Searches the corpus for the `recall_num` documents nearest to each query; all ranks get the result.
 
-    Each rank encodes, indexes and searches its share of the corpus. A corpus that is smaller gives all it has. build:
-    makes the index of a share's vectors. Raises InputError, as when a vector isn't finite.
+    All ranks encode, rank 0 indexes and searches. folder: for the vectors meanwhile. A corpus that is smaller gives all
+    it has. Raises InputError, as when a vector isn't finite.
     """
+    query_vectors = encode_queries(encoder, queries)
+    k = min(recall_num, len(corpus))
+    found = Recall(np.zeros((len(queries), k), np.int64), np.zeros((len(queries), k), np.float32), 0.0)
+    with embedding_folder(None, folder) as shards:
+        vectors = encode_corpus(encoder, corpus, shards)
+        if is_main_process():
+            index = build_index(options, vectors)
+            tune(index, query_vectors, k, options.tune_ef)
+            found = search(index, query_vectors, k)
+        index_overlap = from_rank_0(np.array([found.index_overlap]))[0]
+    return Recall(from_rank_0(found.ids), from_rank_0(found.similarities), float(index_overlap))
 
-    def encode(texts: Sequence[str], desc: str) -> np.ndarray:
-        out = np.empty((len(texts), model.embedding_size), dtype=np.float32)
-        return encode_texts(model.embed, texts, collator, batch_size, out, desc)
 
-    rank, world_size = init_ranks()
-    rows = split_evenly(len(corpus), world_size, rank)
-    documents = encode(corpus[rows], "corpus")
-    query_vectors = encode_share(len(queries), model.embedding_size, lambda share: encode(queries[share], "queries"))
-    ids, similarities = ShardedIndex(build, documents, rows, len(corpus)).search(query_vectors, recall_num)
-    exact = ShardedIndex(partial(build_index, "exact"), documents, rows, len(corpus))
-    sample = slice(None, None, max(1, len(queries) // OVERLAP_SAMPLE))
-    _, expected = exact.search(query_vectors[sample], recall_num)
-    return Recall(ids, similarities, overlap(similarities[sample], expected))
+def add_documents(encoder: Encoder, saved: SavedIndex, added: Corpus, added_file: str) -> list[str]:
+    """Adds to the index the documents that it doesn't have yet, and returns them. Raises InputError if it has all."""
+    new = dict.fromkeys(added)
+    for document in saved.documents:
+        new.pop(document, None)
+    if not new:
+        raise InputError(f"--add_corpus {added_file}: the index has all of its documents already")
+    if len(new) < len(added):
+        log(f"{added_file}: left out {len(added) - len(new)} documents that the index has, or that are repeated")
+    documents = list(new)
+    for start in range(0, len(documents), SHARD_ROWS):
+        saved.index.add(encoder(documents[start : start + SHARD_ROWS], "added"))
+    return documents
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
 
 
 def as_hits(found: Recall, corpus: Corpus, queries: Sequence[str]) -> Iterator[Hit]:
@@ -106,6 +167,27 @@ def as_hits(found: Recall, corpus: Corpus, queries: Sequence[str]) -> Iterator[H
     for query, ids, similarities in zip(queries, found.ids, found.similarities, strict=True):
         for row, similarity in zip(ids, similarities, strict=True):
             yield Hit(query, corpus[row], float(similarity))
+
+
+def answer(encoder: Encoder, saved: SavedIndex, query: str, recall_num: int) -> list[str]:
+    """A line with the time that the answer took, then rank, cosine and document of each hit."""
+    start = time.perf_counter()
+    ids, similarities = saved.index.search(encoder([query]), recall_num)
+    milliseconds = 1000 * (time.perf_counter() - start)
+    hits = zip(ids[0], similarities[0], strict=True)
+    lines = [f"{rank:3}  {similarity:.4f}  {saved.documents[row]}" for rank, (row, similarity) in enumerate(hits, 1)]
+    return [f"{query} ({milliseconds:.0f} ms)", *lines]
+
+
+def typed_queries(lines: Iterable[str]) -> Iterator[str]:
+    """The queries that are typed, a line each; what can't be one is reported and passed over."""
+    if sys.stdin.isatty():
+        log("type a query and press Enter; Ctrl-D ends")
+    for line in lines:
+        try:
+            yield parse_text(line)
+        except ValueError as error:
+            log(f"not a query: {error}")
 
 
 def missing_positives(corpus: Corpus, positives: dict[str, set[str]]) -> list[str]:
@@ -123,58 +205,104 @@ def report_missing_positives(corpus: Corpus, positives: dict[str, set[str]], cor
         log(f"{corpus_file}: lacks {len(missing)} titles of the pairs, which can't be recalled; first: {missing[0]}")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
     add_checkpoint_args(parser)
-    add_evaluation_file_args(parser, required=True)
+    add_evaluation_file_args(parser, train=False)
     add_skip_bad_lines_arg(parser)
-    add_encoding_args(parser)
+    parser.add_argument("--query", action="append", help="search for this text and print the hits; may be given again")
+    parser.add_argument("--interactive", action="store_true", help="search for each line that is typed")
     parser.add_argument("--recall_num", type=at_least(1), default=10, help="documents recalled for a query")
+    add_encoding_args(parser)
+    add_engine_args(parser)
+    parser.add_argument(
+        "--embedding_dir", help="keep the corpus's vectors in this folder; a run that was stopped goes on with them"
+    )
     add_index_args(parser)
+    parser.add_argument("--index_dir", help="keep the index in this folder; if it is there, it is searched as it is")
+    parser.add_argument("--add_corpus", metavar="FILE", help="add these documents, one a line, to the index there")
     add_device_arg(parser, default="gpu")
     return parser
 
 
+def check_inputs(corpus_file: str | None, index_dir: str | None, is_searched: bool, is_added_to: bool) -> None:
+    """Raises InputError for options that leave nothing to search, or nothing to do."""
+    if not corpus_file and not (index_dir and has_index(index_dir)):
+        why = f"--index_dir {index_dir} isn't there yet" if index_dir else "there is no --index_dir to search"
+        raise InputError(f"--corpus_file is needed: {why}")
+    if is_added_to and not index_dir:
+        raise InputError("--add_corpus: give the --index_dir that the documents are added to")
+    if not is_searched and not index_dir:
+        raise InputError("nothing to search for: give --similar_text_pair_file, --query or --interactive")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the recall result and says how exact the index was."""
+    """Writes the recall result, answers queries, and says how exact the index was."""
     args = build_parser().parse_args(argv)
-    positives = titles_by_query(read_text_pairs(args.similar_text_pair_file, skip_bad_lines=args.skip_bad_lines))
-    corpus = read_corpus(args.corpus_file, skip_bad_lines=args.skip_bad_lines)
-    report_missing_positives(corpus, positives, args.corpus_file)
-    check_index_args(args.ann, len(corpus), args.hnsw_max_elements)
+    by_hand = args.query or args.interactive
+    check_inputs(
+        args.corpus_file, args.index_dir, bool(args.similar_text_pair_file or by_hand), args.add_corpus is not None
+    )
+    is_saved = args.index_dir is not None and has_index(args.index_dir)
+    positives = {}
+    if args.similar_text_pair_file:
+        positives = titles_by_query(read_text_pairs(args.similar_text_pair_file, skip_bad_lines=args.skip_bad_lines))
+    corpus = read_corpus(args.corpus_file, skip_bad_lines=args.skip_bad_lines) if args.corpus_file else None
+    added = read_corpus(args.add_corpus, skip_bad_lines=args.skip_bad_lines) if args.add_corpus else None
+    options = IndexOptions(**{name: getattr(args, name) for name in IndexOptions._fields})
+    if corpus:
+        report_missing_positives(corpus, positives, args.corpus_file)
+    if not is_saved:
+        check_index_args(options, len(corpus))
 
     set_device(args.device)
     init_ranks()
-    model, collator = load_checkpoint(
+    queries = list(positives)
+    encoder = load_encoder(
         args.params_path,
+        batch_size=args.batch_size,
+        texts=len(queries) + (0 if is_saved else len(corpus)) + len(added or ()),
+        engine=args.engine,
+        precision=args.precision,
         model_name_or_path=args.model_name_or_path,
         output_emb_size=args.output_emb_size,
         max_seq_length=args.max_seq_length,
     )
-    queries = list(positives)
-    found = recall(
-        model,
-        collator,
-        corpus,
-        queries,
-        batch_size=args.batch_size,
-        recall_num=args.recall_num,
-        build=partial(
-            build_index,
-            args.ann,
-            hnsw_m=args.hnsw_m,
-            hnsw_ef=args.hnsw_ef,
-            hnsw_max_elements=args.hnsw_max_elements,
-        ),
-    )
-    if not is_main_process():
-        return 0
-    result = Path(args.recall_result_dir) / args.recall_result_file
-    write_hits(result, as_hits(found, corpus, queries))
-    print(f"searched {len(corpus)} documents for {len(queries)} queries; the {args.ann} index found", end=" ")
-    print(f"{100 * found.index_overlap:.2f} % of exact search's top {found.ids.shape[1]}")
-    print(f"wrote {result}")
+    query_vectors = encode_queries(encoder, queries)
+    with embedding_folder(args.embedding_dir, args.recall_result_dir) as folder:
+        vectors = None if is_saved else encode_corpus(encoder, corpus, folder)
+        if not is_main_process():
+            return 0
+        if is_saved:
+            saved = load_index(args.index_dir)
+            check_index_fits(args.index_dir, saved, encoder.fingerprint, corpus)
+        else:
+            saved = SavedIndex(build_index(options, vectors), corpus, encoder.fingerprint, corpus.sha256)
+        new = add_documents(encoder, saved, added, args.add_corpus) if added else []
+        is_tuned = bool(new) or not is_saved or args.tune_ef is not None
+        if is_tuned:
+            sample = query_vectors if queries else encoder(sample_of(saved.documents))
+            tune(saved.index, sample, args.recall_num, args.tune_ef)
+        if args.index_dir and is_tuned:
+            saved = save_index(args.index_dir, saved, new)
+            print(f"wrote {args.index_dir}: {saved.index} of {len(saved.documents)} documents")
+        if queries:
+            found = search(saved.index, query_vectors, args.recall_num)
+            result = Path(args.recall_result_dir) / args.recall_result_file
+            write_hits(result, as_hits(found, saved.documents, queries))
+            print(f"searched {len(saved.documents)} documents for {len(queries)} queries; {saved.index} found", end=" ")
+            print(f"{100 * found.index_overlap:.2f} % of exact search's top {found.ids.shape[1]}")
+            print(f"wrote {result}")
+        if encoder.fp32:
+            texts = queries or saved.documents[:SAMPLE]
+            print(f"{encoder.precision}: {compare_with_fp32(encoder, saved.documents, texts)}")
+        for query in chain(args.query or (), typed_queries(sys.stdin) if args.interactive else ()):
+            print("\n".join(answer(encoder, saved, query, args.recall_num)), flush=True)
     return 0
 
 

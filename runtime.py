@@ -193,12 +193,18 @@ def set_up_paddle() -> None:
 
 
 class LineProgress:
-    """tqdm's `update` and `close` for output that isn't a terminal: a whole line now and then, none for short work."""
+    """What tqdm does, for output that isn't a terminal: a whole line now and then, none for short work."""
 
     def __init__(self, total: int, desc: str, unit: str) -> None:
         self.total, self.desc, self.unit = total, desc, unit
         self.n = self.printed_n = 0
         self.start = self.last_line = time.monotonic()
+
+    def __enter__(self) -> "LineProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def update(self, n: int = 1) -> None:
         self.n += n
@@ -219,8 +225,11 @@ class LineProgress:
         )
 
 
-def progress_bar(total: int, desc: str, unit: str) -> tqdm | LineProgress:
-    """A tqdm bar on a terminal, else a line every 10 s; both on stderr."""
+Progress = tqdm | LineProgress
+
+
+def progress_bar(total: int, desc: str, unit: str) -> Progress:
+    """A tqdm bar on a terminal, else a line every 10 s; both on stderr, and to be used as a context."""
     if sys.stderr.isatty():
         return tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True)
     return LineProgress(total, desc, unit)

@@ -6,11 +6,10 @@ import shutil
 import signal
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ann_util import add_index_args, build_index, check_index_args
+from ann_util import IndexOptions, add_index_args, check_index_args
 from data import (
     PairCollator,
     TextPair,
@@ -295,7 +294,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--early_stop_patience", type=at_least(1), help="end after so many evaluations in a row without a better one"
     )
-    add_evaluation_file_args(parser, required=False)
+    add_evaluation_file_args(parser, train=True)
     parser.add_argument("--evaluate_result", default="evaluate_result.txt", help="all metrics, in recall_result_dir")
     parser.add_argument("--recall_num", type=at_least(1), default=50, help="documents recalled for a query")
     add_index_args(parser)
@@ -350,20 +349,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.evaluate:
         dev_pairs = read_text_pairs(args.similar_text_pair_file, skip_bad_lines=args.skip_bad_lines)
         corpus = read_corpus(args.corpus_file, skip_bad_lines=args.skip_bad_lines)
-        check_index_args(args.ann, len(corpus), args.hnsw_max_elements)
+        index_options = IndexOptions(**{name: getattr(args, name) for name in IndexOptions._fields})
+        check_index_args(index_options, len(corpus))
         report_missing_positives(corpus, titles_by_query(dev_pairs), args.corpus_file)
         evaluator = Evaluator(
             corpus,
             titles_by_query(dev_pairs),
             batch_size=args.batch_size,
             recall_num=args.recall_num,
-            build=partial(
-                build_index,
-                args.ann,
-                hnsw_m=args.hnsw_m,
-                hnsw_ef=args.hnsw_ef,
-                hnsw_max_elements=args.hnsw_max_elements,
-            ),
+            index_options=index_options,
+            embedding_parent=save_dir,
             result_file=Path(args.recall_result_dir) / args.recall_result_file,
             report_file=Path(args.recall_result_dir) / args.evaluate_result,
             best_metric=choose_metric(args.best_metric, args.recall_num),

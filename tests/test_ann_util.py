@@ -13,6 +13,7 @@ import ann_util
 from ann_util import (
     ExactIndex,
     HnswIndex,
+    IndexOptions,
     VectorIndex,
     add_index_args,
     build_index,
@@ -27,7 +28,7 @@ DIM = 16
 
 def overlap_with_exact(index: VectorIndex, vectors: np.ndarray, queries: np.ndarray, k: int) -> float:
     _, found = index.search(queries, k)
-    _, exact = build_index("exact", vectors).search(queries, k)
+    _, exact = build_index(IndexOptions("exact"), vectors).search(queries, k)
     return overlap(found, exact)
 
 
@@ -64,7 +65,7 @@ def hnsw_index(vectors: np.ndarray, **options: int) -> HnswIndex:
 
 def test_finds_what_a_full_sort_finds(ann: str) -> None:
     vectors, queries = random_vectors(500, 0), random_vectors(40, 1)
-    ids, similarities = build_index(ann, vectors).search(queries, 10)
+    ids, similarities = build_index(IndexOptions(ann), vectors).search(queries, 10)
     expected_ids, expected = full_sort(vectors, queries, 10)
     np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_allclose(similarities, expected, atol=1e-6)
@@ -73,7 +74,7 @@ def test_finds_what_a_full_sort_finds(ann: str) -> None:
 
 def test_similarities_descend_and_belong_to_their_ids(ann: str) -> None:
     vectors, queries = random_vectors(300, 2), random_vectors(20, 3)
-    ids, similarities = build_index(ann, vectors).search(queries, 50)
+    ids, similarities = build_index(IndexOptions(ann), vectors).search(queries, 50)
     assert (np.diff(similarities, axis=1) <= 0).all()
     np.testing.assert_allclose(similarities, np.einsum("qd,qkd->qk", queries, vectors[ids]), atol=1e-6)
 
@@ -91,26 +92,26 @@ def test_batches_number_their_rows_on(ann: str) -> None:
 
 def test_k_above_the_corpus_gives_every_document(ann: str) -> None:
     vectors = random_vectors(7, 5)
-    ids, similarities = build_index(ann, vectors).search(vectors[:3], 50)
+    ids, similarities = build_index(IndexOptions(ann), vectors).search(vectors[:3], 50)
     assert ids.shape == similarities.shape == (3, 7)
     np.testing.assert_array_equal(np.sort(ids, axis=1), np.tile(np.arange(7), (3, 1)))
 
 
 def test_a_corpus_of_one_document(ann: str) -> None:
     vectors = random_vectors(1, 6)
-    ids, similarities = build_index(ann, vectors).search(-vectors, 10)
+    ids, similarities = build_index(IndexOptions(ann), vectors).search(-vectors, 10)
     assert ids.tolist() == [[0]]
     np.testing.assert_allclose(similarities, [[-1]], atol=1e-6)
 
 
 def test_no_queries_no_answers(ann: str) -> None:
-    ids, similarities = build_index(ann, random_vectors(9, 7)).search(np.empty((0, DIM), np.float32), 4)
+    ids, similarities = build_index(IndexOptions(ann), random_vectors(9, 7)).search(np.empty((0, DIM), np.float32), 4)
     assert ids.shape == similarities.shape == (0, 4)
 
 
 def test_equal_documents_are_all_found(ann: str) -> None:
     vectors = np.repeat(random_vectors(30, 8), 4, axis=0)
-    ids, similarities = build_index(ann, vectors).search(vectors[::4], 4)
+    ids, similarities = build_index(IndexOptions(ann), vectors).search(vectors[::4], 4)
     np.testing.assert_array_equal(np.sort(ids, axis=1), np.arange(120).reshape(30, 4))
     np.testing.assert_allclose(similarities, 1, atol=1e-6)
 
@@ -119,7 +120,7 @@ def test_vectors_may_be_a_memory_map_of_another_precision(ann: str, tmp_path: Pa
     vectors = random_vectors(60, 9)
     np.save(tmp_path / "vectors.npy", vectors.astype(np.float16))
     mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
-    ids, similarities = build_index(ann, mapped).search(vectors, 1)
+    ids, similarities = build_index(IndexOptions(ann), mapped).search(vectors, 1)
     np.testing.assert_array_equal(ids[:, 0], np.arange(60))
     assert similarities.dtype == np.float32
 
@@ -133,7 +134,7 @@ def test_exact_equals_a_full_sort_with_ties_whatever_the_blocks(
     monkeypatch.setattr(ann_util, "QUERY_BLOCK", 4)
     vectors, queries = vectors_with_ties(300, 10), vectors_with_ties(10, 11)
     vectors[100:150] = vectors[20]
-    ids, similarities = build_index("exact", vectors).search(queries, k)
+    ids, similarities = build_index(IndexOptions("exact"), vectors).search(queries, k)
     expected_ids, expected = full_sort(vectors, queries, k)
     np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_array_equal(similarities, expected)
@@ -143,7 +144,7 @@ def test_exact_equals_a_full_sort_where_each_block_is_better_than_the_last(monke
     monkeypatch.setattr(ann_util, "CORPUS_BLOCK", 16)
     angles = np.linspace(3, 0, 200)
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    ids, _ = build_index("exact", vectors).search(np.float32([[1, 0]]), 20)
+    ids, _ = build_index(IndexOptions("exact"), vectors).search(np.float32([[1, 0]]), 20)
     np.testing.assert_array_equal(ids[0], np.arange(199, 179, -1))
 
 
@@ -152,7 +153,7 @@ def test_hnsw_loses_little_on_clusters() -> None:
     centres = random_vectors(60, 13, dim=64)
     vectors = unit(centres[rng.integers(0, 60, 4000)] + 0.1 * rng.normal(size=(4000, 64)))
     queries = unit(centres[rng.integers(0, 60, 200)] + 0.1 * rng.normal(size=(200, 64)))
-    assert overlap_with_exact(build_index("hnswlib", vectors), vectors, queries, 50) >= 0.99
+    assert overlap_with_exact(build_index(IndexOptions("hnswlib"), vectors), vectors, queries, 50) >= 0.99
 
 
 def test_hnsw_answers_k_however_small_ef() -> None:
@@ -211,7 +212,7 @@ def test_hnsw_uses_the_cores_of_the_machine_or_the_threads_asked_for() -> None:
 )
 def test_refuses_a_corpus_that_is_not_rows_of_unit_vectors(ann: str, vectors: np.ndarray, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
-        build_index(ann, vectors)
+        build_index(IndexOptions(ann), vectors)
     assert "\n" not in str(error.value)
 
 
@@ -226,7 +227,7 @@ def test_refuses_a_corpus_that_is_not_rows_of_unit_vectors(ann: str, vectors: np
     ],
 )
 def test_refuses_bad_queries(ann: str, queries: np.ndarray, k: int, message: str) -> None:
-    index = build_index(ann, np.float32([[1, 0], [0, 1]]))
+    index = build_index(IndexOptions(ann), np.float32([[1, 0], [0, 1]]))
     with pytest.raises(InputError, match=message):
         index.search(queries, k)
 
@@ -252,46 +253,85 @@ def test_names_the_row_whatever_the_blocks(ann: str, monkeypatch: pytest.MonkeyP
     vectors = random_vectors(12, 2)
     vectors[[9, 11]] = np.nan
     with pytest.raises(InputError, match="corpus vector 9 "):
-        build_index(ann, vectors)
+        build_index(IndexOptions(ann), vectors)
 
 
 def test_hnsw_options_reach_hnswlib() -> None:
-    index = build_index("hnswlib", random_vectors(5, 3), hnsw_m=7, hnsw_ef=9)._index
+    index = build_index(IndexOptions("hnswlib", hnsw_m=7, hnsw_ef=9), random_vectors(5, 3))._index
     assert (index.M, index.ef_construction, index.ef, index.max_elements) == (7, 9, 9, 5)
 
 
 def test_max_elements_reserves_more_and_never_less() -> None:
     vectors = random_vectors(20, 19)
-    assert build_index("hnswlib", vectors, hnsw_max_elements=50).max_elements == 50
-    assert build_index("hnswlib", vectors).max_elements == 20
+    assert build_index(IndexOptions("hnswlib", hnsw_max_elements=50), vectors).max_elements == 50
+    assert build_index(IndexOptions("hnswlib"), vectors).max_elements == 20
     with pytest.raises(InputError, match=r"--hnsw_max_elements 19: the corpus has 20 documents; give at least as many"):
-        build_index("hnswlib", vectors, hnsw_max_elements=19)
-    build_index("exact", vectors, hnsw_max_elements=19)
-    with pytest.raises(InputError, match="holds 20 vectors, not 40"):
-        hnsw_index(vectors).add(vectors)
+        build_index(IndexOptions("hnswlib", hnsw_max_elements=19), vectors)
+    build_index(IndexOptions("exact", hnsw_max_elements=19), vectors)
+
+
+def test_a_saved_index_answers_as_before_and_takes_more(ann: str, tmp_path: Path) -> None:
+    """Also exactly, and with the vectors that are added afterwards."""
+    vectors, more, queries = random_vectors(300, 30), random_vectors(200, 31), random_vectors(20, 32)
+    index = build_index(IndexOptions(ann), vectors)
+    index.save(tmp_path)
+    loaded = type(index).load(tmp_path, index.settings)
+    for method in ("search", "search_exactly"):
+        for ours, theirs in zip(getattr(loaded, method)(queries, 9), getattr(index, method)(queries, 9), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    loaded.add(more)
+    assert len(loaded) == 500
+    expected = ExactIndex(DIM)
+    expected.add(np.concatenate([vectors, more]))
+    np.testing.assert_array_equal(loaded.search_exactly(queries, 9)[0], expected.search(queries, 9)[0])
+    assert overlap(loaded.search(queries, 9)[1], expected.search(queries, 9)[1]) > 0.99
+
+
+def test_an_index_grows_beyond_what_it_reserved() -> None:
+    index = HnswIndex(DIM, 3)
+    for seed in range(3):
+        index.add(random_vectors(3, seed))
+    assert (len(index), index.max_elements) == (9, 9)
+
+
+def test_tuned_ef_is_the_smallest_that_is_enough() -> None:
+    vectors, queries = random_vectors(3000, 33, dim=64), random_vectors(50, 34, dim=64)
+    index = build_index(IndexOptions(hnsw_m=4, hnsw_ef=20), vectors)
+    expected = index.search_exactly(queries, 10)[1]
+
+    def found(ef: int) -> float:
+        index.ef = ef
+        return overlap(index.search(queries, 10)[1], expected)
+
+    index.tune_ef(queries, 10, 0.9)
+    tuned = index.ef
+    assert 10 < tuned < 3000
+    assert found(tuned - 1) < 0.9 <= found(tuned)
+    index.tune_ef(queries, 10, 0.01)
+    assert index.ef == 10
 
 
 @pytest.mark.parametrize("option", ["hnsw_m", "hnsw_ef", "hnsw_max_elements"])
 def test_options_beyond_memory_are_one_line(option: str) -> None:
     with pytest.raises(InputError, match="no memory for an HNSW index"):
-        build_index("hnswlib", random_vectors(3, 20), **{option: 10**20})
+        build_index(IndexOptions("hnswlib", **{option: 10**20}), random_vectors(3, 20))
 
 
 def test_without_hnswlib_says_what_to_do_and_searches_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "hnswlib", None)
     vectors = random_vectors(5, 21)
-    for attempt in (lambda: build_index("hnswlib", vectors), lambda: check_index_args("hnswlib", 5)):
+    for attempt in (lambda: build_index(IndexOptions("hnswlib"), vectors), lambda: check_index_args(IndexOptions(), 5)):
         with pytest.raises(InputError, match=r"C\+\+ compiler.*scripts/setup.sh.*--ann exact") as error:
             attempt()
         assert "\n" not in str(error.value)
-    check_index_args("exact", 5)
-    assert build_index("exact", vectors).search(vectors, 1)[0].ravel().tolist() == [0, 1, 2, 3, 4]
+    check_index_args(IndexOptions("exact"), 5)
+    assert build_index(IndexOptions("exact"), vectors).search(vectors, 1)[0].ravel().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_options_and_their_defaults() -> None:
     parser = argparse.ArgumentParser()
     add_index_args(parser)
-    assert vars(parser.parse_args([])) == {"ann": "hnswlib", "hnsw_m": 100, "hnsw_ef": 100, "hnsw_max_elements": None}
+    assert IndexOptions(**vars(parser.parse_args([]))) == IndexOptions("hnswlib", 100, 100, None, None)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +347,7 @@ def test_refuses_options_out_of_range(wrong: list[str], capsys: pytest.CaptureFi
 
 def test_overlap_counts_what_the_index_misses() -> None:
     vectors = vectors_with_ties(200, 22)
-    assert overlap_with_exact(build_index("exact", vectors), vectors, vectors[:20], 10) == 1
+    assert overlap_with_exact(build_index(IndexOptions("exact"), vectors), vectors, vectors[:20], 10) == 1
 
     class EveryOther(ExactIndex):
         """Has the best answer, then every other one."""
@@ -334,7 +374,9 @@ def test_overlap_takes_any_of_several_equal_documents() -> None:
 
     index = LastOfEqual(DIM)
     index.add(vectors)
-    assert not np.isin(index.search(vectors[:1], 3)[0], build_index("exact", vectors).search(vectors[:1], 3)[0]).any()
+    assert not np.isin(
+        index.search(vectors[:1], 3)[0], build_index(IndexOptions("exact"), vectors).search(vectors[:1], 3)[0]
+    ).any()
     assert overlap_with_exact(index, vectors, vectors, 3) == 1
 
 

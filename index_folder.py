@@ -1,0 +1,93 @@
+"""A saved index: a folder with the index, its documents and what both were made of. Imports no Paddle."""
+
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from ann_util import ExactIndex, HnswIndex, VectorIndex
+from data import Corpus, read_corpus
+from files import (
+    MANIFEST_FILE,
+    atomic_folder,
+    atomic_write,
+    check_manifest,
+    read_json,
+    whole_folder,
+    write_json,
+    write_manifest,
+)
+from runtime import InputError
+
+INDEX_FILE = "index.json"
+DOCUMENTS_FILE = "documents.txt"
+INDEX_CLASSES = {"hnswlib": HnswIndex, "exact": ExactIndex}
+REMEDY = "remove the folder and build the index anew"
+
+
+class SavedIndex(NamedTuple):
+    """An index and the documents that its ids number."""
+
+    index: VectorIndex
+    documents: Corpus
+    model: str  # fingerprint of the encoder that made the vectors
+    corpus: str  # SHA-256 of the corpus that it was built from; documents may have been added since
+
+
+def has_index(folder: str | Path) -> bool:
+    """Whether there is a folder for `load_index`."""
+    return whole_folder(folder).exists()
+
+
+def save_index(folder: str | Path, saved: SavedIndex, added: Iterable[str] = ()) -> SavedIndex:
+    """Writes what `load_index` reads and gives that; a folder of that name is replaced as a whole.
+
+    added: documents that the index holds beside `saved.documents`. Raises InputError if it can't be written.
+    """
+    index = saved.index
+    with atomic_folder(folder) as temporary:
+        index.save(temporary)
+        with atomic_write(temporary / DOCUMENTS_FILE) as file:
+            file.writelines(document + "\n" for document in chain(saved.documents, added))
+        content = {
+            "ann": next(ann for ann, index_class in INDEX_CLASSES.items() if type(index) is index_class),
+            **index.settings,
+            "model": saved.model,
+            "corpus": saved.corpus,
+        }
+        write_json(temporary / INDEX_FILE, content)
+        write_manifest(temporary)
+    return saved._replace(documents=read_corpus(Path(folder) / DOCUMENTS_FILE))
+
+
+def load_index(folder: str | Path) -> SavedIndex:
+    """Reads what `save_index` wrote. Raises InputError if any of it isn't as it was written, before it is used."""
+    folder = whole_folder(folder)
+    for name in (MANIFEST_FILE, INDEX_FILE):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: isn't a saved index, it has no {name}; give another --index_dir")
+    check_manifest(folder, remedy=REMEDY)
+    content = read_json(folder / INDEX_FILE)
+    try:
+        index = INDEX_CLASSES[content["ann"]].load(folder, content)
+        model, corpus = content["model"], content["corpus"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / INDEX_FILE}: isn't the description of an index (see {error}); {REMEDY}") from None
+    documents = read_corpus(folder / DOCUMENTS_FILE)
+    if len(documents) != len(index):
+        raise InputError(f"{folder}: has {len(documents)} documents and {len(index)} vectors; {REMEDY}")
+    return SavedIndex(index, documents, model, corpus)
+
+
+def check_index_fits(folder: str | Path, saved: SavedIndex, model: str, corpus: Corpus | None) -> None:
+    """Raises InputError where a saved index was made with another model, or of another corpus than the given one."""
+    if saved.model != model:
+        raise InputError(
+            f"{folder}: its vectors come from another model or --max_seq_length; give the --params_path that it was "
+            "built with, or another --index_dir"
+        )
+    if corpus is not None and corpus.sha256 not in (saved.corpus, saved.documents.sha256):
+        raise InputError(
+            f"{folder}: was built from another corpus, or the corpus file has changed since; add documents with "
+            "--add_corpus, leave --corpus_file out, or give another --index_dir"
+        )
