@@ -213,7 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
     add_checkpoint_args(parser)
-    add_evaluation_file_args(parser, train=False)
+    add_evaluation_file_args(parser)
     add_skip_bad_lines_arg(parser)
     parser.add_argument("--query", action="append", help="search for this text and print the hits; may be given again")
     parser.add_argument("--interactive", action="store_true", help="search for each line that is typed")

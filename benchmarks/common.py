@@ -139,7 +139,15 @@ def check_benchmarks_python() -> None:
 
 
 def run_trainer(command: Sequence[str | Path], report: Path) -> Training:
-    """Runs a trainer in a fresh process. Raises InputError if it does, and RuntimeError if it fails otherwise."""
+    """Runs a trainer in a fresh process, as `run_worker` does."""
+    return Training(**run_worker(command, report))
+
+
+def run_worker(command: Sequence[str | Path], report: Path) -> dict[str, Any]:
+    """Runs a process that writes a JSON report and gives its content.
+
+    Raises InputError if the process does, and RuntimeError if it fails otherwise.
+    """
     done = subprocess.run(
         [*map(str, command), "--report", str(report)], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -148,7 +156,7 @@ def run_trainer(command: Sequence[str | Path], report: Path) -> Training:
         raise InputError(lines[-1].removeprefix("error: "))
     if done.returncode:
         raise RuntimeError("\n".join([f"{' '.join(map(str, command))} failed:", *lines[-30:]]))
-    return Training(**json.loads(report.read_text(encoding="utf-8")))
+    return json.loads(report.read_text(encoding="utf-8"))
 
 
 def interleaved(commands: Mapping[str, Sequence[str | Path]], rounds: int, folder: Path) -> dict[str, list[Training]]:

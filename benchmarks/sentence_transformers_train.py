@@ -43,7 +43,7 @@ from data import (
     titles_by_query,
 )
 from files import read_json
-from runtime import ArgumentParser, run
+from runtime import ArgumentParser, progress_bar, run
 
 ERNIE_TO_BERT = (  # sizes and rates that both configs name alike
     "vocab_size",
@@ -121,7 +121,8 @@ def write_vectors(model: SentenceTransformer, collator: TextCollator, texts: Seq
         return torch.nn.functional.normalize(model(features)["sentence_embedding"]).numpy()
 
     model.eval()
-    np.save(path, encode_texts(embed, texts, collator, 64, desc=str(path)))
+    with progress_bar(len(texts), str(path), "text") as progress:
+        np.save(path, encode_texts(embed, texts, collator, 64, progress=progress))
 
 
 def build_parser() -> argparse.ArgumentParser:
