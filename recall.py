@@ -103,16 +103,17 @@ def embedding_folder(embedding_dir: str | None, parent: str | Path) -> Iterator[
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def sample_of(rows: Sequence[str] | np.ndarray) -> Sequence[str] | np.ndarray:
-    """Up to twice SAMPLE of the rows, from all over them."""
-    return rows[:: max(1, len(rows) // SAMPLE)]
+def sample_of(rows: Sequence[str] | np.ndarray, *, other: bool = False) -> Sequence[str] | np.ndarray:
+    """Up to twice SAMPLE of the rows, from all over them; `other` takes others than without, if there are enough."""
+    step = max(1, len(rows) // SAMPLE)
+    return rows[step // 2 if other else 0 :: step]
 
 
 def tune(index: VectorIndex, queries: np.ndarray, k: int, share: float | None) -> None:
     """Tunes `ef` of an HNSW index on a sample of the queries, unit vectors [Q, D]; 0 leaves it, None is the default."""
     share = DEFAULT_SHARE if share is None else share
     if isinstance(index, HnswIndex) and share and len(queries):
-        index.tune_ef(sample_of(queries), k, share)
+        index.tune_ef(sample_of(queries, other=True), k, share)  # not on those that `search` judges it by
 
 
 def search(index: VectorIndex, queries: np.ndarray, k: int) -> Recall:
