@@ -29,6 +29,8 @@ LENGTH_CHUNKS = 4  # of a batch: 30 tokens a text are padded to 36 (classical pa
 LENGTH_WINDOW = 32  # batches that --group_by_length sorts together
 UTF8_BOM = b"\xef\xbb\xbf"
 
+BACKBONE_CONFIG_FILE = "config.json"  # of a checkpoint or an exported model, as are the next three
+MODEL_CONFIG_FILE = "semantic_index.json"
 VOCABULARY_FILE = "vocab.txt"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 PAD, CLS, SEP, MASK, UNK = "[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"

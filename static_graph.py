@@ -2,21 +2,26 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import paddle
 from paddle import inference, nn
 from paddle.static import InputSpec
 
+from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, TextCollator
+from files import MANIFEST_FILE, check_manifest, read_json, whole_folder
 from runtime import AVX512, InputError, cpu_count, cpu_flags, read_cpuinfo
 
 GRAPH_NAME = "inference.get_pooled_embedding"  # of the files, as the original's export names them
 GRAPH_SUFFIXES = (".json", ".pdmodel")  # Paddle 3 writes the first; the second comes from Paddle 2
 WEIGHTS_SUFFIX = ".pdiparams"
+INPUT_NAMES = ("input_ids", "token_type_ids")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # Paddle's names
 BF16_COMPUTE_CAPABILITY = 8  # of a GPU: Ampere
 GPU_MEMORY_MIB = 256  # that a predictor reserves at first
+EXPORT_AGAIN = "export the model again with export_model.py"
 
 
 class _PooledEmbedding(nn.Layer):
@@ -35,7 +40,7 @@ def export_static(model: nn.Layer, folder: Path) -> None:
 
     Inputs: input_ids and token_type_ids, int64 [B, L]. Output: unit vectors, float32 [B, D].
     """
-    spec = [InputSpec([None, None], "int64", name) for name in ("input_ids", "token_type_ids")]
+    spec = [InputSpec([None, None], "int64", name) for name in INPUT_NAMES]
     training = model.training
     model.eval()
     graph = paddle.jit.to_static(_PooledEmbedding(model), input_spec=spec, full_graph=True)
@@ -54,7 +59,7 @@ def graph_file(folder: Path) -> Path:
         raise InputError(f"{folder}: has no {GRAPH_NAME}{GRAPH_SUFFIXES[0]}; export the model with export_model.py")
     weights = folder / (GRAPH_NAME + WEIGHTS_SUFFIX)
     if not weights.is_file():
-        raise InputError(f"{weights}: no such file; export the model again with export_model.py")
+        raise InputError(f"{weights}: no such file; {EXPORT_AGAIN}")
     return file
 
 
@@ -104,8 +109,9 @@ class StaticEncoder:
             if precision == "bf16":
                 config.enable_mkldnn_bfloat16()
         self._predictor = inference.create_predictor(config)
-        self._inputs = [self._predictor.get_input_handle(name) for name in ("input_ids", "token_type_ids")]
-        self._output = self._predictor.get_output_handle(self._predictor.get_output_names()[0])
+        self._inputs = [self._predictor.get_input_handle(name) for name in INPUT_NAMES]
+        self.output_name: str = self._predictor.get_output_names()[0]
+        self._output = self._predictor.get_output_handle(self.output_name)
 
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
         """Unit vectors, float32 [B, D], of int64 [B, L] token ids: what `data.encode_texts` calls."""
@@ -113,3 +119,39 @@ class StaticEncoder:
             handle.copy_from_cpu(array)
         self._predictor.run()
         return self._output.copy_to_cpu()
+
+
+class Exported(NamedTuple):
+    """What `export_model.py` wrote, ready to use: `data.encode_texts` takes `encoder.embed` and `collator`."""
+
+    encoder: StaticEncoder
+    collator: TextCollator
+
+
+def load_exported(
+    model_dir: Path,
+    *,
+    device: str = "cpu",
+    precision: str = "fp32",
+    threads: int | None = None,
+    max_seq_length: int | None = None,
+) -> Exported:
+    """Reads an exported folder, whose files must be as its manifest says; the other arguments are StaticEncoder's.
+
+    max_seq_length: in place of the exported one, up to the rows of the model's position table. Raises InputError.
+    """
+    folder = whole_folder(model_dir)
+    if not folder.is_dir():
+        raise InputError(f"{model_dir}: no such model folder; export the model with export_model.py")
+    graph_file(folder)
+    if not (folder / MANIFEST_FILE).is_file():
+        raise InputError(f"{folder}: has no {MANIFEST_FILE}, so it may be half a model; {EXPORT_AGAIN}")
+    # Paddle's C++ ends the process where a graph or weights are damaged.
+    check_manifest(folder, remedy=EXPORT_AGAIN)
+    longest = read_json(folder / BACKBONE_CONFIG_FILE)["max_position_embeddings"]
+    if max_seq_length and max_seq_length > longest:
+        remedy = f"the position table of {folder} has {longest} rows; use at most that many tokens"
+        raise InputError(f"--max_seq_length {max_seq_length}: {remedy}")
+    length = max_seq_length or read_json(folder / MODEL_CONFIG_FILE)["max_seq_length"]
+    collator = TextCollator.load(folder, length)
+    return Exported(StaticEncoder(folder, device=device, precision=precision, threads=threads), collator)
