@@ -80,6 +80,17 @@ def add_skip_bad_lines_arg(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip_bad_lines", action="store_true", help="leave bad lines out and say how many they were")
 
 
+def text_argument(text: str) -> str:
+    """An argparse type: a text of one character or more."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the text is empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # Python marks bytes of an argument that it can't decode
+        raise argparse.ArgumentTypeError("the text isn't UTF-8") from None
+    return text
+
+
 def add_evaluation_file_args(parser: argparse.ArgumentParser, train: bool) -> None:
     """The files that an evaluation reads, and the recall result that it writes; training has defaults for them."""
     parser.add_argument(

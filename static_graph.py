@@ -1,6 +1,7 @@
 """The model as a static graph: its export, and Paddle Inference to run it. Imports no PaddleNLP."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +64,15 @@ def graph_file(folder: Path) -> Path:
     return file
 
 
+def choose_device(device: str | None) -> str:
+    """ "cpu" or "gpu" (None: a GPU if there is one). Raises InputError if there is no GPU."""
+    has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    if device == "gpu" and not has_gpu:
+        why = "no GPU is visible" if paddle.is_compiled_with_cuda() else "this Paddle is built for the CPU"
+        raise InputError(f"--device gpu: {why}; use --device cpu, or set up with sh scripts/setup.sh --gpu")
+    return device or ("gpu" if has_gpu else "cpu")
+
+
 def check_precision(precision: str, device: str) -> None:
     """Raises InputError where this machine's `device`, "cpu" or "gpu", can't compute in a precision of PRECISIONS."""
     if precision == "int8":
@@ -78,17 +88,55 @@ def check_precision(precision: str, device: str) -> None:
             raise InputError(f"--precision bf16: this GPU's compute capability is {major}.{minor}; use fp16")
 
 
-class StaticEncoder:
-    """Runs an exported graph: oneDNN on a CPU, CUDA on a GPU. Raises InputError as the functions above do.
+def check_tensorrt(device: str) -> None:
+    """Raises InputError where `device` or this Paddle has no TensorRT."""
+    if device == "cpu":
+        raise InputError("--use_tensorrt: needs --device gpu, and this is the CPU; leave the option out")
+    if inference.get_trt_compile_version() == (0, 0, 0):
+        raise InputError("--use_tensorrt: this Paddle is built without TensorRT; leave the option out")
 
-    threads: of the CPU, by default OMP_NUM_THREADS. Not to be called by several threads at a time.
+
+def convert_to_tensorrt(folder: Path, target: Path, *, precision: str, batch_size: int, length: int) -> None:
+    """Writes a GPU's exported graph into an existing folder with TensorRT engines for batches up to a size and length.
+
+    `enable_tensorrt_engine` of a predictor's config would not do: it takes the `.pdmodel` graphs of Paddle 2 alone.
+    """
+    from paddle.tensorrt import export as tensorrt  # which builds for the CPU lack
+
+    shapes = {
+        "min_input_shape": (1, 3),
+        "optim_input_shape": (batch_size, length),
+        "max_input_shape": (batch_size, length),
+    }
+    inputs = [tensorrt.Input(**shapes, input_data_type="int64", name=name) for name in INPUT_NAMES]
+    config = tensorrt.TensorRTConfig(
+        inputs, save_model_dir=str(target / GRAPH_NAME), precision_mode=tensorrt.PrecisionMode[precision.upper()]
+    )
+    tensorrt.convert(str(folder / GRAPH_NAME), config)
+
+
+class StaticEncoder:
+    """Runs an exported graph: on a CPU with oneDNN, unless told otherwise; CUDA on a GPU.
+
+    threads: of the CPU, by default OMP_NUM_THREADS. Not to be called by several threads at a time. Raises InputError as
+    the functions above do.
     """
 
     def __init__(
-        self, folder: str | Path, *, device: str = "cpu", precision: str = "fp32", threads: int | None = None
+        self,
+        folder: str | Path,
+        *,
+        device: str = "cpu",
+        precision: str = "fp32",
+        threads: int | None = None,
+        onednn: bool = True,
     ) -> None:
         graph = graph_file(Path(folder))
         check_precision(precision, device)
+        if device == "cpu" and precision == "bf16" and not onednn:
+            raise InputError(
+                "--precision bf16: a CPU computes in it through oneDNN alone; leave out --enable_mkldnn False"
+            )
         config = inference.Config(str(graph), str(Path(folder) / (GRAPH_NAME + WEIGHTS_SUFFIX)))
         config.disable_glog_info()
         if graph.suffix == GRAPH_SUFFIXES[0]:
@@ -105,7 +153,10 @@ class StaticEncoder:
         else:
             config.disable_gpu()
             config.set_cpu_math_library_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", cpu_count())))
-            config.enable_mkldnn()
+            if onednn:
+                config.enable_mkldnn()
+            else:
+                config.disable_mkldnn()
             if precision == "bf16":
                 config.enable_mkldnn_bfloat16()
         self._predictor = inference.create_predictor(config)
@@ -134,11 +185,14 @@ def load_exported(
     device: str = "cpu",
     precision: str = "fp32",
     threads: int | None = None,
+    onednn: bool = True,
+    tensorrt_batch_size: int | None = None,
     max_seq_length: int | None = None,
 ) -> Exported:
-    """Reads an exported folder, whose files must be as its manifest says; the other arguments are StaticEncoder's.
+    """Reads an exported folder, whose files must be as its manifest says; most arguments are StaticEncoder's.
 
-    max_seq_length: in place of the exported one, up to the rows of the model's position table. Raises InputError.
+    tensorrt_batch_size: the largest batch, to run the graph in TensorRT; max_seq_length: in place of the exported one,
+    up to the rows of the model's position table. Raises InputError.
     """
     folder = whole_folder(model_dir)
     if not folder.is_dir():
@@ -154,4 +208,11 @@ def load_exported(
         raise InputError(f"--max_seq_length {max_seq_length}: {remedy}")
     length = max_seq_length or read_json(folder / MODEL_CONFIG_FILE)["max_seq_length"]
     collator = TextCollator.load(folder, length)
-    return Exported(StaticEncoder(folder, device=device, precision=precision, threads=threads), collator)
+    options = {"device": device, "precision": precision, "threads": threads, "onednn": onednn}
+    if not tensorrt_batch_size:
+        return Exported(StaticEncoder(folder, **options), collator)
+    check_tensorrt(device)
+    with tempfile.TemporaryDirectory() as converted:
+        batch_size = tensorrt_batch_size
+        convert_to_tensorrt(folder, Path(converted), precision=precision, batch_size=batch_size, length=length)
+        return Exported(StaticEncoder(converted, **options), collator)
