@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("--benchmark", False, "measure latency and throughput on the texts instead of printing vectors"),
     ):
         parser.add_argument(
-            name, nargs="?", const=True, default=default, type=switch, metavar="True|False", help=help_text
+            switch, nargs="?", const=True, default=default, type=true_or_false, metavar="True|False", help=help_text
         )
     parser.add_argument("--save_log_path", help=f"with --benchmark: folder for its figures, {BENCHMARK_FILE}")
     return parser
