@@ -20,6 +20,7 @@ import paddlenlp
 
 from base_model import add_checkpoint_args, set_device
 from checkpoint import LoadedModel, load_checkpoint, weights_file
+from onnx_graph import OnnxEncoder, export_onnx, onnx_packages
 from static_graph import GRAPH_NAME, INPUT_NAMES, StaticEncoder, export_static
 
 MODEL_CARD_FILE = "model_card.json"
@@ -27,36 +28,45 @@ LARGEST_DIFFERENCE = 1e-5  # of a unit vector's components, between the model an
 CHECKED_BATCH_SIZES = (1, 2, 7)
 
 
-def export_model(loaded: LoadedModel, checkpoint: Path, folder: Path) -> float:
-    """Writes what `static_graph.load_exported` reads into an existing folder; gives the graph's largest difference.
+def export_model(loaded: LoadedModel, checkpoint: Path, folder: Path, onnx: bool = False) -> dict[str, float]:
+    """Writes what `static_graph.load_exported` reads into an existing folder, and with `onnx` the graph in ONNX too.
 
-    checkpoint: the weights file that the model came from. Raises InputError if the graph's vectors aren't the model's.
+    checkpoint: the weights file that the model came from. Gives each format's largest difference from the model.
+    Raises InputError if it is too large.
     """
     model, collator = loaded
     export_static(model, folder)
+    encoder = StaticEncoder(folder)
+    encoders: dict[str, Embed] = {"paddle": encoder.embed}
+    if onnx:
+        export_onnx(folder)
+        encoders["onnx"] = OnnxEncoder(folder).embed
+    longest = model.ptm.config.max_position_embeddings
+    differences = {name: largest_difference(model.embed, embed, collator, longest) for name, embed in encoders.items()}
+    for name, difference in differences.items():
+        if not difference <= LARGEST_DIFFERENCE:  # NaN too
+            raise InputError(f"{folder}: the {name} graph is off by {difference:.2g}, more than {LARGEST_DIFFERENCE:g}")
     write_json(folder / BACKBONE_CONFIG_FILE, model.ptm.config.to_dict())
     write_json(folder / MODEL_CONFIG_FILE, asdict(replace(model.config, max_seq_length=collator.max_seq_length)))
     collator.save(folder)
-    encoder = StaticEncoder(folder)
-    difference = largest_difference(model.embed, encoder.embed, collator, model.ptm.config.max_position_embeddings)
-    if not difference <= LARGEST_DIFFERENCE:  # NaN too
-        raise InputError(f"{folder}: the exported graph is off by {difference:.2g}, more than {LARGEST_DIFFERENCE:g}")
     card = {
         "checkpoint": {"file": f"{checkpoint.parent.name}/{checkpoint.name}", "sha256": sha256(checkpoint)},
-        "versions": {
-            "python": platform.python_version(),
-            "paddlepaddle": paddle.__version__,
-            "paddlenlp": paddlenlp.__version__,
-        },
+        "versions": versions(onnx),
         "inputs": dict.fromkeys(INPUT_NAMES, "int64 [batch, length]"),
         "outputs": {encoder.output_name: "float32 [batch, embedding_size], unit vectors"},
         "embedding_size": model.embedding_size,
         "max_seq_length": collator.max_seq_length,
-        "largest_difference": difference,
+        "largest_difference": differences,
     }
     write_json(folder / MODEL_CARD_FILE, card)
     write_manifest(folder)
-    return difference
+    return differences
+
+
+def versions(onnx: bool) -> dict[str, str]:
+    """Of Python and of the packages that made the graphs."""
+    modules = (paddle, paddlenlp, *(onnx_packages() if onnx else ()))
+    return {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
 
 
 def largest_difference(first: Embed, second: Embed, collator: TextCollator, longest: int) -> float:
@@ -98,6 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_seq_length", type=at_least(3), help="tokens that serving cuts texts to (default: the checkpoint's)"
     )
+    parser.add_argument(
+        "--format", choices=["paddle", "onnx"], default="paddle", help="onnx: the graph in ONNX too, beside Paddle's"
+    )
     return parser
 
 
@@ -106,6 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     output = Path(args.output_path)
     check_replaceable(output)
+    onnx = args.format == "onnx"
+    if onnx:
+        onnx_packages()
     set_device("cpu")
     loaded = load_checkpoint(
         args.params_path,
@@ -114,8 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_seq_length=args.max_seq_length,
     )
     with atomic_folder(output) as folder:
-        difference = export_model(loaded, weights_file(args.params_path), folder)
-    print(f"largest difference between the model and the exported graph: {difference:.2g}")
+        differences = export_model(loaded, weights_file(args.params_path), folder, onnx)
+    for name, difference in differences.items():
+        print(f"largest difference between the model and the {name} graph: {difference:.2g}")
     print(f"wrote {output / GRAPH_NAME}.*")
     return 0
 
