@@ -134,9 +134,7 @@ class StaticEncoder:
         graph = graph_file(Path(folder))
         check_precision(precision, device)
         if device == "cpu" and precision == "bf16" and not onednn:
-            raise InputError(
-                "--precision bf16: a CPU computes in it through oneDNN alone; leave out --enable_mkldnn False"
-            )
+            raise InputError("--precision bf16: needs oneDNN on a CPU; leave out --enable_mkldnn False")
         config = inference.Config(str(graph), str(Path(folder) / (GRAPH_NAME + WEIGHTS_SUFFIX)))
         config.disable_glog_info()
         if graph.suffix == GRAPH_SUFFIXES[0]:
@@ -159,7 +157,12 @@ class StaticEncoder:
                 config.disable_mkldnn()
             if precision == "bf16":
                 config.enable_mkldnn_bfloat16()
-        self._predictor = inference.create_predictor(config)
+        try:
+            self._predictor = inference.create_predictor(config)
+        except RuntimeError as error:  # Paddle doesn't say so when it can't write a file to its end
+            reason = str(error).strip().splitlines()[0]
+            remedy = f"see whether the disk is full, and {EXPORT_AGAIN}"
+            raise InputError(f"{folder}: Paddle can't load the graph ({reason}); {remedy}") from None
         self._inputs = [self._predictor.get_input_handle(name) for name in INPUT_NAMES]
         self.output_name: str = self._predictor.get_output_names()[0]
         self._output = self._predictor.get_output_handle(self.output_name)
