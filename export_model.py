@@ -20,6 +20,7 @@ import paddlenlp
 
 from base_model import add_checkpoint_args, set_device
 from checkpoint import LoadedModel, load_checkpoint, weights_file
+from encoder import model_fingerprint
 from onnx_graph import OnnxEncoder, export_onnx, onnx_packages
 from static_graph import GRAPH_NAME, INPUT_NAMES, StaticEncoder, export_static
 
@@ -50,6 +51,7 @@ def export_model(loaded: LoadedModel, checkpoint: Path, folder: Path, onnx: bool
     write_json(folder / MODEL_CONFIG_FILE, asdict(replace(model.config, max_seq_length=collator.max_seq_length)))
     collator.save(folder)
     card = {
+        "fingerprint": model_fingerprint(model, collator),
         "checkpoint": {"file": f"{checkpoint.parent.name}/{checkpoint.name}", "sha256": sha256(checkpoint)},
         "versions": versions(onnx),
         "inputs": dict.fromkeys(INPUT_NAMES, "int64 [batch, length]"),

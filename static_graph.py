@@ -97,17 +97,15 @@ def check_tensorrt(device: str) -> None:
 
 
 def convert_to_tensorrt(folder: Path, target: Path, *, precision: str, batch_size: int, length: int) -> None:
-    """Writes a GPU's exported graph into an existing folder with TensorRT engines for batches up to a size and length.
+    """Writes a GPU's exported graph into an existing folder, with TensorRT engines for batches of up to `batch_size`.
 
-    `enable_tensorrt_engine` of a predictor's config would not do: it takes the `.pdmodel` graphs of Paddle 2 alone.
+    length: of all texts, which are padded to it. `enable_tensorrt_engine` of a predictor's config would not do: it
+    takes the `.pdmodel` graphs of Paddle 2 alone.
     """
     from paddle.tensorrt import export as tensorrt  # which builds for the CPU lack
 
-    shapes = {
-        "min_input_shape": (1, 3),
-        "optim_input_shape": (batch_size, length),
-        "max_input_shape": (batch_size, length),
-    }
+    largest = (batch_size, length)
+    shapes = {"min_input_shape": (1, length), "optim_input_shape": largest, "max_input_shape": largest}
     inputs = [tensorrt.Input(**shapes, input_data_type="int64", name=name) for name in INPUT_NAMES]
     config = tensorrt.TensorRTConfig(
         inputs, save_model_dir=str(target / GRAPH_NAME), precision_mode=tensorrt.PrecisionMode[precision.upper()]
@@ -194,8 +192,8 @@ def load_exported(
 ) -> Exported:
     """Reads an exported folder, whose files must be as its manifest says; most arguments are StaticEncoder's.
 
-    tensorrt_batch_size: the largest batch, to run the graph in TensorRT; max_seq_length: in place of the exported one,
-    up to the rows of the model's position table. Raises InputError.
+    tensorrt_batch_size: the largest batch, to run the graph in TensorRT, on texts padded to the maximum.
+    max_seq_length: in place of the exported one, up to the rows of the model's position table. Raises InputError.
     """
     folder = whole_folder(model_dir)
     if not folder.is_dir():
@@ -215,6 +213,7 @@ def load_exported(
     if not tensorrt_batch_size:
         return Exported(StaticEncoder(folder, **options), collator)
     check_tensorrt(device)
+    collator.pad_to_max_seq_len = True
     with tempfile.TemporaryDirectory() as converted:
         batch_size = tensorrt_batch_size
         convert_to_tensorrt(folder, Path(converted), precision=precision, batch_size=batch_size, length=length)
