@@ -72,9 +72,13 @@ def versions(onnx: bool) -> dict[str, str]:
 
 
 def largest_difference(first: Embed, second: Embed, collator: TextCollator, longest: int) -> float:
-    """Between the components of two encoders' vectors, over batches of several sizes and lengths up to `longest`."""
-    lengths = sorted({3, collator.max_seq_length // 2 + 1, collator.max_seq_length, longest})
-    batches = [random_tokens(collator, size, length) for size in CHECKED_BATCH_SIZES for length in lengths]
+    """Between the components of two encoders' vectors, over batches of several sizes and lengths.
+
+    longest: rows of the position table; one text is as long.
+    """
+    lengths = sorted({3, collator.max_seq_length // 2 + 1, collator.max_seq_length})
+    shapes = [(size, length) for size in CHECKED_BATCH_SIZES for length in lengths] + [(1, longest)]
+    batches = [random_tokens(collator, *shape) for shape in shapes]
     return float(np.max([np.abs(first(*tokens) - second(*tokens)).max() for tokens in batches]))
 
 
@@ -92,10 +96,9 @@ def check_replaceable(folder: Path) -> None:
     """Raises InputError if a folder holds anything that no export wrote: replacing it would lose that."""
     if not folder.is_dir():
         return
-    known = {MANIFEST_FILE}
-    if (folder / MANIFEST_FILE).is_file() and (folder / MODEL_CARD_FILE).is_file():
-        known |= set(read_json(folder / MANIFEST_FILE).get("files", {}))
-    others = sorted(path.name for path in folder.iterdir() if path.name not in known)
+    exported = (folder / MANIFEST_FILE).is_file() and (folder / MODEL_CARD_FILE).is_file()
+    files = read_json(folder / MANIFEST_FILE).get("files") if exported else ()
+    others = sorted({path.name for path in folder.iterdir()} - {MANIFEST_FILE, *(files or ())})
     if others:
         raise InputError(f"--output_path {folder}: holds {others[0]}, which no export wrote; give another folder")
 

@@ -266,4 +266,4 @@ def test_check_runs_on_batches_like_the_collators(checkpoint: Path) -> None:
         return np.full((len(input_ids), 2), 1e-3 if len(input_ids) == 7 else 0, dtype=np.float32)
 
     assert export_model.largest_difference(embed, off, collator, 40) == pytest.approx(1e-3)
-    assert shapes == {(size, length) for size in (1, 2, 7) for length in (3, 13, 24, 40)}
+    assert shapes == {(size, length) for size in (1, 2, 7) for length in (3, 13, 24)} | {(1, 40)}
