@@ -32,6 +32,7 @@ from data import (
     parse_text,
     read_corpus,
     read_text_pairs,
+    text_argument,
     titles_by_query,
     write_hits,
 )
@@ -216,7 +217,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_args(parser)
     add_evaluation_file_args(parser)
     add_skip_bad_lines_arg(parser)
-    parser.add_argument("--query", action="append", help="search for this text and print the hits; may be given again")
+    parser.add_argument(
+        "--query",
+        action="append",
+        type=text_argument,
+        help="search for this text and print the hits; may be given again",
+    )
     parser.add_argument("--interactive", action="store_true", help="search for each line that is typed")
     parser.add_argument("--recall_num", type=at_least(1), default=10, help="documents recalled for a query")
     add_encoding_args(parser)

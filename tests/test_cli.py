@@ -9,13 +9,14 @@ import pytest
 from conftest import run_script, train_options, write_pairs
 
 import evaluate
+import export_model
 import inference
 import predict
 import recall
 import train_batch_neg
 from runtime import InputError, run
 
-SCRIPTS = {module.__name__: module for module in (train_batch_neg, recall, evaluate, predict, inference)}
+SCRIPTS = {module.__name__: module for module in (train_batch_neg, recall, evaluate, predict, inference, export_model)}
 
 
 @pytest.fixture
@@ -38,6 +39,7 @@ def call(
             "text_file": corpus,
             "output": vectors,
         },
+        "export_model": {"params_path": str(checkpoint), "output_path": str(tmp_path / "out")},
     }
 
     def options(script: str, **changed: str) -> tuple[ModuleType, list[str]]:
@@ -103,7 +105,7 @@ def test_files_that_are_none(script: str, option: str, call, tmp_path: Path, cap
     assert_refused(call(script, **{option: str(tmp_path)}), tmp_path, capsys, f"{tmp_path}: is a folder")
 
 
-@pytest.mark.parametrize("script", ["recall", "predict", "inference"])
+@pytest.mark.parametrize("script", ["recall", "predict", "inference", "export_model"])
 @pytest.mark.parametrize("kind", ["missing", "text file", "empty folder", "another architecture"])
 def test_checkpoints_that_are_none(script: str, kind: str, call, tmp_path: Path, capsys) -> None:
     path = tmp_path / "model"
@@ -129,6 +131,7 @@ def test_checkpoints_that_are_none(script: str, kind: str, call, tmp_path: Path,
         ("predict", "max_seq_length", "2"),
         ("inference", "batch_size", "many"),
         ("recall", "ann", "faiss"),
+        ("export_model", "format", "tensorflow"),
     ],
 )
 def test_values_out_of_range(script: str, option: str, value: str, call, tmp_path: Path, capsys) -> None:

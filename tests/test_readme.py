@@ -44,7 +44,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in ROOT.iterdir():
         if path.suffix == ".py":
             shutil.copy(path, folder)
-    for name in ("batch_negative", "scripts"):
+    for name in ("batch_negative", "deploy", "scripts"):
         shutil.copytree(ROOT / name, folder / name)
     pairs = all_pairs()
     write_pairs(folder / "recall" / "train.csv", pairs * 6)  # 1,008 pairs: 16 steps of 64 an epoch, 48 in all
@@ -79,6 +79,12 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
         timeout=900,
         check=False,
     )
+
+
+def export_once(trained: Path) -> None:
+    """Makes output/, unless another test did."""
+    if not (trained / "output").is_dir():
+        run("sh scripts/export_model.sh", trained)
 
 
 def test_both_readmes_have_the_same_commands() -> None:
@@ -125,6 +131,8 @@ def test_other_commands(trained: Path, block: str) -> None:
     if "evaluate.py" in block:
         run("sh scripts/run_build_index.sh cpu", trained)
     shutil.rmtree(trained / "recall_log", ignore_errors=True)
+    if "--model_dir" in block:
+        export_once(trained)
     done = run(on_the_cpu(block), trained)
     assert done.returncode == 0, done.stdout + done.stderr
     if "--index_dir" in block:
@@ -143,7 +151,15 @@ def test_other_commands(trained: Path, block: str) -> None:
     if "evaluate.py" in block:
         names = [line.split("=")[0] for line in done.stdout.splitlines()]
         assert names == ["recall@1", "recall@5", "recall@10", "recall@20", "recall@50", "mrr@50", "ndcg@50"]
-    if "predict.py" in block:
+    if "export_model.py" in block:
+        assert done.stdout.endswith("wrote output/inference.get_pooled_embedding.*\n")
+        assert (trained / "output" / "inference.get_pooled_embedding.onnx").is_file() == ("onnx" in block)
+    if block == "python deploy/python/predict.py --model_dir=./output":
+        assert re.fullmatch(r"\(1, 256\)\n\[\[[^\]]*\]\]\n\[[^,\]]*, [^,\]]*\]\n", done.stdout)
+    elif "deploy/python/predict.py" in block:
+        assert "(2, 256)" in done.stdout and "(168, 256)" in done.stdout and "texts_per_s=" in done.stdout
+        assert (trained / "deployed_vectors.npy").is_file()
+    elif "predict.py" in block:
         cosines = [line for line in done.stdout.splitlines() if re.fullmatch(r"-?\d\.\d+(e-\d+)?", line)]
         assert len(cosines) == 4
     if "inference.py" in block:
@@ -159,10 +175,20 @@ def test_the_documents_inference_needs_no_options(trained: Path) -> None:
     assert done.stderr == ""  # third parties' warnings don't reach the user
 
 
-@pytest.mark.parametrize("script", ["run_build_index.sh", "evaluate.sh", "predict.sh"])
-def test_scripts_work_from_any_folder(trained: Path, tmp_path: Path, script: str) -> None:
-    device = "" if script == "evaluate.sh" else "cpu"
-    done = run(f"sh {trained}/scripts/{script} {device}", tmp_path)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "scripts/run_build_index.sh cpu",
+        "scripts/evaluate.sh",
+        "scripts/predict.sh cpu",
+        "scripts/export_model.sh",
+        "deploy/python/deploy.sh",
+    ],
+)
+def test_scripts_work_from_any_folder(trained: Path, tmp_path: Path, command: str) -> None:
+    if "deploy" in command:
+        export_once(trained)
+    done = run(f"sh {trained}/{command}", tmp_path)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
 
