@@ -11,11 +11,10 @@ from paddlenlp.transformers.auto.configuration import MODEL_NAMES_MAPPING
 from paddlenlp.utils.download import resolve_file_path
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
-from data import VOCABULARY_FILE, TextCollator
+from data import BACKBONE_CONFIG_FILE, VOCABULARY_FILE, TextCollator
 from files import read_json
 from runtime import InputError
 
-BACKBONE_CONFIG_FILE = "config.json"
 WEIGHTS_FILES = ("model.safetensors", "model_state.pdparams")  # the first is preferred: it holds nothing but weights
 
 

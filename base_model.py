@@ -11,7 +11,8 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddlenlp.transformers import PretrainedModel
 
-from runtime import InputError, at_least
+from runtime import at_least
+from static_graph import choose_device
 
 STRIDE_FLAG = "FLAGS_use_stride_kernel"
 DEFAULT_MODEL = "ernie-1.0"
@@ -143,11 +144,7 @@ def set_device(device: str | None) -> None:
     On a CPU transpositions copy at once, unless the user's environment says otherwise: a training step or an encoded
     text then takes about a fifth less time (docs/benchmarks.md), with the same result to the bit.
     """
-    has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
-    if device == "gpu" and not has_gpu:
-        why = "no GPU is visible" if paddle.is_compiled_with_cuda() else "this Paddle is built for the CPU"
-        raise InputError(f"--device gpu: {why}; use --device cpu, or set up with sh scripts/setup.sh --gpu")
-    device = device or ("gpu" if has_gpu else "cpu")
+    device = choose_device(device)
     # Without a number, Paddle takes the GPU that the launcher gave this rank.
     paddle.set_device(device)
     if device == "cpu" and STRIDE_FLAG not in os.environ:

@@ -10,7 +10,6 @@ import numpy as np
 import paddle
 
 from backbone import (
-    BACKBONE_CONFIG_FILE,
     WEIGHTS_FILES,
     Backbone,
     build_backbone,
@@ -19,7 +18,7 @@ from backbone import (
     pretrained_weights,
 )
 from base_model import DEFAULT_EMBEDDING_SIZE, DEFAULT_MODEL, ModelConfig, SemanticIndexBase
-from data import VOCABULARY_FILE, TextCollator
+from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, TextCollator
 from files import (
     MANIFEST_FILE,
     atomic_folder,
@@ -36,7 +35,6 @@ from weights import read_weights, write_safetensors
 DEFAULT_TRAIN_LENGTH = 512  # train_batch_neg.py's default, cut to the position table
 REPORTED_PARAMETERS = 3
 
-MODEL_CONFIG_FILE = "semantic_index.json"
 TRAINING_PREFIX = "training_"  # of the files that only `--resume_from` reads
 TRAINING_STATE_FILE = TRAINING_PREFIX + "state.json"
 OPTIMIZER_FILE = TRAINING_PREFIX + "optimizer.safetensors"

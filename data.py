@@ -29,6 +29,8 @@ LENGTH_CHUNKS = 4  # of a batch: 30 tokens a text are padded to 36 (classical pa
 LENGTH_WINDOW = 32  # batches that --group_by_length sorts together
 UTF8_BOM = b"\xef\xbb\xbf"
 
+BACKBONE_CONFIG_FILE = "config.json"  # of a checkpoint or an exported model, as are the next three
+MODEL_CONFIG_FILE = "semantic_index.json"
 VOCABULARY_FILE = "vocab.txt"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 PAD, CLS, SEP, MASK, UNK = "[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"
@@ -76,6 +78,17 @@ def add_encoding_args(parser: argparse.ArgumentParser, batch_size: int = 32) -> 
 def add_skip_bad_lines_arg(parser: argparse.ArgumentParser) -> None:
     """The switch for files with lines that can't be read."""
     parser.add_argument("--skip_bad_lines", action="store_true", help="leave bad lines out and say how many they were")
+
+
+def text_argument(text: str) -> str:
+    """An argparse type: a text of one character or more."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the text is empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # Python marks bytes of an argument that it can't decode
+        raise argparse.ArgumentTypeError("the text isn't UTF-8") from None
+    return text
 
 
 def add_evaluation_file_args(parser: argparse.ArgumentParser, train: bool) -> None:

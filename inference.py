@@ -10,6 +10,7 @@ from data import (
     add_skip_bad_lines_arg,
     parse_text,
     read_lines,
+    text_argument,
 )
 from files import atomic_write
 from runtime import ArgumentParser, log, run, set_up_paddle
@@ -28,7 +29,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
     texts = parser.add_mutually_exclusive_group()
-    texts.add_argument("--text", action="append", help="a text; may be given again (default: the document's sample)")
+    texts.add_argument(
+        "--text",
+        action="append",
+        type=text_argument,
+        help="a text; may be given again (default: the document's sample)",
+    )
     texts.add_argument("--text_file", help="a file with a text a line")
     parser.add_argument("--output", help="write the vectors, float32 [N, D] in the texts' order, to this .npy file")
     add_checkpoint_args(parser, params_path=DEFAULT_PARAMS_PATH)

@@ -1,22 +1,28 @@
 """The model as a static graph: its export, and Paddle Inference to run it. Imports no PaddleNLP."""
 
 import os
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import paddle
 from paddle import inference, nn
 from paddle.static import InputSpec
 
+from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, TextCollator
+from files import MANIFEST_FILE, check_manifest, read_json, whole_folder
 from runtime import AVX512, InputError, cpu_count, cpu_flags, read_cpuinfo
 
 GRAPH_NAME = "inference.get_pooled_embedding"  # of the files, as the original's export names them
 GRAPH_SUFFIXES = (".json", ".pdmodel")  # Paddle 3 writes the first; the second comes from Paddle 2
 WEIGHTS_SUFFIX = ".pdiparams"
+INPUT_NAMES = ("input_ids", "token_type_ids")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # Paddle's names
 BF16_COMPUTE_CAPABILITY = 8  # of a GPU: Ampere
 GPU_MEMORY_MIB = 256  # that a predictor reserves at first
+EXPORT_AGAIN = "export the model again with export_model.py"
 
 
 class _PooledEmbedding(nn.Layer):
@@ -35,7 +41,7 @@ def export_static(model: nn.Layer, folder: Path) -> None:
 
     Inputs: input_ids and token_type_ids, int64 [B, L]. Output: unit vectors, float32 [B, D].
     """
-    spec = [InputSpec([None, None], "int64", name) for name in ("input_ids", "token_type_ids")]
+    spec = [InputSpec([None, None], "int64", name) for name in INPUT_NAMES]
     training = model.training
     model.eval()
     graph = paddle.jit.to_static(_PooledEmbedding(model), input_spec=spec, full_graph=True)
@@ -54,8 +60,17 @@ def graph_file(folder: Path) -> Path:
         raise InputError(f"{folder}: has no {GRAPH_NAME}{GRAPH_SUFFIXES[0]}; export the model with export_model.py")
     weights = folder / (GRAPH_NAME + WEIGHTS_SUFFIX)
     if not weights.is_file():
-        raise InputError(f"{weights}: no such file; export the model again with export_model.py")
+        raise InputError(f"{weights}: no such file; {EXPORT_AGAIN}")
     return file
+
+
+def choose_device(device: str | None) -> str:
+    """ "cpu" or "gpu" (None: a GPU if there is one). Raises InputError if there is no GPU."""
+    has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    if device == "gpu" and not has_gpu:
+        why = "no GPU is visible" if paddle.is_compiled_with_cuda() else "this Paddle is built for the CPU"
+        raise InputError(f"--device gpu: {why}; use --device cpu, or set up with sh scripts/setup.sh --gpu")
+    return device or ("gpu" if has_gpu else "cpu")
 
 
 def check_precision(precision: str, device: str) -> None:
@@ -73,17 +88,53 @@ def check_precision(precision: str, device: str) -> None:
             raise InputError(f"--precision bf16: this GPU's compute capability is {major}.{minor}; use fp16")
 
 
-class StaticEncoder:
-    """Runs an exported graph: oneDNN on a CPU, CUDA on a GPU. Raises InputError as the functions above do.
+def check_tensorrt(device: str) -> None:
+    """Raises InputError where `device` or this Paddle has no TensorRT."""
+    if device == "cpu":
+        raise InputError("--use_tensorrt: needs --device gpu, and this is the CPU; leave the option out")
+    if inference.get_trt_compile_version() == (0, 0, 0):
+        raise InputError("--use_tensorrt: this Paddle is built without TensorRT; leave the option out")
 
-    threads: of the CPU, by default OMP_NUM_THREADS. Not to be called by several threads at a time.
+
+def convert_to_tensorrt(folder: Path, target: Path, *, precision: str, batch_size: int, length: int) -> None:
+    """Writes a GPU's exported graph into an existing folder with TensorRT engines for batches up to a size and length.
+
+    `enable_tensorrt_engine` of a predictor's config would not do: it takes the `.pdmodel` graphs of Paddle 2 alone.
+    """
+    from paddle.tensorrt import export as tensorrt  # which builds for the CPU lack
+
+    shapes = {
+        "min_input_shape": (1, 3),
+        "optim_input_shape": (batch_size, length),
+        "max_input_shape": (batch_size, length),
+    }
+    inputs = [tensorrt.Input(**shapes, input_data_type="int64", name=name) for name in INPUT_NAMES]
+    config = tensorrt.TensorRTConfig(
+        inputs, save_model_dir=str(target / GRAPH_NAME), precision_mode=tensorrt.PrecisionMode[precision.upper()]
+    )
+    tensorrt.convert(str(folder / GRAPH_NAME), config)
+
+
+class StaticEncoder:
+    """Runs an exported graph: on a CPU with oneDNN, unless told otherwise; CUDA on a GPU.
+
+    threads: of the CPU, by default OMP_NUM_THREADS. Not to be called by several threads at a time. Raises InputError as
+    the functions above do.
     """
 
     def __init__(
-        self, folder: str | Path, *, device: str = "cpu", precision: str = "fp32", threads: int | None = None
+        self,
+        folder: str | Path,
+        *,
+        device: str = "cpu",
+        precision: str = "fp32",
+        threads: int | None = None,
+        onednn: bool = True,
     ) -> None:
         graph = graph_file(Path(folder))
         check_precision(precision, device)
+        if device == "cpu" and precision == "bf16" and not onednn:
+            raise InputError("--precision bf16: needs oneDNN on a CPU; leave out --enable_mkldnn False")
         config = inference.Config(str(graph), str(Path(folder) / (GRAPH_NAME + WEIGHTS_SUFFIX)))
         config.disable_glog_info()
         if graph.suffix == GRAPH_SUFFIXES[0]:
@@ -100,12 +151,21 @@ class StaticEncoder:
         else:
             config.disable_gpu()
             config.set_cpu_math_library_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", cpu_count())))
-            config.enable_mkldnn()
+            if onednn:
+                config.enable_mkldnn()
+            else:
+                config.disable_mkldnn()
             if precision == "bf16":
                 config.enable_mkldnn_bfloat16()
-        self._predictor = inference.create_predictor(config)
-        self._inputs = [self._predictor.get_input_handle(name) for name in ("input_ids", "token_type_ids")]
-        self._output = self._predictor.get_output_handle(self._predictor.get_output_names()[0])
+        try:
+            self._predictor = inference.create_predictor(config)
+        except RuntimeError as error:  # Paddle doesn't say so when it can't write a file to its end
+            reason = str(error).strip().splitlines()[0]
+            remedy = f"see whether the disk is full, and {EXPORT_AGAIN}"
+            raise InputError(f"{folder}: Paddle can't load the graph ({reason}); {remedy}") from None
+        self._inputs = [self._predictor.get_input_handle(name) for name in INPUT_NAMES]
+        self.output_name: str = self._predictor.get_output_names()[0]
+        self._output = self._predictor.get_output_handle(self.output_name)
 
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
         """Unit vectors, float32 [B, D], of int64 [B, L] token ids: what `data.encode_texts` calls."""
@@ -113,3 +173,49 @@ class StaticEncoder:
             handle.copy_from_cpu(array)
         self._predictor.run()
         return self._output.copy_to_cpu()
+
+
+class Exported(NamedTuple):
+    """What `export_model.py` wrote, ready to use: `data.encode_texts` takes `encoder.embed` and `collator`."""
+
+    encoder: StaticEncoder
+    collator: TextCollator
+
+
+def load_exported(
+    model_dir: Path,
+    *,
+    device: str = "cpu",
+    precision: str = "fp32",
+    threads: int | None = None,
+    onednn: bool = True,
+    tensorrt_batch_size: int | None = None,
+    max_seq_length: int | None = None,
+) -> Exported:
+    """Reads an exported folder, whose files must be as its manifest says; most arguments are StaticEncoder's.
+
+    tensorrt_batch_size: the largest batch, to run the graph in TensorRT; max_seq_length: in place of the exported one,
+    up to the rows of the model's position table. Raises InputError.
+    """
+    folder = whole_folder(model_dir)
+    if not folder.is_dir():
+        raise InputError(f"{model_dir}: no such model folder; export the model with export_model.py")
+    graph_file(folder)
+    if not (folder / MANIFEST_FILE).is_file():
+        raise InputError(f"{folder}: has no {MANIFEST_FILE}, so it may be half a model; {EXPORT_AGAIN}")
+    # Paddle's C++ ends the process where a graph or weights are damaged.
+    check_manifest(folder, remedy=EXPORT_AGAIN)
+    longest = read_json(folder / BACKBONE_CONFIG_FILE)["max_position_embeddings"]
+    if max_seq_length and max_seq_length > longest:
+        remedy = f"the position table of {folder} has {longest} rows; use at most that many tokens"
+        raise InputError(f"--max_seq_length {max_seq_length}: {remedy}")
+    length = max_seq_length or read_json(folder / MODEL_CONFIG_FILE)["max_seq_length"]
+    collator = TextCollator.load(folder, length)
+    options = {"device": device, "precision": precision, "threads": threads, "onednn": onednn}
+    if not tensorrt_batch_size:
+        return Exported(StaticEncoder(folder, **options), collator)
+    check_tensorrt(device)
+    with tempfile.TemporaryDirectory() as converted:
+        batch_size = tensorrt_batch_size
+        convert_to_tensorrt(folder, Path(converted), precision=precision, batch_size=batch_size, length=length)
+        return Exported(StaticEncoder(converted, **options), collator)

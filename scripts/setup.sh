@@ -8,18 +8,20 @@ set -eu
 cd "$(dirname -- "$0")/.."
 export PIP_PROGRESS_BAR=off PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
 without_wheels='jieba seqeval' # and hnswlib, which needs a compiler
+all_extras='onnx tests'
 unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_REQUIRE_HASHES # each would make pip install elsewhere, or not at all
 
 usage() {
     cat <<'EOF'
-usage: sh scripts/setup.sh [--cpu | --gpu [CUDA]] [--tests] [--benchmarks]
+usage: sh scripts/setup.sh [--cpu | --gpu [CUDA]] [--onnx] [--tests] [--benchmarks]
 
 Makes .venv in the repository root and installs requirements.lock into it. With nothing to do it returns at once; an
 interrupted set-up starts over. .venv belongs to this script: packages that you add to it may be lost.
 
   --gpu [CUDA]   Paddle's GPU build in place of the CPU build; CUDA is cu118, cu126 (the default), cu129, ...
   --cpu          back to the CPU build (with neither option .venv keeps the build that it has; at first the CPU's)
-  --tests        also what the tests need
+  --onnx         also what export_model.py --format onnx needs
+  --tests        also what the tests need, the above included
   --benchmarks   also .venv-benchmarks: PyTorch and sentence-transformers, which the benchmarks measure against
   -h, --help     this text
 
@@ -67,7 +69,8 @@ lock_env() {
 # A fresh environment $env, which will take $1 GB.
 make_env() {
     say "making $env with Python $version ($python)"
-    rm -f "$env/setup/base" "$env/setup/tests" "$env/setup/hnswlib"
+    rm -f "$env/setup/base" "$env/setup/hnswlib"
+    for extra in $all_extras; do rm -f "$env/setup/$extra"; done
     rm -rf "$env/bin" "$env/lib" "$env/lib64" "$env/include" "$env/share" "$env/pyvenv.cfg"
     free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1000000) }')
     [ "$free" -ge "$1" ] || fail "$env needs about $1 GB of disk space, and $PWD has $free GB left; make room and run this again"
@@ -178,11 +181,16 @@ install_hnswlib() {
         "all else works, with --ann exact. Then run sh scripts/setup.sh again to add it."
 }
 
-install_tests() {
-    say "installing tests/requirements.lock"
+# The lock file of an extra, which a stamp of the same name says is installed.
+extra_lock() { case $1 in onnx) echo deploy/onnx/requirements.lock ;; tests) echo tests/requirements.lock ;; esac }
+
+extra_is_current() { [ "$(stamp "$1")" = "$(cksum <"$(extra_lock "$1")")" ]; }
+
+install_extra() {
+    say "installing $(extra_lock "$1")"
     rm -f "$env/setup/base"
-    if install_locked -r tests/requirements.lock; then
-        echo "$tests" >"$env/setup/tests"
+    if install_locked -r "$(extra_lock "$1")"; then
+        cksum <"$(extra_lock "$1")" >"$env/setup/$1"
     elif network_failed; then # pip downloads everything before it changes anything
         echo "$base" >"$env/setup/base"
         install_failed
@@ -221,7 +229,7 @@ claim_env() {
 }
 
 device=
-tests=
+extras=
 benchmarks=
 while [ $# -gt 0 ]; do
     case $1 in
@@ -231,7 +239,8 @@ while [ $# -gt 0 ]; do
         case ${2:-} in cu*) device=$2 && shift ;; esac
         ;;
     --gpu=*) device=${1#--gpu=} ;;
-    --tests) tests=$(cksum <tests/requirements.lock) ;;
+    --onnx) extras="$extras onnx" ;;
+    --tests) extras=$all_extras ;;
     --benchmarks) benchmarks=1 ;;
     -h | --help) usage && exit ;;
     *) fail "unknown option '$1'; sh scripts/setup.sh --help lists them" ;;
@@ -253,10 +262,12 @@ if ! is_current; then
 elif [ ! -e "$env/setup/hnswlib" ]; then
     install_hnswlib
 fi
-if [ -n "$tests" ] && [ "$(stamp tests)" != "$tests" ]; then
-    claim_env
-    [ "$(stamp tests)" = "$tests" ] || install_tests
-fi
+for extra in $extras; do
+    if ! extra_is_current "$extra"; then
+        claim_env
+        extra_is_current "$extra" || install_extra "$extra"
+    fi
+done
 say "$env is ready"
 
 if [ -n "$benchmarks" ]; then

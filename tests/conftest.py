@@ -106,6 +106,16 @@ def checkpoint(model_folder: Path, recall_data: Path, tmp_path_factory: pytest.T
     return save_dir / "model_4"
 
 
+@pytest.fixture(scope="session")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What export_model.py makes of the checkpoint."""
+    import export_model
+
+    folder = tmp_path_factory.mktemp("exported") / "output"
+    assert export_model.main(["--params_path", str(checkpoint), "--output_path", str(folder)]) == 0
+    return folder
+
+
 def train_options(model_folder: Path, recall_data: Path, save_dir: Path, *options: str) -> list[str]:
     """Options of a small training from scratch; later ones win."""
     return [

@@ -47,13 +47,14 @@ class Repo:
         self.stamp = path / ".venv/setup/base"
 
     def write(self) -> "Repo":
-        for folder in ("wheels", "tests", "benchmarks"):
+        for folder in ("wheels", "tests", "benchmarks", "deploy/onnx"):
             (self.path / folder).mkdir(parents=True)
         shutil.copytree(ROOT / "scripts", self.path / "scripts")
         names = ("paddlepaddle", "paddlenlp", "jieba", "seqeval", "hnswlib")
         lock = [write_wheel(self.wheels, name, "1.0") for name in names]
         (self.path / "requirements.lock").write_text("# header\n" + "".join(lock))
         (self.path / "tests/requirements.lock").write_text(write_wheel(self.wheels, "pytest", "1.0"))
+        (self.path / "deploy/onnx/requirements.lock").write_text(write_wheel(self.wheels, "onnxruntime", "1.0"))
         write_wheel(self.wheels, "paddlepaddle-gpu", "1.0")
         return self
 
@@ -211,12 +212,13 @@ def test_unfinished_setup_starts_over(fresh: Repo) -> None:
     assert fresh.installed("paddlenlp") == "1.0"
 
 
-def test_tests_are_added_and_a_plain_run_keeps_them(ready: Repo) -> None:
-    assert ready.run("--tests").returncode == 0
+@pytest.mark.parametrize(("option", "added"), [("--tests", ["1.0", "1.0"]), ("--onnx", [None, "1.0"])])
+def test_extras_are_added_and_a_plain_run_keeps_them(ready: Repo, option: str, added: list[str | None]) -> None:
+    assert ready.run(option).returncode == 0
     before = files_of(ready.path)
-    for args in ([], ["--tests"]):
+    for args in ([], [option]):
         assert ready.run(*args).stdout == "setup: .venv is ready\n"
-    assert ready.installed("pytest") == "1.0"
+    assert [ready.installed(name) for name in ("pytest", "onnxruntime")] == added
     assert files_of(ready.path) == before
 
 
@@ -271,7 +273,7 @@ def pins(path: Path) -> dict[tuple[str, str], str]:
     return {(name.replace("_", "-").lower(), (marker or "").strip()): version for name, version, marker in lines}
 
 
-@pytest.mark.parametrize("folder", [".", "tests", "benchmarks"])
+@pytest.mark.parametrize("folder", [".", "tests", "benchmarks", "deploy/onnx"])
 def test_lock_holds_every_direct_pin(folder: str) -> None:
     requirements = ROOT / folder / "requirements.txt"
     direct, lock = pins(requirements), pins(requirements.with_suffix(".lock"))
@@ -282,7 +284,7 @@ def test_lock_holds_every_direct_pin(folder: str) -> None:
     )
 
 
-@pytest.mark.parametrize("folder", [".", "tests", "benchmarks"])
+@pytest.mark.parametrize("folder", [".", "tests", "benchmarks", "deploy/onnx"])
 def test_lock_names_no_place(folder: str) -> None:
     lines = (ROOT / folder / "requirements.lock").read_text().splitlines()
     entries = [line for line in lines if not line.lstrip().startswith("#")]
@@ -290,12 +292,13 @@ def test_lock_names_no_place(folder: str) -> None:
     assert not [line for line in lines if "file:" in line or "--find-links" in line]
 
 
-def test_tests_lock_agrees_with_the_main_lock() -> None:
-    main, tests = pins(ROOT / "requirements.lock"), pins(ROOT / "tests/requirements.lock")
-    shared = {name for name, _ in main} & {name for name, _ in tests}
+@pytest.mark.parametrize("folder", ["tests", "deploy/onnx"])
+def test_extra_locks_agree_with_the_main_lock(folder: str) -> None:
+    main, extra = pins(ROOT / "requirements.lock"), pins(ROOT / folder / "requirements.lock")
+    shared = {name for name, _ in main} & {name for name, _ in extra}
     assert "numpy" in shared
     versions = {name: {version for (other, _), version in main.items() if other == name} for name in shared}
-    assert [pin for pin, version in tests.items() if pin[0] in shared and version not in versions[pin[0]]] == []
+    assert [pin for pin, version in extra.items() if pin[0] in shared and version not in versions[pin[0]]] == []
 
 
 class RangeHandler(BaseHTTPRequestHandler):

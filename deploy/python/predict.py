@@ -1,0 +1,147 @@
+"""Vectors of texts and similarities of pairs from an exported model, through Paddle Inference."""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data import (
+    TextPair,
+    add_encoding_args,
+    add_skip_bad_lines_arg,
+    encode_texts,
+    parse_pair,
+    parse_text,
+    read_lines,
+    text_argument,
+)
+from files import atomic_write, write_json
+from runtime import ArgumentParser, at_least, run, set_up_paddle
+
+if __name__ == "__main__":
+    set_up_paddle()
+
+from static_graph import PRECISIONS, Exported, choose_device, load_exported
+
+SAMPLE_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"
+SAMPLE_PAIRS = (
+    TextPair("中西方语言与文化的差异", "中西方文化差异以及语言体现中西方文化,差异,语言体现"),
+    TextPair("中西方语言与文化的差异", "飞桨致力于让深度学习技术的创新与应用更简单"),
+)
+WARM_UP_BATCHES = 5
+BENCHMARK_BATCHES, BENCHMARK_SECONDS = 20, 5.0  # a benchmark ends after both
+PERCENTILES = (50, 90, 95, 99)
+BENCHMARK_FILE = "benchmark.json"
+
+
+def similarities(model: Exported, pairs: Sequence[TextPair], batch_size: int) -> list[float]:
+    """The cosine of each pair's query and title, in order."""
+    texts = [pair.query for pair in pairs] + [pair.title for pair in pairs]
+    vectors = encode_texts(model.encoder.embed, texts, model.collator, batch_size)
+    return (vectors[: len(pairs)] * vectors[len(pairs) :]).sum(axis=1).tolist()
+
+
+def measure(model: Exported, texts: Sequence[str], batch_size: int) -> dict[str, float]:
+    """Latency of batches in ms, tokenising included, and throughput; the texts are repeated until they fill a batch."""
+    endless = cycle(texts)
+    seconds: list[float] = []
+    for _ in range(WARM_UP_BATCHES):
+        model.encoder.embed(*model.collator(list(islice(endless, batch_size))))
+    while len(seconds) < BENCHMARK_BATCHES or sum(seconds) < BENCHMARK_SECONDS:
+        batch = list(islice(endless, batch_size))
+        start = time.perf_counter()
+        model.encoder.embed(*model.collator(batch))
+        seconds.append(time.perf_counter() - start)
+    latencies = {f"p{percent}_ms": 1000 * float(np.percentile(seconds, percent)) for percent in PERCENTILES}
+    return {"batch_size": batch_size, **latencies, "texts_per_s": len(seconds) * batch_size / sum(seconds)}
+
+
+def true_or_false(text: str) -> bool:
+    """An argparse type: True or False, as the original script's switches are given."""
+    if text not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text == "True"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--model_dir", default="./output", help="folder that export_model.py wrote")
+    parser.add_argument(
+        "--text", action="append", type=text_argument, help="a text to turn into a vector; may be given again"
+    )
+    parser.add_argument("--text_file", help="a file of texts to encode, one a line")
+    parser.add_argument("--text_pair_file", help="a file of pairs to compare, query<TAB>title a line")
+    parser.add_argument("--output", help="write the vectors, float32 [N, D] in the texts' order, to this .npy file")
+    add_skip_bad_lines_arg(parser)
+    add_encoding_args(parser, batch_size=15)
+    parser.add_argument(
+        "--device", choices=["cpu", "gpu"], help="where to compute (default: gpu if there is one, else cpu)"
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="what to compute in")
+    parser.add_argument("--cpu_threads", type=at_least(1), help="threads on the CPU (default: all cores)")
+    for switch, default, help_text in (
+        ("--enable_mkldnn", True, "compute with oneDNN on the CPU"),
+        ("--use_tensorrt", False, "compute with TensorRT on the GPU"),
+        ("--benchmark", False, "measure latency and throughput on the texts instead of printing vectors"),
+    ):
+        parser.add_argument(
+            switch, nargs="?", const=True, default=default, type=true_or_false, metavar="True|False", help=help_text
+        )
+    parser.add_argument("--save_log_path", help=f"with --benchmark: folder for its figures, {BENCHMARK_FILE}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints shape and vectors, then the list of similarities, as the document shows them; or the benchmark."""
+    args = build_parser().parse_args(argv)
+    texts: list[str] = args.text or []
+    pairs: list[TextPair | None] = []  # None: a bad line
+    if args.text_file:
+        lines = read_lines(args.text_file, parse_text, args.skip_bad_lines)
+        texts += [line.row for line in lines if line.row is not None]
+    if args.text_pair_file:
+        pairs = [line.row for line in read_lines(args.text_pair_file, parse_pair, args.skip_bad_lines)]
+    if not texts and not pairs:
+        texts, pairs = [SAMPLE_TEXT], [*SAMPLE_PAIRS]
+    good_pairs = [pair for pair in pairs if pair is not None]
+
+    model = load_exported(
+        Path(args.model_dir),
+        device=choose_device(args.device),
+        precision=args.precision,
+        threads=args.cpu_threads,
+        onednn=args.enable_mkldnn,
+        tensorrt_batch_size=args.batch_size if args.use_tensorrt else None,
+        max_seq_length=args.max_seq_length,
+    )
+    if args.benchmark:
+        figures = measure(model, texts or [text for pair in good_pairs for text in pair[:2]], args.batch_size)
+        print("\n".join(f"{name}={round(value, 2)}" for name, value in figures.items()))
+        if args.save_log_path:
+            write_json(Path(args.save_log_path) / BENCHMARK_FILE, figures)
+        return 0
+    if texts:
+        vectors = encode_texts(model.encoder.embed, texts, model.collator, args.batch_size)
+        print(vectors.shape)
+        if args.output:
+            with atomic_write(args.output, "wb") as file:
+                np.save(file, vectors)
+            print(f"wrote {args.output}")
+        else:
+            print(vectors)
+    if pairs:
+        cosines = iter(similarities(model, good_pairs, args.batch_size))
+        print([math.nan if pair is None else next(cosines) for pair in pairs])
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

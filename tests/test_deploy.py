@@ -1,0 +1,264 @@
+"""deploy/python/predict.py and the exported folders that it reads."""
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+from conftest import ROOT, run_script, write_pairs
+
+import static_graph
+from checkpoint import load_checkpoint
+from data import encode_texts
+from runtime import InputError
+from static_graph import GRAPH_NAME, convert_to_tensorrt, load_exported
+
+SCRIPT = ROOT / "deploy" / "python" / "predict.py"
+LONG_TEXT = "论水稻产量研究水稻,产量" * 10  # longer than the position table
+
+
+@pytest.fixture(scope="module")
+def predict() -> ModuleType:
+    """The script as a module; the one in the repository's root has the same name."""
+    spec = importlib.util.spec_from_file_location("deploy_predict", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def copy(exported: Path, tmp_path: Path) -> Path:
+    """An exported folder to damage."""
+    return Path(shutil.copytree(exported, tmp_path / "output"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def test_documents_command_prints_the_documents_output(exported: Path, tmp_path: Path) -> None:
+    """Shape, vector and two similarities, from any folder, without importing PaddleNLP."""
+    code = """
+import runpy, sys
+del sys.argv[0]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    assert "paddle" in sys.modules
+    for name in ("paddlenlp", "base_model", "checkpoint"):
+        assert name not in sys.modules
+"""
+    done = run_script("-c", code, SCRIPT, f"--model_dir={exported}", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    match = re.fullmatch(r"\(1, 16\)\n\[\[([^\]]*)\]\]\n(\[.*\])\n", done.stdout)
+    vector = np.array(match.group(1).split(), dtype=np.float32)
+    assert vector.shape == (16,) and np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+    similarities = json.loads(match.group(2))
+    assert len(similarities) == 2 and all(-1 <= value <= 1 for value in similarities)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_vectors_of_options_and_files(
+    exported: Path, checkpoint: Path, predict: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of --text come first; they are the model's."""
+    (tmp_path / "texts.txt").write_text("玉米\n\n土壤的评价\n", encoding="utf-8")
+    options = ["--text", "水", "--text", LONG_TEXT, "--text_file", str(tmp_path / "texts.txt"), "--skip_bad_lines"]
+    output = tmp_path / "vectors.npy"
+    assert predict.main(["--model_dir", str(exported), "--output", str(output), "--batch_size", "3", *options]) == 0
+    assert capsys.readouterr().out == f"(4, 16)\nwrote {output}\n"
+    model, collator = load_checkpoint(checkpoint)
+    expected = encode_texts(model.embed, ["水", LONG_TEXT, "玉米", "土壤的评价"], collator, 1)
+    np.testing.assert_allclose(np.load(output), expected, atol=1e-5)
+
+
+def test_similarities_of_a_file(
+    exported: Path, checkpoint: Path, predict: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One for each line, nan for a bad one; without texts no vectors are printed."""
+    pairs = [("水稻的产量", "论水稻产量研究"), ("只有一列",), ("水", LONG_TEXT)]
+    file = write_pairs(tmp_path / "pairs.tsv", pairs)
+    assert predict.main(["--model_dir", str(exported), "--text_pair_file", str(file), "--skip_bad_lines"]) == 0
+    first, bad, last = capsys.readouterr().out.strip().strip("[]").split(", ")
+    model, collator = load_checkpoint(checkpoint)
+    vectors = encode_texts(model.embed, [*pairs[0], *pairs[2]], collator, 1)
+    assert bad == "nan"
+    assert [float(first), float(last)] == pytest.approx([vectors[0] @ vectors[1], vectors[2] @ vectors[3]], abs=1e-5)
+
+
+def test_max_seq_length_cuts_the_texts(
+    exported: Path, checkpoint: Path, predict: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The original's deployment ignored it."""
+    vectors = []
+    for length in (12, 40):
+        output = tmp_path / f"{length}.npy"
+        options = ["--text", LONG_TEXT, "--max_seq_length", str(length), "--output", str(output)]
+        assert predict.main(["--model_dir", str(exported), *options]) == 0
+        model, collator = load_checkpoint(checkpoint, max_seq_length=length)
+        vectors.append(np.load(output))
+        np.testing.assert_allclose(vectors[-1], model.embed(*collator([LONG_TEXT])), atol=1e-5)
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
+
+
+def test_original_switches_take_true_and_false(
+    exported: Path, predict: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `--enable_mkldnn True` and as a bare `--enable_mkldnn`; all give the same similarities."""
+    printed = []
+    for options in ([], ["--enable_mkldnn"], ["--enable_mkldnn", "False", "--use_tensorrt", "False"]):
+        assert predict.main(["--model_dir", str(exported), "--device", "cpu", "--cpu_threads", "1", *options]) == 0
+        printed.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert printed[1:] == [pytest.approx(printed[0], abs=1e-5)] * 2
+
+
+def test_benchmark_prints_percentiles_and_throughput(
+    exported: Path,
+    predict: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(predict, "BENCHMARK_SECONDS", 0.0)
+    options = ["--benchmark", "--batch_size", "4", "--save_log_path", str(tmp_path / "logs")]
+    assert predict.main(["--model_dir", str(exported), *options]) == 0
+    lines = dict(line.split("=") for line in capsys.readouterr().out.splitlines())
+    assert list(lines) == ["batch_size", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "texts_per_s"]
+    figures = json.loads((tmp_path / "logs" / "benchmark.json").read_text())
+    assert {name: round(value, 2) for name, value in figures.items()} == {n: float(v) for n, v in lines.items()}
+    assert 0 < figures["p50_ms"] <= figures["p90_ms"] <= figures["p95_ms"] <= figures["p99_ms"]
+
+
+def test_benchmark_counts_texts(predict: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that takes 0.1 s for each batch: batches of 4 are 40 texts/s. They are full, in the texts' order."""
+    now = iter(np.arange(1000) * 0.1)
+    batches = []
+    monkeypatch.setattr(predict.time, "perf_counter", lambda: next(now))
+    model = SimpleNamespace(
+        collator=lambda texts: batches.append(texts) or (texts, texts), encoder=SimpleNamespace(embed=lambda *_: None)
+    )
+    figures = predict.measure(model, ["a", "b", "c"], 4)
+    assert figures["texts_per_s"] == pytest.approx(40) and figures["p50_ms"] == pytest.approx(100)
+    assert batches[:2] == [["a", "b", "c", "a"], ["b", "c", "a", "b"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text", " "], "argument --text: the text is empty"),
+        (["--text", "\udcff"], "argument --text: the text isn't UTF-8"),
+        (["--use_tensorrt", "yes"], "argument --use_tensorrt: 'yes' is neither True nor False"),
+        (["--batch_size", "0"], "argument --batch_size: 0 is out of range"),
+        (["--cpu_threads", "0"], "argument --cpu_threads: 0 is out of range"),
+        (["--max_seq_length", "2"], "argument --max_seq_length: 2 is out of range"),
+        (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    predict: ModuleType, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        predict.main(options)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "gpu"], "--device gpu: this Paddle is built for the CPU; use --device cpu"),
+        (["--precision", "int8"], "--precision int8: Paddle .* has no int8 for its graphs; use fp32 or bf16"),
+        (["--precision", "fp16"], "--precision fp16: a CPU doesn't compute in it; use fp32"),
+        (["--use_tensorrt"], "--use_tensorrt: needs --device gpu, and this is the CPU; leave the option out"),
+        (["--max_seq_length", "41"], "--max_seq_length 41: the position table of .* has 40 rows; use at most"),
+        (["--text_file", "missing.txt"], "missing.txt: no such file"),
+    ],
+)
+def test_what_the_machine_or_model_lacks_is_refused(
+    exported: Path, predict: ModuleType, options: list[str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        predict.main(["--model_dir", str(exported), *options])
+
+
+def test_bf16_needs_onednn(exported: Path, predict: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static_graph, "check_precision", lambda precision, device: None)
+    with pytest.raises(InputError, match="--precision bf16: needs oneDNN on a CPU; leave out --enable_mkldnn False"):
+        predict.main(["--model_dir", str(exported), "--precision", "bf16", "--enable_mkldnn", "False"])
+
+
+def test_errors_end_the_program_with_code_2_and_one_line(tmp_path: Path) -> None:
+    done = run_script(SCRIPT, "--model_dir", tmp_path / "missing")
+    message = f"error: {tmp_path}/missing: no such model folder; export the model with export_model.py\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The exported folder
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "vocab.txt", f"{GRAPH_NAME}.json", f"{GRAPH_NAME}.pdiparams"])
+def test_half_a_folder_is_refused(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(InputError, match=rf"{re.escape(name)}.*export_model\.py"):
+        load_exported(copy)
+
+
+def test_changed_files_are_refused_before_paddle_reads_them(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file, with one bit flipped or its end cut off."""
+    monkeypatch.setattr(static_graph, "StaticEncoder", None)
+    for file in copy.iterdir():
+        content = file.read_bytes()
+        for damaged in (bytes([content[0] ^ 1]) + content[1:], content[:-1], b""):
+            file.write_bytes(damaged)
+            if file.name == "manifest.json" and damaged == content[:-1]:
+                continue  # nothing but its last line end is missing
+            with pytest.raises(InputError, match=re.escape(file.name)):
+                load_exported(copy)
+        file.write_bytes(content)
+
+
+def test_folder_that_was_being_replaced_is_found(copy: Path) -> None:
+    """A kill between the two renames of an export leaves the old folder beside its place."""
+    copy.rename(copy.with_name(".output.replaced"))
+    assert load_exported(copy).encoder.embed(np.ones((1, 3), "int64"), np.zeros((1, 3), "int64")).shape == (1, 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TensorRT, which no machine of these tests has
+
+
+def test_a_gpu_without_tensorrt_is_refused(exported: Path) -> None:
+    with pytest.raises(InputError, match="--use_tensorrt: this Paddle is built without TensorRT"):
+        load_exported(exported, device="gpu", tensorrt_batch_size=4)
+
+
+def test_tensorrt_is_asked_for_batches_up_to_the_given_size(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a stand-in with the signatures of paddle.tensorrt.export."""
+    calls: dict[str, Any] = {}
+    stand_in = SimpleNamespace(
+        Input=lambda **options: options,
+        PrecisionMode={"FP16": "fp16 mode"},
+        TensorRTConfig=lambda inputs, save_model_dir, precision_mode: calls.update(
+            inputs=inputs, target=save_model_dir, precision=precision_mode
+        ),
+        convert=lambda path, config: calls.update(graph=path),
+    )
+    monkeypatch.setitem(sys.modules, "paddle.tensorrt", SimpleNamespace(export=stand_in))
+    monkeypatch.setattr(paddle, "tensorrt", SimpleNamespace(export=stand_in), raising=False)
+    convert_to_tensorrt(exported, tmp_path, precision="fp16", batch_size=4, length=24)
+    assert calls["graph"] == str(exported / GRAPH_NAME) and calls["target"] == str(tmp_path / GRAPH_NAME)
+    assert calls["precision"] == "fp16 mode"
+    assert [options["name"] for options in calls["inputs"]] == ["input_ids", "token_type_ids"]
+    assert {options["max_input_shape"] for options in calls["inputs"]} == {(4, 24)}
+    assert {options["input_data_type"] for options in calls["inputs"]} == {"int64"}
