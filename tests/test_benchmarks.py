@@ -33,7 +33,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     """Takes the place of trainers' processes, and is the list of their commands."""
     commands: list[Sequence[str]] = []
 
-    def run_trainer(command: Sequence[str | Path], report: Path) -> common.Training:
+    def run_process(command: Sequence[str | Path], report: Path, kind: type) -> common.Training:
+        assert kind is common.Training
         commands.append(list(map(str, command)))
         steps = int(commands[-1][commands[-1].index("--steps") + 1])
         slowness = 1 + next(
@@ -41,8 +42,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
         )
         return common.Training([9.0] + [float(slowness)] * (steps - 1), [0.5] * steps, 1 << 20, {"paddle": "3"})
 
-    monkeypatch.setattr(common, "run_trainer", run_trainer)
-    monkeypatch.setattr(bench_grad_cache, "run_trainer", run_trainer)
+    monkeypatch.setattr(common, "run_process", run_process)
+    monkeypatch.setattr(bench_grad_cache, "run_process", run_process)
     monkeypatch.setattr(common, "BENCHMARKS_PYTHON", Path(sys.executable))
     return commands
 
@@ -176,6 +177,6 @@ def test_inputs_that_are_not_given_are_made(tmp_path: Path) -> None:
 def test_a_trainers_failure_is_passed_on(tmp_path: Path) -> None:
     refuses = "import sys; print('error: no such file', file=sys.stderr); sys.exit(2)"
     with pytest.raises(InputError, match="no such file"):
-        common.run_trainer([sys.executable, "-c", refuses], tmp_path / "report.json")
+        common.run_process([sys.executable, "-c", refuses], tmp_path / "report.json", common.Training)
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        common.run_trainer([sys.executable, "-c", "1 / 0"], tmp_path / "report.json")
+        common.run_process([sys.executable, "-c", "1 / 0"], tmp_path / "report.json", common.Training)
