@@ -46,9 +46,13 @@ RATIOS = {  # name -> the row that is to be faster, and the other
 }
 LARGEST_DIFFERENCE = 1e-4  # of a unit vector's components from ours in fp32
 LOWEST_BF16_COSINE = 0.99  # with ours in fp32
-# The others prepare each shape of a batch when it first comes, so all texts warm them up; the reference doesn't, is slow
-# and gets one pass.
+# All texts warm the others up: they prepare each shape of a batch when it first comes. A pass of the reference is long.
 REFERENCE_OPTIONS = ("--warm_up", "32", "--passes", "1")
+
+
+# With ERNIE's 0.02, random weights give all texts nearly the same vector, and no comparison in bf16 could fail: cosines
+# between texts are 0.98 and more; with this, 0.82 to 0.97.
+SPREAD = {"initializer_range": 0.1}
 
 
 class Sizes(NamedTuple):
@@ -60,8 +64,8 @@ class Sizes(NamedTuple):
     rounds: int
 
 
-FULL = Sizes(BASE_ERNIE, 512, 1, 3)
-QUICK = Sizes(MEDIUM_ERNIE, 512, 3, 1)
+FULL = Sizes(BASE_ERNIE | SPREAD, 512, 1, 3)
+QUICK = Sizes(MEDIUM_ERNIE | SPREAD, 512, 3, 1)
 
 
 def has_bf16() -> bool:
