@@ -6,7 +6,6 @@ model, scaled to a million documents if it has another number, and `index_memory
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import ROOT, describe_machine, run_worker
+from benchmarks.common import describe_machine, run_checked, run_process
 from runtime import ArgumentParser, at_least, run
 
 FULL_DOCUMENTS, QUICK_DOCUMENTS = [10_000, 100_000, 300_000, 1_000_000], [10_000, 20_000]
@@ -27,7 +26,7 @@ def make_inputs(folder: Path, documents: int) -> tuple[Path, Path]:
     """A corpus of the example's documents, and a checkpoint of its tiny ERNIE after one step of training."""
 
     def script(*arguments: str | Path) -> None:
-        subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True, capture_output=True)
+        run_checked([sys.executable, *arguments])
 
     script("examples/make_dataset.py", "--output_dir", folder, "--documents", str(documents))
     corpus, train_file = folder / "recall" / "corpus.csv", folder / "recall" / "train.csv"
@@ -53,7 +52,7 @@ def measure_size(corpus: Path, checkpoint: Path, documents: int) -> dict[str, An
         options += ["--embedding_dir", f"{name}/vectors", "--index_dir", f"{name}/index"]
         command = [sys.executable, Path(__file__).parent / "scale.py", *options]
         encode, index = (
-            run_worker([*command, "--stage", stage], Path(name) / "report.json") for stage in ("encode", "index")
+            run_process([*command, "--stage", stage], Path(name) / "report.json", dict) for stage in ("encode", "index")
         )
     return {
         "encode_seconds": round(encode["seconds"], 1),

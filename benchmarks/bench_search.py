@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ann_util import DEFAULT_SHARE, ExactIndex, IndexOptions, build_index, overlap
-from benchmarks.common import BENCHMARKS_PYTHON, check_benchmarks_python, describe_machine, run_worker
+from benchmarks.common import BENCHMARKS_PYTHON, check_benchmarks_python, describe_machine, run_process
 from benchmarks.search import ENGINES
 from runtime import ArgumentParser, InputError, at_least, run
 
@@ -85,7 +85,7 @@ def measure_size(vectors: np.ndarray, queries: np.ndarray, rounds: int, share: f
             for engine in ENGINES:
                 python = BENCHMARKS_PYTHON if engine == "faiss" else sys.executable
                 command = [python, FOLDER / "search.py", "--engine", engine, "--share", str(share), *files]
-                measured[engine].append(run_worker(command, Path(name) / "report.json"))
+                measured[engine].append(run_process(command, Path(name) / "report.json", dict))
                 print(f"{len(vectors)} vectors, round {number} of {rounds}: {engine}", file=sys.stderr, flush=True)
     return {**summary(measured, len(vectors), len(queries)), "default_share": default_share(vectors, queries, exact)}
 
