@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -109,12 +109,12 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
     set_up_paddle()
     from data import encode_texts
-    from static_graph import load_exported
+    from static_graph import choose_device, load_exported
 
     try:
         encoder, collator = load_exported(
             Path(options.model_dir),
-            device=options.device,
+            device=choose_device(options.device),
             precision=options.precision,
             threads=options.threads,
             max_seq_length=options.max_seq_length,
@@ -134,16 +134,16 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
             connection.send(vectors)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> NoReturn:
     """Runs until the service closes the connection or ends."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to every process, and the service has work left
     with Connection(int(argv[0])) as connection:
         try:
             serve(connection, EncoderOptions(*json.loads(argv[1])))
         except (EOFError, OSError):
-            return 0
-    return 0
+            pass  # the service is gone
+    os._exit(0)  # Paddle takes a second to end, for nothing
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
