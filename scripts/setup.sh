@@ -252,7 +252,7 @@ while [ $# -gt 0 ]; do
         case ${2:-} in cu*) device=$2 && shift ;; esac
         ;;
     --gpu=*) device=${1#--gpu=} ;;
-    --onnx) extras="$extras onnx" ;;
+    --onnx | --serving) extras="$extras ${1#--}" ;;
     --tests) extras=$all_extras ;;
     --benchmarks) benchmarks=1 ;;
     -h | --help) usage && exit ;;

@@ -3,6 +3,7 @@
 Run as a program it is that process: `python -m serving.encoder_process FD JSON`.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -137,11 +138,8 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
 def main(argv: Sequence[str]) -> NoReturn:
     """Runs until the service closes the connection or ends."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to every process, and the service has work left
-    with Connection(int(argv[0])) as connection:
-        try:
-            serve(connection, EncoderOptions(*json.loads(argv[1])))
-        except (EOFError, OSError):
-            pass  # the service is gone
+    with Connection(int(argv[0])) as connection, contextlib.suppress(EOFError, OSError):  # the service is gone
+        serve(connection, EncoderOptions(*json.loads(argv[1])))
     os._exit(0)  # Paddle takes a second to end, for nothing
 
 
