@@ -64,6 +64,7 @@ try:
     from paddle_serving_server.pipeline.error_catch import CustomExceptionCode
     from paddle_serving_server.pipeline.pipeline_server import PipelineServicer, ServerYamlConfChecker
     from paddle_serving_server.pipeline.proto.pipeline_service_pb2 import Request, Response
+    from paddle_serving_server.pipeline.proto.pipeline_service_pb2_grpc import PipelineServiceStub  # noqa: F401
 except ImportError as error:
     raise InputError(f"Paddle Serving isn't installed ({error}); run sh scripts/setup.sh --serving") from None
 
@@ -130,7 +131,7 @@ class EncoderOp(Op):
         self._encoders: SimpleQueue[EncoderProcess] = SimpleQueue()
         for encoder in encoders:
             self._encoders.put(encoder)
-        self._workers = len(encoders)
+        self._workers, self._expected = len(encoders), 1
         self._service_options, self._admission, self._metrics = options, admission, metrics
         return self
 
@@ -139,20 +140,18 @@ class EncoderOp(Op):
     ) -> Iterator[list[dict[str, ChannelData]]]:
         """Lists of requests with batch_size texts together, or as many as there are.
 
-        A batch waits for as many requests as were there when the last one started: clients that get their answers
+        A batch waits for as many requests as there were before the last answers left: clients that get their answers
         together send their next requests within moments. A lone client never waits.
         """
-        expected = 1
         while True:
             batch = [input_channel.front(op_name)]
             until = time.monotonic() + self._service_options.batch_wait
             while sum(map(_texts, batch)) < self._service_options.batch_size:
-                wait = until - time.monotonic() if len(batch) < expected else 0.0
+                wait = until - time.monotonic() if len(batch) < self._expected else 0.0
                 try:
                     batch.append(input_channel.front(op_name, max(wait, SHORTEST_WAIT)))
                 except ChannelTimeoutError:
                     break
-            expected = self._admission.requests // self._workers
             yield batch
 
     def _run_process(
@@ -166,6 +165,7 @@ class EncoderOp(Op):
             start = time.monotonic()
             vectors = encoder.encode(texts)
             self._metrics.encoded(len(texts), time.monotonic() - start)
+            self._expected = self._admission.requests // self._workers
         except EncoderStopped as error:
             log(f"error: the encoder {error}")
             return {}, {
