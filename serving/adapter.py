@@ -47,6 +47,8 @@ collections.Iterable = collections.abc.Iterable  # type: ignore[attr-defined]
 sys.modules["paddle_serving_server.pipeline.logger"] = types.ModuleType("paddle_serving_server.pipeline.logger")
 logging.getLogger("paddle_serving_server").setLevel(logging.CRITICAL + 1)
 
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC says on stderr once more what its exceptions say
+
 try:
     import grpc
     from google.protobuf.message import DecodeError
@@ -263,7 +265,7 @@ class PipelineService(PipelineServicer):
         except RuntimeError:
             bound = 0
         if not bound:
-            raise InputError(f"--rpc_port {port}: can't listen on {address}; is it in use? Name another")
+            raise InputError(f"--rpc_port {port}: can't listen on {address}; name another")
         self._rpc_server.start()
         return bound
 
@@ -283,7 +285,7 @@ def parse_request(data: bytes) -> Request:
     """Raises RequestError for bytes that aren't a Request."""
     try:
         return Request.FromString(data)
-    except DecodeError:
+    except (DecodeError, UnicodeDecodeError):
         raise RequestError(BAD_REQUEST, "not a Request of PipelineService: are the texts UTF-8?") from None
 
 

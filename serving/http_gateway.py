@@ -194,6 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, *_: object) -> None:
         """What http.server finds wrong; its own pages repeat what the client sent."""
+        self.close_connection = True  # what comes next may be the rest of the bad request
         self._send_error(HTTPStatus(code), HTTPStatus(code).description or HTTPStatus(code).phrase)
 
     def _send_error(self, status: HTTPStatus, message: str) -> None:

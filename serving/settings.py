@@ -1,6 +1,7 @@
 """The settings of a service: from options, else the environment, else config_nlp.yml."""
 
 import argparse
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,6 +93,19 @@ def read_settings(options: Mapping[str, Any], environ: Mapping[str, str], config
     if settings["max_texts"] > settings["max_waiting_texts"]:
         raise InputError("--max_waiting_texts: is less than --max_texts; raise it")
     return settings
+
+
+def check_ports(settings: Mapping[str, Any]) -> None:
+    """Raises InputError if a port is in use: loading the model first would only delay that."""
+    for name in ("rpc_port", "http_port"):
+        host, port = settings["host"], settings[name]
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                reason = error.strerror or error
+                raise InputError(f"--{name} {port}: can't listen on {host}:{port} ({reason}); name another") from None
 
 
 def _read_yaml(path: Path) -> Any:

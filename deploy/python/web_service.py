@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from runtime import ArgumentParser, Stopped, StopSignals, cpu_count, log, run
 from serving.encoder_process import EncoderOptions, EncoderProcess
 from serving.limits import Limits
-from serving.settings import add_settings_args, read_settings
+from serving.settings import add_settings_args, check_ports, read_settings
 
 CONFIG_FILE = Path(__file__).with_name("config_nlp.yml")
 STOP_SECONDS = 25.0  # for what is in flight; Kubernetes and Docker Compose kill after 30 and 10
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the addresses when it is ready; a stop that could not finish what was in flight gives 1."""
     args = vars(build_parser().parse_args(argv))
     settings = read_settings(args, os.environ, args["config"])
+    check_ports(settings)
     # Imported here, so that a missing Serving ends in a line.
     from serving.adapter import PipelineService, ServiceOptions
     from serving.http_gateway import PREDICTION_PATH, HttpGateway
