@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ LIST_DATA = [
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--endpoint", default="127.0.0.1:8080", help="address and gRPC port of the service")
+    port = os.environ.get("SERVING_RPC_PORT") or "8080"  # as web_service.py has it
+    parser.add_argument("--endpoint", default=f"127.0.0.1:{port}", help="address and gRPC port of the service")
     parser.add_argument("--text", action="append", help="a text; may be given again (default: the document's samples)")
     return parser
 
