@@ -8,12 +8,12 @@ set -eu
 cd "$(dirname -- "$0")/.."
 export PIP_PROGRESS_BAR=off PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
 without_wheels='jieba seqeval' # and hnswlib, which needs a compiler
-all_extras='onnx tests'
+all_extras='onnx serving tests'
 unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_REQUIRE_HASHES # each would make pip install elsewhere, or not at all
 
 usage() {
     cat <<'EOF'
-usage: sh scripts/setup.sh [--cpu | --gpu [CUDA]] [--onnx] [--tests] [--benchmarks]
+usage: sh scripts/setup.sh [--cpu | --gpu [CUDA]] [--onnx] [--serving] [--tests] [--benchmarks]
 
 Makes .venv in the repository root and installs requirements.lock into it. With nothing to do it returns at once; an
 interrupted set-up starts over. .venv belongs to this script: packages that you add to it may be lost.
@@ -21,6 +21,7 @@ interrupted set-up starts over. .venv belongs to this script: packages that you 
   --gpu [CUDA]   Paddle's GPU build in place of the CPU build; CUDA is cu118, cu126 (the default), cu129, ...
   --cpu          back to the CPU build (with neither option .venv keeps the build that it has; at first the CPU's)
   --onnx         also what export_model.py --format onnx needs
+  --serving      also Paddle Serving, which deploy/python/web_service.py needs
   --tests        also what the tests need, the above included
   --benchmarks   also .venv-benchmarks: PyTorch and sentence-transformers, which the benchmarks measure against
   -h, --help     this text
@@ -114,12 +115,13 @@ install_failed() {
     fail "${reason:-the installation stopped without a message} (details: $env/setup.log)"
 }
 
-# Prints the part of requirements.lock that is about the packages $2 ($1 = 1), or about all others ($1 = 0).
+# Puts the part of the lock file $3 (requirements.lock) that is about the packages $2 ($1 = 1), or about all others
+# ($1 = 0), into part.txt.
 lock_part() {
     awk -v keep="$1" -v names="$2" '
         BEGIN { for (i = split(names, list, " "); i > 0; i--) named[list[i]] = 1 }
         /^[A-Za-z0-9]/ { split($0, line, "=="); chosen = (line[1] in named) == keep }
-        chosen' requirements.lock >"$env/setup/part.txt"
+        chosen' "${3:-requirements.lock}" >"$env/setup/part.txt"
 }
 
 install_base() {
@@ -182,14 +184,25 @@ install_hnswlib() {
 }
 
 # The lock file of an extra, which a stamp of the same name says is installed.
-extra_lock() { case $1 in onnx) echo deploy/onnx/requirements.lock ;; tests) echo tests/requirements.lock ;; esac }
+extra_lock() { case $1 in tests) echo tests/requirements.lock ;; *) echo "deploy/$1/requirements.lock" ;; esac }
 
 extra_is_current() { [ "$(stamp "$1")" = "$(cksum <"$(extra_lock "$1")")" ]; }
+
+install_extra_lock() {
+    client=paddle-serving-client # has wheels for Python 3.9 and older alone; its Python part runs on later ones
+    lock_part 0 "$client" "$(extra_lock "$1")"
+    install_locked -r "$env/setup/part.txt" || return
+    [ "$1" = serving ] || return 0
+    lock_part 1 "$client" "$(extra_lock "$1")"
+    install --no-deps --require-hashes --upgrade --python-version 3.9 --implementation cp --only-binary=:all: \
+        --target "$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+        -r "$env/setup/part.txt"
+}
 
 install_extra() {
     say "installing $(extra_lock "$1")"
     rm -f "$env/setup/base"
-    if install_locked -r "$(extra_lock "$1")"; then
+    if install_extra_lock "$1"; then
         cksum <"$(extra_lock "$1")" >"$env/setup/$1"
     elif network_failed; then # pip downloads everything before it changes anything
         echo "$base" >"$env/setup/base"
@@ -239,7 +252,7 @@ while [ $# -gt 0 ]; do
         case ${2:-} in cu*) device=$2 && shift ;; esac
         ;;
     --gpu=*) device=${1#--gpu=} ;;
-    --onnx) extras="$extras onnx" ;;
+    --onnx | --serving) extras="$extras ${1#--}" ;;
     --tests) extras=$all_extras ;;
     --benchmarks) benchmarks=1 ;;
     -h | --help) usage && exit ;;

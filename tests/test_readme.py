@@ -1,12 +1,15 @@
 """Runs what the READMEs and the user's document say, with nothing but device options changed."""
 
+import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import paddle
 import pytest
 from conftest import ROOT, all_pairs, make_model_folder, write_pairs
@@ -21,7 +24,10 @@ NOT_RUN = {
     "sh scripts/download_data.sh",
     "bash scripts/quickstart.sh\nbash scripts/test.sh",
     ". .venv/bin/activate",
+    "sh scripts/setup.sh --serving",
 }
+# They need the service of "python web_service.py", or are it.
+SERVICE = re.compile(r"web_service\.py|rpc_client\.py|curl")
 TWO_MACHINES = "--nnodes 2"  # tests/test_faults.py runs two launchers on this machine
 
 
@@ -44,7 +50,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in ROOT.iterdir():
         if path.suffix == ".py":
             shutil.copy(path, folder)
-    for name in ("batch_negative", "deploy", "scripts"):
+    for name in ("batch_negative", "deploy", "scripts", "serving"):
         shutil.copytree(ROOT / name, folder / name)
     pairs = all_pairs()
     write_pairs(folder / "recall" / "train.csv", pairs * 6)  # 1,008 pairs: 16 steps of 64 an epoch, 48 in all
@@ -123,7 +129,10 @@ def test_training_commands(trained: Path) -> None:
     [
         block
         for block in sh_blocks(READMES[0])
-        if block not in NOT_RUN and "--epochs 3" not in block and TWO_MACHINES not in block
+        if block not in NOT_RUN
+        and "--epochs 3" not in block
+        and TWO_MACHINES not in block
+        and not SERVICE.search(block)
     ],
     ids=lambda block: re.search(r"\w+\.(?:py|sh)", block).group(),
 )
@@ -131,7 +140,7 @@ def test_other_commands(trained: Path, block: str) -> None:
     if "evaluate.py" in block:
         run("sh scripts/run_build_index.sh cpu", trained)
     shutil.rmtree(trained / "recall_log", ignore_errors=True)
-    if "--model_dir" in block:
+    if "--model_dir" in block or "export_to_serving.py" in block:
         export_once(trained)
     done = run(on_the_cpu(block), trained)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -151,6 +160,8 @@ def test_other_commands(trained: Path, block: str) -> None:
     if "evaluate.py" in block:
         names = [line.split("=")[0] for line in done.stdout.splitlines()]
         assert names == ["recall@1", "recall@5", "recall@10", "recall@20", "recall@50", "mrr@50", "ndcg@50"]
+    if "export_to_serving.py" in block:
+        assert done.stdout.splitlines()[-1] == "wrote serving_server and serving_client"
     if "export_model.py" in block:
         assert done.stdout.endswith("wrote output/inference.get_pooled_embedding.*\n")
         assert (trained / "output" / "inference.get_pooled_embedding.onnx").is_file() == ("onnx" in block)
@@ -168,6 +179,38 @@ def test_other_commands(trained: Path, block: str) -> None:
         assert (trained / "corpus_vectors.npy").is_file()
 
 
+def test_serving_commands(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service is started and asked as the README does it, on ports that are free."""
+    export_once(trained)
+    run("sh scripts/export_to_serving.sh", trained)
+    server, *others = [block for block in sh_blocks(READMES[0]) if SERVICE.search(block)]
+    ports = {"rpc": free_port(), "http": free_port()}
+    for way, port in ports.items():
+        monkeypatch.setenv(f"SERVING_{way.upper()}_PORT", str(port))
+    with subprocess.Popen(
+        ["sh", "-euc", f"{server.replace('python ', f'exec {sys.executable} ')}"],
+        cwd=trained,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stderr.readline().startswith("ready: ")
+            client, curl, health = (run(block.replace("18082", str(ports["http"])), trained) for block in others)
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+    assert client.returncode == 0 and "['output_embedding']\n(2, 256)\n[[" in client.stdout
+    answer = json.loads(curl.stdout)
+    assert answer["err_no"] == 0 and np.array(json.loads(answer["value"][0])).shape == (2, 256)
+    assert health.stdout.startswith('{"status": "ok"}') and 'requests_total{way="rpc"} 1' in health.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
+
+
 def test_the_documents_inference_needs_no_options(trained: Path) -> None:
     done = run("python inference.py", trained)
     assert done.returncode == 0, done.stderr
@@ -182,11 +225,12 @@ def test_the_documents_inference_needs_no_options(trained: Path) -> None:
         "scripts/evaluate.sh",
         "scripts/predict.sh cpu",
         "scripts/export_model.sh",
+        "scripts/export_to_serving.sh",
         "deploy/python/deploy.sh",
     ],
 )
 def test_scripts_work_from_any_folder(trained: Path, tmp_path: Path, command: str) -> None:
-    if "deploy" in command:
+    if "deploy" in command or "serving" in command:
         export_once(trained)
     done = run(f"sh {trained}/{command}", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -22,16 +22,16 @@ MODULES = {"paddlepaddle": "paddle", "paddlepaddle-gpu": "paddle"}
 DATA_FILES = ["corpus.csv", "dev.csv", "test.csv", "train.csv"]
 
 
-def write_wheel(folder: Path, name: str, version: str) -> str:
+def write_wheel(folder: Path, name: str, version: str, tag: str = "py3-none-any") -> str:
     """Writes a wheel of one module; returns its entry for a lock file."""
     info = f"{name.replace('-', '_')}-{version}.dist-info"
     files = {
-        f"{MODULES.get(name, name)}.py": f"version = '{version}'\n",
+        f"{MODULES.get(name, name.replace('-', '_'))}.py": f"version = '{version}'\n",
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {tag}\n",
     }
     files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
-    wheel = folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+    wheel = folder / f"{name.replace('-', '_')}-{version}-{tag}.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for path, text in files.items():
             archive.writestr(path, text)
@@ -47,7 +47,7 @@ class Repo:
         self.stamp = path / ".venv/setup/base"
 
     def write(self) -> "Repo":
-        for folder in ("wheels", "tests", "benchmarks", "deploy/onnx"):
+        for folder in ("wheels", "tests", "benchmarks", "deploy/onnx", "deploy/serving"):
             (self.path / folder).mkdir(parents=True)
         shutil.copytree(ROOT / "scripts", self.path / "scripts")
         names = ("paddlepaddle", "paddlenlp", "jieba", "seqeval", "hnswlib")
@@ -55,6 +55,9 @@ class Repo:
         (self.path / "requirements.lock").write_text("# header\n" + "".join(lock))
         (self.path / "tests/requirements.lock").write_text(write_wheel(self.wheels, "pytest", "1.0"))
         (self.path / "deploy/onnx/requirements.lock").write_text(write_wheel(self.wheels, "onnxruntime", "1.0"))
+        server = write_wheel(self.wheels, "paddle-serving-server", "1.0")
+        client = write_wheel(self.wheels, "paddle-serving-client", "1.0", "cp39-none-any")
+        (self.path / "deploy/serving/requirements.lock").write_text(server + client)
         write_wheel(self.wheels, "paddlepaddle-gpu", "1.0")
         return self
 
@@ -212,13 +215,21 @@ def test_unfinished_setup_starts_over(fresh: Repo) -> None:
     assert fresh.installed("paddlenlp") == "1.0"
 
 
-@pytest.mark.parametrize(("option", "added"), [("--tests", ["1.0", "1.0"]), ("--onnx", [None, "1.0"])])
-def test_extras_are_added_and_a_plain_run_keeps_them(ready: Repo, option: str, added: list[str | None]) -> None:
+@pytest.mark.parametrize(
+    ("option", "added"),
+    [
+        ("--tests", {"pytest", "onnxruntime", "paddle_serving_server", "paddle_serving_client"}),
+        ("--onnx", {"onnxruntime"}),
+        ("--serving", {"paddle_serving_server", "paddle_serving_client"}),  # the latter's wheel is for Python 3.9
+    ],
+)
+def test_extras_are_added_and_a_plain_run_keeps_them(ready: Repo, option: str, added: set[str]) -> None:
     assert ready.run(option).returncode == 0
     before = files_of(ready.path)
     for args in ([], [option]):
         assert ready.run(*args).stdout == "setup: .venv is ready\n"
-    assert [ready.installed(name) for name in ("pytest", "onnxruntime")] == added
+    modules = ("pytest", "onnxruntime", "paddle_serving_server", "paddle_serving_client")
+    assert {name for name in modules if ready.installed(name) == "1.0"} == added
     assert files_of(ready.path) == before
 
 
@@ -273,7 +284,7 @@ def pins(path: Path) -> dict[tuple[str, str], str]:
     return {(name.replace("_", "-").lower(), (marker or "").strip()): version for name, version, marker in lines}
 
 
-@pytest.mark.parametrize("folder", [".", "tests", "benchmarks", "deploy/onnx"])
+@pytest.mark.parametrize("folder", [".", "tests", "benchmarks", "deploy/onnx", "deploy/serving"])
 def test_lock_holds_every_direct_pin(folder: str) -> None:
     requirements = ROOT / folder / "requirements.txt"
     direct, lock = pins(requirements), pins(requirements.with_suffix(".lock"))
@@ -284,7 +295,7 @@ def test_lock_holds_every_direct_pin(folder: str) -> None:
     )
 
 
-@pytest.mark.parametrize("folder", [".", "tests", "benchmarks", "deploy/onnx"])
+@pytest.mark.parametrize("folder", [".", "tests", "benchmarks", "deploy/onnx", "deploy/serving"])
 def test_lock_names_no_place(folder: str) -> None:
     lines = (ROOT / folder / "requirements.lock").read_text().splitlines()
     entries = [line for line in lines if not line.lstrip().startswith("#")]
@@ -292,11 +303,11 @@ def test_lock_names_no_place(folder: str) -> None:
     assert not [line for line in lines if "file:" in line or "--find-links" in line]
 
 
-@pytest.mark.parametrize("folder", ["tests", "deploy/onnx"])
+@pytest.mark.parametrize("folder", ["tests", "deploy/onnx", "deploy/serving"])
 def test_extra_locks_agree_with_the_main_lock(folder: str) -> None:
     main, extra = pins(ROOT / "requirements.lock"), pins(ROOT / folder / "requirements.lock")
     shared = {name for name, _ in main} & {name for name, _ in extra}
-    assert "numpy" in shared
+    assert shared
     versions = {name: {version for (other, _), version in main.items() if other == name} for name in shared}
     assert [pin for pin, version in extra.items() if pin[0] in shared and version not in versions[pin[0]]] == []
 

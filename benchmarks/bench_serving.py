@@ -1,0 +1,184 @@
+"""Speed of Pipeline Serving, over gRPC and HTTP, beside one process that calls Paddle Inference directly.
+
+Direct: batches of --batch_size texts in their order, tokenised, padded and encoded one after the other. Served: as many
+clients as a batch has texts, each of which sends one text and waits for its vector, which is then compared with the
+right one.
+The ways take turns. The last line is a JSON object; a ratio is texts/s served by texts/s direct.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from runtime import ArgumentParser, InputError, at_least, cpu_count, run, set_up_paddle
+
+if __name__ == "__main__":
+    set_up_paddle()
+
+import numpy as np
+
+from base_model import SemanticIndexBase
+from benchmarks.common import (
+    MAX_SEQ_LENGTH,
+    MEDIUM_ERNIE,
+    add_input_args,
+    benchmark_inputs,
+    describe_machine,
+)
+from benchmarks.service import CLIENTS, Service, running_service
+from checkpoint import create_model, save_checkpoint
+from data import batched, encode_texts
+from export_model import main as export
+from static_graph import Exported, load_exported
+
+BASE_ERNIE = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+TOLERANCE = 1e-5  # of a component
+PERCENTILES = (50, 90, 95, 99)
+DIRECT = "direct"
+
+
+class Measured(NamedTuple):
+    """What one way did in one round."""
+
+    texts: int
+    seconds: float
+    latencies: list[float]  # seconds, of each call
+
+
+def measure_direct(model: Exported, texts: Sequence[str], batch_size: int, seconds: float) -> Measured:
+    """Encodes batches for so many seconds."""
+    latencies = []
+    start = time.perf_counter()
+    for batch in batched(cycle(texts), batch_size):
+        batch_start = time.perf_counter()
+        model.encoder.embed(*model.collator(batch))
+        end = time.perf_counter()
+        latencies.append(end - batch_start)
+        if end - start > seconds:
+            return Measured(len(latencies) * batch_size, end - start, latencies)
+
+
+def measure_service(
+    way: str, service: Service, texts: Sequence[str], vectors: np.ndarray, clients: int, seconds: float
+) -> Measured:
+    """Lets clients call for so many seconds. Raises AssertionError for a wrong answer."""
+    lock, rows = threading.Lock(), cycle(range(len(texts)))
+    latencies: list[float] = []
+    failures: list[BaseException] = []
+    start = time.perf_counter()
+
+    def take_row() -> int:
+        with lock:
+            return next(rows)
+
+    def call() -> None:
+        try:
+            with CLIENTS[way](service) as embed:
+                while time.perf_counter() - start < seconds:
+                    row = take_row()
+                    call_start = time.perf_counter()
+                    vector = embed([texts[row]])
+                    latencies.append(time.perf_counter() - call_start)
+                    np.testing.assert_allclose(vector, vectors[row : row + 1], atol=TOLERANCE, rtol=0)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return Measured(len(latencies), time.perf_counter() - start, latencies)
+
+
+def summary(rounds: dict[str, list[Measured]]) -> dict[str, object]:
+    """The ratios, and the figures that they are made of."""
+    speed = {
+        way: statistics.median(measured.texts / measured.seconds for measured in of_way)
+        for way, of_way in rounds.items()
+    }
+    latencies = {way: [value for measured in of_way for value in measured.latencies] for way, of_way in rounds.items()}
+    return {
+        **{f"{way}_vs_{DIRECT}": round(speed[way] / speed[DIRECT], 3) for way in CLIENTS},
+        "texts_per_second": {way: round(value, 2) for way, value in speed.items()},
+        "latency_ms": {
+            way: {f"p{p}": round(float(np.percentile(values, p)) * 1000, 1) for p in PERCENTILES}
+            for way, values in latencies.items()
+        },
+        "calls": {way: len(values) for way, values in latencies.items()},
+        "texts_per_second_of_rounds": {
+            way: [round(measured.texts / measured.seconds, 2) for measured in of_way] for way, of_way in rounds.items()
+        },
+    }
+
+
+def exported_model(model: Path, folder: Path) -> Path:
+    """Random weights for a config.json and a vocab.txt, exported."""
+    created, collator = create_model(SemanticIndexBase, from_scratch=str(model), max_seq_length=MAX_SEQ_LENGTH)
+    save_checkpoint(folder / "checkpoint", created, collator)
+    export(["--params_path", str(folder / "checkpoint"), "--output_path", str(folder / "output")])
+    return folder / "output"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add_input_args(parser)
+    parser.add_argument("--model_dir", type=Path, help="exported model to serve (default: base ERNIE, random weights)")
+    parser.add_argument("--batch_size", type=at_least(1), default=32, help="texts of a batch, and clients")
+    parser.add_argument("--texts", type=at_least(1), default=512, help="titles to encode, again and again")
+    parser.add_argument("--seconds", type=at_least(0.1, float), default=20.0, help="of each way in each round")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="turns of each way")
+    parser.add_argument("--quick", action="store_true", help="a small model (4 layers of 256), 2 rounds of 8 s")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a table, and the JSON object."""
+    args = build_parser().parse_args(argv)
+    rounds, seconds, sizes = (2, 8.0, MEDIUM_ERNIE) if args.quick else (args.rounds, args.seconds, BASE_ERNIE)
+    machine = describe_machine()
+    with benchmark_inputs(args.train_set_file, args.model, sizes) as inputs:
+        texts = [pair.title for pair in inputs.pairs[: args.texts]]
+        if len(texts) < args.batch_size:
+            raise InputError(f"--batch_size {args.batch_size}: is more than the {len(texts)} texts")
+        model_dir = args.model_dir or exported_model(inputs.model, inputs.folder)
+        model = load_exported(model_dir, threads=cpu_count())
+        vectors = encode_texts(model.encoder.embed, texts, model.collator, args.batch_size)
+        measured: dict[str, list[Measured]] = {way: [] for way in (DIRECT, *CLIENTS)}
+        with running_service(model_dir, "--batch_size", str(args.batch_size)) as service:
+            for number, way in turns(rounds):
+                if way == DIRECT:
+                    measured[way].append(measure_direct(model, texts, args.batch_size, seconds))
+                else:
+                    measured[way].append(measure_service(way, service, texts, vectors, args.batch_size, seconds))
+                print(f"round {number} of {rounds}: {way}", file=sys.stderr, flush=True)
+    result = summary(measured)
+    print(f"{'':8}{'texts/s':>10}" + "".join(f"{f'p{p} ms':>10}" for p in PERCENTILES))
+    for way in measured:
+        percentiles = result["latency_ms"][way].values()
+        print(f"{way:8}{result['texts_per_second'][way]:>10.1f}" + "".join(f"{value:>10.1f}" for value in percentiles))
+    print(json.dumps({**result, "batch_size": args.batch_size, "machine": machine}))
+    return 0
+
+
+def turns(rounds: int) -> Iterator[tuple[int, str]]:
+    """(round, way), so that a slow minute of the machine meets all ways."""
+    for number in range(1, rounds + 1):
+        for way in (DIRECT, *CLIENTS):
+            yield number, way
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,104 @@
+"""A Pipeline service in a process of its own, and clients for it: what the benchmark and the tests share."""
+
+import http.client
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from runtime import InputError
+from serving import adapter
+from serving.http_gateway import PREDICTION_PATH
+
+ROOT = Path(__file__).resolve().parents[1]
+HOST = "127.0.0.1"
+Embed = Callable[[Sequence[str]], np.ndarray]  # texts -> float32 [N, D]
+
+
+class Service(NamedTuple):
+    """A running one."""
+
+    process: subprocess.Popen[str]
+    rpc_port: int
+    http_port: int
+    log: list[str]  # lines that it has written to stderr
+
+
+@contextmanager
+def running_service(model_dir: Path, *options: str) -> Iterator[Service]:
+    """Starts web_service.py on free ports, and ends it with SIGTERM. Raises InputError if it doesn't start."""
+    command = [sys.executable, ROOT / "deploy" / "python" / "web_service.py", "--model_dir", model_dir, *options]
+    ports = ["--rpc_port", "0", "--http_port", "0"]
+    process = subprocess.Popen([*map(str, command), *ports], stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    try:
+        log = []
+        for line in process.stderr:
+            log.append(line)
+            if line.startswith("ready: "):
+                break
+        else:
+            raise InputError("".join(log).removeprefix("error: ").strip())
+        reader = threading.Thread(target=lambda: log.extend(process.stderr))
+        reader.start()
+        rpc_address, http_address = log[-1].removeprefix("ready: gRPC on ").split(", HTTP on http://")
+        yield Service(process, int(rpc_address.split(":")[1]), int(http_address.split("/")[0].split(":")[1]), log)
+        process.terminate()
+        process.wait(60)
+        reader.join()
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+class ServiceError(Exception):
+    """The service answered with an error."""
+
+    def __init__(self, number: int, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.number, self.status = number, status
+
+
+@contextmanager
+def rpc_client(service: Service) -> Iterator[Embed]:
+    """Calls over a gRPC connection of its own. Raises ServiceError."""
+    address = f"{HOST}:{service.rpc_port}"
+    with adapter.grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        stub = adapter.PipelineServiceStub(channel)
+
+        def embed(texts: Sequence[str]) -> np.ndarray:
+            response = stub.inference(adapter.Request(key=map(str, range(len(texts))), value=texts))
+            if response.err_no:
+                raise ServiceError(response.err_no, response.err_msg)
+            return np.array(json.loads(response.value[0]), dtype=np.float32)
+
+        yield embed
+
+
+@contextmanager
+def http_client(service: Service) -> Iterator[Embed]:
+    """Calls over an HTTP connection of its own, which stays open. Raises ServiceError."""
+    connection = http.client.HTTPConnection(HOST, service.http_port)
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        request = {"key": list(map(str, range(len(texts)))), "value": list(texts)}
+        connection.request("POST", PREDICTION_PATH, json.dumps(request), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        response = json.loads(answer.read())
+        if response["err_no"]:
+            raise ServiceError(response["err_no"], response["err_msg"], answer.status)
+        return np.array(json.loads(response["value"][0]), dtype=np.float32)
+
+    try:
+        yield embed
+    finally:
+        connection.close()
+
+
+CLIENTS = {"rpc": rpc_client, "http": http_client}

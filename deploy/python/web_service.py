@@ -1,0 +1,82 @@
+"""Serves a model's vectors over gRPC and HTTP with Paddle Serving's Pipeline mode, until SIGTERM or Ctrl-C."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from runtime import ArgumentParser, Stopped, StopSignals, cpu_count, log, run
+from serving.encoder_process import EncoderOptions, EncoderProcess
+from serving.limits import Limits
+from serving.settings import add_settings_args, check_ports, read_settings
+
+CONFIG_FILE = Path(__file__).with_name("config_nlp.yml")
+STOP_SECONDS = 25.0  # for what is in flight; Kubernetes and Docker Compose kill after 30 and 10
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, default=CONFIG_FILE, help="file with the settings that aren't given")
+    add_settings_args(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the addresses when it is ready; a stop that could not finish what was in flight gives 1."""
+    args = vars(build_parser().parse_args(argv))
+    settings = read_settings(args, os.environ, args["config"])
+    check_ports(settings)
+    # Imported here, so that a missing Serving ends in a line.
+    from serving.adapter import PipelineService, ServiceOptions
+    from serving.http_gateway import PREDICTION_PATH, HttpGateway
+
+    host = settings["host"]
+    limits = Limits(
+        texts=settings["max_texts"],
+        characters=settings["max_characters"],
+        bytes=settings["max_bytes"],
+        waiting_texts=settings["max_waiting_texts"],
+    )
+    encoder_options = EncoderOptions(
+        model_dir=str(Path(settings["model_dir"]).absolute()),
+        device=settings["device"],
+        precision=settings["precision"],
+        threads=settings["threads"] or max(1, cpu_count() // settings["workers"]),
+        max_seq_length=settings["max_seq_length"] or None,
+        batch_size=settings["batch_size"],
+    )
+    with StopSignals() as signals:
+        encoders = [EncoderProcess(encoder_options) for _ in range(settings["workers"])]
+        service = PipelineService(
+            encoders,
+            ServiceOptions(
+                batch_size=settings["batch_size"],
+                batch_wait=settings["batch_wait_ms"] / 1000,
+                rpc_threads=settings["max_requests"],
+                limits=limits,
+            ),
+        )
+        rpc_port = service.listen(host, settings["rpc_port"])
+        gateway = HttpGateway(service, host, settings["http_port"], connections=settings["max_requests"])
+        log(f"ready: gRPC on {host}:{rpc_port}, HTTP on http://{host}:{gateway.server_port}{PREDICTION_PATH}")
+        try:
+            with signals.raised():
+                while True:
+                    time.sleep(3600)
+        except Stopped:
+            log("stopping: answering the requests that are here")
+        finished = service.stop(STOP_SECONDS)
+        gateway.stop()
+    if not finished:
+        log(f"error: some requests weren't answered within {STOP_SECONDS:g} s")
+        os._exit(1)  # their threads would keep the process
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

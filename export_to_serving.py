@@ -1,0 +1,183 @@
+"""Converts an exported model into what Paddle Serving loads: the folders serving_server and serving_client."""
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+
+from files import MANIFEST_FILE, atomic_folder, check_manifest, whole_folder, write_manifest
+from runtime import ArgumentParser, InputError, run, set_up_paddle
+
+if __name__ == "__main__":
+    set_up_paddle()
+
+from static_graph import EXPORT_AGAIN, GRAPH_NAME, GRAPH_SUFFIXES, INPUT_NAMES, WEIGHTS_SUFFIX, StaticEncoder
+
+SERVER_CONFIG = "serving_server_conf"  # of the files; Serving's loaders look for these names
+CLIENT_CONFIG = "serving_client_conf"
+CONFIG_SUFFIXES = (".prototxt", ".stream.prototxt")  # text and binary
+INT64, FLOAT32 = 0, 1  # of feed_type and fetch_type: `var_type_conversion` of paddle_serving_client 0.9.0
+
+
+def _config_class() -> Any:
+    """GeneralModelConfig of Serving's general_model_config.proto, made here so that converting needs no Serving."""
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(
+        name="general_model_config.proto", package="baidu.paddle_serving.configure"
+    )
+    for name, kind in (("FeedVar", "feed_type"), ("FetchVar", "fetch_type")):
+        message = file.message_type.add(name=name)
+        for number, (field_name, field_type) in enumerate(
+            [
+                ("name", field.TYPE_STRING),
+                ("alias_name", field.TYPE_STRING),
+                ("is_lod_tensor", field.TYPE_BOOL),
+                (kind, field.TYPE_INT32),
+                ("shape", field.TYPE_INT32),
+            ],
+            start=1,
+        ):
+            label = field.LABEL_REPEATED if field_name == "shape" else field.LABEL_OPTIONAL
+            message.field.add(name=field_name, number=number, type=field_type, label=label)
+    config = file.message_type.add(name="GeneralModelConfig")
+    for number, (field_name, type_name) in enumerate((("feed_var", "FeedVar"), ("fetch_var", "FetchVar")), start=1):
+        config.field.add(
+            name=field_name,
+            number=number,
+            type=field.TYPE_MESSAGE,
+            label=field.LABEL_REPEATED,
+            type_name=f".{file.package}.{type_name}",
+        )
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.MessageFactory(pool).GetPrototype(
+        pool.FindMessageTypeByName(f"{file.package}.GeneralModelConfig")
+    )
+
+
+def serving_config(output_name: str, embedding_size: int, feed_aliases: Sequence[str], fetch_alias: str) -> Any:
+    """What Serving must know of a graph's inputs and output: a GeneralModelConfig message."""
+    config = _config_class()()
+    for name, alias in zip(INPUT_NAMES, feed_aliases, strict=True):
+        config.feed_var.add(name=name, alias_name=alias, is_lod_tensor=False, feed_type=INT64)
+    config.fetch_var.add(
+        name=output_name, alias_name=fetch_alias, is_lod_tensor=False, fetch_type=FLOAT32, shape=[embedding_size]
+    )
+    return config
+
+
+def write_serving_config(folder: Path, name: str, config: Any) -> None:
+    """Writes a GeneralModelConfig as text and as bytes into an existing folder."""
+    text, binary = (folder / (name + suffix) for suffix in CONFIG_SUFFIXES)
+    text.write_text(text_format.MessageToString(config), encoding="utf-8")
+    binary.write_bytes(config.SerializeToString())
+
+
+def find_model(folder: Path, model_filename: str, params_filename: str) -> tuple[Path, Path]:
+    """The files of graph and weights; a graph that Paddle 3 wrote where one of Paddle 2 is named. Raises InputError."""
+    if not folder.is_dir():
+        raise InputError(f"--dirname {folder}: no such folder; export the model with export_model.py")
+    named = folder / model_filename
+    others = [named.with_suffix(suffix) for suffix in GRAPH_SUFFIXES]
+    graph = next((file for file in (named, *others) if file.is_file()), None)
+    if graph is None or graph.suffix not in GRAPH_SUFFIXES:
+        raise InputError(f"--model_filename {model_filename}: {folder} has no such graph; {EXPORT_AGAIN}")
+    weights = folder / params_filename
+    if not weights.is_file():
+        raise InputError(f"--params_filename {params_filename}: {folder} has no such file; {EXPORT_AGAIN}")
+    return graph, weights
+
+
+def convert(
+    source: Path, graph: Path, weights: Path, server: Path, feed_aliases: Sequence[str], fetch_alias: str | None
+) -> Any:
+    """Fills the new folder `server`, runs its graph once, and gives the GeneralModelConfig. Raises InputError.
+
+    Beside what the original converter writes go the other files of the exported folder: web_service.py tokenises with
+    them.
+    """
+    check_manifest(source, remedy=EXPORT_AGAIN)
+    shutil.copyfile(graph, server / (GRAPH_NAME + graph.suffix))
+    shutil.copyfile(weights, server / (GRAPH_NAME + WEIGHTS_SUFFIX))
+    if (source / MANIFEST_FILE).is_file():
+        for file in source.iterdir():
+            if file.is_file() and file not in (graph, weights) and file.name != MANIFEST_FILE:
+                shutil.copyfile(file, server / file.name)
+    encoder = StaticEncoder(server)
+    tokens = np.ones((1, 3), dtype=np.int64)
+    embedding_size = encoder.embed(tokens, np.zeros_like(tokens)).shape[1]
+    config = serving_config(encoder.output_name, embedding_size, feed_aliases, fetch_alias or encoder.output_name)
+    write_serving_config(server, SERVER_CONFIG, config)
+    if (source / MANIFEST_FILE).is_file():
+        write_manifest(server)
+    return config
+
+
+def check_output(path: Path, config_name: str) -> None:
+    """Raises InputError if a folder that would be replaced holds something that no conversion wrote."""
+    if path.is_dir() and any(path.iterdir()) and not (path / (config_name + CONFIG_SUFFIXES[0])).is_file():
+        raise InputError(f"{path}: holds other files, which would be lost; name another folder")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--dirname", required=True, help="folder that export_model.py wrote")
+    parser.add_argument(
+        "--model_filename",
+        default=f"{GRAPH_NAME}.pdmodel",
+        help="graph in it; Paddle 3 writes .json, which is taken where there is no .pdmodel",
+    )
+    parser.add_argument("--params_filename", default=f"{GRAPH_NAME}{WEIGHTS_SUFFIX}", help="weights in it")
+    parser.add_argument("--server_path", default="./serving_server", help="folder to write for the server")
+    parser.add_argument("--client_path", default="./serving_client", help="folder to write for clients")
+    parser.add_argument("--feed_alias_names", help="what clients call the inputs, with a comma between them")
+    parser.add_argument("--fetch_alias_names", help="what clients call the output")
+    parser.add_argument(
+        "--show_proto",
+        nargs="?",
+        const=True,
+        default=False,
+        type=lambda text: text.lower() in ("true", "1"),
+        help="print what Serving is told of inputs and output, and write nothing",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints which graph it took and what it wrote."""
+    args = build_parser().parse_args(argv)
+    source, server, client = whole_folder(args.dirname), Path(args.server_path), Path(args.client_path)
+    feed_aliases = args.feed_alias_names.split(",") if args.feed_alias_names else list(INPUT_NAMES)
+    if len(feed_aliases) != len(INPUT_NAMES) or len({*feed_aliases, ""}) != len(INPUT_NAMES) + 1:
+        raise InputError(f"--feed_alias_names {args.feed_alias_names}: give {len(INPUT_NAMES)} names, as in a,b")
+    if args.fetch_alias_names and "," in args.fetch_alias_names:
+        raise InputError(f"--fetch_alias_names {args.fetch_alias_names}: give one name, there is one output")
+    if len({path.resolve() for path in (source, server, client)}) < 3:
+        raise InputError("--dirname, --server_path and --client_path: name three folders")
+    graph, weights = find_model(source, args.model_filename, args.params_filename)
+    if not args.show_proto:
+        check_output(server, SERVER_CONFIG)
+        check_output(client, CLIENT_CONFIG)
+    if graph.name != args.model_filename:
+        print(f"took {graph.name}: Paddle 3 writes it in place of {args.model_filename}")
+
+    if args.show_proto:
+        with tempfile.TemporaryDirectory() as folder:
+            config = convert(source, graph, weights, Path(folder), feed_aliases, args.fetch_alias_names)
+            print(str(config).rstrip())
+        return 0
+    with atomic_folder(client) as client_folder, atomic_folder(server) as server_folder:
+        config = convert(source, graph, weights, server_folder, feed_aliases, args.fetch_alias_names)
+        write_serving_config(client_folder, CLIENT_CONFIG, config)
+    print(f"wrote {server} and {client}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

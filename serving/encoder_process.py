@@ -1,0 +1,147 @@
+"""An encoder in a process of its own: Paddle Inference holds Python's lock while it runs, which would stop the service.
+
+Run as a program it is that process: `python -m serving.encoder_process FD JSON`.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+from runtime import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+STOP_SECONDS = 5.0
+
+
+class EncoderOptions(NamedTuple):
+    """Of `static_graph.load_exported`, and the texts that are encoded at a time."""
+
+    model_dir: str
+    device: str
+    precision: str
+    threads: int | None
+    max_seq_length: int | None
+    batch_size: int
+
+
+class EncoderStopped(Exception):
+    """The process ended, or failed, while it should have encoded."""
+
+
+class EncoderProcess:
+    """Starts the process and waits until it has encoded something. Raises InputError where the model can't be used.
+
+    It ends with `close`, and whenever this process ends, however that happens. Not to be used by several threads at a
+    time.
+    """
+
+    def __init__(self, options: EncoderOptions) -> None:
+        self._options = options
+        self._start()
+
+    def _start(self) -> None:
+        self._connection, child = Pipe()
+        with child:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(child.fileno()), json.dumps(self._options)],
+                pass_fds=[child.fileno()],
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the service alone
+            )
+        try:
+            error = self._receive()
+        except EncoderStopped:
+            error = f"{self._options.model_dir}: the process that loads it ended; is there memory enough?"
+        self.broken = error is not None  # whether the last start failed
+        if error:
+            self.close()
+            raise InputError(error)
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors, float32 [N, D]. Raises EncoderStopped; the next call starts the process anew."""
+        if self._process.poll() is not None:
+            self._connection.close()
+            try:
+                self._start()
+            except InputError as error:
+                raise EncoderStopped(f"can't be started again: {error}") from None
+        try:
+            self._connection.send(list(texts))
+        except OSError as error:
+            raise EncoderStopped(f"ended ({error.strerror})") from None
+        vectors = self._receive()
+        if isinstance(vectors, str):
+            raise EncoderStopped(vectors)
+        return vectors
+
+    def _receive(self) -> Any:
+        try:
+            return self._connection.recv()
+        except (EOFError, OSError):
+            self._process.wait()
+            raise EncoderStopped(f"ended with exit code {self._process.returncode}") from None
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._connection.close()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def serve(connection: Connection, options: EncoderOptions) -> None:
+    """Answers lists of texts with their vectors until the other end is closed; a string is an error."""
+    from runtime import set_up_paddle
+
+    if options.threads:
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    set_up_paddle()
+    from data import encode_texts
+    from static_graph import choose_device, load_exported
+
+    try:
+        encoder, collator = load_exported(
+            Path(options.model_dir),
+            device=choose_device(options.device),
+            precision=options.precision,
+            threads=options.threads,
+            max_seq_length=options.max_seq_length,
+        )
+        encode_texts(encoder.embed, ["warm up"] * options.batch_size, collator, options.batch_size)
+    except InputError as error:
+        connection.send(str(error))
+        return
+    connection.send(None)
+    while True:
+        texts = connection.recv()
+        try:
+            vectors = encode_texts(encoder.embed, texts, collator, options.batch_size)
+        except Exception as error:
+            connection.send(f"{type(error).__name__} in encoding {len(texts)} texts")
+        else:
+            connection.send(vectors)
+
+
+def main(argv: Sequence[str]) -> NoReturn:
+    """Runs until the service closes the connection or ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to every process, and the service has work left
+    with Connection(int(argv[0])) as connection, contextlib.suppress(EOFError, OSError):  # the service is gone
+        serve(connection, EncoderOptions(*json.loads(argv[1])))
+    os._exit(0)  # Paddle takes a second to end, for nothing
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,94 @@
+"""What a request may hold, and the errors that tell a client why it was refused. Imports neither Paddle nor Serving."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+# Numbers of err_no, Serving's own (`CustomExceptionCode` of 0.9.0) where it has one; 51 to 99 are left to products.
+OK = 0
+OVERLOADED = 51
+STOPPING = 3001
+NO_SUCH_SERVICE = 3002
+BAD_REQUEST = 5000
+INTERNAL_ERROR = 10000
+
+
+class RequestError(Exception):
+    """A request that gets no vectors; the message is for its client and holds neither texts nor paths."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class Limits(NamedTuple):
+    """Of a request, all but the last."""
+
+    texts: int
+    characters: int  # of a text
+    bytes: int
+    waiting_texts: int  # of all requests together that aren't answered yet
+
+
+def check_texts(keys: Sequence[str], values: Sequence[str], limits: Limits) -> list[str]:
+    """The texts of a request in the order of their keys "0", "1", ... Raises RequestError."""
+    if len(keys) != len(values):
+        raise RequestError(BAD_REQUEST, f"{len(keys)} keys and {len(values)} values: give a key to each text")
+    if not keys:
+        raise RequestError(BAD_REQUEST, "no texts: send at least one, with the key 0")
+    if len(keys) > limits.texts:
+        raise RequestError(BAD_REQUEST, f"{len(keys)} texts: send at most {limits.texts} in a request")
+    texts = dict(zip(keys, values, strict=True))
+    try:
+        ordered = [texts[str(number)] for number in range(len(keys))]
+    except KeyError:
+        raise RequestError(BAD_REQUEST, f"wrong keys: {len(keys)} texts have the keys 0 to {len(keys) - 1}") from None
+    for number, text in enumerate(ordered):
+        if not text.strip():
+            raise RequestError(BAD_REQUEST, f"text {number} is empty: send none that is")
+        if len(text) > limits.characters:
+            raise RequestError(
+                BAD_REQUEST, f"text {number} has {len(text)} characters: send at most {limits.characters}"
+            )
+    return ordered
+
+
+class Admission:
+    """Counts the requests and texts that aren't answered yet, and keeps them within bounds."""
+
+    def __init__(self, waiting_texts: int) -> None:
+        self._limit = waiting_texts
+        self._changed = threading.Condition()
+        self._stopping = False
+        self.requests = 0
+        self.texts = 0
+
+    @contextmanager
+    def admitted(self, texts: int) -> Iterator[None]:
+        """Counts a request while the block runs. Raises RequestError for too many texts, and after `stop`."""
+        with self._changed:
+            if self._stopping:
+                raise RequestError(STOPPING, "the service is stopping: send the request to another")
+            if self.texts + texts > self._limit:
+                raise RequestError(OVERLOADED, f"{self.texts} texts are waiting already: try again later")
+            self.requests += 1
+            self.texts += texts
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.requests -= 1
+                self.texts -= texts
+                self._changed.notify_all()
+
+    def stop(self, seconds: float) -> bool:
+        """Lets no more requests in, and waits for the others; False if some are still there after so many seconds."""
+        with self._changed:
+            self._stopping = True
+            return self._changed.wait_for(lambda: self.requests == 0, seconds)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping

@@ -1,0 +1,675 @@
+"""A real Pipeline service: its vectors, its load, and everything that clients and operators can do wrong."""
+
+import io
+import json
+import os
+import random
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from conftest import ROOT, all_pairs, run_script
+
+import export_model
+import export_to_serving
+from benchmarks.service import CLIENTS, HOST, Service, ServiceError, http_client, rpc_client, running_service
+from checkpoint import load_checkpoint
+from data import encode_texts
+from runtime import InputError
+from serving import adapter, http_gateway
+from serving.adapter import METHOD, PipelineService, Request, Response, ServiceOptions
+from serving.encoder_process import EncoderOptions, EncoderProcess, EncoderStopped
+from serving.http_gateway import PREDICTION_PATH, HttpGateway
+from serving.limits import BAD_REQUEST, INTERNAL_ERROR, NO_SUCH_SERVICE, OVERLOADED, STOPPING, Limits
+from serving.settings import read_settings
+from static_graph import load_exported
+
+TOLERANCE = 1e-5
+TITLES = [title for _, title in all_pairs()]
+SECRET = "机密文本" * 5  # a text that no log may hold
+TEXTS = [
+    "水",
+    "水稻的产量",
+    "Deep Learning 2.0!",
+    SECRET,
+    "论水稻产量研究水稻,产量" * 20,  # longer than the model's 24 tokens
+]
+MAX_TEXTS, MAX_CHARACTERS = 64, 2000
+
+
+@pytest.fixture(scope="module")
+def serving_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of export_to_serving.py."""
+    folder = tmp_path_factory.mktemp("serving")
+    export_model.main(["--params_path", str(checkpoint), "--output_path", str(folder / "output")])
+    paths = ["--server_path", str(folder / "serving_server"), "--client_path", str(folder / "serving_client")]
+    export_to_serving.main(["--dirname", str(folder / "output"), *paths, "--fetch_alias_names", "output_embedding"])
+    return folder / "serving_server"
+
+
+@pytest.fixture(scope="module")
+def service(serving_server: Path) -> Iterator[Service]:
+    """One service for the tests of this module."""
+    options = ["--max_texts", str(MAX_TEXTS), "--max_characters", str(MAX_CHARACTERS), "--threads", "1"]
+    with running_service(serving_server, *options) as service:
+        yield service
+    assert service.process.returncode == 0
+    log = "".join(service.log)
+    assert "ready" in log and "Traceback" not in log and SECRET[:4] not in log and "水稻" not in log
+
+
+@pytest.fixture
+def answers(service: Service) -> Iterator[None]:
+    """Whatever a test did, the next request works."""
+    yield
+    for client in CLIENTS.values():
+        with client(service) as embed:
+            assert embed(["水稻"]).shape == (1, 16)
+    assert get(service, "/health") == (200, '{"status": "ok"}')
+
+
+def get(service: Service, path: str) -> tuple[int, str]:
+    """Status and body."""
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{service.http_port}{path}", timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def post(service: Service, body: bytes, path: str = PREDICTION_PATH) -> tuple[int, dict[str, Any]]:
+    """Status and content."""
+    request = urllib.request.Request(f"http://{HOST}:{service.http_port}{path}", body)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def call(service: Service, data: bytes) -> Response:
+    """The answer to the bytes of a gRPC request."""
+    with grpc.insecure_channel(f"{HOST}:{service.rpc_port}") as channel:
+        method = channel.unary_unary(f"/{METHOD}/inference", response_deserializer=Response.FromString)
+        return method(data, timeout=30)
+
+
+def children(process: int) -> list[int]:
+    """Numbers of a process's own processes."""
+    files = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(number) for file in files for number in file.read_text().split()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def test_one_text_has_one_vector(service: Service, serving_server: Path, checkpoint: Path) -> None:
+    """From the model, from Paddle Inference, over gRPC and over HTTP, alone and among others."""
+    model, collator = load_checkpoint(checkpoint)
+    exported = load_exported(serving_server)
+    expected = np.concatenate([model.embed(*collator([text])) for text in TEXTS])
+    ways = {"Paddle Inference": lambda texts: encode_texts(exported.encoder.embed, texts, exported.collator, 4)}
+    with rpc_client(service) as rpc, http_client(service) as http:
+        for name, embed in {**ways, "rpc": rpc, "http": http}.items():
+            alone = np.concatenate([embed([text]) for text in TEXTS])
+            for vectors in (alone, embed(TEXTS), embed(TEXTS[::-1])[::-1], embed(TEXTS + TITLES[:40])[: len(TEXTS)]):
+                np.testing.assert_allclose(vectors, expected, atol=TOLERANCE, rtol=0, err_msg=name)
+
+
+def test_the_answer_keeps_the_originals_form(service: Service) -> None:
+    """Over HTTP as Serving's gateway writes it; the value is JSON and, as in the original, a Python literal."""
+    status, content = post(service, json.dumps({"key": ["1", "0"], "value": ["小麦", "水稻"]}).encode())
+    assert status == 200
+    assert list(content) == ["err_no", "err_msg", "key", "value", "tensors"]
+    assert (content["err_no"], content["err_msg"], content["key"]) == (0, "", ["output_embedding"])
+    with rpc_client(service) as embed:
+        np.testing.assert_allclose(json.loads(content["value"][0]), embed(["水稻", "小麦"]), atol=TOLERANCE)
+
+
+def test_every_answer_under_load_is_the_right_one(service: Service, serving_server: Path) -> None:
+    """16 clients at a time, both ways in, one to five texts a request; some are computed together."""
+    exported = load_exported(serving_server)
+    expected = encode_texts(exported.encoder.embed, TITLES, exported.collator, 32)
+
+    def work(seed: int) -> int:
+        order = random.Random(seed)
+        with CLIENTS[order.choice(list(CLIENTS))](service) as embed:
+            for _ in range(20):
+                rows = order.sample(range(len(TITLES)), order.randint(1, 5))
+                vectors = embed([TITLES[row] for row in rows])
+                np.testing.assert_allclose(vectors, expected[rows], atol=TOLERANCE, rtol=0)
+        return 20
+
+    before = batches(service)
+    with ThreadPoolExecutor(16) as pool:
+        calls = sum(pool.map(work, range(16)))
+    assert calls == 320
+    assert batches(service) - before < 320 / 2
+
+
+def batches(service: Service) -> int:
+    """Batches that a service has encoded."""
+    (line,) = (line for line in get(service, "/metrics")[1].splitlines() if line.startswith("batch_texts_count"))
+    return int(line.split()[1])
+
+
+def test_metrics_count_what_happened(service: Service) -> None:
+    def counts() -> dict[str, float]:
+        lines = get(service, "/metrics")[1].splitlines()
+        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
+
+    before = counts()
+    with http_client(service) as http, rpc_client(service) as rpc:
+        http(["水稻", "小麦", "玉米"])
+        rpc(["水稻"])
+        with pytest.raises(ServiceError):
+            rpc([""])
+    after = counts()
+    changed = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
+    assert changed['requests_total{way="http"}'] == 1 and changed['requests_total{way="rpc"}'] == 2
+    assert changed[f'errors_total{{err_no="{BAD_REQUEST}"}}'] == 1
+    assert changed["request_seconds_count"] == 3 and changed["batch_texts_count"] == 2
+    assert changed["batch_texts_sum"] == 4 and changed['batch_texts_bucket{le="1"}'] == 1
+    assert after['waiting{of="texts"}'] == 0
+
+
+def test_it_listens_on_localhost_alone(service: Service) -> None:
+    listening = {}
+    for file in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(file).read_text().splitlines()[1:]:
+            address, port = line.split()[1].split(":")
+            if line.split()[3] == "0A":  # TCP_LISTEN of the kernel's tcp_states.h
+                listening[int(port, 16)] = address
+    ipv4, mapped_ipv4 = "0100007F", "0000000000000000FFFF00000100007F"
+    assert {listening[service.rpc_port], listening[service.http_port]} <= {ipv4, mapped_ipv4}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def as_json(**content: Any) -> bytes:
+    return json.dumps(content).encode()
+
+
+BAD_BODIES = [
+    (b"", 400, "isn't JSON"),
+    (b"{", 400, "isn't JSON at character 1"),
+    (b'{"key": ["0"], "value": ["\xff\xfe"]}', 400, "isn't UTF-8"),
+    (b"[" * 100_000 + b"]" * 100_000, 400, "nested too deeply"),
+    (b'{"key": ["0"], "value": [NaN]}', 400, "isn't JSON"),
+    (b'["0"]', 400, "isn't an object"),
+    (b"{}", 400, "no texts"),
+    (as_json(key=[], value=[]), 400, "no texts"),
+    (as_json(key=["0"], value=[""]), 400, "text 0 is empty"),
+    (as_json(key=["0", "1"], value=["水稻", " \n"]), 400, "text 1 is empty"),
+    (as_json(key=["0"], value=["水" * (MAX_CHARACTERS + 1)]), 400, f"{MAX_CHARACTERS + 1} characters"),
+    (as_json(key=list(map(str, range(10_000))), value=["水"] * 10_000), 400, f"at most {MAX_TEXTS}"),
+    (as_json(key=["text"], value=["水稻"]), 400, "wrong keys"),
+    (as_json(key=["0", "0"], value=["水稻", "小麦"]), 400, "wrong keys"),
+    (as_json(key=["0", "1"], value=["水稻"]), 400, "2 keys and 1 values"),
+    (as_json(key="0", value="水稻"), 400, "key must be a list of strings"),
+    (as_json(key=["0"], value=[1.5]), 400, "value must be a list of strings"),
+    (as_json(key=["0"], value=[None]), 400, "value must be a list of strings"),
+    (as_json(key=["0"], value=[["水稻"]]), 400, "value must be a list of strings"),
+    (as_json(key=["0"], value=["\ud800"]), 400, "surrogate"),
+    (as_json(key=["0"], value=["水稻"], logid=2**70), 400, "logid"),
+    (as_json(key=["0"], value=["水稻"], text="小麦"), 400, "unknown fields"),
+    (as_json(key=["0"], value=["水稻"], tensors=[{"name": "0"}]), 400, "tensors aren't taken"),
+    (as_json(key=["0"], value=["水稻"], name="other"), 404, "no such service"),
+    (b" " * 10_000_000, 413, "at most 4194304 bytes"),
+]
+
+
+@pytest.mark.usefixtures("answers")
+@pytest.mark.parametrize(("body", "status", "message"), BAD_BODIES, ids=lambda value: str(value)[:20])
+def test_bad_http_requests(service: Service, body: bytes, status: int, message: str) -> None:
+    """An error that says what is wrong, without a text or a path."""
+    got, content = post(service, body)
+    assert got == status
+    assert message in content["err_msg"]
+    assert content["err_no"] and content["value"] == []
+    assert "/" not in content["err_msg"] and "水稻" not in content["err_msg"]
+
+
+@pytest.mark.usefixtures("answers")
+def test_bad_rpc_requests(service: Service) -> None:
+    """The same over gRPC."""
+    tensor = Request(key=["0"], value=["水稻"])
+    tensor.tensors.add(name="0", elem_type=0, int64_data=[1], shape=[1])
+    for data, message in [
+        (b"\x0a\x05\x01", "not a Request"),
+        (b"\x12\x02\xff\xfe", "UTF-8"),
+        (Request().SerializeToString(), "no texts"),
+        (Request(key=["0"], value=["  "]).SerializeToString(), "text 0 is empty"),
+        (Request(key=["0"], value=["水" * (MAX_CHARACTERS + 1)]).SerializeToString(), "characters"),
+        (Request(key=map(str, range(10_000)), value=["水"] * 10_000).SerializeToString(), f"at most {MAX_TEXTS}"),
+        (Request(key=["1"], value=["水稻"]).SerializeToString(), "wrong keys"),
+        (Request(key=["0"], value=["水稻", "小麦"]).SerializeToString(), "1 keys and 2 values"),
+        (tensor.SerializeToString(), "tensors aren't taken"),
+    ]:
+        response = call(service, data)
+        assert response.err_no == BAD_REQUEST and message in response.err_msg and not response.value
+    assert call(service, Request(name="other").SerializeToString()).err_no == NO_SUCH_SERVICE
+    with pytest.raises(grpc.RpcError) as error:
+        call(service, Request(key=["0"], value=["水" * 10_000_000]).SerializeToString())
+    assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class _Touch:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.usefixtures("answers")
+def test_pickled_tensors_run_no_code(service: Service, tmp_path: Path) -> None:
+    """Serving's own unpacking loads them with np.load(allow_pickle=True)."""
+    file = io.BytesIO()
+    np.save(file, np.array([_Touch(tmp_path / "ran")], dtype=object), allow_pickle=True)
+    request = Request()
+    request.tensors.add(name="0", elem_type=13, byte_data=file.getvalue())
+    assert "tensors aren't taken" in call(service, request.SerializeToString()).err_msg
+    assert list(tmp_path.iterdir()) == []
+    file.seek(0)
+    np.load(file, allow_pickle=True)
+    assert (tmp_path / "ran").exists()  # the payload would have worked
+
+
+@pytest.mark.usefixtures("answers")
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # the start of a TLS handshake
+        b"POST /ernie/prediction HTTP/1.1\r\n",
+        b"POST /ernie/prediction HTTP/1.1\r\nContent-Length: 100\r\n\r\n{",
+        b'POST /ernie/prediction HTTP/1.1\r\nContent-Length: 31\r\n\r\n{"key": ["0"], "value": ["text"]}',
+    ],
+)
+def test_clients_that_hang_up(service: Service, sent: bytes) -> None:
+    """At any point, on either port."""
+    for port in (service.http_port, service.rpc_port):
+        for _ in range(5):
+            with socket.create_connection((HOST, port)) as connection:
+                connection.sendall(sent)
+
+
+@pytest.mark.usefixtures("answers")
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"POST /ernie/prediction HTTP/1.1\r\n\r\n", b"411"),
+        (b"POST /ernie/prediction HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n", b"411"),
+        (b"POST /ernie/prediction HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"411"),
+        (b"POST /ernie/prediction HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", b"413"),
+        (b"POST /ernie/prediction HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 9999999\r\n\r\n", b"413"),
+        (b"POST /other HTTP/1.1\r\nContent-Length: 0\r\n\r\n", b"404"),
+        (b"DELETE /ernie/prediction HTTP/1.1\r\n\r\n", b"501"),
+        (b"GET / HTTP/1.1\r\n\r\n", b"404"),
+        (b"nonsense\r\n\r\n", b"400"),
+        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", b"414"),
+        (b"GET /health HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n", b"431"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_bad_http_heads(service: Service, head: bytes, status: bytes) -> None:
+    """One answer in JSON, never http.server's page, which repeats what was sent."""
+    with socket.create_connection((HOST, service.http_port)) as connection:
+        connection.sendall(head)
+        connection.settimeout(30)
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["err_msg"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches, overload, failures and stops, with encoders that do as they are told
+
+
+class FakeEncoder:
+    """Gives [number of the call, characters of the text] when `go` is set."""
+
+    broken = False
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.batches: list[list[str]] = []
+        self.closed = False
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        self.batches.append(list(texts))
+        assert self.go.wait(30)
+        if "fail" in texts:
+            raise EncoderStopped("ended")
+        return np.array([[len(self.batches), len(text)] for text in texts], dtype=np.float32)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+LIMITS = Limits(texts=4, characters=100, bytes=10_000, waiting_texts=6)
+MakeService = Callable[..., PipelineService]
+
+
+@pytest.fixture
+def encoder() -> FakeEncoder:
+    return FakeEncoder()
+
+
+@pytest.fixture
+def fake_service(encoder: FakeEncoder) -> Iterator[PipelineService]:
+    """A service in this process."""
+    service = PipelineService([encoder], ServiceOptions(batch_size=4, batch_wait=0.2, rpc_threads=16, limits=LIMITS))
+    yield service
+    encoder.go.set()
+    assert service.stop(30)
+
+
+def ask(service: PipelineService, *texts: str) -> Response:
+    return service.answer("rpc", lambda: Request(key=map(str, range(len(texts))), value=texts))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for it."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_waiting_requests_are_computed_together(fake_service: PipelineService, encoder: FakeEncoder) -> None:
+    """The first alone, then up to batch_size texts of those that came meanwhile; each gets its own vectors."""
+    with ThreadPoolExecutor(8) as pool:
+        futures = {text: pool.submit(ask, fake_service, text) for text in ("a",)}
+        until(lambda: encoder.batches == [["a"]])
+        for text in ("bb", "ccc", "dddd", "eeeee", "ffffff")[:5]:
+            futures[text] = pool.submit(ask, fake_service, text)
+        until(lambda: fake_service.admission.texts == 6)
+        encoder.go.set()
+        for text, future in futures.items():
+            assert json.loads(future.result().value[0])[0][1] == len(text)
+    assert [len(batch) for batch in encoder.batches] == [1, 4, 1]
+
+
+def test_a_lone_client_never_waits(fake_service: PipelineService, encoder: FakeEncoder) -> None:
+    encoder.go.set()
+    start = time.monotonic()
+    for _ in range(20):
+        assert ask(fake_service, "a").err_no == 0
+    assert time.monotonic() - start < 20 * 0.2
+
+
+def test_overload_is_an_error_at_once(fake_service: PipelineService, encoder: FakeEncoder) -> None:
+    """Beyond waiting_texts, and only as long as they wait."""
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(ask, fake_service, "a", "b", "c") for _ in range(2)]
+        until(lambda: fake_service.admission.texts == 6)
+        refused = ask(fake_service, "d")
+        assert refused.err_no == OVERLOADED and "try again later" in refused.err_msg
+        encoder.go.set()
+        assert [future.result().err_no for future in futures] == [0, 0]
+    assert ask(fake_service, "d").err_no == 0
+
+
+def test_a_failing_encoder_fails_its_batch_alone(fake_service: PipelineService, encoder: FakeEncoder) -> None:
+    encoder.go.set()
+    response = ask(fake_service, "fail")
+    assert response.err_no == INTERNAL_ERROR and response.err_msg == "the encoder failed: try again"
+    assert ask(fake_service, "a").err_no == 0
+
+
+def test_an_unforeseen_error_is_an_answer(
+    fake_service: PipelineService, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the client nor the log learn its message, which could hold texts."""
+
+    def fail(*_: object) -> None:
+        raise ValueError(SECRET)
+
+    monkeypatch.setattr(adapter, "check_texts", fail)
+    assert ask(fake_service, "a").err_msg == "the service failed: try again"
+    assert capsys.readouterr().err == "error: ValueError in answering a request\n"
+
+
+def test_stopping_answers_what_is_there(encoder: FakeEncoder) -> None:
+    """And refuses what comes later."""
+    service = PipelineService([encoder], ServiceOptions(4, 0.0, 16, LIMITS))
+    with ThreadPoolExecutor(8) as pool:
+        early = [pool.submit(ask, service, text) for text in ("a", "b")]
+        until(lambda: service.admission.texts == 2)
+        stopped = pool.submit(service.stop, 30)
+        until(lambda: service.admission.stopping)
+        late = ask(service, "c")
+        encoder.go.set()
+        assert stopped.result() is True
+    assert [future.result().err_no for future in early] == [0, 0]
+    assert late.err_no == STOPPING
+    assert encoder.closed
+
+
+@pytest.fixture
+def gateway(fake_service: PipelineService, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpGateway]:
+    """Of the fake service, with little patience and two connections."""
+    monkeypatch.setattr(http_gateway, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(http_gateway, "IDLE_SECONDS", 1.0)
+    gateway = HttpGateway(fake_service, HOST, 0, connections=2)
+    yield gateway
+    gateway.stop()
+
+
+def test_slow_clients_lose_their_connection(gateway: HttpGateway) -> None:
+    """One that sends nothing, and one that sends a byte now and then."""
+    idle, slow = (socket.create_connection((HOST, gateway.server_port)) for _ in range(2))
+    with idle, slow:
+        slow.sendall(b"POST /ernie/prediction HTTP/1.1\r\nContent-Length: 1000\r\n\r\n")
+        answer = b""
+        slow.settimeout(0.05)
+        end = time.monotonic() + 10
+        while not answer and time.monotonic() < end:
+            slow.sendall(b" ")
+            try:
+                answer = slow.recv(4096)
+            except TimeoutError:
+                continue
+        assert answer.startswith(b"HTTP/1.1 408")
+        idle.settimeout(10)
+        assert idle.recv(4096) == b""
+
+
+def test_more_connections_are_refused_at_once(gateway: HttpGateway, encoder: FakeEncoder) -> None:
+    """And taken again when others are gone."""
+    encoder.go.set()
+    address = (HOST, gateway.server_port)
+    first, second, third = (socket.create_connection(address) for _ in range(3))
+    with first, second, third:
+        third.settimeout(10)
+        assert third.recv(4096).startswith(b"HTTP/1.1 503")
+    service = Service(None, 0, gateway.server_port, [])
+    until(lambda: get(service, "/health")[0] == 200)
+
+
+def test_overload_over_http(gateway: HttpGateway, fake_service: PipelineService, encoder: FakeEncoder) -> None:
+    """503 with Retry-After, which proxies and clients understand."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(ask, fake_service, "a", "b", "c") for _ in range(2)]
+        until(lambda: fake_service.admission.texts == 6)
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(
+                f"http://{HOST}:{gateway.server_port}{PREDICTION_PATH}", as_json(key=["0"], value=["d"])
+            )
+        assert error.value.code == 503 and error.value.headers["Retry-After"] == "1"
+        assert json.loads(error.value.read())["err_no"] == OVERLOADED
+        encoder.go.set()
+        assert [future.result().err_no for future in waiting] == [0, 0]
+
+
+def test_health_is_bad_where_no_encoder_can_be_started(gateway: HttpGateway, encoder: FakeEncoder) -> None:
+    encoder.broken = True
+    assert get(Service(None, 0, gateway.server_port, []), "/health") == (503, '{"status": "no encoder"}')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+@pytest.mark.usefixtures("answers")
+def test_a_killed_encoder_is_started_again(service: Service) -> None:
+    """Whether it dies idle or at work."""
+    (encoder,) = children(service.process.pid)
+    os.kill(encoder, signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{encoder}").exists() or "Z" in Path(f"/proc/{encoder}/stat").read_text())
+    with http_client(service) as embed:
+        assert embed(["水稻"]).shape == (1, 16)
+    (successor,) = children(service.process.pid)
+    assert successor != encoder
+
+
+def test_sigterm_answers_what_is_in_flight_and_leaves_no_process(serving_server: Path) -> None:
+    """Clients that go on get right answers, then errors; no answer is wrong or cut off."""
+    exported = load_exported(serving_server)
+    texts = TITLES[:64]
+    expected = encode_texts(exported.encoder.embed, texts, exported.collator, 32)
+    with running_service(serving_server, "--threads", "1") as service:
+        processes = [service.process.pid, *children(service.process.pid)]
+        assert len(processes) == 2
+        signalled = threading.Event()
+        counts = {"before": 0, "after": 0}
+
+        def work(way: str) -> None:
+            with CLIENTS[way](service) as embed:
+                while True:
+                    in_time = not signalled.is_set()
+                    try:
+                        vectors = embed(texts)
+                    except (ServiceError, grpc.RpcError, OSError) as error:
+                        # Before the signal, there is nothing but answers.
+                        assert not in_time or signalled.is_set(), error
+                        if isinstance(error, ServiceError):
+                            assert error.number == STOPPING
+                        return
+                    np.testing.assert_allclose(vectors, expected, atol=TOLERANCE, rtol=0)
+                    counts["after" if signalled.is_set() else "before"] += 1
+
+        with ThreadPoolExecutor(4) as pool:
+            futures = [pool.submit(work, way) for way in ("rpc", "http", "rpc", "http")]
+            until(lambda: counts["before"] >= 8)
+            signalled.set()
+            service.process.send_signal(signal.SIGTERM)
+            for future in futures:
+                future.result()
+        assert service.process.wait(60) == 0
+        assert counts["after"] >= 1
+        until(lambda: not any(Path(f"/proc/{process}").exists() for process in processes))
+
+
+def test_a_killed_service_leaves_no_process(serving_server: Path) -> None:
+    """Even without a chance to clean up."""
+    with running_service(serving_server, "--threads", "1") as service:
+        processes = children(service.process.pid)
+        service.process.kill()
+        until(lambda: not any(Path(f"/proc/{process}").exists() for process in processes))
+
+
+def refusal(*options: str | Path) -> str:
+    """The line with which the service refuses to start."""
+    done = run_script(ROOT / "deploy/python/web_service.py", *options)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+    return done.stderr
+
+
+def test_models_that_cannot_be_served(serving_server: Path, tmp_path: Path) -> None:
+    """A missing folder, and a half-written one: a line that says what to do, and nothing runs on."""
+    assert "export_model.py" in refusal("--model_dir", tmp_path / "missing", "--rpc_port", "0", "--http_port", "0")
+    for file in serving_server.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "inference.get_pooled_embedding.pdiparams"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match=rf"{weights.name}.*export_model\.py"):
+        EncoderProcess(EncoderOptions(str(tmp_path), "cpu", "fp32", 1, None, 4))
+
+
+@pytest.mark.parametrize("which", ["rpc_port", "http_port"])
+def test_a_port_in_use(service: Service, fake_service: PipelineService, which: str) -> None:
+    """Said before the model is loaded, and where another program takes the port in between."""
+    port = getattr(service, which)
+    ports = {"rpc_port": 0, "http_port": 0, which: port}
+    line = refusal(*(str(word) for name, number in ports.items() for word in (f"--{name}", number)))
+    assert f"--{which} {port}" in line and "name another" in line
+    with pytest.raises(InputError, match=f"{which} {port}"):
+        fake_service.listen(HOST, port) if which == "rpc_port" else HttpGateway(fake_service, HOST, port, 1)
+
+
+def test_settings_come_from_options_then_the_environment_then_the_file(tmp_path: Path) -> None:
+    config = ROOT / "deploy/python/config_nlp.yml"
+    settings = read_settings({"rpc_port": 1}, {"SERVING_RPC_PORT": "2", "SERVING_HTTP_PORT": "3"}, config)
+    assert (settings["rpc_port"], settings["http_port"], settings["host"]) == (1, 3, "127.0.0.1")
+    assert Path(settings["model_dir"]).resolve() == ROOT / "serving_server"
+    assert read_settings({}, {"SERVING_MODEL_DIR": "here"}, config)["model_dir"] == "here"
+    for environment, message in [
+        ({"SERVING_RPC_PORT": "x"}, "SERVING_RPC_PORT"),
+        ({"SERVING_HTTP_PORT": "70000"}, "SERVING_HTTP_PORT"),
+        ({"SERVING_DEVICE": "tpu"}, "SERVING_DEVICE: tpu is none of cpu, gpu"),
+        ({"SERVING_MAX_WAITING_TEXTS": "1"}, "--max_waiting_texts"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            read_settings({}, environment, config)
+    changed = tmp_path / "config.yml"
+    for text, message in [
+        ("a: [\nb: c", "line 2: isn't YAML"),
+        ("", "op.ernie.local_service_conf.model_config"),
+        (config.read_text().replace("rpc_port: 8080", "rpc_port: yes"), "rpc_port"),
+        (config.read_text().replace("batch_size: 32", "batch_size: 0"), "op.ernie.batch_size"),
+    ]:
+        changed.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_settings({}, {}, changed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The documents' commands
+
+
+def test_the_client_prints_what_the_document_shows(service: Service) -> None:
+    done = run_script(ROOT / "deploy/python/rpc_client.py", "--endpoint", f"{HOST}:{service.rpc_port}")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("{'0': '国有企业引入非国有资本对创新绩效的影响") and lines[0].endswith("文化对比'}")
+    assert [line.split(" time:")[0] for line in lines[1:3]] == [
+        "PipelineClient::predict pack_data",
+        "PipelineClient::predict before",
+    ]
+    assert lines[3:5] == ["['output_embedding']", "(2, 16)"]
+    assert lines[5].startswith("[[")
+
+
+def test_the_client_says_what_is_wrong(service: Service) -> None:
+    refused = run_script(
+        ROOT / "deploy/python/rpc_client.py", "--endpoint", f"{HOST}:{service.rpc_port}", "--text", " "
+    )
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        f"error: {HOST}:{service.rpc_port} answered: text 0 is empty: send none that is\n",
+    )
+    with socket.socket() as unused:
+        unused.bind((HOST, 0))
+        endpoint = f"{HOST}:{unused.getsockname()[1]}"
+        silent = run_script(ROOT / "deploy/python/rpc_client.py", "--endpoint", endpoint)
+    assert silent.returncode == 2 and "web_service.py" in silent.stderr and len(silent.stderr.splitlines()) == 1
