@@ -56,7 +56,7 @@ class Batcher {
   std::mutex mutex_;
   std::condition_variable changed_;
   bool stopping_ = false;
-  std::deque<TextPointer> by_age_;                     // some of them taken already
-  std::multimap<size_t, TextPointer> by_length_;       // those that wait
+  std::deque<TextPointer> by_age_;                // some of them taken already
+  std::multimap<size_t, TextPointer> by_length_;  // those that wait
   std::vector<std::thread> threads_;
 };

@@ -1,11 +1,16 @@
 // Serves an exported model as Paddle Serving's C++ server does; Paddle Serving starts it as SERVING_BIN.
 
 #include <dlfcn.h>
+#include <sys/prctl.h>
+#include <unistd.h>
 
 #include <algorithm>
-#include <cstdio>
+#include <csignal>
 #include <filesystem>
+#include <fstream>
 #include <iostream>
+#include <iterator>
+#include <optional>
 #include <thread>
 
 #include "batcher.h"
@@ -16,7 +21,9 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 // libpaddle.so registers its operators as it is loaded, and never frees them.
-extern "C" const char* __lsan_default_suppressions() { return "leak:libpaddle\nleak:libphi\nleak:libdnnl\nleak:libiomp5\n"; }
+extern "C" const char* __lsan_default_suppressions() {
+  return "leak:libpaddle\nleak:libphi\nleak:libdnnl\nleak:libiomp5\n";
+}
 #endif
 
 namespace {
@@ -36,7 +43,8 @@ class PredictorLibrary {
     create = reinterpret_cast<ServingPredictorCreate*>(dlsym(handle_, "serving_predictor_create"));
     clone = reinterpret_cast<ServingPredictorClone*>(dlsym(handle_, "serving_predictor_clone"));
     run = reinterpret_cast<ServingPredictorRun*>(dlsym(handle_, "serving_predictor_run"));
-    if (!create || !clone || !run) throw InputError(path + ": isn't of this server; build it again with deploy/C++/build.sh");
+    if (!create || !clone || !run)
+      throw InputError(path + ": isn't of this server; build it again with deploy/C++/build.sh");
   }
 
   ServingPredictorCreate* create;
@@ -48,7 +56,8 @@ class PredictorLibrary {
 };
 
 // A predictor for each thread, over one copy of the weights.
-std::vector<Embed> make_predictors(const PredictorLibrary& library, const Options& options, int count, int cpu_threads) {
+std::vector<Embed> make_predictors(const PredictorLibrary& library, const Options& options, int count,
+                                   int cpu_threads) {
   char error[1 << 14] = "";
   const ServingPredictorOptions predictor_options{options.model.graph_file.c_str(), options.model.weights_file.c_str(),
                                                   options.gpu_id, options.precision, cpu_threads};
@@ -61,7 +70,8 @@ std::vector<Embed> make_predictors(const PredictorLibrary& library, const Option
                          const std::vector<int64_t>& input_ids, const std::vector<int64_t>& token_type_ids, int rows,
                          int length, float* vectors) {
       char reason[1 << 14] = "";
-      if (run(predictor, input_ids.data(), token_type_ids.data(), rows, length, vectors, dimension, reason, sizeof(reason)))
+      if (run(predictor, input_ids.data(), token_type_ids.data(), rows, length, vectors, dimension, reason,
+              sizeof(reason)))
         return;
       std::cerr << reason << std::endl;
       throw RequestError::internal("the model failed; the server's log says why");
@@ -70,8 +80,18 @@ std::vector<Embed> make_predictors(const PredictorLibrary& library, const Option
   return embeds;
 }
 
+// Has SIGTERM sent to this process when the Python process that started it directly is gone.
+void end_with_paddle_serving() {
+  std::ifstream file("/proc/" + std::to_string(getppid()) + "/cmdline", std::ios::binary);
+  const std::string command(std::istreambuf_iterator<char>(file), {});
+  if (command.find("paddle_serving_server.serve") != std::string::npos) prctl(PR_SET_PDEATHSIG, SIGTERM);
+}
+
 void run(int argc, char** argv) {
-  Options options = parse_options(argc, argv);
+  std::optional<Options> parsed = parse_options(argc, argv);
+  if (!parsed) return;
+  Options& options = *parsed;
+  end_with_paddle_serving();
   read_graph(options.model);
   // More predictors than cores only get into each other's way; with fewer, each has several cores.
   const int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));

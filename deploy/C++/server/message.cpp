@@ -17,8 +17,8 @@ using baidu::paddle_serving::predictor::general_model::Request;
 using baidu::paddle_serving::predictor::general_model::Response;
 using baidu::paddle_serving::predictor::general_model::Tensor;
 using google::protobuf::FieldDescriptor;
-using google::protobuf::io::CodedInputStream;
 using google::protobuf::internal::WireFormatLite;
+using google::protobuf::io::CodedInputStream;
 
 constexpr int kMaxMessages = 64;  // tensors and strings in a request, each of which costs more memory than bytes
 enum ElementType { kInt64 = 0, kFloat32 = 1, kInt32 = 2 };

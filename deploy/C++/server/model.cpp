@@ -29,17 +29,20 @@ const Value& element(const ListValue& list, int index) {
 // Ids of the values that an operation reads ("I") or writes ("O"): a list of objects, or one object.
 int64_t value_id(const Struct& operation, const std::string& side, int index) {
   const Value& values = field(operation, side);
-  const Struct& object = values.has_list_value() ? element(values.list_value(), index).struct_value() : values.struct_value();
+  const Struct& object =
+      values.has_list_value() ? element(values.list_value(), index).struct_value() : values.struct_value();
   return static_cast<int64_t>(field(object, "%").number_value());
 }
 
 // The shape of the first value that an operation writes.
 std::vector<int64_t> shape(const Struct& operation) {
   const Value& values = field(operation, "O");
-  const Struct& object = values.has_list_value() ? element(values.list_value(), 0).struct_value() : values.struct_value();
+  const Struct& object =
+      values.has_list_value() ? element(values.list_value(), 0).struct_value() : values.struct_value();
   const ListValue& type = field(field(object, "TT").struct_value(), "D").list_value();
   std::vector<int64_t> sizes;
-  for (const Value& size : element(type, 1).list_value().values()) sizes.push_back(static_cast<int64_t>(size.number_value()));
+  for (const Value& size : element(type, 1).list_value().values())
+    sizes.push_back(static_cast<int64_t>(size.number_value()));
   return sizes;
 }
 
@@ -66,8 +69,8 @@ void read_graph(Model& model) {
   const Struct& region = element(field(program, "regions").list_value(), 0).struct_value();
   const Struct& block = element(field(region, "blocks").list_value(), 0).struct_value();
 
-  std::map<int64_t, int64_t> table_rows;                // weights and their first size
-  std::map<int64_t, double> constants;                  // values that a "full" writes
+  std::map<int64_t, int64_t> table_rows;                  // weights and their first size
+  std::map<int64_t, double> constants;                    // values that a "full" writes
   std::optional<int64_t> input_ids, token_type_ids, pad;  // value ids
   for (const Value& value : field(block, "ops").list_value().values()) {
     const Struct& operation = value.struct_value();

@@ -10,6 +10,7 @@
 #include <fstream>
 #include <iterator>
 #include <map>
+#include <optional>
 #include <string_view>
 
 #include "error.h"
@@ -23,7 +24,12 @@ constexpr std::string_view kGraphSuffix = ".json", kWeightsSuffix = ".pdiparams"
 
 using Flags = std::map<std::string, std::string>;
 
-// gflags' ways to write them: -name value, -name=value, with one dash or two, and -name alone for a switch.
+bool is_value(const char* argument) {
+  return argument[0] != '-' || std::isdigit(static_cast<unsigned char>(argument[1]));
+}
+
+// gflags' ways to write them: -name value, -name=value, with one dash or two, and -name alone for a switch. Of several
+// values, as argparse allows them, the first counts.
 Flags read_flags(int argc, char** argv) {
   Flags flags;
   for (int i = 1; i < argc; ++i) {
@@ -34,10 +40,11 @@ Flags read_flags(int argc, char** argv) {
     const std::string name(argument.substr(dashes, equals - dashes));
     if (equals != std::string_view::npos)
       flags[name] = argument.substr(equals + 1);
-    else if (i + 1 < argc && argv[i + 1][0] != '-')
+    else if (i + 1 < argc && is_value(argv[i + 1]))
       flags[name] = argv[++i];
     else
       flags[name] = "true";
+    while (i + 1 < argc && is_value(argv[i + 1])) ++i;
   }
   return flags;
 }
@@ -82,27 +89,26 @@ std::string join(const std::string& folder, const std::string& name) {
   return folder.empty() ? name : folder + "/" + name;
 }
 
-void check_device(bool use_gpu, bool use_trt, const std::string& precision) {
+// Throws InputError where this machine's Paddle can't do what the options ask for.
+void check_device(bool use_gpu, bool use_trt, int precision) {
   if (use_trt) throw InputError("--use_trt: Paddle 3 runs its graphs without TensorRT; leave it out");
 #ifdef SERVING_WITHOUT_GPU
-  if (use_gpu) throw InputError("--gpu_ids: the installed Paddle has no GPU support; leave it out");
-  if (precision == "fp16") throw InputError("--precision FP16: a CPU doesn't compute in it; use fp32");
-#else
-  if (!use_gpu && precision == "fp16")
-    throw InputError("--precision FP16: a CPU doesn't compute in it; use fp32, or name a GPU with --gpu_ids");
+  if (use_gpu) throw InputError("--gpu_id: the installed Paddle has no GPU support; leave it out");
 #endif
-  if (!use_gpu && precision == "bf16" &&
-      !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")))
-    throw InputError("--precision bf16: this CPU lacks AVX-512; use fp32");
+  if (use_gpu) return;
+  if (precision == SERVING_FP16) throw InputError("--precision FP16: a CPU doesn't compute in it; use fp32");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (precision == SERVING_BF16 && !avx512) throw InputError("--precision bf16: this CPU lacks AVX-512; use fp32");
 }
 
-int read_precision(std::string name) {
+int read_precision(const std::string& given) {
+  std::string name = given;
   std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
   if (name == "fp32") return SERVING_FP32;
   if (name == "bf16") return SERVING_BF16;
   if (name == "fp16") return SERVING_FP16;
-  throw InputError("--precision " + name + ": use fp32, bf16 or fp16");
+  throw InputError("--precision " + given + ": use fp32, bf16 or fp16");
 }
 
 // Finds the graph and the weights that export_to_serving.py put into a folder.
@@ -133,15 +139,21 @@ void read_names(const model_config::GeneralModelConfig& config, const std::strin
     }
   }
   if (!input_ids || !token_type_ids || config.fetch_var_size() != 1)
-    throw InputError(path + ": has to name input_ids, token_type_ids and one output; write it with export_to_serving.py");
+    throw InputError(path +
+                     ": has to name input_ids, token_type_ids and one output; write it with export_to_serving.py");
   model.output_name = config.fetch_var(0).name();
   model.output_alias = config.fetch_var(0).alias_name();
 }
 
 }  // namespace
 
-Options parse_options(int argc, char** argv) {
+std::optional<Options> parse_options(int argc, char** argv) {
   const Flags flags = read_flags(argc, argv);
+  if (flags.count("check")) {
+    const std::string gpu = text(flags, "gpu_ids", text(flags, "gpu_id", "-1"));
+    check_device(gpu != "-1", flags.count("use_trt"), read_precision(text(flags, "precision", "fp32")));
+    return {};
+  }
   Options options;
   options.address = text(flags, "address", options.address);
   options.port = static_cast<unsigned short>(number(flags, "port", options.port, 0, 65535));
@@ -153,7 +165,8 @@ Options parse_options(int argc, char** argv) {
   options.max_waiting_texts = static_cast<size_t>(
       number(flags, "max_waiting_texts", static_cast<int64_t>(options.max_waiting_texts), 1, 1 << 20));
 
-  const std::string resource_file = join(text(flags, "resource_path", ""), text(flags, "resource_file", "resource.prototxt"));
+  const std::string resource_file =
+      join(text(flags, "resource_path", ""), text(flags, "resource_file", "resource.prototxt"));
   const auto resource = read_prototxt<model_config::ResourceConf>(resource_file);
   if (resource.model_toolkit_file_size() != 1 || resource.model_toolkit_path_size() != 1 ||
       resource.general_model_file_size() != 1 || resource.general_model_path_size() != 1)
@@ -162,12 +175,9 @@ Options parse_options(int argc, char** argv) {
       join(resource.model_toolkit_path(0), resource.model_toolkit_file(0)));
   if (toolkit.engines_size() != 1) throw InputError("--model: give one model folder");
   const auto& engine = toolkit.engines(0);
-  std::string precision = text(flags, "precision", "fp32");
-  options.precision = read_precision(precision);
+  options.precision = read_precision(text(flags, "precision", "fp32"));
   const bool use_gpu = engine.use_gpu() || (engine.gpu_ids_size() && engine.gpu_ids(0) >= 0);
-  check_device(use_gpu, engine.use_trt(), options.precision == SERVING_FP16   ? "fp16"
-                                          : options.precision == SERVING_BF16 ? "bf16"
-                                                                              : "fp32");
+  check_device(use_gpu, engine.use_trt(), options.precision);
   if (use_gpu) options.gpu_id = engine.gpu_ids_size() ? engine.gpu_ids(0) : 0;
 
   find_model_files(engine.model_dir(), options.model);

@@ -1,11 +1,11 @@
 #include "server.h"
 
 #include <atomic>
-#include <csignal>
-#include <cstdlib>
 #include <boost/asio.hpp>
 #include <boost/beast/core.hpp>
 #include <boost/beast/http.hpp>
+#include <csignal>
+#include <cstdlib>
 #include <deque>
 #include <iostream>
 #include <limits>
@@ -132,9 +132,8 @@ class HttpConnection : public Connection {
     parser_->header_limit(kMaxHeaderBytes);
     parser_->body_limit(std::numeric_limits<uint64_t>::max());  // check_header looks at Content-Length
     stream_.expires_after(busy_ ? kMessageTimeout : kIdleTimeout);
-    http::async_read_header(stream_, buffer_, *parser_, [self = self()](error_code error, size_t) {
-      self->header_read(error);
-    });
+    http::async_read_header(stream_, buffer_, *parser_,
+                            [self = self()](error_code error, size_t) { self->header_read(error); });
   }
 
   void header_read(error_code error) {
@@ -165,7 +164,8 @@ class HttpConnection : public Connection {
   void check_header(const http::request<http::string_body>& request) const {
     if (request.target() != kPath)
       throw RequestError(404, RpcError::kNoMethod, std::string("the server has one path, ") + kPath);
-    if (request.method() != http::verb::post) throw RequestError(405, RpcError::kBadRequest, "the method has to be POST");
+    if (request.method() != http::verb::post)
+      throw RequestError(405, RpcError::kBadRequest, "the method has to be POST");
     const auto type = request[http::field::content_type];
     if (!is_json(request) && !type.starts_with("application/proto") && !type.starts_with("application/x-protobuf"))
       throw RequestError(415, RpcError::kBadRequest, "Content-Type has to be application/proto or application/json");
@@ -360,9 +360,8 @@ class FrameConnection : public Connection {
 
   void write_next() {
     stream_.expires_after(kMessageTimeout);
-    asio::async_write(stream_, asio::buffer(output_.front()), [self = self()](error_code error, size_t) {
-      self->written(error);
-    });
+    asio::async_write(stream_, asio::buffer(output_.front()),
+                      [self = self()](error_code error, size_t) { self->written(error); });
   }
 
   void written(error_code error) {
@@ -463,11 +462,13 @@ class Listener {
   }
 
   void read_first(const std::shared_ptr<Opening>& opening) {
-    opening->stream.async_read_some(opening->buffer.prepare(kFirstBytes), [this, opening](error_code error, size_t count) {
-      opening->buffer.commit(count);
-      if (!error && opening->buffer.size() < kFrameMagic.size()) return read_first(opening);
-      opened(opening, error);
-    });
+    opening->stream.async_read_some(opening->buffer.prepare(kFirstBytes),
+                                    [this, opening](error_code error, size_t count) {
+                                      opening->buffer.commit(count);
+                                      if (!error && opening->buffer.size() < kFrameMagic.size())
+                                        return read_first(opening);
+                                      opened(opening, error);
+                                    });
   }
 
   void opened(const std::shared_ptr<Opening>& opening, error_code error) {

@@ -16,7 +16,7 @@ struct ServerOptions {
   int network_threads;
 };
 
-// Serves until SIGTERM or SIGINT, then answers what it has taken and returns. `ready` gets the port that is listened on.
-// Throws InputError if it can't listen there.
+// Serves until SIGTERM or SIGINT, then answers what it has taken and returns. `ready` gets the port that is listened
+// on. Throws InputError if it can't listen there.
 void serve(const ServerOptions& options, const Model& model, Batcher& batcher,
            const std::function<void(unsigned short port)>& ready);
