@@ -3,7 +3,7 @@
 #
 #   --install-packages  install the Debian or Ubuntu packages that are missing (as root)
 #   --build-dir FOLDER  build there instead of in deploy/C++/build
-#   --sanitize          with AddressSanitizer and UndefinedBehaviorSanitizer
+#   --sanitize          with AddressSanitizer
 #   --fuzz              the fuzzer of the parsers instead of the server (needs clang)
 #   --python PYTHON     the Python with Paddle, by default .venv/bin/python, else python3
 set -eu
@@ -66,7 +66,7 @@ PY
 
 compiler=
 [ "$fuzz" = OFF ] || compiler=-DCMAKE_CXX_COMPILER=clang++
-cmake -S "$here/server" -B "$build" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSANITIZE=$sanitize -DFUZZ=$fuzz \
+cmake -S "$here/server" -B "$build" -DCMAKE_BUILD_TYPE=$([ $sanitize = ON ] && echo None || echo Release) -DSANITIZE=$sanitize -DFUZZ=$fuzz \
     $compiler $settings >"$build.log" 2>&1 && cmake --build "$build" -j "$(nproc)" >>"$build.log" 2>&1 || {
     grep -E 'error|Error' "$build.log" | head -n 5 >&2 || true
     fail "the build failed (details: $build.log)"
