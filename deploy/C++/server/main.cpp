@@ -20,10 +20,11 @@
 #include "server.h"
 
 #if defined(__SANITIZE_ADDRESS__)
-// libpaddle.so registers its operators as it is loaded, and never frees them.
+// libpaddle.so registers its operators as it is loaded and never frees them, and mixes its libraries' ways to allocate.
 extern "C" const char* __lsan_default_suppressions() {
   return "leak:libpaddle\nleak:libphi\nleak:libdnnl\nleak:libiomp5\n";
 }
+extern "C" const char* __asan_default_options() { return "alloc_dealloc_mismatch=0:print_suppressions=0"; }
 #endif
 
 namespace {
