@@ -165,6 +165,5 @@ def read_frame(stream: Any) -> tuple[Any, bytes]:
 
 def no_answer(address: tuple[str, int], error: Exception) -> InputError:
     """What to tell the user if there is no answer from a server."""
-    return InputError(
-        f"--endpoint {address[0]}:{address[1]}: no answer ({error}); start the server with sh deploy/C++/start_server.sh"
-    )
+    remedy = "start the server with sh deploy/C++/start_server.sh"
+    return InputError(f"--endpoint {address[0]}:{address[1]}: no answer ({error}); {remedy}")

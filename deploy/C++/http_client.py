@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from clients import build_parser, http_inference, make_request, tokenize
-
 from runtime import run
 
 

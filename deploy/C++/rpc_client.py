@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 
 from clients import build_parser, make_request, outputs, rpc_inference, tokenize
-
 from runtime import run
 
 

@@ -91,10 +91,10 @@ std::string join(const std::string& folder, const std::string& name) {
 
 // Throws InputError where this machine's Paddle can't do what the options ask for.
 void check_device(bool use_gpu, bool use_trt, int precision) {
-  if (use_trt) throw InputError("--use_trt: Paddle 3 runs its graphs without TensorRT; leave it out");
 #ifdef SERVING_WITHOUT_GPU
   if (use_gpu) throw InputError("--gpu_id: the installed Paddle has no GPU support; leave it out");
 #endif
+  if (use_trt) throw InputError("--use_trt: Paddle 3 runs its graphs without TensorRT; leave it out");
   if (use_gpu) return;
   if (precision == SERVING_FP16) throw InputError("--precision FP16: a CPU doesn't compute in it; use fp32");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
