@@ -1,0 +1,169 @@
+"""What rpc_client.py and http_client.py share: the options, the messages and the two ways to send them."""
+
+import argparse
+import http.client
+import re
+import socket
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data import MODEL_CONFIG_FILE, TextCollator, TokenIds
+from files import read_json
+from runtime import ArgumentParser, InputError, at_least
+
+PROTOS = Path(__file__).resolve().parent / "server"
+TEXTS = [
+    "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据",
+    "试论翻译过程中的文化差异与语言空缺翻译过程,文化差异,语言空缺,文化对比",
+]
+INT64 = 0  # elem_type
+HTTP_PATH = "/GeneralModelService/inference"
+SERVICE = "baidu.paddle_serving.predictor.general_model.GeneralModelService"
+FRAME_HEADER = struct.Struct(">4sII")  # magic, size of meta data and payload, size of meta data
+
+
+def read_proto(path: Path) -> dict[str, Any]:
+    """The message classes of one of the server's .proto files by name, made without protoc and its generated code.
+
+    It reads what these files hold: messages whose fields stand on a line each, scalars and messages of the same file.
+    """
+    text = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
+    (package,) = re.findall(r"^package ([\w.]+);", text, re.MULTILINE)
+    (syntax,) = re.findall(r'^syntax = "(\w+)";', text, re.MULTILINE)
+    file = descriptor_pb2.FileDescriptorProto(name=path.name, package=package, syntax=syntax)
+    field_type = descriptor_pb2.FieldDescriptorProto
+    for name, body in re.findall(r"^message (\w+) \{(.*?)^\}", text, re.MULTILINE | re.DOTALL):
+        message = file.message_type.add(name=name)
+        for label, kind, field_name, number in re.findall(r"^ *(?:(\w+) )??(\w+) (\w+) = (\d+);", body, re.MULTILINE):
+            scalar = "TYPE_" + kind.upper() in field_type.Type.keys()  # noqa: SIM118
+            message.field.add(
+                name=field_name,
+                number=int(number),
+                label=field_type.Label.Value("LABEL_" + (label or "optional").upper()),
+                type=field_type.Type.Value("TYPE_" + kind.upper()) if scalar else field_type.TYPE_MESSAGE,
+                type_name=None if scalar else f".{package}.{kind}",
+            )
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    factory = message_factory.MessageFactory(pool)
+    return {
+        message.name: factory.GetPrototype(pool.FindMessageTypeByName(f"{package}.{message.name}"))
+        for message in file.message_type
+    }
+
+
+_MESSAGES = read_proto(PROTOS / "general_model_service.proto")
+Request, Response = _MESSAGES["Request"], _MESSAGES["Response"]
+RpcMeta = read_proto(PROTOS / "baidu_std.proto")["RpcMeta"]
+
+
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of both clients."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--texts", nargs="+", default=TEXTS, help="what to get vectors of")
+    parser.add_argument("--endpoint", type=endpoint, default="127.0.0.1:9393", help="host:port of the server")
+    parser.add_argument("--model_dir", default="serving_server", help="folder with the model's vocabulary")
+    parser.add_argument("--max_seq_length", type=at_least(3), help="tokens a text (default: the model's)")
+    parser.add_argument("--timeout", type=at_least(0.001, float), default=20.0, help="seconds to wait for the server")
+    return parser
+
+
+def endpoint(text: str) -> tuple[str, int]:
+    """An argparse type: host:port."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} isn't host:port")
+    return host.strip("[]"), int(port)
+
+
+def tokenize(args: argparse.Namespace) -> TokenIds:
+    """The texts as int64 [B, max_seq_length], padded to the full length as the document's clients do."""
+    folder = Path(args.model_dir)
+    length = args.max_seq_length or read_json(folder / MODEL_CONFIG_FILE)["max_seq_length"]
+    collator = TextCollator.load(folder, length)
+    collator.pad_to_max_seq_len = True
+    return collator(args.texts)
+
+
+def make_request(tokens: TokenIds, log_id: int = 0) -> Any:
+    """A Request for the vectors of int64 [B, L] token ids."""
+    request = Request(log_id=log_id)
+    for name, array in zip(("input_ids", "token_type_ids"), tokens, strict=True):
+        request.tensor.add(
+            name=name, alias_name=name, elem_type=INT64, shape=array.shape, int64_data=array.ravel().tolist()
+        )
+    return request
+
+
+def outputs(response: Any) -> dict[str, np.ndarray]:
+    """The vectors in a Response by their name, float32 [B, D]."""
+    return {
+        tensor.alias_name: np.array(tensor.float_data, dtype=np.float32).reshape(tensor.shape)
+        for output in response.outputs
+        for tensor in output.tensor
+    }
+
+
+def http_inference(address: tuple[str, int], request: Any, timeout: float) -> Any:
+    """Sends a Request over HTTP and gives the Response. Raises InputError if there is none."""
+    connection = http.client.HTTPConnection(*address, timeout=timeout)
+    try:
+        connection.request("POST", HTTP_PATH, request.SerializeToString(), {"Content-Type": "application/proto"})
+        answer = connection.getresponse()
+        body = answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise no_answer(address, error) from None
+    finally:
+        connection.close()
+    if answer.headers.get("Content-Type") != "application/proto":
+        raise InputError(f"--endpoint {address[0]}:{address[1]}: isn't this server ({answer.status} {answer.reason})")
+    response = Response.FromString(body)
+    if answer.status != http.client.OK:
+        raise InputError(f"the server refused the request: {response.err_msg}")
+    return response
+
+
+def rpc_inference(address: tuple[str, int], request: Any, timeout: float) -> Any:
+    """Sends a Request over baidu_std, brpc's protocol, and gives the Response. Raises InputError if there is none."""
+    try:
+        with socket.create_connection(address, timeout) as connection:
+            connection.sendall(format_frame(request.SerializeToString()))
+            with connection.makefile("rb") as stream:
+                meta, payload = read_frame(stream)
+    except (OSError, EOFError) as error:
+        raise no_answer(address, error) from None
+    if meta.response.error_code:
+        raise InputError(f"the server refused the request: {meta.response.error_text}")
+    return Response.FromString(payload)
+
+
+def format_frame(payload: bytes, correlation_id: int = 1) -> bytes:
+    """A request to GeneralModelService.inference as baidu_std sends it (brpc's docs/en/baidu_std.md)."""
+    meta = RpcMeta(request={"service_name": SERVICE, "method_name": "inference"}, correlation_id=correlation_id)
+    meta_bytes = meta.SerializeToString()
+    return FRAME_HEADER.pack(b"PRPC", len(meta_bytes) + len(payload), len(meta_bytes)) + meta_bytes + payload
+
+
+def read_frame(stream: Any) -> tuple[Any, bytes]:
+    """The RpcMeta and the payload of the next frame. Raises EOFError if the stream ends or holds something else."""
+    header = stream.read(FRAME_HEADER.size)
+    if len(header) < FRAME_HEADER.size or not header.startswith(b"PRPC"):
+        raise EOFError("the server closed the connection" if not header else "the answer isn't baidu_std")
+    _, size, meta_size = FRAME_HEADER.unpack(header)
+    body = stream.read(size)
+    if len(body) < size:
+        raise EOFError("the server closed the connection")
+    return RpcMeta.FromString(body[:meta_size]), body[meta_size:]
+
+
+def no_answer(address: tuple[str, int], error: Exception) -> InputError:
+    """What to tell the user if there is no answer from a server."""
+    remedy = "start the server with sh deploy/C++/start_server.sh"
+    return InputError(f"--endpoint {address[0]}:{address[1]}: no answer ({error}); {remedy}")

@@ -1,0 +1,123 @@
+// Serves an exported model as Paddle Serving's C++ server does; Paddle Serving starts it as SERVING_BIN.
+
+#include <dlfcn.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <csignal>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <optional>
+#include <thread>
+
+#include "batcher.h"
+#include "error.h"
+#include "options.h"
+#include "predictor.h"
+#include "server.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+// libpaddle.so registers its operators as it is loaded and never frees them, and mixes its libraries' ways to allocate.
+extern "C" const char* __lsan_default_suppressions() {
+  return "leak:libpaddle\nleak:libphi\nleak:libdnnl\nleak:libiomp5\n";
+}
+extern "C" const char* __asan_default_options() { return "alloc_dealloc_mismatch=0:print_suppressions=0"; }
+#endif
+
+namespace {
+
+constexpr int kInputErrorExitCode = 2;
+constexpr int kErrorExitCode = 1;
+constexpr size_t kMaxBatch = 32;
+constexpr char kPredictorLibrary[] = "libserving_predictor.so";
+
+// The functions of libserving_predictor.so, which lies beside this program.
+class PredictorLibrary {
+ public:
+  PredictorLibrary() {
+    const std::string path = std::filesystem::canonical("/proc/self/exe").replace_filename(kPredictorLibrary);
+    handle_ = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!handle_) throw InputError(std::string(dlerror()) + "; build the server again with deploy/C++/build.sh");
+    create = reinterpret_cast<ServingPredictorCreate*>(dlsym(handle_, "serving_predictor_create"));
+    clone = reinterpret_cast<ServingPredictorClone*>(dlsym(handle_, "serving_predictor_clone"));
+    run = reinterpret_cast<ServingPredictorRun*>(dlsym(handle_, "serving_predictor_run"));
+    if (!create || !clone || !run)
+      throw InputError(path + ": isn't of this server; build it again with deploy/C++/build.sh");
+  }
+
+  ServingPredictorCreate* create;
+  ServingPredictorClone* clone;
+  ServingPredictorRun* run;
+
+ private:
+  void* handle_;  // never closed: libpaddle.so can't be unloaded
+};
+
+// A predictor for each thread, over one copy of the weights.
+std::vector<Embed> make_predictors(const PredictorLibrary& library, const Options& options, int count,
+                                   int cpu_threads) {
+  char error[1 << 14] = "";
+  const ServingPredictorOptions predictor_options{options.model.graph_file.c_str(), options.model.weights_file.c_str(),
+                                                  options.gpu_id, options.precision, cpu_threads};
+  ServingPredictor* const first = library.create(&predictor_options, error, sizeof(error));
+  std::vector<Embed> embeds;
+  for (int i = 0; i < count; ++i) {
+    ServingPredictor* const predictor = i == 0 || !first ? first : library.clone(first, error, sizeof(error));
+    if (!predictor) throw InputError(options.model.graph_file + ": Paddle can't load it: " + error);
+    embeds.push_back([run = library.run, predictor, dimension = options.model.dimension](
+                         const std::vector<int64_t>& input_ids, const std::vector<int64_t>& token_type_ids, int rows,
+                         int length, float* vectors) {
+      char reason[1 << 14] = "";
+      if (run(predictor, input_ids.data(), token_type_ids.data(), rows, length, vectors, dimension, reason,
+              sizeof(reason)))
+        return;
+      std::cerr << reason << std::endl;
+      throw RequestError::internal("the model failed; the server's log says why");
+    });
+  }
+  return embeds;
+}
+
+// Has SIGTERM sent to this process when the Python process that started it directly is gone.
+void end_with_paddle_serving() {
+  std::ifstream file("/proc/" + std::to_string(getppid()) + "/cmdline", std::ios::binary);
+  const std::string command(std::istreambuf_iterator<char>(file), {});
+  if (command.find("paddle_serving_server.serve") != std::string::npos) prctl(PR_SET_PDEATHSIG, SIGTERM);
+}
+
+void run(int argc, char** argv) {
+  std::optional<Options> parsed = parse_options(argc, argv);
+  if (!parsed) return;
+  Options& options = *parsed;
+  end_with_paddle_serving();
+  read_graph(options.model);
+  // More predictors than cores only get into each other's way; with fewer, each has several cores.
+  const int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  const int predictors = std::min(options.threads, cores);
+  const PredictorLibrary library;
+  Batcher batcher(make_predictors(library, options, predictors, cores / predictors), options.model, kMaxBatch,
+                  options.max_waiting_texts);
+  serve({options.address, options.port, options.max_body_bytes, std::min(2, cores)}, options.model, batcher,
+        [&](unsigned short port) {
+          std::cout << "serving " << options.model.graph_file << " on " << options.address << ":" << port << " with "
+                    << predictors << " predictor(s)" << std::endl;
+        });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    run(argc, argv);
+  } catch (const InputError& error) {
+    std::cerr << "error: " << error.what() << std::endl;
+    return kInputErrorExitCode;
+  } catch (const std::exception& error) {
+    std::cerr << "error: " << error.what() << std::endl;
+    return kErrorExitCode;
+  }
+  return 0;
+}

@@ -1,0 +1,83 @@
+#include "predictor.h"
+
+#include <cstdio>
+#include <exception>
+#include <stdexcept>
+
+#include "paddle_infer.h"
+
+namespace {
+
+constexpr uint64_t kGpuMemoryMiB = 256;  // that a predictor reserves at first, as static_graph.py has it
+
+template <typename Function>
+auto report_errors(char* error, size_t error_size, Function function) -> decltype(function()) {
+  try {
+    return function();
+  } catch (const std::exception& exception) {
+    std::snprintf(error, error_size, "%s", exception.what());
+  } catch (...) {
+    std::snprintf(error, error_size, "an unknown exception in Paddle");
+  }
+  return {};
+}
+
+}  // namespace
+
+struct ServingPredictor {
+  explicit ServingPredictor(paddle_infer::Predictor* paddle_predictor)
+      : predictor(paddle_predictor),
+        input_ids(predictor->GetInputHandle("input_ids").release()),
+        token_type_ids(predictor->GetInputHandle("token_type_ids").release()),
+        output(predictor->GetOutputHandle(predictor->GetOutputNames().at(0)).release()) {}
+
+  paddle_infer::Predictor* predictor;
+  paddle_infer::Tensor* input_ids;
+  paddle_infer::Tensor* token_type_ids;
+  paddle_infer::Tensor* output;
+};
+
+ServingPredictor* serving_predictor_create(const ServingPredictorOptions* options, char* error, size_t error_size) {
+  return report_errors(error, error_size, [&] {
+    using Precision = paddle::AnalysisConfig::Precision;
+    paddle::AnalysisConfig config(options->graph_file, options->weights_file);
+    config.DisableGlogInfo();
+    config.EnableNewIR(true);
+    config.EnableNewExecutor(true);
+    config.EnableMemoryOptim(true);  // fails without the two above
+    if (options->gpu_id >= 0) {
+      const Precision precision = options->precision == SERVING_FP16   ? Precision::kHalf
+                                  : options->precision == SERVING_BF16 ? Precision::kBf16
+                                                                       : Precision::kFloat32;
+      config.EnableUseGpu(kGpuMemoryMiB, options->gpu_id, precision);
+    } else {
+      config.DisableGpu();
+      config.SetCpuMathLibraryNumThreads(options->cpu_threads);
+      config.EnableONEDNN();
+      if (options->precision == SERVING_BF16) config.EnableOnednnBfloat16();
+    }
+    // It is to live as long as the process, and so isn't owned.
+    static auto* const predictor = new auto(paddle_infer::CreatePredictor(config));
+    return new ServingPredictor(predictor->get());
+  });
+}
+
+ServingPredictor* serving_predictor_clone(ServingPredictor* original, char* error, size_t error_size) {
+  return report_errors(error, error_size,
+                       [&] { return new ServingPredictor(original->predictor->Clone(nullptr).release()); });
+}
+
+bool serving_predictor_run(ServingPredictor* predictor, const int64_t* input_ids, const int64_t* token_type_ids,
+                           int rows, int length, float* output, int dimension, char* error, size_t error_size) {
+  return report_errors(error, error_size, [&] {
+    predictor->input_ids->Reshape({rows, length});
+    predictor->input_ids->CopyFromCpu(input_ids);
+    predictor->token_type_ids->Reshape({rows, length});
+    predictor->token_type_ids->CopyFromCpu(token_type_ids);
+    if (!predictor->predictor->Run()) throw std::runtime_error("Paddle's predictor failed");
+    if (predictor->output->shape() != std::vector<int>{rows, dimension})
+      throw std::runtime_error("the graph's output has an unexpected shape");
+    predictor->output->CopyToCpu(output);
+    return true;
+  });
+}
