@@ -67,7 +67,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(BASE_ERNIE | SPREAD, 512, 1, 3)
-QUICK = Sizes(MEDIUM_ERNIE | SPREAD, 512, 3, 1)
+QUICK = Sizes(MEDIUM_ERNIE | SPREAD, 512, 2, 1)
 
 
 def has_bf16() -> bool:
@@ -162,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--texts", type=at_least(2), help=f"texts, from all over the corpus (default: {FULL.texts})")
     parser.add_argument("--passes", type=at_least(1), help=f"timed passes of a process (default: {FULL.passes})")
     parser.add_argument("--rounds", type=at_least(1), help=f"processes of each encoder (default: {FULL.rounds})")
-    parser.add_argument("--quick", action="store_true", help="a small model, one round of three passes")
+    parser.add_argument("--quick", action="store_true", help="a small model, one round of two passes")
     return parser
 
 
