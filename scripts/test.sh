@@ -1,9 +1,11 @@
 #!/bin/sh
-# Sets up .venv if need be, then lints and runs all tests. Arguments go to pytest: sh scripts/test.sh -k recall
+# Sets up .venv and what building the C++ server needs if need be, then lints and runs all tests. Arguments go to pytest:
+# sh scripts/test.sh -k recall
 set -eu
 
 cd "$(dirname -- "$0")/.."
 sh scripts/setup.sh --tests
+sh deploy/C++/build.sh --fuzz --install-packages
 python=.venv/bin/python
 
 "$python" -m ruff check --quiet .
