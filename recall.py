@@ -63,7 +63,7 @@ class Recall(NamedTuple):
 
 
 def encode_corpus(encoder: Encoder, corpus: Corpus, folder: str | Path) -> Embeddings:
-    """The vectors of all documents, on disk: each rank encodes every so manieth shard that isn't there yet.
+    """The vectors of all documents, on disk: the ranks take turns with the shards that aren't there yet.
 
     Raises InputError, as when a vector isn't finite, or the folder holds those of another corpus or model.
     """

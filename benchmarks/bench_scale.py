@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = sorted(args.documents or (QUICK_DOCUMENTS if args.quick else FULL_DOCUMENTS))
     measured = {}
     with tempfile.TemporaryDirectory() as name:
-        corpus, checkpoint = make_inputs(Path(name), sizes[-1])
+        corpus, checkpoint = make_inputs(Path(name), max(sizes[-1], VOCABULARY_DOCUMENTS))
         for documents in sizes:
             measured[str(documents)] = measure_size(corpus, checkpoint, documents)
             print(f"{documents:>9} {json.dumps(measured[str(documents)])}", flush=True)

@@ -18,6 +18,8 @@ from batch_negative.trainer import Plan
 from benchmarks import (
     bench_encode,
     bench_grad_cache,
+    bench_scale,
+    bench_search,
     bench_train,
     common,
     encode_ours,
@@ -26,6 +28,7 @@ from benchmarks import (
     make_encoder,
     ours,
     reference,
+    search,
 )
 from checkpoint import create_model
 from data import UNK, PairCollator, TextCollator, TextPair, read_text_pairs, read_vocabulary
@@ -390,3 +393,64 @@ def test_the_made_texts_have_vectors_that_a_comparison_tells_apart() -> None:
         vectors = model.embed(*collator(common.sample_of(inputs.corpus, common.SAMPLE)))
     cosines = (vectors @ vectors.T)[~np.eye(common.SAMPLE, dtype=bool)]
     assert cosines.max() < bench_encode.LOWEST_BF16_COSINE
+
+
+def test_vectors_of_the_search_benchmark(tmp_path: Path) -> None:
+    """Unit vectors, of which copies lie near what they copy; a folder of files reads as one."""
+    random = np.random.default_rng(1)
+    made = bench_search.made_vectors(300, random)
+    more = bench_search.stretched(made, 500, random)
+    np.testing.assert_array_equal(more[:300], made)
+    np.testing.assert_array_equal(bench_search.stretched(made, 200, random), made[:200])
+    np.testing.assert_allclose(np.linalg.norm(more, axis=1), 1, atol=1e-5)
+    nearest = (more[300:] @ made.T).max(axis=1)
+    assert 0.9 < nearest.mean() < 0.99
+    for number, part in enumerate(np.array_split(more, 3)):
+        np.save(tmp_path / f"{number}.npy", part)
+    np.testing.assert_array_equal(bench_search.read_vectors(str(tmp_path)), more)
+    with pytest.raises(InputError, match="no vectors that can be read"):
+        bench_search.read_vectors(str(tmp_path / "missing.npy"))
+
+
+def test_engines_of_the_search_benchmark_reach_the_share(tmp_path: Path) -> None:
+    """Ours and bare hnswlib; faiss lives in the peers' environment."""
+    vectors = bench_search.made_vectors(1000, np.random.default_rng(2))
+    queries = vectors[:50]
+    exact = -np.sort(-(queries @ vectors.T), axis=1)[:, :20]
+    for name, array in (("vectors", vectors), ("queries", queries), ("exact", exact)):
+        np.save(tmp_path / f"{name}.npy", array)
+    files = [part for name in ("vectors", "queries", "exact") for part in (f"--{name}", str(tmp_path / f"{name}.npy"))]
+    for engine in ("ours", "hnswlib"):
+        assert search.main(["--engine", engine, *files, "--report", str(tmp_path / "report.json")]) == 0
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["share"] >= 0.99 and report["ef"] >= 20
+        assert report["build_seconds"] > 0 and len(report["search_seconds"]) == search.REPEATS
+
+
+def test_ratios_of_the_search_benchmark_are_the_worst(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Rates are medians over processes; the last line is a JSON object."""
+    seconds = {"ours": 2.0, "hnswlib": 1.0, "faiss": 4.0}
+
+    def run_process(command: Sequence[str | Path], report: Path, kind: type) -> dict:
+        engine = command[command.index("--engine") + 1]
+        rows = len(np.load(command[command.index("--vectors") + 1]))
+        build = seconds[engine] if rows == 1000 else 1.0
+        return {"build_seconds": build, "ef": 60, "share": 0.99, "search_seconds": [1.0, seconds[engine], 9.0]}
+
+    monkeypatch.setattr(bench_search, "run_process", run_process)
+    monkeypatch.setattr(bench_search, "check_benchmarks_python", lambda: None)
+    assert bench_search.main(["--rows", "1000", "1500", "--rounds", "1"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["build_vs_hnswlib"], result["query_vs_hnswlib"]) == (0.5, 0.5)
+    assert 0.9 < result["recall_vs_exact"] <= 1
+    assert result["sizes"]["1000"]["faiss"]["queries_per_second"] == 250
+
+
+def test_the_scale_benchmark_measures_both_stages(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Really, on two small corpora."""
+    assert bench_scale.main(["--documents", "60", "20"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(result["sizes"]) == ["20", "60"]
+    largest = result["sizes"]["60"]
+    assert result["peak_mb_per_million"] == pytest.approx(largest["encode_mb"] * 1e6 / 60, abs=0.1)
+    assert largest["index_file_mb"] > 60 * 256 * 4 / 1e6 - 0.1

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -188,6 +189,31 @@ def test_the_clients_print_the_models_vectors(server: Server, folder: Path, mode
     assert rest.startswith("\n  tensor {\n    float_data: ")
     response = text_format.Parse("outputs {" + rest, Response())
     np.testing.assert_allclose(outputs(response)["output_embedding"], expected, atol=TOLERANCE)
+
+
+def test_the_readmes_commands(program: Path, folder: Path, tmp_path: Path) -> None:
+    """The server is started and asked as the README does it, on a free port and with the tests' build."""
+    blocks = re.findall(r"```sh\n(.*?)\n```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    build, start_server, *questions = [block for block in blocks if "deploy/C++" in block]
+    assert build == "sh deploy/C++/build.sh"
+    assert questions == ["python deploy/C++/rpc_client.py", "python deploy/C++/http_client.py"]
+    shutil.copytree(CPP, tmp_path / "deploy" / "C++", ignore=shutil.ignore_patterns("build"))
+    shutil.copytree(folder / "serving_server", tmp_path / "serving_server")
+    port = free_port()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    variables = environment(PATH=path, PYTHONPATH="", PYTHONUNBUFFERED="1", SERVING_BIN=str(program))
+    start_server = start_server.replace("$PWD/deploy/C++/build/serving", str(program))
+    for command in (
+        start_server.replace("python -m", "exec python -m").replace("--port 9393", f"--port {port}"),
+        f"exec sh deploy/C++/start_server.sh --port {port}",
+    ):
+        server = start(["sh", "-euc", command], port, cwd=tmp_path, env=variables)
+        for question in questions:
+            script = ROOT / question.removeprefix("python ")
+            done = run_script(script, "--endpoint", f"{HOST}:{port}", cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+            assert re.search(r"\(2, 24\)\n\(2, 24\)\noutputs|'output_embedding': array", done.stdout)
+        stop(server)
 
 
 def test_paddle_servings_own_client(server: Server, folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -635,7 +661,7 @@ def test_paddle_serving_shows_what_the_server_refuses(program: Path, folder: Pat
     [
         (["-port", "x"], "-port x: give a number from 0 to 65535"),
         (["-resource_path", "nowhere"], "nowhere/resource.prototxt: can't be read"),
-        (["-address", "nowhere"], "--port"),
+        (["-host", "nowhere"], "--port 0: can't listen on nowhere"),
         (["---x"], "---x: isn't an option"),
     ],
 )

@@ -27,7 +27,8 @@ NOT_RUN = {
     "sh scripts/setup.sh --serving",
 }
 # They need the service of "python web_service.py", or are it.
-SERVICE = re.compile(r"web_service\.py|rpc_client\.py|curl")
+SERVICE = re.compile(r"web_service\.py|python rpc_client\.py|curl")
+CPP_SERVING = "deploy/C++"  # tests/test_cpp_serving.py runs these
 TWO_MACHINES = "--nnodes 2"  # tests/test_faults.py runs two launchers on this machine
 
 
@@ -133,6 +134,7 @@ def test_training_commands(trained: Path) -> None:
         and "--epochs 3" not in block
         and TWO_MACHINES not in block
         and not SERVICE.search(block)
+        and CPP_SERVING not in block
     ],
     ids=lambda block: re.search(r"\w+\.(?:py|sh)", block).group(),
 )

@@ -1,10 +1,10 @@
 #!/bin/sh
 # Builds the C++ server against the installed Paddle wheel: sh deploy/C++/build.sh [OPTIONS]
 #
-#   --install-packages  install the Debian or Ubuntu packages that are missing (as root)
+#   --install-packages  install the Debian or Ubuntu packages that are missing (as root), and build nothing
 #   --build-dir FOLDER  build there instead of in deploy/C++/build
 #   --sanitize          with AddressSanitizer
-#   --fuzz              the fuzzer of the parsers instead of the server (needs clang)
+#   --fuzz              the fuzzer of the parsers instead of the server (with clang 14, that of Debian 12)
 #   --python PYTHON     the Python with Paddle, by default .venv/bin/python, else python3
 set -eu
 
@@ -19,14 +19,16 @@ packages="g++ cmake make libboost-dev libprotobuf-dev protobuf-compiler zlib1g-d
 python=$here/../../.venv/bin/python
 [ -x "$python" ] || python=python3
 install_packages=
+packages_only=
 sanitize=OFF
 fuzz=OFF
 while [ $# -gt 0 ]; do
     case $1 in
     --install-packages) install_packages=1 ;;
+    --packages-only) packages_only=1 ;;
     --build-dir) build=${2:?--build-dir needs a folder} && shift ;;
     --sanitize) sanitize=ON ;;
-    --fuzz) fuzz=ON && packages="$packages clang" ;;
+    --fuzz) fuzz=ON && packages="$packages clang libclang-rt-14-dev" ;;
     --python) python=${2:?--python needs a program} && shift ;;
     *) fail "unknown option '$1'; the head of $0 lists them" ;;
     esac
@@ -44,6 +46,8 @@ if [ -n "$missing" ] && [ -n "$install_packages" ]; then
 elif [ -n "$missing" ]; then
     fail "these packages are missing: sudo apt-get install$missing"
 fi
+[ -z "$packages_only" ] || exit 0
+[ -z "$install_packages" ] || exit 0
 
 settings=$("$python" - <<'PY'
 import importlib.util, os, sys, sysconfig

@@ -100,9 +100,9 @@ void run(int argc, char** argv) {
   const PredictorLibrary library;
   Batcher batcher(make_predictors(library, options, predictors, cores / predictors), options.model, kMaxBatch,
                   options.max_waiting_texts);
-  serve({options.address, options.port, options.max_body_bytes, std::min(2, cores)}, options.model, batcher,
+  serve({options.host, options.port, options.max_body_bytes, std::min(2, cores)}, options.model, batcher,
         [&](unsigned short port) {
-          std::cout << "serving " << options.model.graph_file << " on " << options.address << ":" << port << " with "
+          std::cout << "serving " << options.model.graph_file << " on " << options.host << ":" << port << " with "
                     << predictors << " predictor(s)" << std::endl;
         });
 }

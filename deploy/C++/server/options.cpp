@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cctype>
 #include <charconv>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -155,7 +156,9 @@ std::optional<Options> parse_options(int argc, char** argv) {
     return {};
   }
   Options options;
-  options.address = text(flags, "address", options.address);
+  // Paddle Serving has no option for it; web_service.py reads the same variable.
+  if (const char* const host = std::getenv("SERVING_HOST")) options.host = host;
+  options.host = text(flags, "host", options.host);
   options.port = static_cast<unsigned short>(number(flags, "port", options.port, 0, 65535));
   options.threads = static_cast<int>(number(flags, "num_threads", options.threads, 1, 1024));
   // Paddle Serving asks for half a gigabyte when it isn't told anything; no request of kMaxTexts texts needs that.

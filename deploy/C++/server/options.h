@@ -9,7 +9,7 @@
 
 struct Options {
   Model model;  // without the limits of its graph
-  std::string address = "0.0.0.0";
+  std::string host = "127.0.0.1";
   unsigned short port = 9393;
   int threads = 4;    // predictors at most
   int gpu_id = -1;    // -1: the CPU

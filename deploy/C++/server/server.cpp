@@ -391,13 +391,14 @@ class Listener {
   Listener(asio::io_context& context, const ServerOptions& options, Shared& shared)
       : context_(context), strand_(asio::make_strand(context)), acceptor_(strand_), retry_(strand_), shared_(shared) {
     try {
-      const tcp::endpoint endpoint(asio::ip::make_address(options.address), options.port);
+      const tcp::endpoint endpoint(asio::ip::make_address(options.host), options.port);
       acceptor_.open(endpoint.protocol());
       acceptor_.set_option(asio::socket_base::reuse_address(true));
       acceptor_.bind(endpoint);
       acceptor_.listen();
     } catch (const boost::system::system_error& error) {
-      throw InputError("--port " + std::to_string(options.port) + ": " + error.code().message());
+      throw InputError("--port " + std::to_string(options.port) + ": can't listen on " + options.host + " (" +
+                       error.code().message() + ")");
     }
   }
 
@@ -518,7 +519,8 @@ void serve(const ServerOptions& options, const Model& model, Batcher& batcher,
   Listener listener(context, options, shared);
   listener.accept();
 
-  asio::signal_set signals(context, SIGTERM, SIGINT);
+  // Never destroyed: that would bring the default back, and a second signal would end the process at once.
+  static auto& signals = *new asio::signal_set(context, SIGTERM, SIGINT);
   asio::steady_timer check(context);
   std::chrono::steady_clock::time_point deadline;
   const std::function<void()> wait_for_connections = [&] {

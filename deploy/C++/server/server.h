@@ -10,7 +10,7 @@
 #include "model.h"
 
 struct ServerOptions {
-  std::string address;
+  std::string host;
   unsigned short port;
   size_t max_body_bytes;
   int network_threads;
