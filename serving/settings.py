@@ -26,8 +26,7 @@ OPERATOR = "op.ernie"
 LOCAL = f"{OPERATOR}.local_service_conf"
 
 
-def _port(text: str) -> int:
-    return int(at_least(0, below=65536)(text))
+PORT = at_least(0, below=65536)
 
 
 def _choice(*choices: str) -> Callable[[str], str]:
@@ -42,8 +41,8 @@ def _choice(*choices: str) -> Callable[[str], str]:
 SETTINGS = {
     "model_dir": Setting(f"{LOCAL}.model_config", str, "folder of export_to_serving.py or export_model.py"),
     "host": Setting("host", str, "address to listen on; 0.0.0.0 for all"),
-    "rpc_port": Setting("rpc_port", _port, "gRPC port; 0 takes any that is free"),
-    "http_port": Setting("http_port", _port, "HTTP port; 0 takes any that is free"),
+    "rpc_port": Setting("rpc_port", PORT, "gRPC port; 0 takes any that is free"),
+    "http_port": Setting("http_port", PORT, "HTTP port; 0 takes any that is free"),
     "device": Setting(f"{LOCAL}.device", _choice("cpu", "gpu"), "cpu or gpu"),
     "precision": Setting(f"{LOCAL}.precision", _choice("fp32", "bf16", "fp16"), "fp32, bf16 or fp16 to compute in"),
     "workers": Setting(f"{OPERATOR}.concurrency", at_least(1), "encoders, each a process with the whole model"),
@@ -85,8 +84,10 @@ def read_settings(options: Mapping[str, Any], environ: Mapping[str, str], config
                 raise InputError(f"{where}: give {setting.help}")
             try:
                 value = setting.parse(str(given))
-            except (ValueError, argparse.ArgumentTypeError) as error:
+            except argparse.ArgumentTypeError as error:
                 raise InputError(f"{where}: {error}") from None
+            except ValueError:
+                raise InputError(f"{where}: {given} isn't a number; give {setting.help}") from None
             if name == "model_dir" and where != variable:
                 value = str(config_file.parent / value)
         settings[name] = value

@@ -415,6 +415,22 @@ def test_a_lone_client_never_waits(fake_service: PipelineService, encoder: FakeE
     assert time.monotonic() - start < 20 * 0.2
 
 
+def test_two_encoders_work_at_a_time() -> None:
+    """A request doesn't wait for the batch before it where another encoder is free."""
+    encoders = [FakeEncoder(), FakeEncoder()]
+    service = PipelineService(encoders, ServiceOptions(4, 0.0, 16, LIMITS))
+    with ThreadPoolExecutor(2) as pool:
+        futures = []
+        for number, text in enumerate(("a", "b"), start=1):
+            futures.append(pool.submit(ask, service, text))
+            until(lambda number=number: sum(len(encoder.batches) for encoder in encoders) == number)
+        assert sorted(encoder.batches for encoder in encoders) == [[["a"]], [["b"]]]
+        for encoder in encoders:
+            encoder.go.set()
+        assert [future.result().err_no for future in futures] == [0, 0]
+    assert service.stop(30)
+
+
 def test_overload_is_an_error_at_once(fake_service: PipelineService, encoder: FakeEncoder) -> None:
     """Beyond waiting_texts, and only as long as they wait."""
     with ThreadPoolExecutor(8) as pool:
