@@ -1,9 +1,10 @@
-"""Speed of Pipeline Serving, over gRPC and HTTP, beside one process that calls Paddle Inference directly.
+"""Speed of Pipeline Serving and of the C++ server beside one process that calls Paddle Inference directly.
 
 Direct: batches of --batch_size texts in their order, tokenised, padded and encoded one after the other. Served: as many
 clients as a batch has texts, each of which sends one text and waits for its vector, which is then compared with the
 right one.
-The ways take turns. The last line is a JSON object; a ratio is texts/s served by texts/s direct.
+The ways take turns. The last line is a JSON object; a ratio is texts/s served by texts/s direct, and cpp_vs_pipeline
+compares the faster ways of the two. The C++ server's clients tokenise, those of Pipeline Serving send the texts.
 """
 
 import argparse
@@ -12,12 +13,15 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "deploy" / "C++"))
 
 from runtime import ArgumentParser, InputError, at_least, cpu_count, run, set_up_paddle
 
@@ -34,16 +38,18 @@ from benchmarks.common import (
     benchmark_inputs,
     describe_machine,
 )
-from benchmarks.service import CLIENTS, Service, running_service
+from benchmarks.service import CLIENTS, CPP_CLIENTS, Embed, running_cpp_service, running_service
 from checkpoint import create_model, save_checkpoint
 from data import batched, encode_texts
 from export_model import main as export
+from export_to_serving import main as export_to_serving
 from static_graph import Exported, load_exported
 
 BASE_ERNIE = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 TOLERANCE = 1e-5  # of a component
 PERCENTILES = (50, 90, 95, 99)
 DIRECT = "direct"
+Connect = Callable[[], AbstractContextManager[Embed]]  # a client's connection
 
 
 class Measured(NamedTuple):
@@ -68,7 +74,7 @@ def measure_direct(model: Exported, texts: Sequence[str], batch_size: int, secon
 
 
 def measure_service(
-    way: str, service: Service, texts: Sequence[str], vectors: np.ndarray, clients: int, seconds: float
+    connect: Connect, texts: Sequence[str], vectors: np.ndarray, clients: int, seconds: float
 ) -> Measured:
     """Lets clients call for so many seconds. Raises AssertionError for a wrong answer."""
     lock, rows = threading.Lock(), cycle(range(len(texts)))
@@ -82,7 +88,7 @@ def measure_service(
 
     def call() -> None:
         try:
-            with CLIENTS[way](service) as embed:
+            with connect() as embed:
                 while time.perf_counter() - start < seconds:
                     row = take_row()
                     call_start = time.perf_counter()
@@ -109,8 +115,12 @@ def summary(rounds: dict[str, list[Measured]]) -> dict[str, object]:
         for way, of_way in rounds.items()
     }
     latencies = {way: [value for measured in of_way for value in measured.latencies] for way, of_way in rounds.items()}
+    ratios = {f"{way}_vs_{DIRECT}": round(speed[way] / speed[DIRECT], 3) for way in speed if way != DIRECT}
+    if speed.keys() >= CPP_CLIENTS.keys():
+        cpp, pipeline = (max(speed[way] for way in ways) for ways in (CPP_CLIENTS, CLIENTS))
+        ratios |= {"cpp_vs_direct": round(cpp / speed[DIRECT], 3), "cpp_vs_pipeline": round(cpp / pipeline, 3)}
     return {
-        **{f"{way}_vs_{DIRECT}": round(speed[way] / speed[DIRECT], 3) for way in CLIENTS},
+        **ratios,
         "texts_per_second": {way: round(value, 2) for way, value in speed.items()},
         "latency_ms": {
             way: {f"p{p}": round(float(np.percentile(values, p)) * 1000, 1) for p in PERCENTILES}
@@ -136,6 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_input_args(parser)
     parser.add_argument("--model_dir", type=Path, help="exported model to serve (default: base ERNIE, random weights)")
+    parser.add_argument("--serving_bin", type=Path, help="also the C++ server: what deploy/C++/build.sh prints")
     parser.add_argument("--batch_size", type=at_least(1), default=32, help="texts of a batch, and clients")
     parser.add_argument("--texts", type=at_least(1), default=512, help="titles to encode, again and again")
     parser.add_argument("--seconds", type=at_least(0.1, float), default=20.0, help="of each way in each round")
@@ -156,13 +167,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         model_dir = args.model_dir or exported_model(inputs.model, inputs.folder)
         model = load_exported(model_dir, threads=cpu_count())
         vectors = encode_texts(model.encoder.embed, texts, model.collator, args.batch_size)
-        measured: dict[str, list[Measured]] = {way: [] for way in (DIRECT, *CLIENTS)}
-        with running_service(model_dir, "--batch_size", str(args.batch_size)) as service:
-            for number, way in turns(rounds):
+        with ExitStack() as stack:
+            service = stack.enter_context(running_service(model_dir, "--batch_size", str(args.batch_size)))
+            ways: dict[str, Connect] = {way: partial(client, service) for way, client in CLIENTS.items()}
+            if args.serving_bin:
+                folders = [f"--{name}_path={inputs.folder}/serving_{name}" for name in ("server", "client")]
+                export_to_serving(["--dirname", str(model_dir), *folders])
+                cpp_service = stack.enter_context(
+                    running_cpp_service(args.serving_bin.absolute(), inputs.folder / "serving_server", model.collator)
+                )
+                ways |= {way: partial(client, cpp_service) for way, client in CPP_CLIENTS.items()}
+            measured: dict[str, list[Measured]] = {way: [] for way in (DIRECT, *ways)}
+            for number, way in turns(rounds, list(measured)):
                 if way == DIRECT:
                     measured[way].append(measure_direct(model, texts, args.batch_size, seconds))
                 else:
-                    measured[way].append(measure_service(way, service, texts, vectors, args.batch_size, seconds))
+                    measured[way].append(measure_service(ways[way], texts, vectors, args.batch_size, seconds))
                 print(f"round {number} of {rounds}: {way}", file=sys.stderr, flush=True)
     result = summary(measured)
     print(f"{'':8}{'texts/s':>10}" + "".join(f"{f'p{p} ms':>10}" for p in PERCENTILES))
@@ -173,10 +193,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def turns(rounds: int) -> Iterator[tuple[int, str]]:
+def turns(rounds: int, ways: Sequence[str]) -> Iterator[tuple[int, str]]:
     """(round, way), so that a slow minute of the machine meets all ways."""
     for number in range(1, rounds + 1):
-        for way in (DIRECT, *CLIENTS):
+        for way in ways:
             yield number, way
 
 
