@@ -34,7 +34,7 @@ from benchmarks.common import (
     benchmark_inputs,
     describe_machine,
 )
-from benchmarks.service import CLIENTS, Service, running_service
+from benchmarks.service import CLIENTS, Service, read_metrics, running_service
 from checkpoint import create_model, save_checkpoint
 from data import batched, encode_texts
 from export_model import main as export
@@ -52,6 +52,8 @@ class Measured(NamedTuple):
     texts: int
     seconds: float
     latencies: list[float]  # seconds, of each call
+    batches: int
+    encoding_seconds: float  # of them all: what is left of `seconds` is the service's own
 
 
 def measure_direct(model: Exported, texts: Sequence[str], batch_size: int, seconds: float) -> Measured:
@@ -64,7 +66,7 @@ def measure_direct(model: Exported, texts: Sequence[str], batch_size: int, secon
         end = time.perf_counter()
         latencies.append(end - batch_start)
         if end - start > seconds:
-            return Measured(len(latencies) * batch_size, end - start, latencies)
+            return Measured(len(latencies) * batch_size, end - start, latencies, len(latencies), sum(latencies))
 
 
 def measure_service(
@@ -74,6 +76,7 @@ def measure_service(
     lock, rows = threading.Lock(), cycle(range(len(texts)))
     latencies: list[float] = []
     failures: list[BaseException] = []
+    before = read_metrics(service)
     start = time.perf_counter()
 
     def take_row() -> int:
@@ -99,7 +102,10 @@ def measure_service(
         thread.join()
     if failures:
         raise failures[0]
-    return Measured(len(latencies), time.perf_counter() - start, latencies)
+    end = time.perf_counter()
+    after = read_metrics(service)
+    batches, encoding_seconds = (after[name] - before[name] for name in ("batch_texts_count", "batch_seconds_sum"))
+    return Measured(len(latencies), end - start, latencies, int(batches), encoding_seconds)
 
 
 def summary(rounds: dict[str, list[Measured]]) -> dict[str, object]:
@@ -115,6 +121,14 @@ def summary(rounds: dict[str, list[Measured]]) -> dict[str, object]:
         "latency_ms": {
             way: {f"p{p}": round(float(np.percentile(values, p)) * 1000, 1) for p in PERCENTILES}
             for way, values in latencies.items()
+        },
+        "texts_per_batch": {
+            way: round(sum(measured.texts for measured in of_way) / sum(measured.batches for measured in of_way), 1)
+            for way, of_way in rounds.items()
+        },
+        "encoding_share": {
+            way: round(statistics.median(measured.encoding_seconds / measured.seconds for measured in of_way), 3)
+            for way, of_way in rounds.items()
         },
         "calls": {way: len(values) for way, values in latencies.items()},
         "texts_per_second_of_rounds": {
@@ -137,6 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_input_args(parser)
     parser.add_argument("--model_dir", type=Path, help="exported model to serve (default: base ERNIE, random weights)")
     parser.add_argument("--batch_size", type=at_least(1), default=32, help="texts of a batch, and clients")
+    parser.add_argument("--threads", type=at_least(1), default=cpu_count(), help="CPU threads that encode, either way")
     parser.add_argument("--texts", type=at_least(1), default=512, help="titles to encode, again and again")
     parser.add_argument("--seconds", type=at_least(0.1, float), default=20.0, help="of each way in each round")
     parser.add_argument("--rounds", type=at_least(1), default=3, help="turns of each way")
@@ -154,10 +169,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(texts) < args.batch_size:
             raise InputError(f"--batch_size {args.batch_size}: is more than the {len(texts)} texts")
         model_dir = args.model_dir or exported_model(inputs.model, inputs.folder)
-        model = load_exported(model_dir, threads=cpu_count())
+        model = load_exported(model_dir, threads=args.threads)
         vectors = encode_texts(model.encoder.embed, texts, model.collator, args.batch_size)
         measured: dict[str, list[Measured]] = {way: [] for way in (DIRECT, *CLIENTS)}
-        with running_service(model_dir, "--batch_size", str(args.batch_size)) as service:
+        options = ["--batch_size", str(args.batch_size), "--threads", str(args.threads)]
+        with running_service(model_dir, *options) as service:
             for number, way in turns(rounds):
                 if way == DIRECT:
                     measured[way].append(measure_direct(model, texts, args.batch_size, seconds))
@@ -165,11 +181,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                     measured[way].append(measure_service(way, service, texts, vectors, args.batch_size, seconds))
                 print(f"round {number} of {rounds}: {way}", file=sys.stderr, flush=True)
     result = summary(measured)
-    print(f"{'':8}{'texts/s':>10}" + "".join(f"{f'p{p} ms':>10}" for p in PERCENTILES))
+    columns = ["texts/s", *(f"p{p} ms" for p in PERCENTILES), "texts/batch", "encoding"]
+    print(" " * 8 + "".join(f"{column:>13}" for column in columns))
     for way in measured:
         percentiles = result["latency_ms"][way].values()
-        print(f"{way:8}{result['texts_per_second'][way]:>10.1f}" + "".join(f"{value:>10.1f}" for value in percentiles))
-    print(json.dumps({**result, "batch_size": args.batch_size, "machine": machine}))
+        figures = [result["texts_per_second"][way], *percentiles, result["texts_per_batch"][way]]
+        print(f"{way:8}" + "".join(f"{value:>13.1f}" for value in figures) + f"{result['encoding_share'][way]:>13.1%}")
+    print(json.dumps({**result, "batch_size": args.batch_size, "threads": args.threads, "machine": machine}))
     return 0
 
 
