@@ -2,7 +2,7 @@
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -236,13 +236,7 @@ class HnswIndex(VectorIndex):
             self.ef = ef
             return overlap(self.search(queries, k)[1], expected) >= share
 
-        low = high = min(k, len(self))
-        while not is_enough(high) and high < MAX_EF:
-            low, high = high, 2 * high
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if is_enough(middle) else (middle + 1, high)
-        self.ef = high
+        self.ef = smallest_ef(is_enough, min(k, len(self)))
 
     def save(self, folder: Path) -> None:
         try:
@@ -324,6 +318,17 @@ def build_index(options: IndexOptions, vectors: np.ndarray) -> VectorIndex:
         index = HnswIndex(dim, options.hnsw_max_elements or max(1, rows), options.hnsw_m, ef_construction=ef, ef=ef)
     index.add(vectors)
     return index
+
+
+def smallest_ef(is_enough: Callable[[int], bool], lowest: int) -> int:
+    """The smallest `ef` from `lowest` on that is enough, at most MAX_EF; whatever is beyond one that is, is too."""
+    low = high = lowest
+    while not is_enough(high) and high < MAX_EF:
+        low, high = high, 2 * high
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle + 1, high)
+    return high
 
 
 def overlap(found: np.ndarray, exact: np.ndarray) -> float:

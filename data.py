@@ -91,16 +91,20 @@ def text_argument(text: str) -> str:
     return text
 
 
-def add_evaluation_file_args(parser: argparse.ArgumentParser, train: bool) -> None:
+def add_evaluation_file_args(parser: argparse.ArgumentParser, *, train: bool = False, required: bool = False) -> None:
     """The files that an evaluation reads, and the recall result that it writes; training has defaults for them."""
     parser.add_argument(
         "--similar_text_pair_file",
         "--similar_text_pair",
+        required=required,
         default="./recall/dev.csv" if train else None,
         help="pairs whose queries are searched and whose titles are the right answers",
     )
     parser.add_argument(
-        "--corpus_file", default="./recall/corpus.csv" if train else None, help="documents to search, one a line"
+        "--corpus_file",
+        required=required,
+        default="./recall/corpus.csv" if train else None,
+        help="documents to search, one a line",
     )
     parser.add_argument("--recall_result_dir", default="recall_result_dir", help="folder of the recall result")
     parser.add_argument(

@@ -42,8 +42,7 @@ def export_model(loaded: LoadedModel, checkpoint: Path, folder: Path, onnx: bool
     if onnx:
         export_onnx(folder)
         encoders["onnx"] = OnnxEncoder(folder).embed
-    longest = model.ptm.config.max_position_embeddings
-    differences = {name: largest_difference(model.embed, embed, collator, longest) for name, embed in encoders.items()}
+    differences = {name: largest_difference(model.embed, embed, collator) for name, embed in encoders.items()}
     for name, difference in differences.items():
         if not difference <= LARGEST_DIFFERENCE:  # NaN too
             raise InputError(f"{folder}: the {name} graph is off by {difference:.2g}, more than {LARGEST_DIFFERENCE:g}")
@@ -71,9 +70,9 @@ def versions(onnx: bool) -> dict[str, str]:
     return {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
 
 
-def largest_difference(first: Embed, second: Embed, collator: TextCollator, longest: int) -> float:
-    """Between the components of two encoders' vectors, over batches of several sizes and lengths up to `longest`."""
-    lengths = sorted({3, collator.max_seq_length // 2 + 1, collator.max_seq_length, longest})
+def largest_difference(first: Embed, second: Embed, collator: TextCollator) -> float:
+    """Between the components of two encoders' vectors, over batches of several sizes and lengths."""
+    lengths = sorted({3, collator.max_seq_length // 2 + 1, collator.max_seq_length})
     batches = [random_tokens(collator, size, length) for size in CHECKED_BATCH_SIZES for length in lengths]
     return float(np.max([np.abs(first(*tokens) - second(*tokens)).max() for tokens in batches]))
 
@@ -92,10 +91,9 @@ def check_replaceable(folder: Path) -> None:
     """Raises InputError if a folder holds anything that no export wrote: replacing it would lose that."""
     if not folder.is_dir():
         return
-    known = {MANIFEST_FILE}
-    if (folder / MANIFEST_FILE).is_file() and (folder / MODEL_CARD_FILE).is_file():
-        known |= set(read_json(folder / MANIFEST_FILE).get("files", {}))
-    others = sorted(path.name for path in folder.iterdir() if path.name not in known)
+    exported = (folder / MANIFEST_FILE).is_file() and (folder / MODEL_CARD_FILE).is_file()
+    files = read_json(folder / MANIFEST_FILE).get("files") if exported else ()
+    others = sorted({path.name for path in folder.iterdir()} - {MANIFEST_FILE, *(files or ())})
     if others:
         raise InputError(f"--output_path {folder}: holds {others[0]}, which no export wrote; give another folder")
 

@@ -32,6 +32,7 @@ from data import (
     parse_text,
     read_corpus,
     read_text_pairs,
+    text_argument,
     titles_by_query,
     write_hits,
 )
@@ -62,7 +63,7 @@ class Recall(NamedTuple):
 
 
 def encode_corpus(encoder: Encoder, corpus: Corpus, folder: str | Path) -> Embeddings:
-    """The vectors of all documents, on disk: each rank encodes every so manieth shard that isn't there yet.
+    """The vectors of all documents, on disk: the ranks take turns with the shards that aren't there yet.
 
     Raises InputError, as when a vector isn't finite, or the folder holds those of another corpus or model.
     """
@@ -103,16 +104,17 @@ def embedding_folder(embedding_dir: str | None, parent: str | Path) -> Iterator[
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def sample_of(rows: Sequence[str] | np.ndarray) -> Sequence[str] | np.ndarray:
-    """Up to twice SAMPLE of the rows, from all over them."""
-    return rows[:: max(1, len(rows) // SAMPLE)]
+def sample_of(rows: Sequence[str] | np.ndarray, *, other: bool = False) -> Sequence[str] | np.ndarray:
+    """Up to twice SAMPLE of the rows, from all over them; `other` takes others than without, if there are enough."""
+    step = max(1, len(rows) // SAMPLE)
+    return rows[step // 2 if other else 0 :: step]
 
 
 def tune(index: VectorIndex, queries: np.ndarray, k: int, share: float | None) -> None:
     """Tunes `ef` of an HNSW index on a sample of the queries, unit vectors [Q, D]; 0 leaves it, None is the default."""
     share = DEFAULT_SHARE if share is None else share
     if isinstance(index, HnswIndex) and share and len(queries):
-        index.tune_ef(sample_of(queries), k, share)
+        index.tune_ef(sample_of(queries, other=True), k, share)  # not on those that `search` judges it by
 
 
 def search(index: VectorIndex, queries: np.ndarray, k: int) -> Recall:
@@ -213,9 +215,14 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
     add_checkpoint_args(parser)
-    add_evaluation_file_args(parser, train=False)
+    add_evaluation_file_args(parser)
     add_skip_bad_lines_arg(parser)
-    parser.add_argument("--query", action="append", help="search for this text and print the hits; may be given again")
+    parser.add_argument(
+        "--query",
+        action="append",
+        type=text_argument,
+        help="search for this text and print the hits; may be given again",
+    )
     parser.add_argument("--interactive", action="store_true", help="search for each line that is typed")
     parser.add_argument("--recall_num", type=at_least(1), default=10, help="documents recalled for a query")
     add_encoding_args(parser)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import gc
 import importlib
 import io
 import math
@@ -186,10 +187,17 @@ def set_up_paddle() -> None:
     keep_freed_memory()
     os.environ.update(cpu_environment(os.environ, read_cpuinfo(), cpu_count()))
     os.environ.setdefault("GLOG_minloglevel", "2")
-    for message in ("No ccache found", "Setuptools is replacing distutils", "pkg_resources is deprecated"):
+    for message in (
+        "No ccache found",
+        "Setuptools is replacing distutils",
+        "pkg_resources is deprecated",
+        "Tensor do not have 'place' interface",  # of PaddleNLP's BERT in an export
+    ):
         warnings.filterwarnings("ignore", message=message)
+    gc.disable()  # looking for garbage while it makes its objects takes a sixth of the import
     with contextlib.redirect_stderr(io.StringIO()):  # it warns of any OMP_NUM_THREADS but 1
         importlib.import_module("paddle")
+    gc.enable()
 
 
 class LineProgress:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import (
+    BASE_ERNIE,
     MAX_SEQ_LENGTH,
     MEDIUM_ERNIE,
     Training,
@@ -22,14 +23,13 @@ from benchmarks.common import (
     describe_machine,
     interleaved,
     median_step_seconds,
-    run_trainer,
+    run_process,
     write_pairs,
 )
 from data import TextPair
 from runtime import ArgumentParser, at_least, run
 
 CHUNK = 32
-BASE_ERNIE = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 
 
 class Sizes(NamedTuple):
@@ -97,9 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             },
             sizes.rounds,
             inputs.folder,
+            Training,
         )
         peaks = {
-            size: run_trainer(command(size, 1, *cache), inputs.folder / "report.json").peak_bytes
+            size: run_process(command(size, 1, *cache), inputs.folder / "report.json", Training).peak_bytes
             for size in (sizes.small_batch, sizes.large_batch)
         }
     result = summary(timed, peaks, sizes)

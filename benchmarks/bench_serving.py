@@ -38,7 +38,7 @@ from benchmarks.common import (
     benchmark_inputs,
     describe_machine,
 )
-from benchmarks.service import CLIENTS, CPP_CLIENTS, Embed, running_cpp_service, running_service
+from benchmarks.service import CLIENTS, CPP_CLIENTS, Embed, read_metrics, running_cpp_service, running_service
 from checkpoint import create_model, save_checkpoint
 from data import batched, encode_texts
 from export_model import main as export
@@ -49,7 +49,13 @@ BASE_ERNIE = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_head
 TOLERANCE = 1e-5  # of a component
 PERCENTILES = (50, 90, 95, 99)
 DIRECT = "direct"
-Connect = Callable[[], AbstractContextManager[Embed]]  # a client's connection
+
+
+class Way(NamedTuple):
+    """To get vectors from a service."""
+
+    connect: Callable[[], AbstractContextManager[Embed]]  # a client's connection
+    metrics: Callable[[], dict[str, float]] | None  # the C++ server has none
 
 
 class Measured(NamedTuple):
@@ -58,6 +64,8 @@ class Measured(NamedTuple):
     texts: int
     seconds: float
     latencies: list[float]  # seconds, of each call
+    batches: int  # 0 where the service doesn't say
+    encoding_seconds: float  # of them all: what is left of `seconds` is the service's own
 
 
 def measure_direct(model: Exported, texts: Sequence[str], batch_size: int, seconds: float) -> Measured:
@@ -70,16 +78,15 @@ def measure_direct(model: Exported, texts: Sequence[str], batch_size: int, secon
         end = time.perf_counter()
         latencies.append(end - batch_start)
         if end - start > seconds:
-            return Measured(len(latencies) * batch_size, end - start, latencies)
+            return Measured(len(latencies) * batch_size, end - start, latencies, len(latencies), sum(latencies))
 
 
-def measure_service(
-    connect: Connect, texts: Sequence[str], vectors: np.ndarray, clients: int, seconds: float
-) -> Measured:
+def measure_service(way: Way, texts: Sequence[str], vectors: np.ndarray, clients: int, seconds: float) -> Measured:
     """Lets clients call for so many seconds. Raises AssertionError for a wrong answer."""
     lock, rows = threading.Lock(), cycle(range(len(texts)))
     latencies: list[float] = []
     failures: list[BaseException] = []
+    before = way.metrics() if way.metrics else {}
     start = time.perf_counter()
 
     def take_row() -> int:
@@ -88,7 +95,7 @@ def measure_service(
 
     def call() -> None:
         try:
-            with connect() as embed:
+            with way.connect() as embed:
                 while time.perf_counter() - start < seconds:
                     row = take_row()
                     call_start = time.perf_counter()
@@ -105,7 +112,11 @@ def measure_service(
         thread.join()
     if failures:
         raise failures[0]
-    return Measured(len(latencies), time.perf_counter() - start, latencies)
+    end = time.perf_counter()
+    after = way.metrics() if way.metrics else {}
+    names = ("batch_texts_count", "batch_seconds_sum")
+    batches, encoding_seconds = (after.get(name, 0) - before.get(name, 0) for name in names)
+    return Measured(len(latencies), end - start, latencies, int(batches), encoding_seconds)
 
 
 def summary(rounds: dict[str, list[Measured]]) -> dict[str, object]:
@@ -119,12 +130,21 @@ def summary(rounds: dict[str, list[Measured]]) -> dict[str, object]:
     if speed.keys() >= CPP_CLIENTS.keys():
         cpp, pipeline = (max(speed[way] for way in ways) for ways in (CPP_CLIENTS, CLIENTS))
         ratios |= {"cpp_vs_direct": round(cpp / speed[DIRECT], 3), "cpp_vs_pipeline": round(cpp / pipeline, 3)}
+    counted = {way: of_way for way, of_way in rounds.items() if all(measured.batches for measured in of_way)}
     return {
         **ratios,
         "texts_per_second": {way: round(value, 2) for way, value in speed.items()},
         "latency_ms": {
             way: {f"p{p}": round(float(np.percentile(values, p)) * 1000, 1) for p in PERCENTILES}
             for way, values in latencies.items()
+        },
+        "texts_per_batch": {
+            way: round(sum(measured.texts for measured in of_way) / sum(measured.batches for measured in of_way), 1)
+            for way, of_way in counted.items()
+        },
+        "encoding_share": {
+            way: round(statistics.median(measured.encoding_seconds / measured.seconds for measured in of_way), 3)
+            for way, of_way in counted.items()
         },
         "calls": {way: len(values) for way, values in latencies.items()},
         "texts_per_second_of_rounds": {
@@ -148,6 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_dir", type=Path, help="exported model to serve (default: base ERNIE, random weights)")
     parser.add_argument("--serving_bin", type=Path, help="also the C++ server: what deploy/C++/build.sh prints")
     parser.add_argument("--batch_size", type=at_least(1), default=32, help="texts of a batch, and clients")
+    parser.add_argument("--threads", type=at_least(1), default=cpu_count(), help="CPU threads that encode, either way")
     parser.add_argument("--texts", type=at_least(1), default=512, help="titles to encode, again and again")
     parser.add_argument("--seconds", type=at_least(0.1, float), default=20.0, help="of each way in each round")
     parser.add_argument("--rounds", type=at_least(1), default=3, help="turns of each way")
@@ -165,18 +186,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(texts) < args.batch_size:
             raise InputError(f"--batch_size {args.batch_size}: is more than the {len(texts)} texts")
         model_dir = args.model_dir or exported_model(inputs.model, inputs.folder)
-        model = load_exported(model_dir, threads=cpu_count())
+        model = load_exported(model_dir, threads=args.threads)
         vectors = encode_texts(model.encoder.embed, texts, model.collator, args.batch_size)
+        options = ["--batch_size", str(args.batch_size), "--threads", str(args.threads)]
         with ExitStack() as stack:
-            service = stack.enter_context(running_service(model_dir, "--batch_size", str(args.batch_size)))
-            ways: dict[str, Connect] = {way: partial(client, service) for way, client in CLIENTS.items()}
+            service = stack.enter_context(running_service(model_dir, *options))
+            ways = {
+                way: Way(partial(client, service), partial(read_metrics, service)) for way, client in CLIENTS.items()
+            }
             if args.serving_bin:
                 folders = [f"--{name}_path={inputs.folder}/serving_{name}" for name in ("server", "client")]
                 export_to_serving(["--dirname", str(model_dir), *folders])
                 cpp_service = stack.enter_context(
                     running_cpp_service(args.serving_bin.absolute(), inputs.folder / "serving_server", model.collator)
                 )
-                ways |= {way: partial(client, cpp_service) for way, client in CPP_CLIENTS.items()}
+                ways |= {way: Way(partial(client, cpp_service), None) for way, client in CPP_CLIENTS.items()}
             measured: dict[str, list[Measured]] = {way: [] for way in (DIRECT, *ways)}
             for number, way in turns(rounds, list(measured)):
                 if way == DIRECT:
@@ -185,11 +209,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                     measured[way].append(measure_service(ways[way], texts, vectors, args.batch_size, seconds))
                 print(f"round {number} of {rounds}: {way}", file=sys.stderr, flush=True)
     result = summary(measured)
-    print(f"{'':8}{'texts/s':>10}" + "".join(f"{f'p{p} ms':>10}" for p in PERCENTILES))
+    columns = ["texts/s", *(f"p{p} ms" for p in PERCENTILES), "texts/batch", "encoding"]
+    print(" " * 8 + "".join(f"{column:>13}" for column in columns))
     for way in measured:
         percentiles = result["latency_ms"][way].values()
-        print(f"{way:8}{result['texts_per_second'][way]:>10.1f}" + "".join(f"{value:>10.1f}" for value in percentiles))
-    print(json.dumps({**result, "batch_size": args.batch_size, "machine": machine}))
+        line = f"{way:8}" + "".join(f"{value:>13.1f}" for value in [result["texts_per_second"][way], *percentiles])
+        if way in result["texts_per_batch"]:
+            line += f"{result['texts_per_batch'][way]:>13.1f}{result['encoding_share'][way]:>13.1%}"
+        print(line)
+    print(json.dumps({**result, "batch_size": args.batch_size, "threads": args.threads, "machine": machine}))
     return 0
 
 

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(inputs.pairs) < steps * args.batch_size:
             needed = f"{steps} steps of {args.batch_size} pairs need {steps * args.batch_size}"
             raise InputError(f"{args.train_set_file}: has {len(inputs.pairs)} pairs, {needed}; lower --steps")
-        trainings = interleaved(trainer_commands(inputs, steps, args.batch_size), rounds, inputs.folder)
+        trainings = interleaved(trainer_commands(inputs, steps, args.batch_size), rounds, inputs.folder, Training)
     result = summary(trainings, args.batch_size, warm_up)
     print(f"{'':48}{'steps/s':>10}{'pairs/s':>10}{'last loss':>12}")
     for name in trainings:

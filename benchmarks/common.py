@@ -1,4 +1,4 @@
-"""What the training benchmarks share: options, inputs, fresh processes, the machine. Imports no Paddle."""
+"""What the benchmarks share: options, inputs, fresh processes, the machine. Imports no Paddle."""
 
 import argparse
 import json
@@ -15,9 +15,20 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from data import VOCABULARY_FILE, TextPair, build_vocabulary, epoch_batches, read_text_pairs, write_vocabulary
+import numpy as np
+
+from data import (
+    VOCABULARY_FILE,
+    Corpus,
+    TextPair,
+    build_vocabulary,
+    epoch_batches,
+    read_corpus,
+    read_text_pairs,
+    write_vocabulary,
+)
 from examples import make_dataset
 from examples.make_tiny_ernie import TINY_ERNIE_CONFIG
 from files import atomic_write, read_json, write_json
@@ -30,6 +41,17 @@ MAX_SEQ_LENGTH = 64
 SCALE, MARGIN = 30.0, 0.2  # defaults of train_batch_neg.py
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_tile")
 MEDIUM_ERNIE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 4}
+BASE_ERNIE = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "max_position_embeddings": 513,
+}
+SAMPLE = 16  # texts whose vectors are compared
+
+Result = TypeVar("Result")
+Report = TypeVar("Report", bound=NamedTuple)
 
 
 class Training(NamedTuple):
@@ -41,8 +63,17 @@ class Training(NamedTuple):
     versions: dict[str, str]
 
 
+class Encoding(NamedTuple):
+    """What an encoder's process reports."""
+
+    pass_seconds: list[float]  # of each pass over all texts
+    vectors: list[list[float]]  # of SAMPLE of the texts
+    peak_bytes: int
+    versions: dict[str, str]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# In a trainer's process
+# In a trainer's or an encoder's process
 
 
 def add_trainer_args(parser: argparse.ArgumentParser) -> None:
@@ -56,23 +87,52 @@ def add_trainer_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", help="JSON file to write seconds and loss of each step to")
 
 
-def timed_steps(step: Callable[[Any], float], inputs: Iterable[Any]) -> tuple[list[float], list[float]]:
-    """(seconds, losses) of the steps; making a step's input counts as part of it."""
-    seconds, losses = [], []
+def add_encoder_args(parser: argparse.ArgumentParser) -> None:
+    """Options that every encoder takes."""
+    parser.add_argument("--model", required=True, help="checkpoint's folder, or the folder that it was exported to")
+    parser.add_argument("--corpus_file", required=True, help="texts, one a line")
+    parser.add_argument("--batch_size", type=at_least(1), default=32, help="texts of full length a batch")
+    parser.add_argument("--warm_up", type=at_least(1), required=True, help="first texts, encoded before, not timed")
+    parser.add_argument("--passes", type=at_least(1), default=1, help="how often all texts are encoded")
+    parser.add_argument("--report", required=True, help="JSON file to write the seconds of each pass to")
+
+
+def timed_steps(step: Callable[[Any], Result], inputs: Iterable[Any]) -> tuple[list[float], list[Result]]:
+    """(seconds, results) of the steps; making a step's input counts as part of it."""
+    seconds, results = [], []
     start = time.perf_counter()
     for step_input in inputs:
-        losses.append(step(step_input))
+        results.append(step(step_input))
         end = time.perf_counter()
         seconds.append(end - start)
         start = end
-    return seconds, losses
+    return seconds, results
 
 
-def write_report(path: str, seconds: list[float], losses: list[float], packages: Sequence[str]) -> None:
-    """Writes a Training."""
+def measure_encoding(
+    encode: Callable[[Sequence[str]], np.ndarray], args: argparse.Namespace, packages: Sequence[str]
+) -> Encoding:
+    """Encodes the texts as the options of `add_encoder_args` say. encode: gives vectors [N, D] in the texts' order."""
+    texts = list(read_corpus(args.corpus_file))
+    encode(texts[: args.warm_up])
+    seconds, vectors = timed_steps(encode, [texts] * args.passes)
+    return Encoding(seconds, sample_of(vectors[-1], SAMPLE).tolist(), *used(packages))
+
+
+def sample_of(rows: Result, count: int) -> Result:
+    """`count` rows of an array or sequence, from all over it; all of them if they are fewer."""
+    return rows[:: max(1, len(rows) // count)][:count]
+
+
+def used(packages: Sequence[str]) -> tuple[int, dict[str, str]]:
+    """Largest resident memory of this process in bytes, and the versions of the packages."""
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    versions = {package: version(package) for package in packages}
-    write_json(Path(path), Training(seconds, losses, peak_bytes, versions)._asdict())
+    return peak_bytes, {package: version(package) for package in packages}
+
+
+def write_report(path: str, report: Training | Encoding) -> None:
+    """Writes what `run_process` reads."""
+    write_json(Path(path), report._asdict())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,13 +168,36 @@ def benchmark_inputs(train_set_file: str | None, model: str | None, sizes: Mappi
             train_set_file = str(folder / "recall" / "train.csv")
         pairs = read_text_pairs(train_set_file)
         if model is None:
-            make_model_folder(folder / "model", pairs, sizes)
+            texts = chain.from_iterable((pair.query, pair.title) for pair in pairs)
+            make_model_folder(folder / "model", texts, sizes)
         yield Inputs(pairs, folder / "model" if model is None else Path(model), folder)
 
 
-def make_model_folder(folder: Path, pairs: Sequence[TextPair], sizes: Mapping[str, int]) -> None:
-    """The example's config with other sizes, and a vocabulary made of the pairs."""
-    vocabulary = build_vocabulary(chain.from_iterable((pair.query, pair.title) for pair in pairs))
+class CorpusInputs(NamedTuple):
+    """What all encoders are given."""
+
+    corpus: Corpus
+    model: Path
+    folder: Path  # for whatever else a benchmark writes
+
+
+@contextmanager
+def benchmark_corpus(corpus_file: str | None, model: str | None, sizes: Mapping[str, int]) -> Iterator[CorpusInputs]:
+    """A corpus and a model folder, made as `benchmark_inputs` makes them. Raises InputError."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if corpus_file is None:
+            make_dataset.main(["--output_dir", name])
+            corpus_file = str(folder / "recall" / "corpus.csv")
+        corpus = read_corpus(corpus_file)
+        if model is None:
+            make_model_folder(folder / "model", corpus, sizes)
+        yield CorpusInputs(corpus, folder / "model" if model is None else Path(model), folder)
+
+
+def make_model_folder(folder: Path, texts: Iterable[str], sizes: Mapping[str, int]) -> None:
+    """The example's config with other sizes, and a vocabulary made of the texts."""
+    vocabulary = build_vocabulary(texts)
     write_vocabulary(folder / VOCABULARY_FILE, vocabulary)
     write_json(folder / "config.json", {**read_json(TINY_ERNIE_CONFIG), **sizes, "vocab_size": len(vocabulary)})
 
@@ -138,27 +221,32 @@ def check_benchmarks_python() -> None:
         raise InputError(f"{BENCHMARKS_PYTHON.parents[1]}: no such environment; run sh scripts/setup.sh --benchmarks")
 
 
-def run_trainer(command: Sequence[str | Path], report: Path) -> Training:
-    """Runs a trainer in a fresh process. Raises InputError if it does, and RuntimeError if it fails otherwise."""
-    done = subprocess.run(
-        [*map(str, command), "--report", str(report)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def run_checked(command: Sequence[str | Path]) -> None:
+    """Runs a fresh process. Raises InputError if it does, and RuntimeError if it fails otherwise."""
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
     lines = (done.stdout + done.stderr).strip().splitlines()
     if done.returncode == 2 and lines:
         raise InputError(lines[-1].removeprefix("error: "))
     if done.returncode:
         raise RuntimeError("\n".join([f"{' '.join(map(str, command))} failed:", *lines[-30:]]))
-    return Training(**json.loads(report.read_text(encoding="utf-8")))
 
 
-def interleaved(commands: Mapping[str, Sequence[str | Path]], rounds: int, folder: Path) -> dict[str, list[Training]]:
+def run_process(command: Sequence[str | Path], report: Path, kind: type[Report]) -> Report:
+    """What a fresh process reports. Raises as `run_checked`."""
+    run_checked([*command, "--report", report])
+    return kind(**json.loads(report.read_text(encoding="utf-8")))
+
+
+def interleaved(
+    commands: Mapping[str, Sequence[str | Path]], rounds: int, folder: Path, kind: type[Report]
+) -> dict[str, list[Report]]:
     """Runs every command once a round, so that a slow minute of the machine meets all of them."""
-    trainings: dict[str, list[Training]] = {name: [] for name in commands}
+    reports: dict[str, list[Report]] = {name: [] for name in commands}
     for number in range(1, rounds + 1):
         for name, command in commands.items():
-            trainings[name].append(run_trainer(command, folder / "report.json"))
+            reports[name].append(run_process(command, folder / "report.json", kind))
             print(f"round {number} of {rounds}: {name}", file=sys.stderr, flush=True)
-    return trainings
+    return reports
 
 
 def median_step_seconds(trainings: Sequence[Training], warm_up: int) -> float:

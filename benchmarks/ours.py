@@ -12,8 +12,10 @@ from benchmarks.common import (
     MARGIN,
     MAX_SEQ_LENGTH,
     SCALE,
+    Training,
     add_trainer_args,
     timed_steps,
+    used,
     write_report,
 )
 from data import PairCollator, read_text_pairs
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     seconds, losses = timed_steps(step, plan.steps(0))
     if args.report and is_main_process():
-        write_report(args.report, seconds, losses, ["paddlepaddle", "paddlenlp"])
+        write_report(args.report, Training(seconds, losses, *used(["paddlepaddle", "paddlenlp"])))
     log(f"{len(losses)} steps, last loss {losses[-1]:.4f}")
     return 0
 

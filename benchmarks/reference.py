@@ -1,4 +1,4 @@
-"""The plain way to measure against: the loop of the original scripts, with nothing done for speed.
+"""The plain way to measure against: the loops of the original scripts, with nothing done for speed.
 
 PaddleNLP's model and pure Python tokenizer as they come, the environment untouched, texts tokenised one at a time in
 the loop and in file order, a batch padded to its longest text.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
@@ -22,8 +23,10 @@ from benchmarks.common import (
     MARGIN,
     MAX_SEQ_LENGTH,
     SCALE,
+    Training,
     add_trainer_args,
     timed_steps,
+    used,
     write_report,
 )
 from data import TextPair, batched, read_text_pairs
@@ -93,6 +96,13 @@ def train(
     return timed_steps(step, islice(batched(pairs, batch_size), steps))
 
 
+@paddle.no_grad()
+def encode(model: ReferenceModel, tokenizer: ErnieTokenizer, texts: Sequence[str], batch_size: int) -> np.ndarray:
+    """Vectors of the texts, float32 [N, D], in their order."""
+    batches = batched(texts, batch_size)
+    return np.concatenate([model.embed(tokenize(tokenizer, batch, MAX_SEQ_LENGTH)).numpy() for batch in batches])
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
@@ -114,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         learning_rate=args.learning_rate,
     )
     if args.report:
-        write_report(args.report, seconds, losses, ["paddlepaddle", "paddlenlp"])
+        write_report(args.report, Training(seconds, losses, *used(["paddlepaddle", "paddlenlp"])))
     print(f"{len(losses)} steps, last loss {losses[-1]:.4f}")
     return 0
 

@@ -27,13 +27,16 @@ from benchmarks.common import (
     EMBEDDING_SIZE,
     MAX_SEQ_LENGTH,
     SCALE,
+    Training,
     add_trainer_args,
     timed_steps,
+    used,
     write_report,
 )
 from data import (
     PAD,
     UNK,
+    Embed,
     TextCollator,
     TokenisedTexts,
     encode_texts,
@@ -43,7 +46,7 @@ from data import (
     titles_by_query,
 )
 from files import read_json
-from runtime import ArgumentParser, run
+from runtime import ArgumentParser, progress_bar, run
 
 ERNIE_TO_BERT = (  # sizes and rates that both configs name alike
     "vocab_size",
@@ -62,18 +65,28 @@ ERNIE_TO_BERT = (  # sizes and rates that both configs name alike
 Features = dict[str, torch.Tensor]
 
 
-def create_model(folder: str) -> SentenceTransformer:
-    """A BERT of the folder's sizes with random weights, the mean over tokens, and a linear layer without activation."""
+def bert_config(folder: str | Path) -> BertConfig:
+    """Of the sizes in the folder's config.json."""
     sizes = read_json(Path(folder) / "config.json")
-    config = BertConfig(**{name: sizes[name] for name in ERNIE_TO_BERT if name in sizes})
+    return BertConfig(**{name: sizes[name] for name in ERNIE_TO_BERT if name in sizes})
+
+
+def as_sentence_transformer(bert: BertModel, head: Sequence[torch.nn.Module]) -> SentenceTransformer:
+    """The model with what turns its last layer into a vector."""
     # The model is given ids; Transformer only insists on having a tokenizer.
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordPiece(unk_token=UNK)), pad_token=PAD)
     with tempfile.TemporaryDirectory() as temporary:
-        BertModel(config).save_pretrained(temporary)
+        bert.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         transformer = Transformer(temporary, max_seq_length=MAX_SEQ_LENGTH)
+    return SentenceTransformer(modules=[transformer, *head], device="cpu")
+
+
+def create_model(folder: str) -> SentenceTransformer:
+    """A BERT of the folder's sizes with random weights, the mean over tokens, and a linear layer without activation."""
+    config = bert_config(folder)
     dense = Dense(config.hidden_size, EMBEDDING_SIZE, activation_function=None)
-    return SentenceTransformer(modules=[transformer, Pooling(config.hidden_size, "mean"), dense], device="cpu")
+    return as_sentence_transformer(BertModel(config), [Pooling(config.hidden_size, "mean"), dense])
 
 
 def features_of(collator: TextCollator, ids: Sequence[Sequence[int]]) -> Features:
@@ -112,8 +125,8 @@ def batches(
             yield [features_of(collator, [texts[row] for row in rows]) for texts in tokens]
 
 
-def write_vectors(model: SentenceTransformer, collator: TextCollator, texts: Sequence[str], path: Path) -> None:
-    """Unit vectors of the texts, float32 [N, D], in their order."""
+def embed_with(model: SentenceTransformer, collator: TextCollator) -> Embed:
+    """What `data.encode_texts` calls: unit vectors, float32 [B, D], of int64 [B, L] token ids."""
 
     @torch.inference_mode()
     def embed(input_ids: np.ndarray, _: np.ndarray) -> np.ndarray:
@@ -121,7 +134,13 @@ def write_vectors(model: SentenceTransformer, collator: TextCollator, texts: Seq
         return torch.nn.functional.normalize(model(features)["sentence_embedding"]).numpy()
 
     model.eval()
-    np.save(path, encode_texts(embed, texts, collator, 64, desc=str(path)))
+    return embed
+
+
+def write_vectors(model: SentenceTransformer, collator: TextCollator, texts: Sequence[str], path: Path) -> None:
+    """Unit vectors of the texts, float32 [N, D], in their order."""
+    with progress_bar(len(texts), str(path), "text") as progress:
+        np.save(path, encode_texts(embed_with(model, collator), texts, collator, 64, progress=progress))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -148,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     training_batches = batches(collator, columns, args.batch_size, args.seed)
     seconds, losses = timed_steps(step, islice(training_batches, args.steps))
     if args.report:
-        write_report(args.report, seconds, losses, ["sentence-transformers", "torch"])
+        write_report(args.report, Training(seconds, losses, *used(["sentence-transformers", "torch"])))
     print(f"{len(losses)} steps, last loss {losses[-1]:.4f}")
     if args.corpus_file or args.similar_text_pair_file:
         args.output.mkdir(parents=True, exist_ok=True)

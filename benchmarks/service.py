@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,13 @@ def running_service(model_dir: Path, *options: str) -> Iterator[Service]:
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+def read_metrics(service: Service) -> dict[str, float]:
+    """What /metrics counts, by name and labels."""
+    with urllib.request.urlopen(f"http://{HOST}:{service.http_port}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
 
 class ServiceError(Exception):

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime import InputError, log
+from runtime import InputError
 from serving.encoder_process import EncoderProcess, EncoderStopped
 from serving.limits import (
     BAD_REQUEST,
@@ -37,6 +37,7 @@ from serving.limits import (
     Limits,
     RequestError,
     check_texts,
+    service_log,
 )
 from serving.metrics import Metrics
 
@@ -78,7 +79,7 @@ SHORTEST_WAIT = 1e-4  # seconds; Serving's channels take 0 for no limit
 
 def _end(command: str, process_group: int) -> None:
     # Serving sends SIGKILL to the process group, to which the shell, a supervisor or a test run may belong.
-    log("error: Paddle Serving could not set up its operators")
+    service_log("error: Paddle Serving could not set up its operators")
     os._exit(1)
 
 
@@ -169,7 +170,7 @@ class EncoderOp(Op):
             self._metrics.encoded(len(texts), time.monotonic() - start)
             self._expected = self._admission.requests // self._workers
         except EncoderStopped as error:
-            log(f"error: the encoder {error}")
+            service_log(f"error: the encoder {error}")
             return {}, {
                 number: ChannelData(error_code=INTERNAL_ERROR, error_info="", data_id=number)
                 for number in preped_data_dict
@@ -229,7 +230,7 @@ class PipelineService(PipelineServicer):
         except RequestError as error:
             response = error_response(error.number, str(error))
         except Exception as error:
-            log(f"error: {type(error).__name__} in answering a request")  # its message could hold texts
+            service_log(f"error: {type(error).__name__} in answering a request")  # its message could hold texts
             response = error_response(INTERNAL_ERROR, "the service failed: try again")
         self.metrics.answered(way, response.err_no, time.monotonic() - start)
         return response

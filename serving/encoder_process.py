@@ -35,7 +35,7 @@ class EncoderOptions(NamedTuple):
 
 
 class EncoderStopped(Exception):
-    """The process ended, or failed, while it should have encoded."""
+    """The process ended, or said what failed, while it should have encoded."""
 
 
 class EncoderProcess:
@@ -69,26 +69,29 @@ class EncoderProcess:
             raise InputError(error)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors, float32 [N, D]. Raises EncoderStopped; the next call starts the process anew."""
-        if self._process.poll() is not None:
-            self._connection.close()
+        """Vectors, float32 [N, D]; a process that has died is started anew, once. Raises EncoderStopped."""
+        try:
+            vectors = self._ask(texts)
+        except EncoderStopped:
             try:
                 self._start()
             except InputError as error:
                 raise EncoderStopped(f"can't be started again: {error}") from None
-        try:
-            self._connection.send(list(texts))
-        except OSError as error:
-            raise EncoderStopped(f"ended ({error.strerror})") from None
-        vectors = self._receive()
+            vectors = self._ask(texts)
         if isinstance(vectors, str):
             raise EncoderStopped(vectors)
         return vectors
+
+    def _ask(self, texts: Sequence[str]) -> Any:
+        with contextlib.suppress(OSError):  # _receive says how it ended
+            self._connection.send(list(texts))
+        return self._receive()
 
     def _receive(self) -> Any:
         try:
             return self._connection.recv()
         except (EOFError, OSError):
+            self._connection.close()
             self._process.wait()
             raise EncoderStopped(f"ended with exit code {self._process.returncode}") from None
 

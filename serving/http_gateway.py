@@ -28,6 +28,7 @@ PREDICTION_PATH = f"/{SERVICE}/prediction"
 REQUEST_SECONDS = 10.0  # in which a request must have come in whole, and in which a client must read its answer
 IDLE_SECONDS = 60.0  # that a connection may stay open without a request
 DISCARD_SECONDS = 2.0  # of a body that isn't read: closing at once would lose the answer on its way
+POLL_SECONDS = 0.1  # in which a stop is noticed
 SENDING_SECONDS = 2.0  # that a stop leaves for answers on their way
 STATUSES = {
     OK: HTTPStatus.OK,
@@ -238,7 +239,7 @@ class HttpGateway(ThreadingHTTPServer):
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"--http_port {port}: can't listen on {host}:{port} ({reason}); name another") from None
-        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, name="http")
+        self._thread = threading.Thread(target=self.serve_forever, args=(POLL_SECONDS,), name="http", daemon=True)
         self._thread.start()
 
     def process_request(self, request: Any, client_address: Any) -> None:

@@ -1,9 +1,11 @@
-"""What a request may hold, and the errors that tell a client why it was refused. Imports neither Paddle nor Serving."""
+"""What a request may hold, and what clients and the log are told. Imports neither Paddle nor Serving."""
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
+
+from runtime import log
 
 # Numbers of err_no, Serving's own (`CustomExceptionCode` of 0.9.0) where it has one; 51 to 99 are left to products.
 OK = 0
@@ -12,6 +14,12 @@ STOPPING = 3001
 NO_SUCH_SERVICE = 3002
 BAD_REQUEST = 5000
 INTERNAL_ERROR = 10000
+
+
+def service_log(message: str) -> None:
+    """One line on stderr; a service goes on when whoever read its log is gone."""
+    with suppress(OSError):
+        log(message)
 
 
 class RequestError(Exception):

@@ -141,15 +141,20 @@ def test_training_commands(trained: Path) -> None:
 def test_other_commands(trained: Path, block: str) -> None:
     if "evaluate.py" in block:
         run("sh scripts/run_build_index.sh cpu", trained)
+    shutil.rmtree(trained / "recall_log", ignore_errors=True)
     if "--model_dir" in block or "export_to_serving.py" in block:
         export_once(trained)
     done = run(on_the_cpu(block), trained)
     assert done.returncode == 0, done.stdout + done.stderr
+    if "--index_dir" in block:
+        hits = [line for line in done.stdout.splitlines() if re.match(r" +\d+  -?\d\.\d{4}  ", line)]
+        assert len(hits) == 20  # of --query and --interactive
+        assert "of 169 documents" in done.stdout
     if "recall.py" in block:
         lines = (trained / "recall_result_dir" / "recall_result.txt").read_text(encoding="utf-8").splitlines()
         assert len(lines) == 20 * 50
         assert all(len(line.split("\t")) == 3 for line in lines)
-        assert (trained / "recall_log" / "workerlog.0").is_file()
+        assert (trained / "recall_log" / "workerlog.0").is_file() == ("--log_dir" in block)
     if "--resume_from" in block:
         assert (trained / "checkpoints" / "large_batch" / "model_2" / "manifest.json").is_file()  # 1,008 pairs
         again = run(on_the_cpu(block), trained)

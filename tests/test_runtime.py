@@ -79,11 +79,15 @@ def test_the_user_s_own_settings_stay(environ: dict[str, str]) -> None:
 
 
 def test_set_up_paddle_sets_this_process_s_environment() -> None:
-    command = "import os, runtime; runtime.set_up_paddle(); print(os.environ['OMP_NUM_THREADS'], runtime.cpu_count())"
+    command = (
+        "import gc, os, runtime; runtime.set_up_paddle(); "
+        "print(os.environ['OMP_NUM_THREADS'], runtime.cpu_count(), gc.isenabled())"
+    )
     result = subprocess.run([sys.executable, "-c", command], cwd=ROOT, env={}, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
-    threads, cores = result.stdout.split()
+    threads, cores, collects_garbage = result.stdout.split()
     assert threads == cores == str(cpu_count())
+    assert collects_garbage == "True"
 
 
 def raising(error: BaseException) -> Callable[[], int]:

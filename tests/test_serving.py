@@ -22,7 +22,16 @@ from conftest import ROOT, all_pairs, run_script
 
 import export_model
 import export_to_serving
-from benchmarks.service import CLIENTS, HOST, Service, ServiceError, http_client, rpc_client, running_service
+from benchmarks.service import (
+    CLIENTS,
+    HOST,
+    Service,
+    ServiceError,
+    http_client,
+    read_metrics,
+    rpc_client,
+    running_service,
+)
 from checkpoint import load_checkpoint
 from data import encode_texts
 from runtime import InputError
@@ -151,31 +160,21 @@ def test_every_answer_under_load_is_the_right_one(service: Service, serving_serv
                 np.testing.assert_allclose(vectors, expected[rows], atol=TOLERANCE, rtol=0)
         return 20
 
-    before = batches(service)
+    before = read_metrics(service)["batch_texts_count"]
     with ThreadPoolExecutor(16) as pool:
         calls = sum(pool.map(work, range(16)))
     assert calls == 320
-    assert batches(service) - before < 320 / 2
-
-
-def batches(service: Service) -> int:
-    """Batches that a service has encoded."""
-    (line,) = (line for line in get(service, "/metrics")[1].splitlines() if line.startswith("batch_texts_count"))
-    return int(line.split()[1])
+    assert read_metrics(service)["batch_texts_count"] - before < 320 / 2
 
 
 def test_metrics_count_what_happened(service: Service) -> None:
-    def counts() -> dict[str, float]:
-        lines = get(service, "/metrics")[1].splitlines()
-        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
-
-    before = counts()
+    before = read_metrics(service)
     with http_client(service) as http, rpc_client(service) as rpc:
         http(["水稻", "小麦", "玉米"])
         rpc(["水稻"])
         with pytest.raises(ServiceError):
             rpc([""])
-    after = counts()
+    after = read_metrics(service)
     changed = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
     assert changed['requests_total{way="http"}'] == 1 and changed['requests_total{way="rpc"}'] == 2
     assert changed[f'errors_total{{err_no="{BAD_REQUEST}"}}'] == 1

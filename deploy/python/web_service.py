@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from runtime import ArgumentParser, Stopped, StopSignals, cpu_count, log, run
+from runtime import ArgumentParser, Stopped, StopSignals, cpu_count, run
 from serving.encoder_process import EncoderOptions, EncoderProcess
-from serving.limits import Limits
+from serving.limits import Limits, service_log
 from serving.settings import add_settings_args, check_ports, read_settings
 
 CONFIG_FILE = Path(__file__).with_name("config_nlp.yml")
@@ -63,17 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         rpc_port = service.listen(host, settings["rpc_port"])
         gateway = HttpGateway(service, host, settings["http_port"], connections=settings["max_requests"])
-        log(f"ready: gRPC on {host}:{rpc_port}, HTTP on http://{host}:{gateway.server_port}{PREDICTION_PATH}")
         try:
+            service_log(
+                f"ready: gRPC on {host}:{rpc_port}, HTTP on http://{host}:{gateway.server_port}{PREDICTION_PATH}"
+            )
             with signals.raised():
                 while True:
                     time.sleep(3600)
         except Stopped:
-            log("stopping: answering the requests that are here")
+            service_log("stopping: answering the requests that are here")
         finished = service.stop(STOP_SECONDS)
         gateway.stop()
     if not finished:
-        log(f"error: some requests weren't answered within {STOP_SECONDS:g} s")
+        service_log(f"error: some requests weren't answered within {STOP_SECONDS:g} s")
         os._exit(1)  # their threads would keep the process
     return 0
 

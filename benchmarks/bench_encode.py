@@ -1,0 +1,187 @@
+"""Speed of encoding on a CPU: ours beside the loop of the original scripts, ONNX Runtime, OpenVINO and PyTorch.
+
+Each encodes the same texts with the same weights, in fresh processes that take turns. The last line is a JSON object;
+a ratio above 1 means that ours is faster. Where vectors aren't the same there are no ratios.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from benchmarks.common import (
+    BASE_ERNIE,
+    BENCHMARKS_PYTHON,
+    MEDIUM_ERNIE,
+    CorpusInputs,
+    Encoding,
+    benchmark_corpus,
+    check_benchmarks_python,
+    describe_machine,
+    interleaved,
+    run_checked,
+    sample_of,
+)
+from files import atomic_write
+from runtime import AVX512, ArgumentParser, InputError, at_least, cpu_flags, read_cpuinfo, run
+
+FOLDER = Path(__file__).parent
+REFERENCE, OURS, DYGRAPH, TWO_RANKS = "reference", "ours", "ours, --engine dygraph", "ours, two ranks"
+ONNX_RUNTIME, OPENVINO, SENTENCE_TRANSFORMERS = "ONNX Runtime", "OpenVINO", "sentence-transformers"
+OURS_BF16, OPENVINO_BF16 = "ours, bf16", "OpenVINO, bf16"
+BF16 = (OURS_BF16, OPENVINO_BF16)
+RATIOS = {  # name -> the row that is to be faster, and the other
+    "bf16_vs_reference": (OURS_BF16, REFERENCE),
+    "bf16_vs_openvino_bf16": (OURS_BF16, OPENVINO_BF16),
+    "fp32_vs_onnxruntime": (OURS, ONNX_RUNTIME),
+    "two_ranks_vs_one_process": (TWO_RANKS, OURS),
+}
+LARGEST_DIFFERENCE = 1e-4  # of a unit vector's components from ours in fp32
+LOWEST_BF16_COSINE = 0.99  # with ours in fp32
+# All texts warm the others up: they prepare each shape of a batch when it first comes. A pass of the reference is long.
+REFERENCE_OPTIONS = ("--warm_up", "32", "--passes", "1")
+
+
+# With ERNIE's 0.02, random weights give all texts nearly the same vector, and no comparison in bf16 could fail: cosines
+# between texts are 0.98 and more; with this, 0.82 to 0.97.
+SPREAD = {"initializer_range": 0.1}
+
+
+class Sizes(NamedTuple):
+    """Of one run of this benchmark."""
+
+    model: dict[str, int]
+    texts: int
+    passes: int  # of each process
+    rounds: int
+
+
+FULL = Sizes(BASE_ERNIE | SPREAD, 512, 1, 3)
+QUICK = Sizes(MEDIUM_ERNIE | SPREAD, 512, 3, 1)
+
+
+def has_bf16() -> bool:
+    """Whether the CPU has what `--precision bf16` asks for."""
+    return cpu_flags(read_cpuinfo()) >= AVX512
+
+
+def make_encoder(inputs: CorpusInputs) -> tuple[Path, Path]:
+    """The folders of a checkpoint of random weights, and of its export."""
+    checkpoint, exported = inputs.folder / "checkpoint", inputs.folder / "exported"
+    options = ["--model", inputs.model, "--checkpoint", checkpoint, "--exported", exported]
+    run_checked([sys.executable, FOLDER / "make_encoder.py", *options])
+    return checkpoint, exported
+
+
+def encoder_commands(
+    inputs: CorpusInputs, sizes: Sizes, batch_size: int, with_bf16: bool
+) -> dict[str, list[str | Path]]:
+    """The command of each encoder, for the same texts."""
+    checkpoint, exported = make_encoder(inputs)
+    corpus_file = inputs.folder / "texts.csv"
+    with atomic_write(corpus_file) as file:
+        file.writelines(f"{text}\n" for text in sample_of(inputs.corpus, sizes.texts))
+    common = ["--corpus_file", corpus_file, "--batch_size", str(batch_size)]
+    warm = [*common, "--warm_up", str(sizes.texts), "--passes", str(sizes.passes)]
+    launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", inputs.folder / "log"]
+    ours = [FOLDER / "encode_ours.py", "--model", checkpoint, *warm]
+    peer = [BENCHMARKS_PYTHON, FOLDER / "encode_peers.py", *warm]
+    commands = {
+        REFERENCE: [sys.executable, FOLDER / "encode_reference.py", "--model", checkpoint, *common, *REFERENCE_OPTIONS],
+        DYGRAPH: [sys.executable, *ours, "--engine", "dygraph"],
+        OURS: [sys.executable, *ours],
+        ONNX_RUNTIME: [*peer, "--model", exported, "--peer", "onnxruntime"],
+        TWO_RANKS: [sys.executable, *launch, *ours],
+        OPENVINO: [*peer, "--model", exported, "--peer", "openvino"],
+        SENTENCE_TRANSFORMERS: [*peer, "--model", checkpoint, "--peer", "sentence-transformers"],
+    }
+    if with_bf16:
+        commands[OURS_BF16] = [*commands[OURS], "--precision", "bf16"]
+        commands[OPENVINO_BF16] = [*commands[OPENVINO], "--precision", "bf16"]
+    return commands
+
+
+def largest_differences(encodings: Mapping[str, Sequence[Encoding]]) -> dict[str, float]:
+    """How far the vectors of each row are from ours in fp32. Raises InputError where they aren't the same."""
+    expected = np.array(encodings[OURS][0].vectors)
+    differences = {}
+    for name, rounds in encodings.items():
+        vectors = np.array([encoding.vectors for encoding in rounds])
+        differences[name] = float(np.abs(vectors - expected).max())
+        cosine = float((vectors * expected).sum(axis=-1).min())
+        is_same = cosine >= LOWEST_BF16_COSINE if name in BF16 else differences[name] <= LARGEST_DIFFERENCE
+        if not is_same:  # NaN too
+            distance = f"{differences[name]:.2g} (cosines down to {cosine:.4f})"
+            raise InputError(f"{name}: its vectors are off from ours by {distance}, so its speed says nothing")
+    return differences
+
+
+def summary(encodings: Mapping[str, Sequence[Encoding]], sizes: Sizes) -> dict[str, object]:
+    """The ratios, None where a row is missing, and the figures that they are made of. Raises InputError."""
+    differences = largest_differences(encodings)
+    passes = {name: [encoding.pass_seconds for encoding in rounds] for name, rounds in encodings.items()}
+    seconds = {name: statistics.median(chain.from_iterable(rounds)) for name, rounds in passes.items()}
+    return {
+        **{
+            name: round(seconds[other] / seconds[ours], 3) if {ours, other} <= seconds.keys() else None
+            for name, (ours, other) in RATIOS.items()
+        },
+        "texts_per_second": {name: round(sizes.texts / value, 2) for name, value in seconds.items()},
+        "seconds_of_passes": {
+            name: [[round(value, 3) for value in one] for one in rounds] for name, rounds in passes.items()
+        },
+        "largest_difference": {name: float(f"{value:.2g}") for name, value in differences.items()},
+        "peak_mib": {
+            name: round(max(encoding.peak_bytes for encoding in rounds) / 2**20) for name, rounds in encodings.items()
+        },
+        "sizes": sizes._asdict(),
+        "versions": {k: v for rounds in encodings.values() for k, v in rounds[0].versions.items()},
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus_file", help="texts, one a line (default: made by examples)")
+    parser.add_argument(
+        "--model", help="folder with a config.json and a vocab.txt (default: a vocabulary made of the texts)"
+    )
+    parser.add_argument("--batch_size", type=at_least(1), default=32, help="texts of full length a batch")
+    parser.add_argument("--texts", type=at_least(2), help=f"texts, from all over the corpus (default: {FULL.texts})")
+    parser.add_argument("--passes", type=at_least(1), help=f"timed passes of a process (default: {FULL.passes})")
+    parser.add_argument("--rounds", type=at_least(1), help=f"processes of each encoder (default: {FULL.rounds})")
+    parser.add_argument("--quick", action="store_true", help="a small model, one round of three passes")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a table, and the JSON object."""
+    args = build_parser().parse_args(argv)
+    check_benchmarks_python()
+    chosen = {name: value for name in ("texts", "passes", "rounds") if (value := getattr(args, name))}
+    sizes = (QUICK if args.quick else FULL)._replace(**chosen)
+    machine = describe_machine()
+    with benchmark_corpus(args.corpus_file, args.model, sizes.model) as inputs:
+        if len(inputs.corpus) < sizes.texts:
+            raise InputError(f"{args.corpus_file}: has {len(inputs.corpus)} texts, fewer than --texts {sizes.texts}")
+        commands = encoder_commands(inputs, sizes, args.batch_size, has_bf16())
+        encodings = interleaved(commands, sizes.rounds, inputs.folder, Encoding)
+    result = summary(encodings, sizes)
+    print(f"{'':28}{'texts/s':>10}{'peak MiB':>10}{'difference':>12}")
+    for name in encodings:
+        figures = [result[column][name] for column in ("texts_per_second", "peak_mib", "largest_difference")]
+        print(f"{name:28}{figures[0]:>10.1f}{figures[1]:>10}{figures[2]:>12.1g}")
+    print(json.dumps({**result, "batch_size": args.batch_size, "machine": machine}))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

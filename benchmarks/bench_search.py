@@ -1,0 +1,157 @@
+"""Building and searching an HNSW index: ours beside bare hnswlib and faiss, at equal recall.
+
+The last line is a JSON object with the ratios of the worst size: build and query rate over bare hnswlib's, and the
+share of exact search's hits that recall.py finds at its default setting.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ann_util import DEFAULT_SHARE, ExactIndex, IndexOptions, build_index, overlap
+from benchmarks.common import BENCHMARKS_PYTHON, check_benchmarks_python, describe_machine, run_process
+from benchmarks.search import ENGINES
+from runtime import ArgumentParser, InputError, at_least, run
+
+FOLDER = Path(__file__).parent
+DIM, CLUSTERS, SPREAD = 256, 2000, 0.7  # of made vectors: a text's neighbours lie around a topic
+COPY_SPREAD = 0.3  # of the perturbed copies that stretch given vectors to more rows
+QUERIES, TOP, TUNED_ON = 1000, 50, 200
+FULL_ROWS, QUICK_ROWS = [100_000, 1_000_000], [10_000]
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows of norm 1, float32."""
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def perturbed(vectors: np.ndarray, spread: float, random: np.random.Generator) -> np.ndarray:
+    """Unit vectors near the given ones: the noise has `spread` times their norm."""
+    noise = random.standard_normal(vectors.shape, dtype=np.float32) / np.sqrt(vectors.shape[1])
+    return unit(vectors + spread * noise)
+
+
+def made_vectors(rows: int, random: np.random.Generator) -> np.ndarray:
+    """Unit vectors around random centres, float32 [rows, DIM]."""
+    centres = unit(random.standard_normal((CLUSTERS, DIM), dtype=np.float32))
+    return perturbed(centres[random.integers(CLUSTERS, size=rows)], SPREAD, random)
+
+
+def stretched(vectors: np.ndarray, rows: int, random: np.random.Generator) -> np.ndarray:
+    """The first `rows` vectors, or all of them and perturbed copies of random ones."""
+    if rows <= len(vectors):
+        return vectors[:rows]
+    copies = vectors[random.integers(len(vectors), size=rows - len(vectors))]
+    return np.concatenate([vectors, perturbed(copies, COPY_SPREAD, random)])
+
+
+def read_vectors(path: str) -> np.ndarray:
+    """Vectors of a .npy file, or of all in a folder such as recall.py's --embedding_dir. Raises InputError."""
+    files = sorted(Path(path).glob("*.npy")) if Path(path).is_dir() else [Path(path)]
+    try:
+        return np.concatenate([np.load(file, allow_pickle=False) for file in files])
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no vectors that can be read ({error})") from None
+
+
+def default_share(vectors: np.ndarray, queries: np.ndarray, exact: np.ndarray) -> float:
+    """Share of exact search's hits that an index with tuned `ef` finds for the queries that it wasn't tuned on."""
+    index = build_index(IndexOptions(), vectors)
+    index.tune_ef(queries[:TUNED_ON], TOP, DEFAULT_SHARE)
+    return round(overlap(index.search(queries[TUNED_ON:], TOP)[1], exact[TUNED_ON:]), 4)
+
+
+def measure_size(vectors: np.ndarray, queries: np.ndarray, rounds: int, share: float) -> dict[str, Any]:
+    """Figures of every engine for one size, their processes taking turns."""
+    index = ExactIndex(vectors.shape[1])
+    index.add(vectors)
+    _, exact = index.search(queries, TOP)
+    measured: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
+    with tempfile.TemporaryDirectory() as name:
+        inputs = {"vectors": vectors, "queries": queries, "exact": exact}
+        for argument, array in inputs.items():
+            np.save(Path(name) / f"{argument}.npy", array)
+        files = [part for argument in inputs for part in (f"--{argument}", Path(name) / f"{argument}.npy")]
+        for number in range(1, rounds + 1):
+            for engine in ENGINES:
+                python = BENCHMARKS_PYTHON if engine == "faiss" else sys.executable
+                command = [python, FOLDER / "search.py", "--engine", engine, "--share", str(share), *files]
+                measured[engine].append(run_process(command, Path(name) / "report.json", dict))
+                print(f"{len(vectors)} vectors, round {number} of {rounds}: {engine}", file=sys.stderr, flush=True)
+    return {**summary(measured, len(vectors), len(queries)), "default_share": default_share(vectors, queries, exact)}
+
+
+def summary(measured: Mapping[str, Sequence[Mapping[str, Any]]], rows: int, queries: int) -> dict[str, Any]:
+    """Medians over the rounds, as vectors and queries a second."""
+    return {
+        engine: {
+            "vectors_per_second": round(rows / statistics.median(one["build_seconds"] for one in rounds), 1),
+            "queries_per_second": round(
+                queries / statistics.median(seconds for one in rounds for seconds in one["search_seconds"]), 1
+            ),
+            "ef": [one["ef"] for one in rounds],
+            "share": [round(one["share"], 4) for one in rounds],
+        }
+        for engine, rounds in measured.items()
+    }
+
+
+def worst_ratios(sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The ratios of the JSON line."""
+
+    def ratio(rate: str) -> float:
+        return round(min(size["ours"][rate] / size["hnswlib"][rate] for size in sizes.values()), 3)
+
+    return {
+        "build_vs_hnswlib": ratio("vectors_per_second"),
+        "query_vs_hnswlib": ratio("queries_per_second"),
+        "recall_vs_exact": min(size["default_share"] for size in sizes.values()),
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vectors", help="unit vectors: a .npy file, or a folder of them (default: made)")
+    parser.add_argument("--queries", help="unit vectors, a .npy file (default: made, or perturbed vectors)")
+    parser.add_argument("--rows", type=at_least(1000), nargs="+", help=f"index sizes (default: {FULL_ROWS})")
+    parser.add_argument("--share", type=at_least(0.0, float, 1.0), default=0.99, help="recall that all engines reach")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="processes of each engine and size")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROWS} vectors")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a table, and the JSON object."""
+    args = build_parser().parse_args(argv)
+    check_benchmarks_python()
+    machine = describe_machine()
+    given = read_vectors(args.vectors) if args.vectors else None
+    sizes = {}
+    for rows in args.rows or (QUICK_ROWS if args.quick else FULL_ROWS):
+        random = np.random.default_rng(0)
+        vectors = made_vectors(rows + QUERIES, random) if given is None else stretched(given, rows, random)
+        if args.queries:
+            queries = read_vectors(args.queries)[:QUERIES]
+        elif given is None:
+            queries, vectors = vectors[rows:], vectors[:rows]
+        else:
+            queries = perturbed(vectors[random.integers(rows, size=QUERIES)], COPY_SPREAD, random)
+        sizes[str(rows)] = measure_size(vectors, queries, args.rounds, args.share)
+        for engine in ENGINES:
+            print(f"{rows:>9} {engine:8} {json.dumps(sizes[str(rows)][engine])}")
+    print(json.dumps({**worst_ratios(sizes), "sizes": sizes, "machine": machine}))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

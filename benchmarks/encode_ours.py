@@ -1,0 +1,55 @@
+"""Encoding as recall.py does it on a CPU, less shards on disk: for bench_encode.py."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from benchmarks.common import MAX_SEQ_LENGTH, add_encoder_args, measure_encoding, write_report
+from runtime import ArgumentParser, is_main_process, run, set_up_paddle
+
+if __name__ == "__main__":
+    set_up_paddle()
+
+from base_model import set_device
+from distributed import encode_share, init_ranks
+from encoder import STATIC_FROM_TEXTS, add_engine_args, load_encoder
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = ArgumentParser(description=__doc__)
+    add_encoder_args(parser)
+    add_engine_args(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Encodes and reports; under paddle.distributed.launch each rank encodes a share, and all get all vectors."""
+    args = build_parser().parse_args(argv)
+    set_device("cpu")
+    init_ranks()
+    encoder = load_encoder(
+        args.model,
+        batch_size=args.batch_size,
+        texts=STATIC_FROM_TEXTS,  # whose engine is chosen, as in a large corpus
+        engine=args.engine,
+        precision=args.precision,
+        max_seq_length=MAX_SEQ_LENGTH,
+    )
+
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        return encode_share(len(texts), encoder.embedding_size, lambda share: encoder(texts[share]))
+
+    report = measure_encoding(encode, args, ["paddlepaddle", "paddlenlp"])
+    if is_main_process():
+        write_report(args.report, report)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

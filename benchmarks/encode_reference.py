@@ -1,0 +1,49 @@
+"""Encoding as the original scripts do it: for bench_encode.py."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import paddle
+from paddlenlp.transformers import ErnieConfig, ErnieTokenizer
+
+from benchmarks.common import add_encoder_args, measure_encoding, write_report
+from benchmarks.reference import ReferenceModel, encode
+from runtime import ArgumentParser, run
+from weights import read_weights
+
+
+def load_reference(folder: str) -> ReferenceModel:
+    """The model of a checkpoint's folder, in evaluation mode."""
+    model = ReferenceModel(ErnieConfig.from_pretrained(folder))
+    model.set_state_dict(read_weights(Path(folder) / "model.safetensors"))
+    model.eval()
+    return model
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = ArgumentParser(description=__doc__)
+    add_encoder_args(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Encodes and reports."""
+    args = build_parser().parse_args(argv)
+    paddle.set_device("cpu")
+    model, tokenizer = load_reference(args.model), ErnieTokenizer.from_pretrained(args.model)
+
+    def encode_all(texts: Sequence[str]) -> np.ndarray:
+        return encode(model, tokenizer, texts, args.batch_size)
+
+    write_report(args.report, measure_encoding(encode_all, args, ["paddlepaddle", "paddlenlp"]))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,74 @@
+"""One stage of recall.py over a corpus, with its time and memory: encoding to disk, or indexing from it."""
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ann_util import IndexOptions, build_index
+from data import read_corpus
+from files import write_json
+from index_folder import SavedIndex, save_index
+from runtime import ArgumentParser, run, set_up_paddle
+
+if __name__ == "__main__":
+    set_up_paddle()
+
+from base_model import set_device
+from encoder import load_encoder
+from recall import encode_corpus
+
+
+def resident_bytes() -> int:
+    """Memory that this process has now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize()
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--stage", choices=["encode", "index"], required=True, help="what to measure")
+    parser.add_argument("--params_path", required=True, help="checkpoint")
+    parser.add_argument("--corpus_file", required=True, help="documents, one a line")
+    parser.add_argument("--embedding_dir", required=True, help="folder of the vectors, which `encode` fills")
+    parser.add_argument("--index_dir", required=True, help="folder of the index, which `index` writes")
+    parser.add_argument("--report", required=True, help="JSON file to write")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures and reports."""
+    args = build_parser().parse_args(argv)
+    set_device("cpu")
+    encoder = load_encoder(args.params_path, batch_size=32, texts=0, engine="static")
+    encoder(["a text that takes the computation's own memory" * 40] * 32)
+    with_model = resident_bytes()
+    start = time.perf_counter()
+    corpus = read_corpus(args.corpus_file)
+    embeddings = encode_corpus(encoder, corpus, args.embedding_dir)
+    if args.stage == "index":
+        with_model = resident_bytes()
+        start = time.perf_counter()
+        index = build_index(IndexOptions(), embeddings)
+        save_index(args.index_dir, SavedIndex(index, corpus, encoder.fingerprint, corpus.sha256))
+    seconds = time.perf_counter() - start
+    index_bytes = sum(path.stat().st_size for path in Path(args.index_dir).glob("hnsw.bin"))
+    write_json(
+        Path(args.report),
+        {"seconds": seconds, "bytes": max(0, peak_bytes() - with_model), "index_bytes": index_bytes},
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,133 @@
+"""Builds one index over given vectors and searches it: ours, bare hnswlib or faiss, each in a process of its own."""
+
+import argparse
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ann_util import HnswIndex, IndexOptions, build_index, overlap, smallest_ef
+from files import write_json
+from runtime import ArgumentParser, at_least, cpu_count, run
+
+ENGINES = ("ours", "hnswlib", "faiss")
+REPEATS = 5  # of the timed search
+OPTIONS = IndexOptions()  # all engines get the links and the ef that are our defaults
+
+
+class Engine(ABC):
+    """An HNSW index over unit vectors [N, D]."""
+
+    @abstractmethod
+    def __init__(self, vectors: np.ndarray) -> None: ...
+
+    @abstractmethod
+    def set_ef(self, ef: int) -> None:
+        """Candidates kept while searching."""
+
+    @abstractmethod
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Cosines of the k hits, float32 [Q, k], best first."""
+
+
+class Ours(Engine):
+    """What recall.py does."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self.index: HnswIndex = build_index(OPTIONS, vectors)
+
+    def set_ef(self, ef: int) -> None:
+        self.index.ef = ef
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        return self.index.search(queries, k)[1]
+
+
+class Hnswlib(Engine):
+    """The library as its README shows it, on all cores."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        import hnswlib
+
+        self.index = hnswlib.Index(space="ip", dim=vectors.shape[1])
+        self.index.init_index(max_elements=len(vectors), M=OPTIONS.hnsw_m, ef_construction=OPTIONS.hnsw_ef)
+        self.index.set_num_threads(cpu_count())
+        self.index.add_items(vectors)
+
+    def set_ef(self, ef: int) -> None:
+        self.index.set_ef(ef)
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        return 1 - self.index.knn_query(queries, k)[1]
+
+
+class Faiss(Engine):
+    """faiss's HNSW with flat storage, on all cores."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        import faiss
+
+        faiss.omp_set_num_threads(cpu_count())
+        self.index = faiss.IndexHNSWFlat(vectors.shape[1], OPTIONS.hnsw_m, faiss.METRIC_INNER_PRODUCT)
+        self.index.hnsw.efConstruction = OPTIONS.hnsw_ef
+        self.index.add(vectors)
+
+    def set_ef(self, ef: int) -> None:
+        self.index.hnsw.efSearch = ef
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        return self.index.search(queries, k)[0]
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Wall time of a call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(make: type[Engine], vectors: np.ndarray, queries: np.ndarray, exact: np.ndarray, share: float) -> dict:
+    """Seconds of building and of a search that finds `share` of exact search's hits (cosines [Q, k]), and its ef."""
+    k = exact.shape[1]
+    start = time.perf_counter()
+    engine = make(vectors)
+    build_seconds = time.perf_counter() - start
+
+    def found(ef: int) -> float:
+        engine.set_ef(ef)
+        return overlap(engine.search(queries, k), exact)
+
+    ef = smallest_ef(lambda ef: found(ef) >= share, k)
+    measured = {"build_seconds": build_seconds, "ef": ef, "share": found(ef)}
+    measured["search_seconds"] = [seconds_of(lambda: engine.search(queries, k)) for _ in range(REPEATS)]
+    return measured
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--engine", choices=ENGINES, required=True, help="index to measure")
+    parser.add_argument("--vectors", required=True, help="unit vectors, float32 [N, D], a .npy file")
+    parser.add_argument("--queries", required=True, help="unit vectors, float32 [Q, D], a .npy file")
+    parser.add_argument("--exact", required=True, help="cosines of exact search's hits, float32 [Q, k], a .npy file")
+    parser.add_argument("--share", type=at_least(0.0, float, 1.0), default=0.99, help="of them that must be found")
+    parser.add_argument("--report", required=True, help="JSON file to write")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures and reports."""
+    args = build_parser().parse_args(argv)
+    make = {"ours": Ours, "hnswlib": Hnswlib, "faiss": Faiss}[args.engine]
+    vectors, queries, exact = (np.load(path) for path in (args.vectors, args.queries, args.exact))
+    write_json(Path(args.report), measure(make, vectors, queries, exact, args.share))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
