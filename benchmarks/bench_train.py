@@ -15,6 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import (
     BENCHMARKS_PYTHON,
     MEDIUM_ERNIE,
+    PASSIVE,
+    SLEEPING,
+    SPINNING,
     Inputs,
     Training,
     add_input_args,
@@ -31,9 +34,6 @@ from runtime import ArgumentParser, InputError, at_least, run
 SEED = 0
 FOLDER = Path(__file__).parent
 REFERENCE, OURS, TWO_RANKS = "reference", "ours", "ours, two ranks"
-# PyTorch's threads spin while they wait for each other, which is best on a quiet machine; on a busy one they had better
-# sleep. Whichever is faster is the peer.
-SPINNING, SLEEPING = "sentence-transformers", "sentence-transformers, OMP_WAIT_POLICY=PASSIVE"
 
 
 def trainer_commands(inputs: Inputs, steps: int, batch_size: int) -> dict[str, list[str | Path]]:
@@ -50,7 +50,7 @@ def trainer_commands(inputs: Inputs, steps: int, batch_size: int) -> dict[str, l
     return {
         REFERENCE: [sys.executable, FOLDER / "reference.py", *one_process, "--train_set_file", ordered_file],
         SPINNING: peer,
-        SLEEPING: ["env", "OMP_WAIT_POLICY=PASSIVE", *peer],
+        SLEEPING: [*PASSIVE, *peer],
         OURS: [sys.executable, *ours, *one_process],
         TWO_RANKS: [sys.executable, *launch, *ours, *common, "--batch_size", str(batch_size // 2)],
     }

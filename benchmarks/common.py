@@ -48,6 +48,10 @@ BASE_ERNIE = {
     "num_hidden_layers": 12,
     "max_position_embeddings": 513,
 }
+# PyTorch's threads spin while they wait for each other, which is best on a quiet machine; on a busy one they had better
+# sleep. Whichever is faster is the peer.
+SPINNING, SLEEPING = "sentence-transformers", "sentence-transformers, OMP_WAIT_POLICY=PASSIVE"
+PASSIVE = ("env", "OMP_WAIT_POLICY=PASSIVE")  # before a command
 SAMPLE = 16  # texts whose vectors are compared
 
 Result = TypeVar("Result")
