@@ -1,9 +1,10 @@
-"""Speed of Pipeline Serving, over gRPC and HTTP, beside one process that calls Paddle Inference directly.
+"""Speed of Pipeline Serving and of the C++ server beside one process that calls Paddle Inference directly.
 
 Direct: batches of --batch_size texts in their order, tokenised, padded and encoded one after the other. Served: as many
 clients as a batch has texts, each of which sends one text and waits for its vector, which is then compared with the
 right one.
-The ways take turns. The last line is a JSON object; a ratio is texts/s served by texts/s direct.
+The ways take turns. The last line is a JSON object; a ratio is texts/s served by texts/s direct, and cpp_vs_pipeline
+compares the faster ways of the two. The C++ server's clients tokenise, those of Pipeline Serving send the texts.
 """
 
 import argparse
@@ -12,12 +13,15 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "deploy" / "C++"))
 
 from runtime import ArgumentParser, InputError, at_least, cpu_count, run, set_up_paddle
 
@@ -34,10 +38,11 @@ from benchmarks.common import (
     benchmark_inputs,
     describe_machine,
 )
-from benchmarks.service import CLIENTS, Service, read_metrics, running_service
+from benchmarks.service import CLIENTS, CPP_CLIENTS, Embed, read_metrics, running_cpp_service, running_service
 from checkpoint import create_model, save_checkpoint
 from data import batched, encode_texts
 from export_model import main as export
+from export_to_serving import main as export_to_serving
 from static_graph import Exported, load_exported
 
 BASE_ERNIE = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
@@ -46,13 +51,20 @@ PERCENTILES = (50, 90, 95, 99)
 DIRECT = "direct"
 
 
+class Way(NamedTuple):
+    """To get vectors from a service."""
+
+    connect: Callable[[], AbstractContextManager[Embed]]  # a client's connection
+    metrics: Callable[[], dict[str, float]] | None  # the C++ server has none
+
+
 class Measured(NamedTuple):
     """What one way did in one round."""
 
     texts: int
     seconds: float
     latencies: list[float]  # seconds, of each call
-    batches: int
+    batches: int  # 0 where the service doesn't say
     encoding_seconds: float  # of them all: what is left of `seconds` is the service's own
 
 
@@ -69,14 +81,12 @@ def measure_direct(model: Exported, texts: Sequence[str], batch_size: int, secon
             return Measured(len(latencies) * batch_size, end - start, latencies, len(latencies), sum(latencies))
 
 
-def measure_service(
-    way: str, service: Service, texts: Sequence[str], vectors: np.ndarray, clients: int, seconds: float
-) -> Measured:
+def measure_service(way: Way, texts: Sequence[str], vectors: np.ndarray, clients: int, seconds: float) -> Measured:
     """Lets clients call for so many seconds. Raises AssertionError for a wrong answer."""
     lock, rows = threading.Lock(), cycle(range(len(texts)))
     latencies: list[float] = []
     failures: list[BaseException] = []
-    before = read_metrics(service)
+    before = way.metrics() if way.metrics else {}
     start = time.perf_counter()
 
     def take_row() -> int:
@@ -85,7 +95,7 @@ def measure_service(
 
     def call() -> None:
         try:
-            with CLIENTS[way](service) as embed:
+            with way.connect() as embed:
                 while time.perf_counter() - start < seconds:
                     row = take_row()
                     call_start = time.perf_counter()
@@ -103,8 +113,9 @@ def measure_service(
     if failures:
         raise failures[0]
     end = time.perf_counter()
-    after = read_metrics(service)
-    batches, encoding_seconds = (after[name] - before[name] for name in ("batch_texts_count", "batch_seconds_sum"))
+    after = way.metrics() if way.metrics else {}
+    names = ("batch_texts_count", "batch_seconds_sum")
+    batches, encoding_seconds = (after.get(name, 0) - before.get(name, 0) for name in names)
     return Measured(len(latencies), end - start, latencies, int(batches), encoding_seconds)
 
 
@@ -115,8 +126,13 @@ def summary(rounds: dict[str, list[Measured]]) -> dict[str, object]:
         for way, of_way in rounds.items()
     }
     latencies = {way: [value for measured in of_way for value in measured.latencies] for way, of_way in rounds.items()}
+    ratios = {f"{way}_vs_{DIRECT}": round(speed[way] / speed[DIRECT], 3) for way in speed if way != DIRECT}
+    if speed.keys() >= CPP_CLIENTS.keys():
+        cpp, pipeline = (max(speed[way] for way in ways) for ways in (CPP_CLIENTS, CLIENTS))
+        ratios |= {"cpp_vs_direct": round(cpp / speed[DIRECT], 3), "cpp_vs_pipeline": round(cpp / pipeline, 3)}
+    counted = {way: of_way for way, of_way in rounds.items() if all(measured.batches for measured in of_way)}
     return {
-        **{f"{way}_vs_{DIRECT}": round(speed[way] / speed[DIRECT], 3) for way in CLIENTS},
+        **ratios,
         "texts_per_second": {way: round(value, 2) for way, value in speed.items()},
         "latency_ms": {
             way: {f"p{p}": round(float(np.percentile(values, p)) * 1000, 1) for p in PERCENTILES}
@@ -124,11 +140,11 @@ def summary(rounds: dict[str, list[Measured]]) -> dict[str, object]:
         },
         "texts_per_batch": {
             way: round(sum(measured.texts for measured in of_way) / sum(measured.batches for measured in of_way), 1)
-            for way, of_way in rounds.items()
+            for way, of_way in counted.items()
         },
         "encoding_share": {
             way: round(statistics.median(measured.encoding_seconds / measured.seconds for measured in of_way), 3)
-            for way, of_way in rounds.items()
+            for way, of_way in counted.items()
         },
         "calls": {way: len(values) for way, values in latencies.items()},
         "texts_per_second_of_rounds": {
@@ -150,6 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_input_args(parser)
     parser.add_argument("--model_dir", type=Path, help="exported model to serve (default: base ERNIE, random weights)")
+    parser.add_argument("--serving_bin", type=Path, help="also the C++ server: what deploy/C++/build.sh prints")
     parser.add_argument("--batch_size", type=at_least(1), default=32, help="texts of a batch, and clients")
     parser.add_argument("--threads", type=at_least(1), default=cpu_count(), help="CPU threads that encode, either way")
     parser.add_argument("--texts", type=at_least(1), default=512, help="titles to encode, again and again")
@@ -171,30 +188,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         model_dir = args.model_dir or exported_model(inputs.model, inputs.folder)
         model = load_exported(model_dir, threads=args.threads)
         vectors = encode_texts(model.encoder.embed, texts, model.collator, args.batch_size)
-        measured: dict[str, list[Measured]] = {way: [] for way in (DIRECT, *CLIENTS)}
         options = ["--batch_size", str(args.batch_size), "--threads", str(args.threads)]
-        with running_service(model_dir, *options) as service:
-            for number, way in turns(rounds):
+        with ExitStack() as stack:
+            service = stack.enter_context(running_service(model_dir, *options))
+            ways = {
+                way: Way(partial(client, service), partial(read_metrics, service)) for way, client in CLIENTS.items()
+            }
+            if args.serving_bin:
+                folders = [f"--{name}_path={inputs.folder}/serving_{name}" for name in ("server", "client")]
+                export_to_serving(["--dirname", str(model_dir), *folders])
+                cpp_service = stack.enter_context(
+                    running_cpp_service(args.serving_bin.absolute(), inputs.folder / "serving_server", model.collator)
+                )
+                ways |= {way: Way(partial(client, cpp_service), None) for way, client in CPP_CLIENTS.items()}
+            measured: dict[str, list[Measured]] = {way: [] for way in (DIRECT, *ways)}
+            for number, way in turns(rounds, list(measured)):
                 if way == DIRECT:
                     measured[way].append(measure_direct(model, texts, args.batch_size, seconds))
                 else:
-                    measured[way].append(measure_service(way, service, texts, vectors, args.batch_size, seconds))
+                    measured[way].append(measure_service(ways[way], texts, vectors, args.batch_size, seconds))
                 print(f"round {number} of {rounds}: {way}", file=sys.stderr, flush=True)
     result = summary(measured)
     columns = ["texts/s", *(f"p{p} ms" for p in PERCENTILES), "texts/batch", "encoding"]
     print(" " * 8 + "".join(f"{column:>13}" for column in columns))
     for way in measured:
         percentiles = result["latency_ms"][way].values()
-        figures = [result["texts_per_second"][way], *percentiles, result["texts_per_batch"][way]]
-        print(f"{way:8}" + "".join(f"{value:>13.1f}" for value in figures) + f"{result['encoding_share'][way]:>13.1%}")
+        line = f"{way:8}" + "".join(f"{value:>13.1f}" for value in [result["texts_per_second"][way], *percentiles])
+        if way in result["texts_per_batch"]:
+            line += f"{result['texts_per_batch'][way]:>13.1f}{result['encoding_share'][way]:>13.1%}"
+        print(line)
     print(json.dumps({**result, "batch_size": args.batch_size, "threads": args.threads, "machine": machine}))
     return 0
 
 
-def turns(rounds: int) -> Iterator[tuple[int, str]]:
+def turns(rounds: int, ways: Sequence[str]) -> Iterator[tuple[int, str]]:
     """(round, way), so that a slow minute of the machine meets all ways."""
     for number in range(1, rounds + 1):
-        for way in (DIRECT, *CLIENTS):
+        for way in ways:
             yield number, way
 
 

@@ -1,7 +1,9 @@
-"""A Pipeline service in a process of its own, and clients for it: what the benchmark and the tests share."""
+"""A Pipeline service and a C++ server in processes of their own, and clients for them: for benchmark and tests."""
 
 import http.client
 import json
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+import clients as cpp_clients
+from data import TextCollator
 from runtime import InputError
 from serving import adapter
 from serving.http_gateway import PREDICTION_PATH
@@ -110,3 +114,89 @@ def http_client(service: Service) -> Iterator[Embed]:
 
 
 CLIENTS = {"rpc": rpc_client, "http": http_client}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The C++ server, whose clients tokenise
+
+
+class CppService(NamedTuple):
+    """A running one, and the tokenising of its model."""
+
+    port: int
+    collator: TextCollator
+
+
+@contextmanager
+def running_cpp_service(program: Path, serving_server: Path, collator: TextCollator) -> Iterator[CppService]:
+    """Starts `program`, a build of deploy/C++, with Paddle Serving on a free port. Raises InputError if it can't."""
+    with socket.create_server((HOST, 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", "-u", "-m", "paddle_serving_server.serve", "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "--model", str(serving_server.absolute()), "--thread", "64"],
+        cwd=serving_server.parent,
+        env={**os.environ, "SERVING_BIN": f"exec {program}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        log = []
+        for line in process.stdout:
+            log.append(line)
+            if line.startswith("serving "):
+                break
+        else:
+            raise InputError("".join(log).strip())
+        yield CppService(port, collator)
+    finally:
+        process.terminate()
+        process.communicate()  # ends with the server, which answers what it has
+
+
+@contextmanager
+def cpp_rpc_client(service: CppService) -> Iterator[Embed]:
+    """Calls over a baidu_std connection of its own."""
+    with socket.create_connection((HOST, service.port)) as connection, connection.makefile("rb") as stream:
+
+        def embed(texts: Sequence[str]) -> np.ndarray:
+            request = cpp_clients.make_request(service.collator(texts))
+            connection.sendall(cpp_clients.format_frame(request.SerializeToString()))
+            meta, payload = cpp_clients.read_frame(stream)
+            if meta.response.error_code:
+                raise ServiceError(meta.response.error_code, meta.response.error_text)
+            return cpp_vectors(payload)
+
+        yield embed
+
+
+@contextmanager
+def cpp_http_client(service: CppService) -> Iterator[Embed]:
+    """Calls over an HTTP connection of its own, which stays open."""
+    connection = http.client.HTTPConnection(HOST, service.port)
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        request = cpp_clients.make_request(service.collator(texts))
+        headers = {"Content-Type": "application/proto"}
+        connection.request("POST", cpp_clients.HTTP_PATH, request.SerializeToString(), headers)
+        answer = connection.getresponse()
+        body = answer.read()
+        if answer.status != http.client.OK:
+            response = cpp_clients.Response.FromString(body)
+            raise ServiceError(response.err_no, response.err_msg, answer.status)
+        return cpp_vectors(body)
+
+    try:
+        yield embed
+    finally:
+        connection.close()
+
+
+def cpp_vectors(response: bytes) -> np.ndarray:
+    """The vectors in the bytes of a Response."""
+    (vectors,) = cpp_clients.outputs(cpp_clients.Response.FromString(response)).values()
+    return vectors
+
+
+CPP_CLIENTS = {"cpp_rpc": cpp_rpc_client, "cpp_http": cpp_http_client}

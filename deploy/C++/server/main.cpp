@@ -56,7 +56,7 @@ class PredictorLibrary {
   void* handle_;  // never closed: libpaddle.so can't be unloaded
 };
 
-// A predictor for each thread, over one copy of the weights.
+// Predictors, each for a thread of its own.
 std::vector<Embed> make_predictors(const PredictorLibrary& library, const Options& options, int count,
                                    int cpu_threads) {
   char error[1 << 14] = "";

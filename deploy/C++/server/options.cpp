@@ -183,6 +183,8 @@ std::optional<Options> parse_options(int argc, char** argv) {
   check_device(use_gpu, engine.use_trt(), options.precision);
   if (use_gpu) options.gpu_id = engine.gpu_ids_size() ? engine.gpu_ids(0) : 0;
 
+  if (engine.runtime_thread_num() > 0) options.threads = engine.runtime_thread_num();
+
   find_model_files(engine.model_dir(), options.model);
   const std::string names_file = join(resource.general_model_path(0), resource.general_model_file(0));
   read_names(read_prototxt<model_config::GeneralModelConfig>(names_file), names_file, options.model);

@@ -27,7 +27,8 @@ typedef struct ServingPredictor ServingPredictor;
 // Predictors live as long as the process. A predictor isn't to be used by two threads at a time.
 typedef ServingPredictor* ServingPredictorCreate(const ServingPredictorOptions*, char* error, size_t error_size);
 
-// A further predictor over the same weights.
+// A further predictor of the same model. Paddle 3.3.1 gives it weights of its own: with a graph in Paddle 3's format it
+// reads them from the file again.
 typedef ServingPredictor* ServingPredictorClone(ServingPredictor*, char* error, size_t error_size);
 
 // input_ids, token_type_ids: [rows, length]; output: [rows, dimension].
