@@ -7,7 +7,7 @@ set -eu
 
 cd "$(dirname -- "$0")/.."
 sh scripts/setup.sh --tests
-if ! sh deploy/C++/build.sh --fuzz --install-packages --packages-only; then
+if ! sh deploy/C++/build.sh --fuzz --install-packages; then
     echo "test: the tests of the C++ server are left out: install these packages to run them" >&2
     set -- --ignore=tests/test_cpp_serving.py "$@"
 fi

@@ -19,13 +19,11 @@ packages="g++ cmake make libboost-dev libprotobuf-dev protobuf-compiler zlib1g-d
 python=$here/../../.venv/bin/python
 [ -x "$python" ] || python=python3
 install_packages=
-packages_only=
 sanitize=OFF
 fuzz=OFF
 while [ $# -gt 0 ]; do
     case $1 in
     --install-packages) install_packages=1 ;;
-    --packages-only) packages_only=1 ;;
     --build-dir) build=${2:?--build-dir needs a folder} && shift ;;
     --sanitize) sanitize=ON ;;
     --fuzz) fuzz=ON && packages="$packages clang libclang-rt-14-dev" ;;
@@ -46,7 +44,6 @@ if [ -n "$missing" ] && [ -n "$install_packages" ]; then
 elif [ -n "$missing" ]; then
     fail "these packages are missing: sudo apt-get install$missing"
 fi
-[ -z "$packages_only" ] || exit 0
 [ -z "$install_packages" ] || exit 0
 
 settings=$("$python" - <<'PY'
