@@ -116,8 +116,8 @@ def convert_to_tensorrt(folder: Path, target: Path, *, precision: str, batch_siz
 class StaticEncoder:
     """Runs an exported graph: on a CPU with oneDNN, unless told otherwise; CUDA on a GPU.
 
-    threads: of the CPU, by default OMP_NUM_THREADS. Not to be called by several threads at a time. Raises InputError as
-    the functions above do.
+    threads: of the CPU, for all that this process computes; by default OMP_NUM_THREADS. Not to be called by several
+    threads at a time. Raises InputError as the functions above do.
     """
 
     def __init__(

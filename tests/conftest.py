@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,15 @@ CONFIG = {
     "pad_token_id": 0,
     "type_vocab_size": 2,
 }
+
+
+@pytest.fixture(autouse=True)
+def _all_threads() -> Iterator[None]:
+    """Gives the next test all threads again: a predictor's number of them is its whole process's."""
+    yield
+    from paddle.base import core
+
+    core.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def all_pairs() -> list[tuple[str, str]]:

@@ -99,7 +99,8 @@ def refuses(done: subprocess.CompletedProcess[str], *words: str) -> bool:
 
 
 def files_of(folder: Path) -> dict[Path, int]:
-    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+    """When each was written; what Python compiles on the way doesn't count."""
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in str(path)}
 
 
 @pytest.fixture
