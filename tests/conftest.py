@@ -17,6 +17,8 @@ set_up_paddle()
 
 ROOT = Path(__file__).resolve().parents[1]
 Completed = subprocess.CompletedProcess[str]
+# Paddle's gloo fails this assertion now and then while ranks connect, before a script of ours has done anything.
+GLOO_ABORT = "uv__finish_close: Assertion"
 OBJECTS = [
     "水稻",
     "玉米",
@@ -138,13 +140,17 @@ def train_options(model_folder: Path, recall_data: Path, save_dir: Path, *option
 def run_script(*arguments: str | Path, ranks: int = 1, log_dir: Path | None = None, cwd: Path = ROOT) -> Completed:
     """Runs `python ARGUMENTS`, or the same on several ranks under paddle.distributed.launch, which logs to log_dir."""
     launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", ranks, "--log_dir", log_dir] if ranks > 1 else []
-    return subprocess.run(
-        [sys.executable, *map(str, launch), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=600,
-        check=False,
-    )
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, *map(str, launch), *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=600,
+            check=False,
+        )
+        if GLOO_ABORT not in done.stdout + done.stderr:
+            break
+    return done
