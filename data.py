@@ -231,6 +231,11 @@ def read_text_pairs(path: str | Path, *, skip_bad_lines: bool = False) -> list[T
     return [line.row for line in read_lines(path, parse_pair, skip_bad_lines) if line.row is not None]
 
 
+def read_texts(path: str | Path, *, skip_bad_lines: bool = False) -> list[str]:
+    """The texts of a file, one a line. Raises InputError as `read_lines` does."""
+    return [line.row for line in read_lines(path, parse_text, skip_bad_lines) if line.row is not None]
+
+
 class Corpus(Sequence[str]):
     """The documents of a file, one a line; a document's row number is its id. The file is mapped, not held in memory.
 

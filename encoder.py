@@ -120,20 +120,26 @@ def _static_embed(model: SemanticIndexBase, folder: Path, fingerprint: str, devi
     """`embed` of the compiled model, which is compiled unless that was done before; all ranks call it together."""
     compiled = folder / STATIC_FOLDER / fingerprint[:16]
     rank, _ = init_ranks()
-    if rank == 0 and not _is_compiled(compiled):
-        log(f"compiling the model into {compiled}")
-        try:
-            with atomic_folder(compiled) as temporary:
-                export_static(model, temporary)
-                write_manifest(temporary)
-        except InputError as error:
-            log(f"{error}; compiling it for this run alone")
+    is_there = rank == 0 and (_is_compiled(compiled) or _compile(model, compiled))
     meet()
-    if _is_compiled(compiled):
+    if is_there or (rank and _is_compiled(compiled)):
         return StaticEncoder(compiled, device=device, precision=precision).embed
     with tempfile.TemporaryDirectory() as temporary:
         export_static(model, Path(temporary))
         return StaticEncoder(temporary, device=device, precision=precision).embed
+
+
+def _compile(model: SemanticIndexBase, compiled: Path) -> bool:
+    """Writes the graph; whether it could be written."""
+    log(f"compiling the model into {compiled}")
+    try:
+        with atomic_folder(compiled) as temporary:
+            export_static(model, temporary)
+            write_manifest(temporary)
+    except InputError as error:
+        log(f"{error}; compiling it for this run alone")
+        return False
+    return True
 
 
 def _is_compiled(compiled: Path) -> bool:

@@ -8,8 +8,7 @@ import numpy as np
 from data import (
     add_encoding_args,
     add_skip_bad_lines_arg,
-    parse_text,
-    read_lines,
+    read_texts,
     text_argument,
 )
 from files import atomic_write
@@ -50,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     texts = args.text or [SAMPLE_TEXT]
     if args.text_file:
-        lines = read_lines(args.text_file, parse_text, args.skip_bad_lines)
-        texts = [line.row for line in lines if line.row is not None]
+        texts = read_texts(args.text_file, skip_bad_lines=args.skip_bad_lines)
 
     set_device(args.device)
     encoder = load_encoder(

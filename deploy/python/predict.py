@@ -18,8 +18,8 @@ from data import (
     add_skip_bad_lines_arg,
     encode_texts,
     parse_pair,
-    parse_text,
     read_lines,
+    read_texts,
     text_argument,
 )
 from files import atomic_write, write_json
@@ -105,8 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts: list[str] = args.text or []
     pairs: list[TextPair | None] = []  # None: a bad line
     if args.text_file:
-        lines = read_lines(args.text_file, parse_text, args.skip_bad_lines)
-        texts += [line.row for line in lines if line.row is not None]
+        texts += read_texts(args.text_file, skip_bad_lines=args.skip_bad_lines)
     if args.text_pair_file:
         pairs = [line.row for line in read_lines(args.text_pair_file, parse_pair, args.skip_bad_lines)]
     if not texts and not pairs:
