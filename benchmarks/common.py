@@ -166,15 +166,9 @@ def benchmark_inputs(train_set_file: str | None, model: str | None, sizes: Mappi
     sizes: of the model that is made, in place of the example's. Raises InputError.
     """
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if train_set_file is None:
-            make_dataset.main(["--output_dir", name])
-            train_set_file = str(folder / "recall" / "train.csv")
-        pairs = read_text_pairs(train_set_file)
-        if model is None:
-            texts = chain.from_iterable((pair.query, pair.title) for pair in pairs)
-            make_model_folder(folder / "model", texts, sizes)
-        yield Inputs(pairs, folder / "model" if model is None else Path(model), folder)
+        pairs = read_text_pairs(_made_file(name, "train.csv") if train_set_file is None else train_set_file)
+        texts = chain.from_iterable((pair.query, pair.title) for pair in pairs)
+        yield Inputs(pairs, _given_or_made_model(model, name, texts, sizes), Path(name))
 
 
 class CorpusInputs(NamedTuple):
@@ -189,14 +183,21 @@ class CorpusInputs(NamedTuple):
 def benchmark_corpus(corpus_file: str | None, model: str | None, sizes: Mapping[str, int]) -> Iterator[CorpusInputs]:
     """A corpus and a model folder, made as `benchmark_inputs` makes them. Raises InputError."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if corpus_file is None:
-            make_dataset.main(["--output_dir", name])
-            corpus_file = str(folder / "recall" / "corpus.csv")
-        corpus = read_corpus(corpus_file)
-        if model is None:
-            make_model_folder(folder / "model", corpus, sizes)
-        yield CorpusInputs(corpus, folder / "model" if model is None else Path(model), folder)
+        corpus = read_corpus(_made_file(name, "corpus.csv") if corpus_file is None else corpus_file)
+        yield CorpusInputs(corpus, _given_or_made_model(model, name, corpus, sizes), Path(name))
+
+
+def _made_file(folder: str, name: str) -> Path:
+    """A file of the example's dataset."""
+    make_dataset.main(["--output_dir", folder])
+    return Path(folder) / "recall" / name
+
+
+def _given_or_made_model(model: str | None, folder: str, texts: Iterable[str], sizes: Mapping[str, int]) -> Path:
+    if model is not None:
+        return Path(model)
+    make_model_folder(Path(folder) / "model", texts, sizes)
+    return Path(folder) / "model"
 
 
 def make_model_folder(folder: Path, texts: Iterable[str], sizes: Mapping[str, int]) -> None:
