@@ -1,44 +1,169 @@
-"""Layers that compute what Paddle's do, faster on a CPU."""
+"""Layers that compute in float32 what Paddle's do, faster on a CPU: docs/benchmarks.md has the figures.
 
+Paddle goes through a tensor element by element in one thread for the gradients of biases and of layer norm, and draws a
+dropout mask with a slow generator. Here products do that on all threads, and NumPy's vector instructions the rest.
+"""
+
+from typing import Any
+
+import numpy as np
 import paddle
+import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer
 
 
-class _Linear(PyLayer):
-    """`x W + b`, whose bias gradient is a product with a row of ones.
+def _array(tensor: paddle.Tensor) -> np.ndarray:
+    """The tensor's memory, read-only."""
+    return np.from_dlpack(tensor.detach())
 
-    Paddle's own sums it over the rows in one thread, which took up to 13 % of a training step (docs/benchmarks.md).
-    """
+
+def _tensor(array: np.ndarray) -> paddle.Tensor:
+    """The array's memory."""
+    return paddle.from_dlpack(array)
+
+
+def _row_sum(weights: paddle.Tensor | None, rows: paddle.Tensor) -> paddle.Tensor:
+    """The sum [C] over the rows [N, C], each times its weight [N], None for 1."""
+    weights = paddle.ones([rows.shape[0]]) if weights is None else weights
+    return paddle.matmul(weights, rows)
+
+
+class _Linear(PyLayer):
+    """`x W + b`."""
 
     @staticmethod
     def forward(ctx, x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor) -> paddle.Tensor:
         ctx.save_for_backward(x, weight)
-        return paddle.matmul(x, weight).add_(bias)
+        return paddle.addmm(bias, x.reshape([-1, x.shape[-1]]), weight).reshape([*x.shape[:-1], -1])
 
     @staticmethod
     def backward(ctx, gradient: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
         x, weight = ctx.saved_tensor()
         rows = gradient.reshape([-1, gradient.shape[-1]])
         x_rows = x.reshape([-1, x.shape[-1]])
-        ones = paddle.ones([1, rows.shape[0]], rows.dtype)
         return (
             paddle.matmul(gradient, weight, transpose_y=True),
             paddle.matmul(x_rows, rows, transpose_x=True),
-            paddle.matmul(ones, rows).flatten(),
+            _row_sum(None, rows),
         )
 
 
 class CpuLinear(nn.Linear):
-    """nn.Linear with a fast gradient of the bias."""
+    """nn.Linear."""
 
     def forward(self, input: paddle.Tensor) -> paddle.Tensor:
         """float32 [..., in] -> [..., out]."""
         return _Linear.apply(input, self.weight, self.bias)
 
 
+class _LayerNorm(PyLayer):
+    """Normalises over the last axis: `c / s * weight + bias`, c = x - mean(x), s = sqrt(mean(c^2) + epsilon)."""
+
+    @staticmethod
+    def forward(ctx, x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor, epsilon: float) -> paddle.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.epsilon = epsilon
+        return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+
+    @staticmethod
+    def backward(ctx, gradient: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+        x, weight = ctx.saved_tensor()
+        size = x.shape[-1]
+        x_rows, g_rows = x.reshape([-1, size]), gradient.reshape([-1, size])
+        g, w = _array(g_rows), _array(weight)
+
+        mean = paddle.matmul(x_rows, paddle.full([size, 1], 1 / size))
+        centred = np.subtract(_array(x_rows), _array(mean))
+        inverse = 1 / np.sqrt(np.einsum("ij,ij->i", centred, centred) / size + np.float32(ctx.epsilon))  # 1 / s
+        products = _tensor(g * centred)
+        # d = g * weight; dx = (d - mean(d) - c * mean(d * c) / s^2) / s
+        mean_d = _array(paddle.matmul(g_rows, weight.reshape([-1, 1]) / size))
+        mean_dc = _array(paddle.matmul(products, weight / size))
+        dx = g * w
+        dx -= mean_d
+        centred *= (mean_dc * inverse**2)[:, None]
+        dx -= centred
+        dx *= inverse[:, None]
+        return _tensor(dx).reshape(x.shape), _row_sum(_tensor(inverse), products), _row_sum(None, g_rows)
+
+
+class CpuLayerNorm(nn.LayerNorm):
+    """nn.LayerNorm over the last axis."""
+
+    def forward(self, input: paddle.Tensor) -> paddle.Tensor:
+        """float32 [..., size] -> [..., size]."""
+        return _LayerNorm.apply(input, self.weight, self.bias, self._epsilon)
+
+
+class _Dropout(PyLayer):
+    """Zeroes a share of the elements and scales up the others.
+
+    The mask follows from the state of Paddle's generator, as that of F.dropout does. It is made of 16 random bits an
+    element, so the share is rounded to 1 / 65,536; the scale is that of the rounded share.
+    """
+
+    @staticmethod
+    def forward(ctx, x: paddle.Tensor, share: float) -> paddle.Tensor:
+        dropped = round(share * 2**16)
+        generator = np.random.SFC64(paddle.randint(0, 2**31 - 1, [2]).numpy())
+        bits = generator.random_raw(-(-x.size // 4)).view(np.uint16)[: x.size]
+        ctx.kept = (bits >= dropped).reshape(x.shape)
+        ctx.scale = np.float32(2**16 / (2**16 - dropped))
+        return _Dropout._apply(ctx, x)
+
+    @staticmethod
+    def backward(ctx, gradient: paddle.Tensor) -> paddle.Tensor:
+        return _Dropout._apply(ctx, gradient)
+
+    @staticmethod
+    def _apply(ctx, x: paddle.Tensor) -> paddle.Tensor:
+        result = _array(x) * ctx.kept
+        result *= ctx.scale
+        return _tensor(result)
+
+
+def dropout(x: paddle.Tensor, share: float, training: bool) -> paddle.Tensor:
+    """F.dropout in mode upscale_in_train, with other masks."""
+    return _Dropout.apply(x, share) if training and 0 < share < 1 and x.size else F.dropout(x, share, training=training)
+
+
+class CpuDropout(nn.Dropout):
+    """nn.Dropout."""
+
+    def forward(self, input: paddle.Tensor) -> paddle.Tensor:
+        """float32 of any shape."""
+        return dropout(input, self.p, self.training)
+
+
+class CpuMultiHeadAttention(nn.MultiHeadAttention):
+    """nn.MultiHeadAttention, fast in the way that an encoder calls it."""
+
+    def forward(
+        self,
+        query: paddle.Tensor,
+        key: paddle.Tensor | None = None,
+        value: paddle.Tensor | None = None,
+        attn_mask: paddle.Tensor | None = None,
+        cache: Any = None,
+    ) -> Any:
+        """float32 [B, L, D] each; attn_mask: float32, is added to the logits [B, heads, L, L]."""
+        if key is None or value is None or attn_mask is None or cache is not None or self.need_weights:
+            return super().forward(query, key, value, attn_mask, cache)
+        q, k, v = self._prepare_qkv(query, key, value)
+        logits = paddle.matmul(q * self.head_dim**-0.5, k, transpose_y=True) + attn_mask
+        weights = dropout(F.softmax(logits), self.dropout, self.training)
+        return self.out_proj(paddle.matmul(weights, v).transpose([0, 2, 1, 3]).flatten(start_axis=2))
+
+
 def speed_up_training(model: nn.Layer) -> None:
-    """Replaces the forward pass of the model's linear layers; parameters and their names stay."""
+    """Replaces the forward and backward passes of the model's layers; parameters and their names stay."""
     for layer in model.sublayers():
         if type(layer) is nn.Linear and layer.bias is not None:
             layer.__class__ = CpuLinear
+        elif type(layer) is nn.LayerNorm and len(layer._normalized_shape) == 1 and layer.weight is not None:
+            layer.__class__ = CpuLayerNorm
+        elif type(layer) is nn.Dropout and layer.axis is None and layer.mode == "upscale_in_train":
+            layer.__class__ = CpuDropout
+        elif type(layer) is nn.MultiHeadAttention:
+            layer.__class__ = CpuMultiHeadAttention

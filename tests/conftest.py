@@ -128,6 +128,27 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.fixture(scope="session")
+def cpp_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ server, built with AddressSanitizer; it needs `cpp_environment`."""
+    folder = tmp_path_factory.mktemp("build") / "build"
+    options = ["--sanitize", "--build-dir", folder, "--python", sys.executable]
+    done = subprocess.run(
+        ["sh", ROOT / "deploy" / "C++" / "build.sh", *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{folder}/serving\n"
+    return folder / "serving"
+
+
+def cpp_environment(**variables: str) -> dict[str, str]:
+    """Under AddressSanitizer dlopen doesn't see the wheel's RUNPATH."""
+    import paddle
+
+    libraries = Path(paddle.__file__).parent / "libs"
+    return {**os.environ, "LD_LIBRARY_PATH": str(libraries), "ASAN_OPTIONS": "detect_leaks=1", **variables}
+
+
 def train_options(model_folder: Path, recall_data: Path, save_dir: Path, *options: str) -> list[str]:
     """Options of a small training from scratch; later ones win."""
     return [

@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import paddle
 import pytest
-from conftest import ROOT, all_pairs, run_script
+from conftest import ROOT, all_pairs, cpp_environment, run_script
 from google.protobuf import json_format, text_format
 
 import clients
@@ -38,6 +37,7 @@ from clients import FRAME_HEADER, Request, Response, RpcMeta, format_frame, make
 from data import TextCollator, TokenIds
 from runtime import InputError
 
+pytestmark = pytest.mark.cpp
 CPP = ROOT / "deploy" / "C++"
 HOST = "127.0.0.1"
 TOLERANCE = 1e-5
@@ -67,12 +67,6 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """Under AddressSanitizer dlopen doesn't see the wheel's RUNPATH."""
-    libraries = Path(paddle.__file__).parent / "libs"
-    return {**os.environ, "LD_LIBRARY_PATH": str(libraries), "ASAN_OPTIONS": "detect_leaks=1", **variables}
-
-
 def start(command: list[Any], port: int, **options: Any) -> Server:
     """Starts a server and waits until it is ready."""
     process = subprocess.Popen(
@@ -98,17 +92,6 @@ def stop(server: Server) -> None:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built server."""
-    folder = tmp_path_factory.mktemp("build") / "build"
-    options = ["--sanitize", "--build-dir", folder, "--python", sys.executable]
-    done = subprocess.run(["sh", CPP / "build.sh", *options], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{folder}/serving\n"
-    return folder / "serving"
-
-
-@pytest.fixture(scope="module")
 def folder(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where export_to_serving.py wrote serving_server and serving_client."""
     folder = tmp_path_factory.mktemp("serving")
@@ -118,12 +101,12 @@ def folder(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(program: Path, folder: Path) -> Iterator[Server]:
+def server(cpp_program: Path, folder: Path) -> Iterator[Server]:
     """One server for the tests of this module, started with the document's command."""
     port = free_port()
     command = [sys.executable, "-u", "-m", "paddle_serving_server.serve", "--model", "serving_server", "--port", port]
     options = ["--thread", 5, "--ir_optim", "True"]
-    variables = environment(SERVING_BIN=f"exec {program}", PYTHONPATH="")
+    variables = cpp_environment(SERVING_BIN=f"exec {cpp_program}", PYTHONPATH="")
     server = start([*command, *options], port, cwd=folder, env=variables)
     yield server
     stop(server)
@@ -192,7 +175,7 @@ def test_the_clients_print_the_models_vectors(server: Server, folder: Path, mode
     np.testing.assert_allclose(outputs(response)["output_embedding"], expected, atol=TOLERANCE)
 
 
-def test_the_readmes_commands(program: Path, folder: Path, tmp_path: Path) -> None:
+def test_the_readmes_commands(cpp_program: Path, folder: Path, tmp_path: Path) -> None:
     """The server is started and asked as the README does it, on a free port and with the tests' build."""
     blocks = re.findall(r"```sh\n(.*?)\n```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     build, start_server, *questions = [block for block in blocks if "deploy/C++" in block]
@@ -202,8 +185,8 @@ def test_the_readmes_commands(program: Path, folder: Path, tmp_path: Path) -> No
     shutil.copytree(folder / "serving_server", tmp_path / "serving_server")
     port = free_port()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    variables = environment(PATH=path, PYTHONPATH="", PYTHONUNBUFFERED="1", SERVING_BIN=str(program))
-    start_server = start_server.replace("$PWD/deploy/C++/build/serving", str(program))
+    variables = cpp_environment(PATH=path, PYTHONPATH="", PYTHONUNBUFFERED="1", SERVING_BIN=str(cpp_program))
+    start_server = start_server.replace("$PWD/deploy/C++/build/serving", str(cpp_program))
     for command in (
         start_server.replace("python -m", "exec python -m").replace("--port 9393", f"--port {port}"),
         f"exec sh deploy/C++/start_server.sh --port {port}",
@@ -559,13 +542,13 @@ def test_every_answer_under_load_is_the_right_one(server: Server, model: Any) ->
 
 
 @pytest.fixture
-def start_alone(program: Path, folder: Path, server: Server) -> Callable[..., Server]:
+def start_alone(cpp_program: Path, folder: Path, server: Server) -> Callable[..., Server]:
     """Starts a further server without Paddle Serving, on the files that it wrote for the first."""
 
     def start_with(*options: Any) -> Server:
         port = free_port()
         files = ["-resource_path", f"workdir_{server.port}"]
-        return start([program, *files, "-port", port, *options], port, cwd=folder, env=environment())
+        return start([cpp_program, *files, "-port", port, *options], port, cwd=folder, env=cpp_environment())
 
     return start_with
 
@@ -633,11 +616,11 @@ def test_sigterm_lets_what_is_going_on_end(start_alone: Callable[..., Server], m
         (["--precision", "int8"], "--precision int8"),
     ],
 )
-def test_what_a_cpu_cannot_do(program: Path, options: list[str], named: str) -> None:
+def test_what_a_cpu_cannot_do(cpp_program: Path, options: list[str], named: str) -> None:
     """start_server.sh refuses it by name before it starts anything."""
     done = subprocess.run(
         ["sh", CPP / "start_server.sh", *options],
-        env=environment(SERVING_BIN=str(program)),
+        env=cpp_environment(SERVING_BIN=str(cpp_program)),
         capture_output=True,
         text=True,
         check=False,
@@ -646,14 +629,14 @@ def test_what_a_cpu_cannot_do(program: Path, options: list[str], named: str) -> 
     assert re.fullmatch(rf"error: {named}: .*\n", done.stderr)
 
 
-def test_paddle_serving_shows_what_the_server_refuses(program: Path, folder: Path) -> None:
+def test_paddle_serving_shows_what_the_server_refuses(cpp_program: Path, folder: Path) -> None:
     """The document's command itself, of which Paddle Serving doesn't pass on the exit code."""
     command = ["-m", "paddle_serving_server.serve", "--model", "serving_server", "--port", str(free_port())]
     options = ["--gpu_id", "2", "--thread", "5", "--ir_optim", "True", "--use_trt", "--precision", "FP16"]
     done = subprocess.run(
         [sys.executable, *command, *options],
         cwd=folder,
-        env=environment(SERVING_BIN=str(program), PYTHONPATH=""),
+        env=cpp_environment(SERVING_BIN=str(cpp_program), PYTHONPATH=""),
         capture_output=True,
         text=True,
         check=False,
@@ -670,13 +653,13 @@ def test_paddle_serving_shows_what_the_server_refuses(program: Path, folder: Pat
         (["---x"], "---x: isn't an option"),
     ],
 )
-def test_bad_options(program: Path, folder: Path, server: Server, options: list[str], message: str) -> None:
+def test_bad_options(cpp_program: Path, folder: Path, server: Server, options: list[str], message: str) -> None:
     """One line and exit code 2."""
     files = ["-resource_path", f"workdir_{server.port}", "-port", "0"]
     done = subprocess.run(
-        [program, *files, *options],
+        [cpp_program, *files, *options],
         cwd=folder,
-        env=environment(),
+        env=cpp_environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -689,7 +672,7 @@ def test_bad_options(program: Path, folder: Path, server: Server, options: list[
     ("content", "message"), [(b"{}", "isn't the graph of a model of this project"), (b"\0", "isn't a graph")]
 )
 def test_damaged_graphs(
-    program: Path, folder: Path, server: Server, tmp_path: Path, content: bytes, message: str
+    cpp_program: Path, folder: Path, server: Server, tmp_path: Path, content: bytes, message: str
 ) -> None:
     """They are refused before Paddle sees them."""
     copy = tmp_path / "serving_server"
@@ -702,7 +685,11 @@ def test_damaged_graphs(
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(file.read_text().replace(f"workdir_{server.port}", "workdir"))
     done = subprocess.run(
-        [program, "-resource_path", "workdir"], cwd=tmp_path, env=environment(), capture_output=True, check=False
+        [cpp_program, "-resource_path", "workdir"],
+        cwd=tmp_path,
+        env=cpp_environment(),
+        capture_output=True,
+        check=False,
     )
     assert done.returncode == 2 and message in done.stderr.decode()
 

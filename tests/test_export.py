@@ -8,20 +8,16 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from conftest import ROOT, make_model_folder, run_script
+from conftest import ROOT, run_script
 
 import export_model
 from base_model import SemanticIndexBase
 from checkpoint import create_model, load_checkpoint, save_checkpoint
-from data import Embed, TextCollator, encode_texts
 from encoder import model_fingerprint
 from files import sha256
-from onnx_graph import OnnxEncoder
 from runtime import InputError
 from static_graph import GRAPH_NAME, StaticEncoder, load_exported
 
-TEXTS = ["水", "水稻的产量与土壤评价" * 6 + "水稻优化", "论水稻产量研究水稻,产量" * 20, "Deep Learning 2.0!", "高血压"]
-LENGTH = 80  # of the golden rule's model: 64 characters fit, 200 don't
 FILES = {
     *(f"{GRAPH_NAME}.json", f"{GRAPH_NAME}.pdiparams", "config.json", "semantic_index.json", "vocab.txt"),
     *("tokenizer_config.json", "model_card.json", "manifest.json"),
@@ -31,69 +27,6 @@ FILES = {
 def export(checkpoint: Path, output: Path, *options: str) -> int:
     """Runs the script in this process."""
     return export_model.main(["--params_path", str(checkpoint), "--output_path", str(output), *options])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One text, one vector
-
-
-@pytest.fixture(scope="module", params=["cls", "mean"])
-def forms(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint of random weights, and its export in both formats."""
-    folder = tmp_path_factory.mktemp("forms")
-    ernie = make_model_folder(folder / "ernie", max_position_embeddings=100, initializer_range=0.5)
-    loaded = create_model(
-        SemanticIndexBase,
-        from_scratch=str(ernie),
-        pooling=request.param,
-        output_emb_size=16,
-        max_seq_length=LENGTH,
-    )
-    save_checkpoint(folder / "checkpoint", *loaded)
-    assert export(folder / "checkpoint", folder / "output", "--format", "onnx") == 0
-    return folder / "checkpoint", folder / "output"
-
-
-def encoders(checkpoint: Path, output: Path) -> dict[str, tuple[Embed, TextCollator]]:
-    """Everything in this process that turns token ids into vectors, with the collator that it is used with."""
-    model, collator = load_checkpoint(checkpoint)
-    exported = load_exported(output)
-    return {
-        "dygraph": (model.embed, collator),
-        "static graph": (exported.encoder.embed, exported.collator),
-        "static graph without oneDNN": (StaticEncoder(output, onednn=False).embed, exported.collator),
-        "onnx": (OnnxEncoder(output).embed, exported.collator),
-    }
-
-
-def test_one_text_has_one_vector(forms: tuple[Path, Path], tmp_path: Path) -> None:
-    """In every form, alone, in a batch of others and padded to the maximum; texts of 1, 64 and 240 characters too."""
-    assert [len(text) for text in TEXTS[:3]] == [1, 64, 240]
-    model, collator = load_checkpoint(forms[0])
-    assert [len(ids) for ids in collator.tokenize(TEXTS[:3])] == [3, 66, LENGTH]
-    expected = np.concatenate([model.embed(*collator([text])) for text in TEXTS])
-    assert np.abs(expected[0] - expected[1]).max() > 0.01  # the model tells texts apart
-
-    for name, (embed, collator) in encoders(*forms).items():
-        batches = {
-            "alone": np.concatenate([embed(*collator([text])) for text in TEXTS]),
-            "together": embed(*collator(TEXTS)),
-            "by length": encode_texts(embed, TEXTS, collator, 1),
-        }
-        collator.pad_to_max_seq_len = True
-        batches["padded"] = np.concatenate([embed(*collator([text])) for text in TEXTS])
-        for batch, vectors in batches.items():
-            np.testing.assert_allclose(vectors, expected, rtol=0, atol=1e-5, err_msg=f"{name}, {batch}")
-
-    for texts in (TEXTS, TEXTS[1:2]):
-        file = tmp_path / "vectors.npy"
-        options = [option for text in texts for option in ("--text", text)]
-        done = run_script(
-            ROOT / "deploy" / "python" / "predict.py", "--model_dir", forms[1], "--output", file, *options
-        )
-        assert done.returncode == 0, done.stderr
-        right = expected[[TEXTS.index(text) for text in texts]]
-        np.testing.assert_allclose(np.load(file), right, rtol=0, atol=1e-5, err_msg="predict.py")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

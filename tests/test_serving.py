@@ -32,7 +32,6 @@ from benchmarks.service import (
     rpc_client,
     running_service,
 )
-from checkpoint import load_checkpoint
 from data import encode_texts
 from runtime import InputError
 from serving import adapter, http_gateway
@@ -121,19 +120,6 @@ def children(process: int) -> list[int]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers
-
-
-def test_one_text_has_one_vector(service: Service, serving_server: Path, checkpoint: Path) -> None:
-    """From the model, from Paddle Inference, over gRPC and over HTTP, alone and among others."""
-    model, collator = load_checkpoint(checkpoint)
-    exported = load_exported(serving_server)
-    expected = np.concatenate([model.embed(*collator([text])) for text in TEXTS])
-    ways = {"Paddle Inference": lambda texts: encode_texts(exported.encoder.embed, texts, exported.collator, 4)}
-    with rpc_client(service) as rpc, http_client(service) as http:
-        for name, embed in {**ways, "rpc": rpc, "http": http}.items():
-            alone = np.concatenate([embed([text]) for text in TEXTS])
-            for vectors in (alone, embed(TEXTS), embed(TEXTS[::-1])[::-1], embed(TEXTS + TITLES[:40])[: len(TEXTS)]):
-                np.testing.assert_allclose(vectors, expected, atol=TOLERANCE, rtol=0, err_msg=name)
 
 
 def test_the_answer_keeps_the_originals_form(service: Service) -> None:
