@@ -161,7 +161,7 @@ def cpp_rpc_client(service: CppService) -> Iterator[Embed]:
     with socket.create_connection((HOST, service.port)) as connection, connection.makefile("rb") as stream:
 
         def embed(texts: Sequence[str]) -> np.ndarray:
-            request = cpp_clients.make_request(service.collator(texts))
+            request = cpp_clients.make_request(service.collator(texts), as_bytes=True)
             connection.sendall(cpp_clients.format_frame(request.SerializeToString()))
             meta, payload = cpp_clients.read_frame(stream)
             if meta.response.error_code:
@@ -177,7 +177,7 @@ def cpp_http_client(service: CppService) -> Iterator[Embed]:
     connection = http.client.HTTPConnection(HOST, service.port)
 
     def embed(texts: Sequence[str]) -> np.ndarray:
-        request = cpp_clients.make_request(service.collator(texts))
+        request = cpp_clients.make_request(service.collator(texts), as_bytes=True)
         headers = {"Content-Type": "application/proto"}
         connection.request("POST", cpp_clients.HTTP_PATH, request.SerializeToString(), headers)
         answer = connection.getresponse()

@@ -92,23 +92,29 @@ def tokenize(args: argparse.Namespace) -> TokenIds:
     return collator(args.texts)
 
 
-def make_request(tokens: TokenIds, log_id: int = 0) -> Any:
-    """A Request for the vectors of int64 [B, L] token ids."""
+def make_request(tokens: TokenIds, log_id: int = 0, *, as_bytes: bool = False) -> Any:
+    """A Request for the vectors of int64 [B, L] token ids.
+
+    as_bytes: send the ids, and get the vectors, as the tensors' bytes. As lists of numbers, the original's form, they
+    take protobuf ten times as long where it is pure Python, as the pinned version is.
+    """
     request = Request(log_id=log_id)
     for name, array in zip(("input_ids", "token_type_ids"), tokens, strict=True):
-        request.tensor.add(
-            name=name, alias_name=name, elem_type=INT64, shape=array.shape, int64_data=array.ravel().tolist()
-        )
+        elements = {"tensor_content": array.tobytes()} if as_bytes else {"int64_data": array.ravel().tolist()}
+        request.tensor.add(name=name, alias_name=name, elem_type=INT64, shape=array.shape, **elements)
     return request
 
 
 def outputs(response: Any) -> dict[str, np.ndarray]:
     """The vectors in a Response by their name, float32 [B, D]."""
-    return {
-        tensor.alias_name: np.array(tensor.float_data, dtype=np.float32).reshape(tensor.shape)
-        for output in response.outputs
-        for tensor in output.tensor
-    }
+    tensors = [tensor for output in response.outputs for tensor in output.tensor]
+    return {tensor.alias_name: _elements(tensor).reshape(tensor.shape) for tensor in tensors}
+
+
+def _elements(tensor: Any) -> np.ndarray:
+    if tensor.tensor_content:
+        return np.frombuffer(tensor.tensor_content, np.float32)
+    return np.array(tensor.float_data, np.float32)
 
 
 def http_inference(address: tuple[str, int], request: Any, timeout: float) -> Any:

@@ -10,7 +10,7 @@ from runtime import run
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the seconds that it took, and the vectors."""
     args = build_parser(__doc__).parse_args(argv)
-    request = make_request(tokenize(args))
+    request = make_request(tokenize(args), as_bytes=True)
     start = time.time()
     response = rpc_inference(args.endpoint, request, args.timeout)
     print(f"time to cost :{time.time() - start} seconds")

@@ -188,6 +188,7 @@ Texts parse_request(std::string_view body, Format format, const Model& model) {
 
   Texts texts;
   texts.log_id = request.log_id();
+  texts.as_bytes = !ids.tensor_content().empty();
   texts.input_ids = elements(ids, model.input_ids_alias, shape.size());
   texts.token_type_ids = elements(types, model.token_type_ids_alias, shape.size());
   check_ids(texts.input_ids, model.vocabulary_size, model.input_ids_alias);
@@ -202,9 +203,9 @@ Texts parse_request(std::string_view body, Format format, const Model& model) {
   return texts;
 }
 
-std::string format_response(const std::vector<float>& vectors, uint64_t log_id, Format format, const Model& model) {
+std::string format_response(const std::vector<float>& vectors, const Texts& texts, Format format, const Model& model) {
   Response response;
-  response.set_log_id(log_id);
+  response.set_log_id(texts.log_id);
   auto* output = response.add_outputs();
   output->set_engine_name("GeneralInferOp_0");
   Tensor* tensor = output->add_tensor();
@@ -213,7 +214,10 @@ std::string format_response(const std::vector<float>& vectors, uint64_t log_id, 
   tensor->set_elem_type(kFloat32);
   tensor->add_shape(static_cast<int>(vectors.size()) / model.dimension);
   tensor->add_shape(model.dimension);
-  tensor->mutable_float_data()->Add(vectors.begin(), vectors.end());
+  if (texts.as_bytes)
+    tensor->set_tensor_content(vectors.data(), vectors.size() * sizeof(float));
+  else
+    tensor->mutable_float_data()->Add(vectors.begin(), vectors.end());
   return serialize(response, format);
 }
 

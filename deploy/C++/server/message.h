@@ -21,13 +21,14 @@ struct Texts {
   std::vector<int64_t> input_ids, token_type_ids;  // of all rows, one after the other
   std::vector<Row> rows;
   uint64_t log_id = 0;
+  bool as_bytes = false;  // they came as tensor_content, and so go the vectors
 };
 
 // Throws RequestError, as the next ones do.
 Texts parse_request(std::string_view body, Format format, const Model& model);
 
 // vectors: [texts, dimension]
-std::string format_response(const std::vector<float>& vectors, uint64_t log_id, Format format, const Model& model);
+std::string format_response(const std::vector<float>& vectors, const Texts& texts, Format format, const Model& model);
 std::string format_error(const RequestError& error, Format format);
 
 // gzip and zlib alike; at most max_bytes come out.

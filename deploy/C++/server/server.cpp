@@ -209,7 +209,7 @@ class HttpConnection : public Connection {
 
   void answer(const Job& job) {
     if (job.error) return respond_error(*job.error);
-    respond(200, format_response(job.vectors, job.texts.log_id, format_, shared_.model));
+    respond(200, format_response(job.vectors, job.texts, format_, shared_.model));
   }
 
   void respond_error(const RequestError& error) { respond(error.http_status, format_error(error, format_)); }
@@ -348,9 +348,9 @@ class FrameConnection : public Connection {
   }
 
   void answer(int64_t correlation_id, const Job& job) {
-    write(job.error ? format_frame_error(correlation_id, *job.error)
-                    : format_frame(correlation_id,
-                                   format_response(job.vectors, job.texts.log_id, Format::kProto, shared_.model)));
+    write(job.error
+              ? format_frame_error(correlation_id, *job.error)
+              : format_frame(correlation_id, format_response(job.vectors, job.texts, Format::kProto, shared_.model)));
   }
 
   void write(std::string bytes) {
