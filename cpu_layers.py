@@ -105,7 +105,7 @@ class _Dropout(PyLayer):
 
     @staticmethod
     def forward(ctx, x: paddle.Tensor, share: float) -> paddle.Tensor:
-        dropped = round(share * 2**16)
+        dropped = min(round(share * 2**16), 2**16 - 1)
         generator = np.random.SFC64(paddle.randint(0, 2**31 - 1, [2]).numpy())
         bits = generator.random_raw(-(-x.size // 4)).view(np.uint16)[: x.size]
         ctx.kept = (bits >= dropped).reshape(x.shape)
@@ -148,7 +148,8 @@ class CpuMultiHeadAttention(nn.MultiHeadAttention):
         cache: Any = None,
     ) -> Any:
         """float32 [B, L, D] each; attn_mask: float32, is added to the logits [B, heads, L, L]."""
-        if key is None or value is None or attn_mask is None or cache is not None or self.need_weights:
+        added = attn_mask is not None and attn_mask.dtype == query.dtype
+        if key is None or value is None or not added or cache is not None or self.need_weights:
             return super().forward(query, key, value, attn_mask, cache)
         q, k, v = self._prepare_qkv(query, key, value)
         logits = paddle.matmul(q * self.head_dim**-0.5, k, transpose_y=True) + attn_mask
