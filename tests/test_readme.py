@@ -200,6 +200,7 @@ def test_serving_commands(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             client, curl, health = (run(block.replace("18082", str(ports["http"])), trained) for block in others)
         finally:
             process.terminate()
+            process.communicate()  # reads to the end: its last lines need somebody to write them to
     assert process.returncode == 0
     assert client.returncode == 0 and "['output_embedding']\n(2, 256)\n[[" in client.stdout
     answer = json.loads(curl.stdout)
