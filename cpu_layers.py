@@ -23,10 +23,9 @@ def _tensor(array: np.ndarray) -> paddle.Tensor:
     return paddle.from_dlpack(array)
 
 
-def _row_sum(weights: paddle.Tensor | None, rows: paddle.Tensor) -> paddle.Tensor:
-    """The sum [C] over the rows [N, C], each times its weight [N], None for 1."""
-    weights = paddle.ones([rows.shape[0]]) if weights is None else weights
-    return paddle.matmul(weights, rows)
+def _row_sum(rows: paddle.Tensor) -> paddle.Tensor:
+    """The sum [C] over the rows [N, C]."""
+    return paddle.matmul(paddle.ones([rows.shape[0]]), rows)
 
 
 class _Linear(PyLayer):
@@ -45,7 +44,7 @@ class _Linear(PyLayer):
         return (
             paddle.matmul(gradient, weight, transpose_y=True),
             paddle.matmul(x_rows, rows, transpose_x=True),
-            _row_sum(None, rows),
+            _row_sum(rows),
         )
 
 
@@ -85,7 +84,7 @@ class _LayerNorm(PyLayer):
         centred *= (mean_dc * inverse**2)[:, None]
         dx -= centred
         dx *= inverse[:, None]
-        return _tensor(dx).reshape(x.shape), _row_sum(_tensor(inverse), products), _row_sum(None, g_rows)
+        return _tensor(dx).reshape(x.shape), paddle.matmul(_tensor(inverse), products), _row_sum(g_rows)
 
 
 class CpuLayerNorm(nn.LayerNorm):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,16 @@ class Service(NamedTuple):
     log: list[str]  # lines that it has written to stderr
 
 
+def _log_until(stream: Iterable[str], start: str) -> list[str]:
+    """The lines up to the first with this start. Raises InputError, which says all of them, if there is none."""
+    log = []
+    for line in stream:
+        log.append(line)
+        if line.startswith(start):
+            return log
+    raise InputError("".join(log).removeprefix("error: ").strip())
+
+
 @contextmanager
 def running_service(model_dir: Path, *options: str) -> Iterator[Service]:
     """Starts web_service.py on free ports, and ends it with SIGTERM. Raises InputError if it doesn't start."""
@@ -42,13 +52,7 @@ def running_service(model_dir: Path, *options: str) -> Iterator[Service]:
     ports = ["--rpc_port", "0", "--http_port", "0"]
     process = subprocess.Popen([*map(str, command), *ports], stderr=subprocess.PIPE, text=True, encoding="utf-8")
     try:
-        log = []
-        for line in process.stderr:
-            log.append(line)
-            if line.startswith("ready: "):
-                break
-        else:
-            raise InputError("".join(log).removeprefix("error: ").strip())
+        log = _log_until(process.stderr, "ready: ")
         reader = threading.Thread(target=lambda: log.extend(process.stderr))
         reader.start()
         rpc_address, http_address = log[-1].removeprefix("ready: gRPC on ").split(", HTTP on http://")
@@ -142,13 +146,7 @@ def running_cpp_service(program: Path, serving_server: Path, collator: TextColla
         text=True,
     )
     try:
-        log = []
-        for line in process.stdout:
-            log.append(line)
-            if line.startswith("serving "):
-                break
-        else:
-            raise InputError("".join(log).strip())
+        _log_until(process.stdout, "serving ")
         yield CppService(port, collator)
     finally:
         process.terminate()
