@@ -55,6 +55,17 @@ def test_vectors_follow_their_definition(still_model_folder: Path, pooling: str,
         np.testing.assert_allclose(model.embed(*collator([text]))[0], vector, atol=1e-6)
 
 
+def test_where_the_reduction_starts(model_folder: Path) -> None:
+    def reduction(pooling: str) -> np.ndarray:
+        return new_model(model_folder, pooling=pooling, output_emb_size=512)[0].emb_reduce_linear.weight.numpy()
+
+    after_cls, after_mean = reduction("cls"), reduction("mean")
+    bound = len(after_mean) ** -0.5
+    assert after_cls.std() == pytest.approx(0.02, rel=0.05)
+    assert after_mean.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert 0.99 * bound < np.abs(after_mean).max() <= bound
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_a_text_has_one_vector_whatever_the_padding(model_folder: Path, pooling: str) -> None:
     model, collator = new_model(model_folder, pooling=pooling, max_seq_length=32)
