@@ -559,6 +559,15 @@ def many_texts(count: int) -> TokenIds:
     return ids, np.zeros_like(ids)
 
 
+def test_how_texts_are_batched(tmp_path: Path) -> None:
+    """batcher_test.cpp ends at the first expectation that doesn't hold, and says which it is."""
+    sources = [ROOT / "tests" / "batcher_test.cpp", CPP / "server" / "batcher.cpp"]
+    program = tmp_path / "batcher_test"
+    subprocess.run(["g++", "-std=c++17", "-pthread", "-I", CPP / "server", *sources, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_too_much_work_is_refused(start_alone: Callable[..., Server], model: Any) -> None:
     """A request that doesn't fit into the queue gets an error at once; smaller ones go on."""
     server = start_alone("-max_waiting_texts", 8)

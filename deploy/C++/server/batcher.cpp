@@ -1,17 +1,40 @@
 #include "batcher.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 namespace {
 
-// Whether texts of these lengths may share a batch: the padding costs less than a batch of its own.
+// Whether texts of these lengths may share a batch however many they are.
 bool similar(size_t shortest, size_t longest) { return longest <= shortest + 8 || longest * 4 <= shortest * 5; }
 
 }  // namespace
 
-Batcher::Batcher(std::vector<Embed> predictors, const Model& model, size_t max_batch, size_t max_waiting)
-    : model_(model), max_batch_(max_batch), max_waiting_(max_waiting) {
+size_t call_cost_in_tokens(const Embed& embed, const Model& model) {
+  constexpr int kRows = 4, kRuns = 3;
+  constexpr double kMaxTexts = 32;  // where the texts cost next to nothing, as on a GPU
+  const int length = static_cast<int>(std::min<int64_t>(16, model.max_length));
+  const auto shortest_run = [&](int rows) {
+    const std::vector<int64_t> input_ids(rows * length, model.pad_id ? 0 : 1), token_type_ids(rows * length, 0);
+    std::vector<float> vectors(rows * static_cast<size_t>(model.dimension));
+    std::chrono::duration<double> shortest = std::chrono::hours(1);
+    for (int run = 0; run < kRuns; ++run) {
+      const auto start = std::chrono::steady_clock::now();
+      embed(input_ids, token_type_ids, rows, length, vectors.data());
+      shortest = std::min<std::chrono::duration<double>>(shortest, std::chrono::steady_clock::now() - start);
+    }
+    return shortest.count();
+  };
+  const double one = shortest_run(1);
+  const double text = (shortest_run(kRows) - one) / (kRows - 1);
+  const double texts = one >= (1 + kMaxTexts) * text ? kMaxTexts : std::max(0.0, one / text - 1);
+  return static_cast<size_t>(texts * length);
+}
+
+Batcher::Batcher(std::vector<Embed> predictors, const Model& model, size_t max_batch, size_t max_waiting,
+                 size_t call_cost)
+    : model_(model), max_batch_(max_batch), max_waiting_(max_waiting), call_cost_(call_cost) {
   for (Embed& embed : predictors) threads_.emplace_back([this, embed = std::move(embed)] { work(embed); });
 }
 
@@ -36,6 +59,7 @@ void Batcher::submit(std::shared_ptr<Job> job) {
       auto text = std::make_shared<Text>(Text{job, row});
       by_age_.push_back(text);
       by_length_.emplace(text->length(), text);
+      waiting_tokens_ += text->length();
     }
   }
   changed_.notify_all();
@@ -49,25 +73,33 @@ void Batcher::work(const Embed& embed) {
   }
 }
 
+bool Batcher::batch_is_due() const {
+  return !by_length_.empty() && (stopping_ || running_ == 0 || waiting_tokens_ >= call_cost_);
+}
+
 // The text that waits longest and those closest to it in length; none once the batcher stops and nothing waits.
 std::vector<Batcher::TextPointer> Batcher::next_batch() {
   std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return stopping_ || !by_length_.empty(); });
+  changed_.wait(lock, [this] { return stopping_ || batch_is_due(); });
   if (by_length_.empty()) return {};
   while (by_age_.front()->taken) by_age_.pop_front();
   const TextPointer oldest = by_age_.front();
   const auto [first, last] = by_length_.equal_range(oldest->length());
   auto begin = std::find_if(first, last, [&](const auto& entry) { return entry.second == oldest; });
   auto end = std::next(begin);
-  size_t shortest = oldest->length(), longest = shortest;
+  size_t shortest = oldest->length(), longest = shortest, tokens = shortest;
   for (size_t count = 1; count < max_batch_; ++count) {
-    const bool shorter = begin != by_length_.begin() && similar(std::prev(begin)->first, longest);
-    const bool longer = end != by_length_.end() && similar(shortest, end->first);
+    const auto may_join = [&](size_t length) {
+      const size_t padding = (count + 1) * std::max(longest, length) - (tokens + length);
+      return padding <= call_cost_ || similar(std::min(shortest, length), std::max(longest, length));
+    };
+    const bool shorter = begin != by_length_.begin() && may_join(std::prev(begin)->first);
+    const bool longer = end != by_length_.end() && may_join(end->first);
     if (!shorter && !longer) break;
     if (!longer || (shorter && longest - std::prev(begin)->first <= end->first - shortest))
-      shortest = (--begin)->first;
+      tokens += shortest = (--begin)->first;
     else
-      longest = (end++)->first;
+      tokens += longest = (end++)->first;
   }
   std::vector<TextPointer> batch;
   for (auto entry = begin; entry != end; ++entry) {
@@ -75,6 +107,8 @@ std::vector<Batcher::TextPointer> Batcher::next_batch() {
     batch.push_back(entry->second);
   }
   by_length_.erase(begin, end);
+  waiting_tokens_ -= tokens;
+  ++running_;
   while (!by_age_.empty() && by_age_.front()->taken) by_age_.pop_front();
   return batch;
 }
@@ -99,6 +133,7 @@ void Batcher::run(const Embed& embed, const std::vector<TextPointer>& batch) {
   std::vector<std::shared_ptr<Job>> finished;
   {
     const std::lock_guard lock(mutex_);
+    --running_;
     for (size_t row = 0; row < batch.size(); ++row) {
       Job& job = *batch[row]->job;
       if (error) job.error = error;

@@ -28,10 +28,14 @@ struct Job {
   size_t missing = 0;  // texts without a vector so far
 };
 
+// The tokens that take as long as a call does besides its texts: few with a large model, hundreds with a small one.
+size_t call_cost_in_tokens(const Embed& embed, const Model& model);
+
 class Batcher {
  public:
-  // max_waiting: texts that may wait for a predictor; max_batch: texts in a batch.
-  Batcher(std::vector<Embed> predictors, const Model& model, size_t max_batch, size_t max_waiting);
+  // max_waiting: texts that may wait for a predictor; max_batch: texts in a batch; call_cost: in tokens. To spare a
+  // call, texts are padded by up to its cost, and fewer tokens wait until no predictor is at work.
+  Batcher(std::vector<Embed> predictors, const Model& model, size_t max_batch, size_t max_waiting, size_t call_cost);
   // Runs what is waiting, then returns.
   ~Batcher();
 
@@ -48,15 +52,18 @@ class Batcher {
   using TextPointer = std::shared_ptr<Text>;
 
   void work(const Embed& embed);
+  bool batch_is_due() const;
   std::vector<TextPointer> next_batch();
   void run(const Embed& embed, const std::vector<TextPointer>& batch);
 
   const Model& model_;
-  const size_t max_batch_, max_waiting_;
+  const size_t max_batch_, max_waiting_, call_cost_;
   std::mutex mutex_;
   std::condition_variable changed_;
   bool stopping_ = false;
   std::deque<TextPointer> by_age_;                // some of them taken already
   std::multimap<size_t, TextPointer> by_length_;  // those that wait
+  size_t waiting_tokens_ = 0;                     // of those
+  size_t running_ = 0;                            // batches
   std::vector<std::thread> threads_;
 };

@@ -98,8 +98,9 @@ void run(int argc, char** argv) {
   const int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   const int predictors = std::min(options.threads, cores);
   const PredictorLibrary library;
-  Batcher batcher(make_predictors(library, options, predictors, cores / predictors), options.model, kMaxBatch,
-                  options.max_waiting_texts);
+  std::vector<Embed> embeds = make_predictors(library, options, predictors, cores / predictors);
+  const size_t call_cost = call_cost_in_tokens(embeds.front(), options.model);
+  Batcher batcher(std::move(embeds), options.model, kMaxBatch, options.max_waiting_texts, call_cost);
   serve({options.host, options.port, options.max_body_bytes, std::min(2, cores)}, options.model, batcher,
         [&](unsigned short port) {
           std::cout << "serving " << options.model.graph_file << " on " << options.host << ":" << port << " with "
