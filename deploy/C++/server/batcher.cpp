@@ -12,17 +12,21 @@ bool similar(size_t shortest, size_t longest) { return longest <= shortest + 8 |
 }  // namespace
 
 size_t call_cost_in_tokens(const Embed& embed, const Model& model) {
-  constexpr int kRows = 4, kRuns = 3;
+  using Seconds = std::chrono::duration<double>;
+  constexpr int kRows = 8, kMinRuns = 3;
+  constexpr Seconds kMinTime(0.1);  // small models need more runs to stand out from the noise
   constexpr double kMaxTexts = 32;  // where the texts cost next to nothing, as on a GPU
   const int length = static_cast<int>(std::min<int64_t>(16, model.max_length));
   const auto shortest_run = [&](int rows) {
     const std::vector<int64_t> input_ids(rows * length, model.pad_id ? 0 : 1), token_type_ids(rows * length, 0);
     std::vector<float> vectors(rows * static_cast<size_t>(model.dimension));
-    std::chrono::duration<double> shortest = std::chrono::hours(1);
-    for (int run = 0; run < kRuns; ++run) {
+    Seconds shortest = Seconds::max(), total(0);
+    for (int run = 0; run < kMinRuns || total < kMinTime; ++run) {
       const auto start = std::chrono::steady_clock::now();
       embed(input_ids, token_type_ids, rows, length, vectors.data());
-      shortest = std::min<std::chrono::duration<double>>(shortest, std::chrono::steady_clock::now() - start);
+      const Seconds time = std::chrono::steady_clock::now() - start;
+      shortest = std::min(shortest, time);
+      total += time;
     }
     return shortest.count();
   };
