@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 INPUT_ERROR_EXIT_CODE = 2
-INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # what MKL and oneDNN mean by it
 SECONDS_BETWEEN_LINES = 10.0  # progress on something that isn't a terminal, such as a log file
@@ -60,17 +59,28 @@ def at_least(minimum: float, number: type = int, below: float = math.inf) -> Cal
     return parse
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: what was being written is cleared away as for Ctrl-C."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
 def run(main: Callable[[], int]) -> NoReturn:
-    """Runs a script's `main` and exits: 2 and the bare message for an InputError, 130 for Ctrl-C."""
+    """Runs a script's `main` and exits: 2 and the bare message for an InputError, 130 for Ctrl-C, 143 for SIGTERM."""
+    has_peers = int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1
+    if not has_peers:  # a rank that waits for others in native code wouldn't get to Python's handler
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         code = main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         code = INPUT_ERROR_EXIT_CODE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
-        code = INTERRUPTED_EXIT_CODE
-    if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
+        code = 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)  # as shells report it
+    if has_peers:
         # Now and then Paddle's gloo aborts when the interpreter takes it down, after all work is done.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -111,6 +112,27 @@ def test_an_input_error_ends_with_code_2_and_one_line(capsys: pytest.CaptureFixt
 def test_ctrl_c_ends_with_code_130_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_sigterm_clears_away_what_is_being_written(tmp_path: Path) -> None:
+    script = f"""
+import os, signal
+from files import atomic_folder
+from runtime import run, set_up_paddle
+set_up_paddle()
+import paddle  # has a handler of its own
+
+def main():
+    with atomic_folder("{tmp_path / "output"}") as folder:
+        (folder / "half").write_text("")
+        assert len(os.listdir("{tmp_path}")) == 1
+        os.kill(os.getpid(), signal.SIGTERM)
+
+run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "interrupted\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("code", [0, 3])
