@@ -79,10 +79,12 @@ make_env() {
     "$python" -m venv "$env" >"$env/setup.log" 2>&1 || install_failed
 }
 
+find_site_packages() { "$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
+
 # Paddle's launcher imports Paddle before any code of ours runs, so the environment itself leaves out the warnings of
 # third parties that tell the user nothing.
 quiet_third_parties() {
-    site_packages=$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    site_packages=$(find_site_packages)
     for warning in "No ccache found" "Setuptools is replacing distutils"; do
         echo "import warnings; warnings.filterwarnings('ignore', '$warning')"
     done >"$site_packages/quiet_third_parties.pth"
@@ -194,9 +196,12 @@ install_extra_lock() {
     install_locked -r "$env/setup/part.txt" || return
     [ "$1" = serving ] || return 0
     lock_part 1 "$client" "$(extra_lock "$1")"
+    site_packages=$(find_site_packages)
     install --no-deps --require-hashes --upgrade --python-version 3.9 --implementation cp --only-binary=:all: \
-        --target "$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-        -r "$env/setup/part.txt"
+        --target "$site_packages" -r "$env/setup/part.txt" || return
+    # As its last deed Paddle Serving starts the server, whose exit code it drops.
+    sed -i 's/^\( *\)os\.system(command)$/\1sys.exit(os.waitstatus_to_exitcode(os.system(command)))/' \
+        "$site_packages/paddle_serving_server/server.py"
 }
 
 install_extra() {

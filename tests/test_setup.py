@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,17 +18,26 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_NETWORK = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1"}
-MODULES = {"paddlepaddle": "paddle", "paddlepaddle-gpu": "paddle"}
+MODULES = {
+    "paddlepaddle": "paddle",
+    "paddlepaddle-gpu": "paddle",
+    "paddle-serving-server": "paddle_serving_server/__init__",
+}
+SERVER_FILE = "paddle_serving_server/server.py"
+RUN_SERVER = "    def run_server(self):\n        {}\n"
 DATA_FILES = ["corpus.csv", "dev.csv", "test.csv", "train.csv"]
 
 
-def write_wheel(folder: Path, name: str, version: str, tag: str = "py3-none-any") -> str:
-    """Writes a wheel of one module; returns its entry for a lock file."""
+def write_wheel(
+    folder: Path, name: str, version: str, tag: str = "py3-none-any", others: Mapping[str, str] | None = None
+) -> str:
+    """Writes a wheel of one module, and of `others` by their paths; returns its entry for a lock file."""
     info = f"{name.replace('-', '_')}-{version}.dist-info"
     files = {
         f"{MODULES.get(name, name.replace('-', '_'))}.py": f"version = '{version}'\n",
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
         f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {tag}\n",
+        **(others or {}),
     }
     files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
     wheel = folder / f"{name.replace('-', '_')}-{version}-{tag}.whl"
@@ -55,7 +64,8 @@ class Repo:
         (self.path / "requirements.lock").write_text("# header\n" + "".join(lock))
         (self.path / "tests/requirements.lock").write_text(write_wheel(self.wheels, "pytest", "1.0"))
         (self.path / "deploy/onnx/requirements.lock").write_text(write_wheel(self.wheels, "onnxruntime", "1.0"))
-        server = write_wheel(self.wheels, "paddle-serving-server", "1.0")
+        run_server = {SERVER_FILE: RUN_SERVER.format("os.system(command)")}
+        server = write_wheel(self.wheels, "paddle-serving-server", "1.0", others=run_server)
         client = write_wheel(self.wheels, "paddle-serving-client", "1.0", "cp39-none-any")
         (self.path / "deploy/serving/requirements.lock").write_text(server + client)
         write_wheel(self.wheels, "paddlepaddle-gpu", "1.0")
@@ -232,6 +242,12 @@ def test_extras_are_added_and_a_plain_run_keeps_them(ready: Repo, option: str, a
     modules = ("pytest", "onnxruntime", "paddle_serving_server", "paddle_serving_client")
     assert {name for name in modules if ready.installed(name) == "1.0"} == added
     assert files_of(ready.path) == before
+
+
+def test_paddle_serving_passes_on_the_exit_code_of_the_server_that_it_starts(ready: Repo) -> None:
+    assert ready.run("--serving").returncode == 0
+    (server,) = ready.path.glob(f".venv/lib/*/site-packages/{SERVER_FILE}")
+    assert server.read_text() == RUN_SERVER.format("sys.exit(os.waitstatus_to_exitcode(os.system(command)))")
 
 
 def test_without_network_adding_tests_leaves_a_working_environment(ready: Repo) -> None:

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paddle import nn
 
 import static_graph
 from checkpoint import load_checkpoint
-from runtime import AVX512, InputError
+from runtime import AVX512, InputError, cpu_flags, read_cpuinfo
 from static_graph import StaticEncoder, check_precision, export_static, graph_file
 
 TEXTS = ["水", "水稻的产量", "论水稻产量研究水稻,产量" * 10, "Deep Learning 2.0!"]
@@ -30,13 +31,48 @@ def test_graph_gives_the_models_vectors(exported: Path, checkpoint: Path) -> Non
         np.testing.assert_allclose(encoder.embed(*tokens), model.embed(*tokens), atol=1e-5)
 
 
-def test_export_leaves_the_mode_of_the_model(checkpoint: Path, tmp_path: Path) -> None:
-    """A model in training goes on training."""
+def test_batches_of_all_shapes(exported: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the same digits, which Paddle's cache for oneDNN confuses, and when that has been cleared."""
+    monkeypatch.setattr(static_graph, "SHAPES_KEPT", 6)
+    model, collator = load_checkpoint(checkpoint)
+    encoder = StaticEncoder(exported)
+    random = np.random.default_rng(0)
+    for shape in [(1, 12), (11, 2), (1, 12), *((rows, length) for rows in (1, 2, 11, 12) for length in (1, 2, 3, 12))]:
+        input_ids = random.integers(5, collator.vocabulary_size, shape)
+        tokens = input_ids, np.zeros_like(input_ids)
+        np.testing.assert_allclose(encoder.embed(*tokens), model.embed(*tokens), atol=1e-5)
+
+
+def test_bf16_rounds_where_the_cpu_has_it(exported: Path, checkpoint: Path) -> None:
+    """Its vectors are near those of fp32, but not the same; a CPU without AVX-512 refuses by name."""
+    if missing := AVX512 - cpu_flags(read_cpuinfo()):
+        with pytest.raises(InputError, match=f"--precision bf16: this CPU lacks {min(missing)}"):
+            StaticEncoder(exported, precision="bf16")
+        return
+    tokens = load_checkpoint(checkpoint).collator(TEXTS)
+    vectors, exact = [StaticEncoder(exported, precision=precision).embed(*tokens) for precision in ("bf16", "fp32")]
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert ((vectors * exact).sum(axis=1) > 0.999).all()
+    assert np.abs(vectors - exact).max() > 1e-5
+
+
+def test_export_leaves_the_model_as_it_is(checkpoint: Path, tmp_path: Path) -> None:
+    """A model in training goes on training, with dropout; the graph has none."""
     model = load_checkpoint(checkpoint).model
+
+    def rates() -> list[float]:
+        layers = model.sublayers()
+        return [layer.p for layer in layers if isinstance(layer, nn.Dropout)] + [
+            layer.dropout for layer in layers if isinstance(layer, nn.MultiHeadAttention)
+        ]
+
+    before = rates()
+    assert any(before)
     for training in (True, False):
         model.train() if training else model.eval()
         export_static(model, tmp_path)
-        assert model.training is training
+        assert model.training is training and rates() == before
+    assert "dropout" not in graph_file(tmp_path).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("missing", ["json", "pdiparams"])

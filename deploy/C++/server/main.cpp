@@ -81,18 +81,21 @@ std::vector<Embed> make_predictors(const PredictorLibrary& library, const Option
   return embeds;
 }
 
-// Has SIGTERM sent to this process when the Python process that started it directly is gone.
-void end_with_paddle_serving() {
+// The command line of the Paddle Serving that started this process directly, empty where none did.
+std::string paddle_servings_command() {
   std::ifstream file("/proc/" + std::to_string(getppid()) + "/cmdline", std::ios::binary);
   const std::string command(std::istreambuf_iterator<char>(file), {});
-  if (command.find("paddle_serving_server.serve") != std::string::npos) prctl(PR_SET_PDEATHSIG, SIGTERM);
+  return command.find("paddle_serving_server.serve") == std::string::npos ? "" : command;
 }
 
 void run(int argc, char** argv) {
-  std::optional<Options> parsed = parse_options(argc, argv);
+  const std::string started_by = paddle_servings_command();
+  if (!started_by.empty()) prctl(PR_SET_PDEATHSIG, SIGTERM);  // when that Python process is gone
+  // Without a GPU, Paddle Serving doesn't pass the option on.
+  const bool use_trt = started_by.find("--use_trt") != std::string::npos;
+  std::optional<Options> parsed = parse_options(argc, argv, use_trt);
   if (!parsed) return;
   Options& options = *parsed;
-  end_with_paddle_serving();
   read_graph(options.model);
   // More predictors than cores only get into each other's way; with fewer, each has several cores.
   const int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));

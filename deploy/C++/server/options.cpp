@@ -148,7 +148,7 @@ void read_names(const model_config::GeneralModelConfig& config, const std::strin
 
 }  // namespace
 
-std::optional<Options> parse_options(int argc, char** argv) {
+std::optional<Options> parse_options(int argc, char** argv, bool use_trt) {
   const Flags flags = read_flags(argc, argv);
   if (flags.count("check")) {
     const std::string gpu = text(flags, "gpu_ids", text(flags, "gpu_id", "-1"));
@@ -180,7 +180,7 @@ std::optional<Options> parse_options(int argc, char** argv) {
   const auto& engine = toolkit.engines(0);
   options.precision = read_precision(text(flags, "precision", "fp32"));
   const bool use_gpu = engine.use_gpu() || (engine.gpu_ids_size() && engine.gpu_ids(0) >= 0);
-  check_device(use_gpu, engine.use_trt(), options.precision);
+  check_device(use_gpu, use_trt || engine.use_trt(), options.precision);
   if (use_gpu) options.gpu_id = engine.gpu_ids_size() ? engine.gpu_ids(0) : 0;
 
   if (engine.runtime_thread_num() > 0) options.threads = engine.runtime_thread_num();

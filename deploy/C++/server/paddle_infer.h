@@ -23,6 +23,7 @@ struct AnalysisConfig {
   void EnableMemoryOptim(bool on);
   void EnableONEDNN();
   void EnableOnednnBfloat16();
+  void SetOnednnCacheCapacity(int shapes);
   void DisableGpu();
   void EnableUseGpu(uint64_t memory_mib, int device_id, Precision precision);
   void SetCpuMathLibraryNumThreads(int count);

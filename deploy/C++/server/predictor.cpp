@@ -2,13 +2,18 @@
 
 #include <cstdio>
 #include <exception>
+#include <future>
+#include <map>
 #include <stdexcept>
+#include <string>
+#include <utility>
 
 #include "paddle_infer.h"
 
 namespace {
 
 constexpr uint64_t kGpuMemoryMiB = 256;  // that a predictor reserves at first, as static_graph.py has it
+constexpr size_t kShapesKept = 64;       // in oneDNN's cache, as static_graph.py has it and explains
 
 template <typename Function>
 auto report_errors(char* error, size_t error_size, Function function) -> decltype(function()) {
@@ -25,16 +30,29 @@ auto report_errors(char* error, size_t error_size, Function function) -> decltyp
 }  // namespace
 
 struct ServingPredictor {
-  explicit ServingPredictor(paddle_infer::Predictor* paddle_predictor)
+  ServingPredictor(paddle_infer::Predictor* paddle_predictor, bool with_onednn)
       : predictor(paddle_predictor),
+        onednn(with_onednn),
         input_ids(predictor->GetInputHandle("input_ids").release()),
         token_type_ids(predictor->GetInputHandle("token_type_ids").release()),
         output(predictor->GetOutputHandle(predictor->GetOutputNames().at(0)).release()) {}
 
+  // With oneDNN: on a thread that ends, and so clears oneDNN's cache, once this holds many shapes or one of the same digits.
+  bool run(int rows, int length) {
+    if (!onednn) return predictor->Run();
+    const auto shape = std::make_pair(rows, length);
+    const auto& known = shapes.emplace(std::to_string(rows) + std::to_string(length), shape).first->second;
+    if (known == shape && shapes.size() <= kShapesKept) return predictor->Run();
+    shapes.clear();
+    return std::async(std::launch::async, [this] { return predictor->Run(); }).get();
+  }
+
   paddle_infer::Predictor* predictor;
+  bool onednn;
   paddle_infer::Tensor* input_ids;
   paddle_infer::Tensor* token_type_ids;
   paddle_infer::Tensor* output;
+  std::map<std::string, std::pair<int, int>> shapes;  // in the cache, by their digits
 };
 
 ServingPredictor* serving_predictor_create(const ServingPredictorOptions* options, char* error, size_t error_size) {
@@ -54,17 +72,19 @@ ServingPredictor* serving_predictor_create(const ServingPredictorOptions* option
       config.DisableGpu();
       config.SetCpuMathLibraryNumThreads(options->cpu_threads);
       config.EnableONEDNN();
+      config.SetOnednnCacheCapacity(0);
       if (options->precision == SERVING_BF16) config.EnableOnednnBfloat16();
     }
     // It is to live as long as the process, and so isn't owned.
     static auto* const predictor = new auto(paddle_infer::CreatePredictor(config));
-    return new ServingPredictor(predictor->get());
+    return new ServingPredictor(predictor->get(), options->gpu_id < 0);
   });
 }
 
 ServingPredictor* serving_predictor_clone(ServingPredictor* original, char* error, size_t error_size) {
-  return report_errors(error, error_size,
-                       [&] { return new ServingPredictor(original->predictor->Clone(nullptr).release()); });
+  return report_errors(error, error_size, [&] {
+    return new ServingPredictor(original->predictor->Clone(nullptr).release(), original->onednn);
+  });
 }
 
 bool serving_predictor_run(ServingPredictor* predictor, const int64_t* input_ids, const int64_t* token_type_ids,
@@ -74,7 +94,7 @@ bool serving_predictor_run(ServingPredictor* predictor, const int64_t* input_ids
     predictor->input_ids->CopyFromCpu(input_ids);
     predictor->token_type_ids->Reshape({rows, length});
     predictor->token_type_ids->CopyFromCpu(token_type_ids);
-    if (!predictor->predictor->Run()) throw std::runtime_error("Paddle's predictor failed");
+    if (!predictor->run(rows, length)) throw std::runtime_error("Paddle's predictor failed");
     if (predictor->output->shape() != std::vector<int>{rows, dimension})
       throw std::runtime_error("the graph's output has an unexpected shape");
     predictor->output->CopyToCpu(output);
