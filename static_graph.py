@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ INPUT_NAMES = ("input_ids", "token_type_ids")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # Paddle's names
 BF16_COMPUTE_CAPABILITY = 8  # of a GPU: Ampere
-SHAPES_KEPT = 64
+SHAPES_KEPT = 64  # of batches, in oneDNN's cache
 GPU_MEMORY_MIB = 256  # that a predictor reserves at first
 EXPORT_AGAIN = "export the model again with export_model.py"
 
@@ -140,21 +140,21 @@ def convert_to_tensorrt(folder: Path, target: Path, *, precision: str, batch_siz
     tensorrt.convert(str(folder / GRAPH_NAME), config)
 
 
-class _OnednnRuns:
-    """Runs of a predictor with oneDNN that keep the cache which Paddle has for it small, and use it.
+class _OnednnCache:
+    """What Paddle keeps for oneDNN from one batch to the next: kernels, and the weights once more, in their order.
 
-    It holds kernels, and the weights once more in the kernels' order. By default there is one for each of the last 10
-    shapes of a batch, 4 GB for base ERNIE, and the weights are put in order anew for every other shape. With a capacity
-    of 0 there is one for all, in which kernels pile up, 2 MB a shape. It is cleared when a thread ends that has run the
-    predictor. Its keys are the shapes' digits: of 5 × 43 and 54 × 3, the second to come would make the predictor fail.
+    By default there is a cache for each of the last 10 shapes of a batch, which takes 4 GB with base ERNIE, and for any
+    other shape the weights are put in order anew. With a capacity of 0 all shapes have one cache, in which kernels pile
+    up, 2 MB a shape; it is cleared when a thread ends that has run the predictor. Its keys are the shapes' digits, so
+    that 5 × 43 and 54 × 3 are the same, and whichever comes second makes the predictor fail.
     """
 
     def __init__(self, config: inference.Config) -> None:
         config.set_mkldnn_cache_capacity(0)
         self._shapes: dict[str, tuple[int, ...]] = {}  # in the cache, by their digits
 
-    def __call__(self, predictor: inference.Predictor, shape: tuple[int, ...]) -> None:
-        """Runs the predictor, whose input has this shape."""
+    def run(self, predictor: inference.Predictor, shape: tuple[int, ...]) -> None:
+        """Runs the predictor on its input, which has this shape."""
         digits = "".join(map(str, shape))
         if self._shapes.setdefault(digits, shape) == shape and len(self._shapes) <= SHAPES_KEPT:
             predictor.run()
@@ -189,7 +189,7 @@ class StaticEncoder:
         if graph.suffix == GRAPH_SUFFIXES[0]:
             config.enable_new_ir(True)
             config.enable_new_executor(True)
-        self._run: Callable[[inference.Predictor, tuple[int, ...]], object] = lambda predictor, _: predictor.run()
+        self._onednn_cache: _OnednnCache | None = None
         config.enable_memory_optim()  # fails on a new-IR graph without the two above
         if device == "gpu":
             low_precision = {"bf16": inference.PrecisionType.Bfloat16, "fp16": inference.PrecisionType.Half}
@@ -203,7 +203,7 @@ class StaticEncoder:
             config.set_cpu_math_library_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", cpu_count())))
             if onednn:
                 config.enable_mkldnn()
-                self._run = _OnednnRuns(config)
+                self._onednn_cache = _OnednnCache(config)
             else:
                 config.disable_mkldnn()
             if precision == "bf16":
@@ -222,7 +222,10 @@ class StaticEncoder:
         """Unit vectors, float32 [B, D], of int64 [B, L] token ids: what `data.encode_texts` calls."""
         for handle, array in zip(self._inputs, (input_ids, token_type_ids), strict=True):
             handle.copy_from_cpu(array)
-        self._run(self._predictor, input_ids.shape)
+        if self._onednn_cache:
+            self._onednn_cache.run(self._predictor, input_ids.shape)
+        else:
+            self._predictor.run()
         return self._output.copy_to_cpu()
 
 
