@@ -159,9 +159,9 @@ class _OnednnCache:
         if self._shapes.setdefault(digits, shape) == shape and len(self._shapes) <= SHAPES_KEPT:
             predictor.run()
             return
+        self._shapes.clear()  # first, so that it holds also where the run fails: its thread ends all the same
         with ThreadPoolExecutor(1) as thread:  # its keys hold its number as well
             thread.submit(predictor.run).result()
-        self._shapes.clear()
 
 
 class StaticEncoder:

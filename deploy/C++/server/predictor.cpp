@@ -37,7 +37,7 @@ struct ServingPredictor {
         token_type_ids(predictor->GetInputHandle("token_type_ids").release()),
         output(predictor->GetOutputHandle(predictor->GetOutputNames().at(0)).release()) {}
 
-  // With oneDNN: on a thread that ends, and so clears oneDNN's cache, once this holds many shapes or one of the same digits.
+  // With oneDNN on a thread that ends, and so clears its cache, once that holds many shapes or one of the same digits.
   bool run(int rows, int length) {
     if (!onednn) return predictor->Run();
     const auto shape = std::make_pair(rows, length);
