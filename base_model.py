@@ -30,16 +30,13 @@ class ModelConfig:
     max_seq_length: int = DEFAULT_LENGTH
 
 
-def reduction_start(pooling: str, hidden_size: int) -> nn.initializer.Initializer:
-    """What the reduction starts from: after the pooled output the original's normal, after a mean something wider.
+def reduction_start(pooling: str) -> nn.initializer.Initializer:
+    """What the reduction starts from: after the pooled output the original's normal, after a mean an orthogonal matrix.
 
-    The second is torch.nn.Linear's, and so sentence-transformers': uniform within 1 / sqrt(hidden_size) (He et al.
-    2015, arXiv:1502.01852, with the gain 1 / sqrt(3)). From scratch the mean learns faster from it (docs/results.md).
+    The second (Saxe et al. 2014, arXiv:1312.6120) keeps the angles between means where both sizes are equal. From
+    scratch the mean learns much faster from it (docs/results.md).
     """
-    if pooling == "cls":
-        return nn.initializer.TruncatedNormal(std=0.02)
-    bound = hidden_size**-0.5
-    return nn.initializer.Uniform(-bound, bound)
+    return nn.initializer.TruncatedNormal(std=0.02) if pooling == "cls" else nn.initializer.Orthogonal()
 
 
 class SemanticIndexBase(nn.Layer):
@@ -55,7 +52,7 @@ class SemanticIndexBase(nn.Layer):
         self.dropout = nn.Dropout(config.dropout)
         if config.output_emb_size:
             size = ptm.config.hidden_size
-            initial = paddle.ParamAttr(initializer=reduction_start(config.pooling, size))
+            initial = paddle.ParamAttr(initializer=reduction_start(config.pooling))
             self.emb_reduce_linear = nn.Linear(size, config.output_emb_size, weight_attr=initial)
 
     @property
