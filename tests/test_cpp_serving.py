@@ -27,12 +27,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import ROOT, all_pairs, cpp_environment, run_script
+from conftest import ROOT, all_pairs, cpp_environment, make_model_folder, run_script
 from google.protobuf import json_format, text_format
 
 import clients
+import export_model
 import export_to_serving
-from checkpoint import load_checkpoint
+from base_model import SemanticIndexBase
+from checkpoint import create_model, load_checkpoint, save_checkpoint
 from clients import FRAME_HEADER, Request, Response, RpcMeta, format_frame, make_request, outputs, read_frame
 from data import TextCollator, TokenIds
 from runtime import InputError
@@ -551,6 +553,33 @@ def start_alone(cpp_program: Path, folder: Path, server: Server) -> Callable[...
         return start([cpp_program, *files, "-port", port, *options], port, cwd=folder, env=cpp_environment())
 
     return start_with
+
+
+def test_predictors_share_the_weights(cpp_program: Path, tmp_path: Path) -> None:
+    """Two take hardly more memory than one, which a second copy of 100 MB would show."""
+    model_folder = make_model_folder(tmp_path / "ernie", vocab_size=800_000)
+    model, collator = create_model(SemanticIndexBase, from_scratch=str(model_folder))
+    save_checkpoint(tmp_path / "checkpoint", model, collator)
+    megabytes = sum(parameter.numpy().nbytes for parameter in model.parameters()) / 1e6
+    assert megabytes > 100
+    export_model.main(["--params_path", str(tmp_path / "checkpoint"), "--output_path", str(tmp_path / "output")])
+    paths = ["--server_path", str(tmp_path / "serving_server"), "--client_path", str(tmp_path / "serving_client")]
+    export_to_serving.main(["--dirname", str(tmp_path / "output"), *paths])
+
+    def resident_megabytes(predictors: int) -> float:
+        port = free_port()
+        command = [sys.executable, "-u", "-m", "paddle_serving_server.serve", "--model", "serving_server"]
+        # Freed memory goes back to the system at once.
+        variables = cpp_environment(ASAN_OPTIONS="quarantine_size_mb=0", SERVING_BIN=f"exec {cpp_program}")
+        options = ["--port", port, "--runtime_thread_num", predictors]
+        server = start([*command, *options], port, cwd=tmp_path, env=variables)
+        assert f"with {min(predictors, os.cpu_count())} predictor(s)" in server.log[-1]
+        (child,) = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        status = Path(f"/proc/{child}/status").read_text()
+        stop(server)
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1000
+
+    assert resident_megabytes(2) < resident_megabytes(1) + megabytes / 2
 
 
 def many_texts(count: int) -> TokenIds:

@@ -60,12 +60,20 @@ class PredictorLibrary {
 std::vector<Embed> make_predictors(const PredictorLibrary& library, const Options& options, int count,
                                    int cpu_threads) {
   char error[1 << 14] = "";
-  const ServingPredictorOptions predictor_options{options.model.graph_file.c_str(), options.model.weights_file.c_str(),
-                                                  options.gpu_id, options.precision, cpu_threads};
+  std::vector<const char*> weights;
+  for (const std::string& name : options.model.weights) weights.push_back(name.c_str());
+  const ServingPredictorOptions predictor_options{options.model.graph_file.c_str(),
+                                                  options.model.weights_file.c_str(),
+                                                  options.gpu_id,
+                                                  options.precision,
+                                                  cpu_threads,
+                                                  weights.data(),
+                                                  weights.size()};
   ServingPredictor* const first = library.create(&predictor_options, error, sizeof(error));
   std::vector<Embed> embeds;
   for (int i = 0; i < count; ++i) {
-    ServingPredictor* const predictor = i == 0 || !first ? first : library.clone(first, error, sizeof(error));
+    ServingPredictor* const predictor =
+        i == 0 || !first ? first : library.clone(first, &predictor_options, error, sizeof(error));
     if (!predictor) throw InputError(options.model.graph_file + ": Paddle can't load it: " + error);
     embeds.push_back([run = library.run, predictor, dimension = options.model.dimension](
                          const std::vector<int64_t>& input_ids, const std::vector<int64_t>& token_type_ids, int rows,

@@ -79,6 +79,7 @@ void read_graph(Model& model) {
     if (kind == "p") {
       const auto sizes = shape(operation);
       if (!sizes.empty()) table_rows[output] = sizes[0];
+      model.weights.push_back(element(field(operation, "A").list_value(), 3).string_value());
     } else if (kind == "1.data") {
       const std::string& name = attribute(operation, "name").string_value();
       if (name == "input_ids") input_ids = output;

@@ -36,6 +36,9 @@ struct AnalysisConfig {
 
 namespace paddle_infer {
 
+enum class PlaceType { kCPU = 0 };
+enum class DataLayout { kNCHW = 2 };
+
 class Tensor {
  public:
   void Reshape(const std::vector<int>& shape);
@@ -44,6 +47,10 @@ class Tensor {
   void CopyFromCpu(const T* data);
   template <typename T>
   void CopyToCpu(T* data) const;
+  template <typename T>
+  T* data(PlaceType* place, int* size) const;
+  template <typename T>
+  void ShareExternalData(const T* data, const std::vector<int>& shape, PlaceType place, DataLayout layout);
   Tensor() = delete;
 };
 

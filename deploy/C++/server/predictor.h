@@ -19,6 +19,8 @@ typedef struct {
   int gpu_id;     // -1: the CPU
   int precision;  // SERVING_FP32, ...
   int cpu_threads;
+  const char* const* weights;  // their names in the graph
+  size_t weights_count;
 } ServingPredictorOptions;
 
 typedef struct ServingPredictor ServingPredictor;
@@ -27,9 +29,10 @@ typedef struct ServingPredictor ServingPredictor;
 // Predictors live as long as the process. A predictor isn't to be used by two threads at a time.
 typedef ServingPredictor* ServingPredictorCreate(const ServingPredictorOptions*, char* error, size_t error_size);
 
-// A further predictor of the same model. Paddle 3.3.1 gives it weights of its own: with a graph in Paddle 3's format it
-// reads them from the file again.
-typedef ServingPredictor* ServingPredictorClone(ServingPredictor*, char* error, size_t error_size);
+// A further predictor of the same model, to be made before the first one runs. On the CPU they share one copy of the
+// weights; what oneDNN makes of them at the first run is each one's own.
+typedef ServingPredictor* ServingPredictorClone(ServingPredictor*, const ServingPredictorOptions*, char* error,
+                                                size_t error_size);
 
 // input_ids, token_type_ids: [rows, length]; output: [rows, dimension].
 typedef bool ServingPredictorRun(ServingPredictor*, const int64_t* input_ids, const int64_t* token_type_ids, int rows,
