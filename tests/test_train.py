@@ -288,7 +288,7 @@ def test_two_ranks_train_as_one_process(
     # Not ReLU, which turns a rounding difference at 0 into another gradient.
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     folder = make_model_folder(tmp_path / "model", hidden_act="gelu", **dropout)
-    common = ["--epochs", "2", "--batch_size", "4", "--dropout", "0", "--weight_decay", "1", "--seed", "7"]
+    common = ["--epochs", "2", "--batch_size", "4", "--dropout", "0", "--weight_decay", "1", "--seed", "8"]
     rate = 1e-4  # AdamW makes steps of this size of rounding differences where a gradient is next to nothing
     common += ["--learning_rate", str(rate)]
     script_options = train_options(folder, odd_data, tmp_path / "two", *common, *options)
@@ -298,7 +298,7 @@ def test_two_ranks_train_as_one_process(
     assert line in done.stdout + done.stderr
 
     pairs = read_text_pairs(odd_data / "train.csv")
-    set_seed(7)
+    set_seed(8)
     model, collator = create_model(
         SemanticIndexBatchNeg,
         from_scratch=str(folder),
@@ -315,7 +315,7 @@ def test_two_ranks_train_as_one_process(
         model, learning_rate=rate, total_steps=steps, warmup_proportion=0.0, weight_decay=1.0, max_grad_norm=5.0
     )
     for epoch in (1, 2):
-        for batches in batched(epoch_batches(len(pairs), 4, seed=7, epoch=epoch, world_size=2), accumulation):
+        for batches in batched(epoch_batches(len(pairs), 4, seed=8, epoch=epoch, world_size=2), accumulation):
             if cross_device:
                 parts = [np.concatenate(halves) for halves in batches]
             else:
