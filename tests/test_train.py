@@ -289,7 +289,7 @@ def test_two_ranks_train_as_one_process(
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     folder = make_model_folder(tmp_path / "model", hidden_act="gelu", **dropout)
     common = ["--epochs", "2", "--batch_size", "4", "--dropout", "0", "--weight_decay", "1", "--seed", "8"]
-    rate = 1e-4  # AdamW makes steps of this size of rounding differences where a gradient is next to nothing
+    rate = 5e-4  # AdamW makes steps of this size of rounding differences where a gradient is next to nothing
     common += ["--learning_rate", str(rate)]
     script_options = train_options(folder, odd_data, tmp_path / "two", *common, *options)
     done = run_script("train_batch_neg.py", *script_options, ranks=2, log_dir=tmp_path / "log")
