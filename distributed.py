@@ -11,7 +11,6 @@ import paddle
 import paddle.distributed as dist
 from paddle.base import core
 
-from data import split_evenly
 from runtime import Stopped
 
 SECONDS_BETWEEN_LOOKS = 0.02  # while a rank waits for the others
@@ -139,16 +138,14 @@ def from_rank_0(own: np.ndarray) -> np.ndarray:
 
 
 def encode_share(count: int, width: int, encode: Callable[[slice], np.ndarray]) -> np.ndarray:
-    """Has each rank encode its contiguous share of `count` rows and gives all of them to every rank.
+    """Has each rank encode its share of `count` rows and gives all of them to every rank.
 
+    The ranks take rows in turns, since neighbours in a file are often alike in length.
     encode: gives the float32 [n, width] vectors of a slice of rows. Returns [count, width].
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    share = encode(split_evenly(count, world_size, rank))
-    if world_size == 1:
-        return share
-    # A collective needs arrays of one shape: shares that are a row shorter are padded for it.
+    share = encode(slice(rank, None, world_size))
+    # A collective needs arrays of one shape: shares that are a row shorter are padded for it, and so end last.
     padded = np.zeros((-(-count // world_size), width), dtype=np.float32)
     padded[: len(share)] = share
-    counts = [len(range(count)[split_evenly(count, world_size, sender)]) for sender in range(world_size)]
-    return np.concatenate([rows[:own] for rows, own in zip(gather_arrays(padded), counts, strict=True)])
+    return np.stack(gather_arrays(padded), axis=1).reshape(-1, width)[:count]
