@@ -1,10 +1,11 @@
 """Speed of Pipeline Serving and of the C++ server beside one process that calls Paddle Inference directly.
 
 Direct: batches of --batch_size texts in their order, tokenised, padded and encoded one after the other. Served: as many
-clients as a batch has texts, each of which sends one text and waits for its vector, which is then compared with the
-right one.
+clients as a batch has texts, each of which sends one text and waits for its vector. What they send is made before the
+time and what they get is compared with the right vectors after it, so that a service is timed and not Python's protobuf
+and JSON. The C++ server's clients send token ids, those of Pipeline Serving texts.
 The ways take turns. The last line is a JSON object; a ratio is texts/s served by texts/s direct, and cpp_vs_pipeline
-compares the faster ways of the two. The C++ server's clients tokenise, those of Pipeline Serving send the texts.
+compares the faster ways of the two.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "deploy" / "C++"))
@@ -38,7 +39,7 @@ from benchmarks.common import (
     benchmark_inputs,
     describe_machine,
 )
-from benchmarks.service import CLIENTS, CPP_CLIENTS, Embed, read_metrics, running_cpp_service, running_service
+from benchmarks.service import CLIENTS, CPP_CLIENTS, Client, read_metrics, running_cpp_service, running_service
 from checkpoint import create_model, save_checkpoint
 from data import batched, encode_texts
 from export_model import main as export
@@ -54,7 +55,7 @@ DIRECT = "direct"
 class Way(NamedTuple):
     """To get vectors from a service."""
 
-    connect: Callable[[], AbstractContextManager[Embed]]  # a client's connection
+    connect: Callable[[], AbstractContextManager[Client]]
     metrics: Callable[[], dict[str, float]] | None  # the C++ server has none
 
 
@@ -83,8 +84,10 @@ def measure_direct(model: Exported, texts: Sequence[str], batch_size: int, secon
 
 def measure_service(way: Way, texts: Sequence[str], vectors: np.ndarray, clients: int, seconds: float) -> Measured:
     """Lets clients call for so many seconds. Raises AssertionError for a wrong answer."""
+    with way.connect() as client:
+        requests = [client.prepare([text]) for text in texts]
     lock, rows = threading.Lock(), cycle(range(len(texts)))
-    latencies: list[float] = []
+    calls: list[tuple[int, float, Any]] = []  # row, seconds, answer
     failures: list[BaseException] = []
     before = way.metrics() if way.metrics else {}
     start = time.perf_counter()
@@ -95,14 +98,12 @@ def measure_service(way: Way, texts: Sequence[str], vectors: np.ndarray, clients
 
     def call() -> None:
         try:
-            with way.connect() as embed:
+            with way.connect() as client:
                 while time.perf_counter() - start < seconds:
                     row = take_row()
                     call_start = time.perf_counter()
-                    vector = embed([texts[row]])
-                    latencies.append(time.perf_counter() - call_start)
-                    if vector.shape != (1, vectors.shape[1]) or not np.abs(vector - vectors[row]).max() <= TOLERANCE:
-                        raise AssertionError(f"{texts[row]}: a wrong vector")
+                    answer = client.send(requests[row])
+                    calls.append((row, time.perf_counter() - call_start, answer))
         except BaseException as error:
             failures.append(error)
 
@@ -117,7 +118,11 @@ def measure_service(way: Way, texts: Sequence[str], vectors: np.ndarray, clients
     after = way.metrics() if way.metrics else {}
     names = ("batch_texts_count", "batch_seconds_sum")
     batches, encoding_seconds = (after.get(name, 0) - before.get(name, 0) for name in names)
-    return Measured(len(latencies), end - start, latencies, int(batches), encoding_seconds)
+    for row, _, answer in calls:
+        vector = client.vectors(answer)
+        if vector.shape != (1, vectors.shape[1]) or not np.abs(vector - vectors[row]).max() <= TOLERANCE:
+            raise AssertionError(f"{texts[row]}: a wrong vector")
+    return Measured(len(calls), end - start, [latency for _, latency, _ in calls], int(batches), encoding_seconds)
 
 
 def summary(rounds: dict[str, list[Measured]]) -> dict[str, object]:

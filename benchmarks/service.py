@@ -10,8 +10,9 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,6 @@ from serving.http_gateway import PREDICTION_PATH
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"
-Embed = Callable[[Sequence[str]], np.ndarray]  # texts -> float32 [N, D]
 
 
 class Service(NamedTuple):
@@ -81,40 +81,68 @@ class ServiceError(Exception):
         self.number, self.status = number, status
 
 
+class Client(NamedTuple):
+    """One that holds a connection open; in three parts, of which a load generator repeats `send` alone."""
+
+    prepare: Callable[[Sequence[str]], bytes]  # a request for the vectors of texts
+    send: Callable[[bytes], Any]  # an answer to a request, as it comes
+    vectors: Callable[[Any], np.ndarray]  # float32 [N, D] of an answer. Raises ServiceError for one that says an error
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors, float32 [N, D]."""
+        return self.vectors(self.send(self.prepare(texts)))
+
+
 @contextmanager
-def rpc_client(service: Service) -> Iterator[Embed]:
-    """Calls over a gRPC connection of its own. Raises ServiceError."""
+def rpc_client(service: Service) -> Iterator[Client]:
+    """Calls over a gRPC connection of its own."""
+
+    def prepare(texts: Sequence[str]) -> bytes:
+        return adapter.Request(key=map(str, range(len(texts))), value=texts).SerializeToString()
+
+    def vectors(answer: bytes) -> np.ndarray:
+        response = adapter.Response.FromString(answer)
+        if response.err_no:
+            raise ServiceError(response.err_no, response.err_msg)
+        return np.array(json.loads(response.value[0]), dtype=np.float32)
+
     address = f"{HOST}:{service.rpc_port}"
     with adapter.grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-        stub = adapter.PipelineServiceStub(channel)
-
-        def embed(texts: Sequence[str]) -> np.ndarray:
-            response = stub.inference(adapter.Request(key=map(str, range(len(texts))), value=texts))
-            if response.err_no:
-                raise ServiceError(response.err_no, response.err_msg)
-            return np.array(json.loads(response.value[0]), dtype=np.float32)
-
-        yield embed
+        yield Client(prepare, channel.unary_unary(f"/{adapter.METHOD}/inference"), vectors)
 
 
 @contextmanager
-def http_client(service: Service) -> Iterator[Embed]:
-    """Calls over an HTTP connection of its own, which stays open. Raises ServiceError."""
-    connection = http.client.HTTPConnection(HOST, service.http_port)
+def http_connection(port: int, path: str, content_type: str) -> Iterator[Callable[[bytes], tuple[int, bytes]]]:
+    """Posts bodies over an HTTP connection of its own, which stays open; gives status and body of each answer."""
+    connection = http.client.HTTPConnection(HOST, port)
 
-    def embed(texts: Sequence[str]) -> np.ndarray:
-        request = {"key": list(map(str, range(len(texts)))), "value": list(texts)}
-        connection.request("POST", PREDICTION_PATH, json.dumps(request), {"Content-Type": "application/json"})
+    def send(body: bytes) -> tuple[int, bytes]:
+        connection.request("POST", path, body, {"Content-Type": content_type})
         answer = connection.getresponse()
-        response = json.loads(answer.read())
-        if response["err_no"]:
-            raise ServiceError(response["err_no"], response["err_msg"], answer.status)
-        return np.array(json.loads(response["value"][0]), dtype=np.float32)
+        return answer.status, answer.read()
 
     try:
-        yield embed
+        yield send
     finally:
         connection.close()
+
+
+@contextmanager
+def http_client(service: Service) -> Iterator[Client]:
+    """Calls over HTTP."""
+
+    def prepare(texts: Sequence[str]) -> bytes:
+        return json.dumps({"key": list(map(str, range(len(texts)))), "value": list(texts)}).encode()
+
+    def vectors(answer: tuple[int, bytes]) -> np.ndarray:
+        status, body = answer
+        response = json.loads(body)
+        if response["err_no"]:
+            raise ServiceError(response["err_no"], response["err_msg"], status)
+        return np.array(json.loads(response["value"][0]), dtype=np.float32)
+
+    with http_connection(service.http_port, PREDICTION_PATH, "application/json") as send:
+        yield Client(prepare, send, vectors)
 
 
 CLIENTS = {"rpc": rpc_client, "http": http_client}
@@ -153,48 +181,52 @@ def running_cpp_service(program: Path, serving_server: Path, collator: TextColla
         process.communicate()  # ends with the server, which answers what it has
 
 
-@contextmanager
-def cpp_rpc_client(service: CppService) -> Iterator[Embed]:
-    """Calls over a baidu_std connection of its own."""
-    with socket.create_connection((HOST, service.port)) as connection, connection.makefile("rb") as stream:
-
-        def embed(texts: Sequence[str]) -> np.ndarray:
-            request = cpp_clients.make_request(service.collator(texts), as_bytes=True)
-            connection.sendall(cpp_clients.format_frame(request.SerializeToString()))
-            meta, payload = cpp_clients.read_frame(stream)
-            if meta.response.error_code:
-                raise ServiceError(meta.response.error_code, meta.response.error_text)
-            return cpp_vectors(payload)
-
-        yield embed
-
-
-@contextmanager
-def cpp_http_client(service: CppService) -> Iterator[Embed]:
-    """Calls over an HTTP connection of its own, which stays open."""
-    connection = http.client.HTTPConnection(HOST, service.port)
-
-    def embed(texts: Sequence[str]) -> np.ndarray:
-        request = cpp_clients.make_request(service.collator(texts), as_bytes=True)
-        headers = {"Content-Type": "application/proto"}
-        connection.request("POST", cpp_clients.HTTP_PATH, request.SerializeToString(), headers)
-        answer = connection.getresponse()
-        body = answer.read()
-        if answer.status != http.client.OK:
-            response = cpp_clients.Response.FromString(body)
-            raise ServiceError(response.err_no, response.err_msg, answer.status)
-        return cpp_vectors(body)
-
-    try:
-        yield embed
-    finally:
-        connection.close()
+def cpp_request(collator: TextCollator, texts: Sequence[str]) -> bytes:
+    """A Request for the vectors of texts."""
+    return cpp_clients.make_request(collator(texts), as_bytes=True).SerializeToString()
 
 
 def cpp_vectors(response: bytes) -> np.ndarray:
     """The vectors in the bytes of a Response."""
     (vectors,) = cpp_clients.outputs(cpp_clients.Response.FromString(response)).values()
     return vectors
+
+
+@contextmanager
+def cpp_rpc_client(service: CppService) -> Iterator[Client]:
+    """Calls over a baidu_std connection of its own."""
+
+    def prepare(texts: Sequence[str]) -> bytes:
+        return cpp_clients.format_frame(cpp_request(service.collator, texts))
+
+    def vectors(answer: cpp_clients.Frame) -> np.ndarray:
+        response = answer.meta.response
+        if response.error_code:
+            raise ServiceError(response.error_code, response.error_text)
+        return cpp_vectors(answer.payload)
+
+    with socket.create_connection((HOST, service.port)) as connection, connection.makefile("rb") as stream:
+
+        def send(request: bytes) -> cpp_clients.Frame:
+            connection.sendall(request)
+            return cpp_clients.read_frame(stream)
+
+        yield Client(prepare, send, vectors)
+
+
+@contextmanager
+def cpp_http_client(service: CppService) -> Iterator[Client]:
+    """Calls over HTTP."""
+
+    def vectors(answer: tuple[int, bytes]) -> np.ndarray:
+        status, body = answer
+        if status != http.client.OK:
+            response = cpp_clients.Response.FromString(body)
+            raise ServiceError(response.err_no, response.err_msg, status)
+        return cpp_vectors(body)
+
+    with http_connection(service.port, cpp_clients.HTTP_PATH, "application/proto") as send:
+        yield Client(partial(cpp_request, service.collator), send, vectors)
 
 
 CPP_CLIENTS = {"cpp_rpc": cpp_rpc_client, "cpp_http": cpp_http_client}

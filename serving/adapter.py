@@ -67,7 +67,6 @@ try:
     from paddle_serving_server.pipeline.error_catch import CustomExceptionCode
     from paddle_serving_server.pipeline.pipeline_server import PipelineServicer, ServerYamlConfChecker
     from paddle_serving_server.pipeline.proto.pipeline_service_pb2 import Request, Response
-    from paddle_serving_server.pipeline.proto.pipeline_service_pb2_grpc import PipelineServiceStub  # noqa: F401
 except ImportError as error:
     raise InputError(f"Paddle Serving isn't installed ({error}); run sh scripts/setup.sh --serving") from None
 
