@@ -24,7 +24,7 @@ from runtime import InputError, Progress, at_least, log, progress_bar
 
 MAX_LINE_BYTES = 1 << 20  # a longer line is a file without line ends, not a text
 REPORTED_BAD_LINES = 10
-PADDING_SHARE = 0.05  # of a full batch, at most: where texts are few, smaller batches cost less than padding does
+PADDING_TOKENS = 100  # of a batch, at most: what another batch costs, 20 (base ERNIE) to 400 (2 layers x 32)
 SORTING_WINDOW = 16384  # texts sorted by length at a time: long enough for even batches, small in memory
 LENGTH_CHUNKS = 4  # of a batch: 30 tokens a text are padded to 36 (classical pairs); one chunk pads to 64, 8 to 33
 LENGTH_WINDOW = 4  # batches that --group_by_length sorts together: pads to 32.6 tokens a text, 32 batches to 32.1
@@ -461,12 +461,12 @@ def encode_texts(
 
 
 def _batches_of_tokens(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Cuts rows of growing length into batches of at most `tokens` tokens with PADDING_SHARE of padding, or one row."""
+    """Cuts rows of growing length into batches of at most `tokens` tokens and PADDING_TOKENS of padding, or one row."""
     batch: list[int] = []
     unpadded = 0
     for row in rows:
         padded = (len(batch) + 1) * lengths[row]
-        if batch and (padded > tokens or padded - unpadded - lengths[row] > PADDING_SHARE * tokens):
+        if batch and (padded > tokens or padded - unpadded - lengths[row] > PADDING_TOKENS):
             yield batch
             batch, unpadded = [], 0
         batch.append(row)
