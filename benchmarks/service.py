@@ -199,17 +199,18 @@ def cpp_rpc_client(service: CppService) -> Iterator[Client]:
     def prepare(texts: Sequence[str]) -> bytes:
         return cpp_clients.format_frame(cpp_request(service.collator, texts))
 
-    def vectors(answer: cpp_clients.Frame) -> np.ndarray:
-        response = answer.meta.response
+    def vectors(answer: tuple[bytes, bytes]) -> np.ndarray:
+        meta_bytes, payload = answer
+        response = cpp_clients.RpcMeta.FromString(meta_bytes).response
         if response.error_code:
             raise ServiceError(response.error_code, response.error_text)
-        return cpp_vectors(answer.payload)
+        return cpp_vectors(payload)
 
     with socket.create_connection((HOST, service.port)) as connection, connection.makefile("rb") as stream:
 
-        def send(request: bytes) -> cpp_clients.Frame:
+        def send(request: bytes) -> tuple[bytes, bytes]:
             connection.sendall(request)
-            return cpp_clients.read_frame(stream)
+            return cpp_clients.read_frame_bytes(stream)
 
         yield Client(prepare, send, vectors)
 

@@ -451,11 +451,11 @@ def test_bad_frames(server: Server, answers: None) -> None:
     with socket.create_connection(server.address, 60) as connection, connection.makefile("rb") as stream:
         for case, (meta, number) in BAD_FRAMES.items():
             connection.sendall(frame_of(meta.SerializeToString(), GOOD))
-            assert read_frame(stream).meta.response.error_code == number, case
+            assert read_frame(stream)[0].response.error_code == number, case
         connection.sendall(frame_of(b"\xff\xff", GOOD))
-        assert read_frame(stream).meta.response.error_code == BAD_REQUEST
+        assert read_frame(stream)[0].response.error_code == BAD_REQUEST
         connection.sendall(format_frame(GOOD))
-        assert outputs(Response.FromString(read_frame(stream).payload))["output_embedding"].shape == (2, 16)
+        assert outputs(Response.FromString(read_frame(stream)[1]))["output_embedding"].shape == (2, 16)
 
 
 @pytest.mark.parametrize(
@@ -472,7 +472,7 @@ def test_bad_frame_headers(server: Server, answers: None, header: bytes) -> None
     for before in (b"", format_frame(GOOD)):
         with socket.create_connection(server.address, 60) as connection, connection.makefile("rb") as stream:
             connection.sendall(before + header)
-            codes = sorted(read_frame(stream).meta.response.error_code for _ in range(2 if before else 1))
+            codes = sorted(read_frame(stream)[0].response.error_code for _ in range(2 if before else 1))
             assert codes == ([0, BAD_REQUEST] if before else [BAD_REQUEST])
             assert stream.read() == b""
 

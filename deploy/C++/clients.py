@@ -7,7 +7,7 @@ import socket
 import struct
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -142,13 +142,12 @@ def rpc_inference(address: tuple[str, int], request: Any, timeout: float) -> Any
         with socket.create_connection(address, timeout) as connection:
             connection.sendall(format_frame(request.SerializeToString()))
             with connection.makefile("rb") as stream:
-                frame = read_frame(stream)
+                meta, payload = read_frame(stream)
     except (OSError, EOFError) as error:
         raise no_answer(address, error) from None
-    response = frame.meta.response
-    if response.error_code:
-        raise InputError(f"the server refused the request: {response.error_text}")
-    return Response.FromString(frame.payload)
+    if meta.response.error_code:
+        raise InputError(f"the server refused the request: {meta.response.error_text}")
+    return Response.FromString(payload)
 
 
 def format_frame(payload: bytes, correlation_id: int = 1) -> bytes:
@@ -158,20 +157,14 @@ def format_frame(payload: bytes, correlation_id: int = 1) -> bytes:
     return FRAME_HEADER.pack(b"PRPC", len(meta_bytes) + len(payload), len(meta_bytes)) + meta_bytes + payload
 
 
-class Frame(NamedTuple):
-    """An answer as baidu_std sends it."""
-
-    meta_bytes: bytes
-    payload: bytes  # a Response
-
-    @property
-    def meta(self) -> Any:
-        """The RpcMeta, which says the error if there is one."""
-        return RpcMeta.FromString(self.meta_bytes)
+def read_frame(stream: Any) -> tuple[Any, bytes]:
+    """The RpcMeta and the payload of the next frame. Raises EOFError if the stream ends or holds something else."""
+    meta_bytes, payload = read_frame_bytes(stream)
+    return RpcMeta.FromString(meta_bytes), payload
 
 
-def read_frame(stream: Any) -> Frame:
-    """The next frame. Raises EOFError if the stream ends or holds something else."""
+def read_frame_bytes(stream: Any) -> tuple[bytes, bytes]:
+    """The next frame with its RpcMeta unparsed."""
     header = stream.read(FRAME_HEADER.size)
     if len(header) < FRAME_HEADER.size or not header.startswith(b"PRPC"):
         raise EOFError("the server closed the connection" if not header else "the answer isn't baidu_std")
@@ -179,7 +172,7 @@ def read_frame(stream: Any) -> Frame:
     body = stream.read(size)
     if len(body) < size:
         raise EOFError("the server closed the connection")
-    return Frame(body[:meta_size], body[meta_size:])
+    return body[:meta_size], body[meta_size:]
 
 
 def no_answer(address: tuple[str, int], error: Exception) -> InputError:
