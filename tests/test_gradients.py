@@ -91,7 +91,7 @@ def assert_close(value: np.ndarray, expected: np.ndarray, name: str) -> None:
 def assert_same(
     first: tuple[float, dict[str, np.ndarray | None]], second: tuple[float, dict[str, np.ndarray | None]]
 ) -> None:
-    assert first[0] == pytest.approx(second[0], abs=1e-6)
+    assert first[0] == pytest.approx(second[0])  # to 1e-6 of it
     assert first[1].keys() == second[1].keys()
     for name, value in first[1].items():
         if value is None:
@@ -128,7 +128,7 @@ def test_accumulated_batches_weigh_by_their_pairs(still_model_folder: Path) -> N
     loss, accumulated = gradients(still_model_folder, dropout=0.0, batches=[ROWS[:9], ROWS[9:]])
     parts = [gradients(still_model_folder, dropout=0.0, batches=[rows]) for rows in (ROWS[:9], ROWS[9:])]
     shares = 9 / 13, 4 / 13
-    assert loss == pytest.approx(sum(share * part[0] for share, part in zip(shares, parts, strict=True)), abs=1e-6)
+    assert loss == pytest.approx(sum(share * part[0] for share, part in zip(shares, parts, strict=True)))
     for name, value in accumulated.items():
         if value is not None:
             expected = sum(share * part[1][name] for share, part in zip(shares, parts, strict=True))
