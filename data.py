@@ -445,7 +445,8 @@ def encode_texts(
     """Vectors of the texts, float32 [N, D], in their order; `out` may be a memory map of that shape to write to.
 
     Texts are sorted by length in windows, so that batches hold little padding; a batch has `batch_size` texts of
-    max_seq_length tokens, or more that are shorter. progress: is told of every batch.
+    max_seq_length tokens, or more that are shorter, and ends before its padding exceeds PADDING_TOKENS. progress: is
+    told of every batch.
     """
     for start in range(0, len(texts), SORTING_WINDOW):
         ids = collator.tokenize(texts[start : start + SORTING_WINDOW])

@@ -11,6 +11,7 @@ import tempfile
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -626,12 +627,14 @@ class FakeEmbed:
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
+        self.lengths: list[np.ndarray] = []  # real tokens of each text, a batch at a time
         self.tokens = 0
 
     def __call__(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
         assert not token_type_ids.any()
         self.shapes.append(input_ids.shape)
-        self.tokens += int((input_ids != 0).sum())
+        self.lengths.append((input_ids != 0).sum(1))
+        self.tokens += int(self.lengths[-1].sum())
         places = np.arange(1, input_ids.shape[1] + 1)
         sums = [input_ids.sum(1), (input_ids * places).sum(1), (input_ids != 0).sum(1)]
         return np.stack(sums, axis=1).astype(np.float32)
@@ -682,6 +685,10 @@ def test_encode_texts_batches_hold_little_padding(count: int, padded: float, bat
     assert ratio < padded < 1.5 < unsorted_ratio
     assert all(rows * length <= 32 * 64 for rows, length in embed.shapes)
     assert len(embed.shapes) < batches * embed.tokens / (32 * 64) + 1
+    for batch, following in pairwise(embed.lengths):
+        joined = [*batch, following[0]]
+        padded_tokens = len(joined) * max(joined)
+        assert padded_tokens > 32 * 64 or padded_tokens - sum(joined) > data.PADDING_TOKENS
 
 
 def test_encode_texts_without_texts() -> None:
