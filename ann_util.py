@@ -10,12 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from files import atomic_write
-from runtime import InputError, at_least, cpu_count
+from runtime import InputError, Progress, at_least, cpu_count, progress_bar
 
 ANN_CHOICES = ("hnswlib", "exact")
 HNSW_FILE, VECTORS_FILE = "hnsw.bin", "vectors.npy"
 CORPUS_BLOCK = 16384  # rows and
 QUERY_BLOCK = 256  # queries at a time: their similarities take 16 MB
+HNSW_BLOCK = 1024  # vectors or queries that hnswlib gets at a time: about a second until Ctrl-C is heard
 DEFAULT_SHARE = 0.995  # of exact search's hits on a sample, for 99 % on all queries
 MAX_EF = 1 << 14  # beyond it exact search is as fast
 UNIT_TOLERANCE = 1e-2  # a norm after rounding to bfloat16 is off by up to 4e-3
@@ -120,7 +121,8 @@ class VectorIndex(ABC):
 
     def search_exactly(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """What `search` would give if it compared each query with each vector."""
-        return _exact_top_k(self._blocks(), np.asarray(queries, dtype=np.float32), min(k, len(self)))
+        with progress_bar(len(self), "exact search", "vector") as progress:
+            return _exact_top_k(self._blocks(), np.asarray(queries, dtype=np.float32), min(k, len(self)), progress)
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -164,7 +166,7 @@ class ExactIndex(VectorIndex):
         self._batches.append(vectors)
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        return _exact_top_k(self._blocks(), queries, k)
+        return self.search_exactly(queries, k)
 
     def _blocks(self) -> Iterator[np.ndarray]:
         return (block for batch in self._batches for block in _blocks(batch))
@@ -270,10 +272,21 @@ class HnswIndex(VectorIndex):
             except (RuntimeError, MemoryError):
                 raise InputError(f"no memory for an HNSW index of {size} vectors") from None
             self.max_elements = size
-        for block in _blocks(vectors):
-            self._index.add_items(block)
+        with progress_bar(len(vectors), "index", "vector") as progress:
+            for block in _blocks(vectors, HNSW_BLOCK):
+                self._index.add_items(block)
+                progress.update(len(block))
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        with progress_bar(len(queries), "search", "query") as progress:
+            found = []
+            for block in _blocks(queries, HNSW_BLOCK):
+                found.append(self._search_block(block, k))
+                progress.update(len(block))
+        ids, similarities = zip(*found, strict=True)
+        return np.concatenate(ids), np.concatenate(similarities)
+
+    def _search_block(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         try:
             return self._knn_query(queries, k)
         except RuntimeError:
@@ -339,10 +352,11 @@ def overlap(found: np.ndarray, exact: np.ndarray) -> float:
     return float(np.mean(found >= exact[:, -1:] - TIE_TOLERANCE))
 
 
-def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
-    """Float32 blocks of up to CORPUS_BLOCK rows."""
-    for start in range(0, len(vectors), CORPUS_BLOCK):
-        yield np.asarray(vectors[start : start + CORPUS_BLOCK], dtype=np.float32)
+def _blocks(vectors: np.ndarray, rows: int | None = None) -> Iterator[np.ndarray]:
+    """Float32 blocks of up to `rows` rows, by default CORPUS_BLOCK."""
+    rows = rows or CORPUS_BLOCK
+    for start in range(0, len(vectors), rows):
+        yield np.asarray(vectors[start : start + rows], dtype=np.float32)
 
 
 def check_unit_vectors(vectors: np.ndarray, dim: int, name: str, first_row: int) -> None:
@@ -364,8 +378,13 @@ def check_unit_vectors(vectors: np.ndarray, dim: int, name: str, first_row: int)
         first_row += len(block)
 
 
-def _exact_top_k(blocks: Iterable[np.ndarray], queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [Q, k] and similarities [Q, k] of the k best rows of all `blocks`, which hold at least k."""
+def _exact_top_k(
+    blocks: Iterable[np.ndarray], queries: np.ndarray, k: int, progress: Progress
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [Q, k] and similarities [Q, k] of the k best rows of all `blocks`, which hold at least k.
+
+    progress: told of each block's rows.
+    """
     ids = np.zeros((len(queries), k), np.int64)
     similarities = np.full((len(queries), k), -np.inf, np.float32)
     first_id = 0
@@ -375,6 +394,7 @@ def _exact_top_k(blocks: Iterable[np.ndarray], queries: np.ndarray, k: int) -> t
             scores = queries[part] @ block.T
             ids[part], similarities[part] = _merge(ids[part], similarities[part], scores, first_id)
         first_id += len(block)
+        progress.update(len(block))
     return ids, similarities
 
 

@@ -22,6 +22,7 @@ INPUT_ERROR_EXIT_CODE = 2
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # what MKL and oneDNN mean by it
 SECONDS_BETWEEN_LINES = 10.0  # progress on something that isn't a terminal, such as a log file
+SECONDS_BEFORE_BAR = 1.0  # on a terminal
 
 
 class InputError(ValueError):
@@ -247,7 +248,7 @@ Progress = tqdm | LineProgress
 
 
 def progress_bar(total: int, desc: str, unit: str) -> Progress:
-    """A tqdm bar on a terminal, else a line every 10 s; both on stderr, and to be used as a context."""
+    """A tqdm bar on a terminal, else a line every 10 s, neither for short work; on stderr, to be used as a context."""
     if sys.stderr.isatty():
-        return tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True)
+        return tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True, delay=SECONDS_BEFORE_BAR)
     return LineProgress(total, desc, unit)

@@ -11,12 +11,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ann_util import HnswIndex, IndexOptions, build_index, overlap, smallest_ef
+from ann_util import DEFAULT_SHARE, HnswIndex, IndexOptions, build_index, overlap, smallest_ef
 from files import write_json
 from runtime import ArgumentParser, at_least, cpu_count, run
 
 ENGINES = ("ours", "hnswlib", "faiss")
 REPEATS = 5  # of the timed search
+TUNED_ON = 200  # queries that our default ef is tuned on; the others judge it
 OPTIONS = IndexOptions()  # all engines get the links and the ef that are our defaults
 
 
@@ -46,6 +47,12 @@ class Ours(Engine):
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         return self.index.search(queries, k)[1]
+
+    def default_share(self, queries: np.ndarray, exact: np.ndarray) -> float:
+        """Share of exact search's hits (cosines [Q, k]) that the default setting finds for queries new to it."""
+        k = exact.shape[1]
+        self.index.tune_ef(queries[:TUNED_ON], k, DEFAULT_SHARE)
+        return overlap(self.search(queries[TUNED_ON:], k), exact[TUNED_ON:])
 
 
 class Hnswlib(Engine):
@@ -105,6 +112,8 @@ def measure(make: type[Engine], vectors: np.ndarray, queries: np.ndarray, exact:
     ef = smallest_ef(lambda ef: found(ef) >= share, k)
     measured = {"build_seconds": build_seconds, "ef": ef, "share": found(ef)}
     measured["search_seconds"] = [seconds_of(lambda: engine.search(queries, k)) for _ in range(REPEATS)]
+    if isinstance(engine, Ours):
+        measured["default_share"] = engine.default_share(queries, exact)
     return measured
 
 

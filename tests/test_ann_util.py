@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ann_util
+import runtime
 from ann_util import (
     ExactIndex,
     HnswIndex,
@@ -172,6 +173,33 @@ def test_hnsw_answers_exactly_where_its_graph_is_in_parts(monkeypatch: pytest.Mo
     ids, similarities = index.search(queries, everything)
     np.testing.assert_array_equal(np.sort(ids, axis=1), np.tile(np.arange(everything), (len(queries), 1)))
     np.testing.assert_allclose(similarities, full_sort(vectors, queries, everything)[1], atol=1e-6)
+
+
+def test_long_work_shows_progress(ann: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(runtime, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(ann_util, "HNSW_BLOCK", 8)
+    monkeypatch.setattr(ann_util, "CORPUS_BLOCK", 8)
+    build_index(IndexOptions(ann), random_vectors(20, 18)).search(random_vectors(10, 19), 3)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
+    expected = {
+        "hnswlib": [
+            "index: 40% 8/20",
+            "index: 80% 16/20",
+            "index: 100% 20/20",
+            "search: 80% 8/10",
+            "search: 100% 10/10",
+        ],
+        "exact": ["exact search: 40% 8/20", "exact search: 80% 16/20", "exact search: 100% 20/20"],
+    }
+    assert [line.split(" [")[0] for line in lines] == expected[ann]
+
+
+def test_hnsw_answers_by_blocks_like_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, queries = hnsw_index(random_vectors(200, 20)), random_vectors(30, 21)
+    expected = index.search(queries, 5)
+    monkeypatch.setattr(ann_util, "HNSW_BLOCK", 7)
+    for found, at_once in zip(index.search(queries, 5), expected, strict=True):
+        np.testing.assert_array_equal(found, at_once)
 
 
 def test_hnsw_answers_one_by_one_like_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
