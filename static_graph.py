@@ -3,6 +3,8 @@
 import contextlib
 import os
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +17,7 @@ from paddle.static import InputSpec
 
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, TextCollator
 from files import MANIFEST_FILE, check_manifest, read_json, whole_folder
-from runtime import AVX512, InputError, cpu_count, cpu_flags, read_cpuinfo
+from runtime import AVX512, InputError, cpu_count, cpu_flags, give_back_freed_memory, read_cpuinfo
 
 GRAPH_NAME = "inference.get_pooled_embedding"  # of the files, as the original's export names them
 GRAPH_SUFFIXES = (".json", ".pdmodel")  # Paddle 3 writes the first; the second comes from Paddle 2
@@ -161,7 +163,12 @@ class _OnednnCache:
             return
         self._shapes.clear()  # first, so that it holds also where the run fails: its thread ends all the same
         with ThreadPoolExecutor(1) as thread:  # its keys hold its number as well
+            task = Path("/proc/self/task") / str(thread.submit(threading.get_native_id).result())
             thread.submit(predictor.run).result()
+        while task.exists():  # Python's join doesn't wait for the destructors, which are what clears the cache
+            time.sleep(0.001)
+        # Each thread's heap would keep what it freed, a copy of the weights, and the next thread may have another heap.
+        give_back_freed_memory()
 
 
 class StaticEncoder:

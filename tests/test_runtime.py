@@ -242,6 +242,26 @@ def test_line_progress_prints_whole_lines_now_and_then(
         assert "2.00step/s" in line
 
 
+def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+    """In a process of its own, whose heap keeps 200 MB."""
+    script = """
+import numpy as np
+from runtime import give_back_freed_memory, keep_freed_memory
+def resident_mb():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+keep_freed_memory()
+start = resident_mb()
+arrays = [np.ones(1_000_000) for _ in range(25)]
+stays = np.ones(1_000_000)  # at the heap's end, so that no part of it can go by itself
+del arrays
+print(resident_mb() - start > 150)
+give_back_freed_memory()
+print(resident_mb() - start < 50, stays.sum())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True", "1000000.0"]
+
+
 def test_line_progress_says_nothing_of_short_work(capsys: pytest.CaptureFixture[str], clock: SimpleNamespace) -> None:
     progress = LineProgress(100, "encode", "text")
     clock.now += 5

@@ -34,6 +34,8 @@ def test_graph_gives_the_models_vectors(exported: Path, checkpoint: Path) -> Non
 def test_batches_of_all_shapes(exported: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of the same digits, which Paddle's cache for oneDNN confuses, and when that has been cleared."""
     monkeypatch.setattr(static_graph, "SHAPES_KEPT", 6)
+    given_back: list[bool] = []
+    monkeypatch.setattr(static_graph, "give_back_freed_memory", lambda: given_back.append(True))
     model, collator = load_checkpoint(checkpoint)
     encoder = StaticEncoder(exported)
     random = np.random.default_rng(0)
@@ -41,6 +43,7 @@ def test_batches_of_all_shapes(exported: Path, checkpoint: Path, monkeypatch: py
         input_ids = random.integers(5, collator.vocabulary_size, shape)
         tokens = input_ids, np.zeros_like(input_ids)
         np.testing.assert_allclose(encoder.embed(*tokens), model.embed(*tokens), atol=1e-5)
+    assert len(given_back) >= 3  # (1, 12) and (11, 2), back again, and 16 shapes of which 6 are kept
 
 
 def test_bf16_rounds_where_the_cpu_has_it(exported: Path, checkpoint: Path) -> None:
