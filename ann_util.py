@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from files import atomic_write
-from runtime import InputError, Progress, at_least, cpu_count, progress_bar
+from runtime import InputError, at_least, cpu_count, progress_bar
 
 ANN_CHOICES = ("hnswlib", "exact")
 HNSW_FILE, VECTORS_FILE = "hnsw.bin", "vectors.npy"
@@ -121,8 +121,8 @@ class VectorIndex(ABC):
 
     def search_exactly(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """What `search` would give if it compared each query with each vector."""
-        with progress_bar(len(self), "exact search", "vector") as progress:
-            return _exact_top_k(self._blocks(), np.asarray(queries, dtype=np.float32), min(k, len(self)), progress)
+        blocks = _with_progress(self._blocks(), len(self), "exact search", "vector")
+        return _exact_top_k(blocks, np.asarray(queries, dtype=np.float32), min(k, len(self)))
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -169,7 +169,7 @@ class ExactIndex(VectorIndex):
         return self.search_exactly(queries, k)
 
     def _blocks(self) -> Iterator[np.ndarray]:
-        return (block for batch in self._batches for block in _blocks(batch))
+        return (block for batch in self._batches for block in _blocks(batch, CORPUS_BLOCK))
 
     def save(self, folder: Path) -> None:
         with atomic_write(folder / VECTORS_FILE, "wb") as file:
@@ -272,18 +272,12 @@ class HnswIndex(VectorIndex):
             except (RuntimeError, MemoryError):
                 raise InputError(f"no memory for an HNSW index of {size} vectors") from None
             self.max_elements = size
-        with progress_bar(len(vectors), "index", "vector") as progress:
-            for block in _blocks(vectors, HNSW_BLOCK):
-                self._index.add_items(block)
-                progress.update(len(block))
+        for block in _with_progress(_blocks(vectors, HNSW_BLOCK), len(vectors), "index", "vector"):
+            self._index.add_items(block)
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        with progress_bar(len(queries), "search", "query") as progress:
-            found = []
-            for block in _blocks(queries, HNSW_BLOCK):
-                found.append(self._search_block(block, k))
-                progress.update(len(block))
-        ids, similarities = zip(*found, strict=True)
+        blocks = _with_progress(_blocks(queries, HNSW_BLOCK), len(queries), "search", "query")
+        ids, similarities = zip(*(self._search_block(block, k) for block in blocks), strict=True)
         return np.concatenate(ids), np.concatenate(similarities)
 
     def _search_block(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -352,11 +346,18 @@ def overlap(found: np.ndarray, exact: np.ndarray) -> float:
     return float(np.mean(found >= exact[:, -1:] - TIE_TOLERANCE))
 
 
-def _blocks(vectors: np.ndarray, rows: int | None = None) -> Iterator[np.ndarray]:
-    """Float32 blocks of up to `rows` rows, by default CORPUS_BLOCK."""
-    rows = rows or CORPUS_BLOCK
+def _blocks(vectors: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+    """Float32 blocks of up to `rows` rows."""
     for start in range(0, len(vectors), rows):
         yield np.asarray(vectors[start : start + rows], dtype=np.float32)
+
+
+def _with_progress(blocks: Iterable[np.ndarray], rows: int, desc: str, unit: str) -> Iterator[np.ndarray]:
+    """The blocks, and a progress bar of all their rows."""
+    with progress_bar(rows, desc, unit) as progress:
+        for block in blocks:
+            yield block
+            progress.update(len(block))
 
 
 def check_unit_vectors(vectors: np.ndarray, dim: int, name: str, first_row: int) -> None:
@@ -366,7 +367,7 @@ def check_unit_vectors(vectors: np.ndarray, dim: int, name: str, first_row: int)
     """
     if vectors.ndim != 2 or vectors.shape[1] != dim:
         raise InputError(f"the {name} vectors have the shape {vectors.shape}, where [rows, {dim}] is needed")
-    for block in _blocks(vectors):
+    for block in _blocks(vectors, CORPUS_BLOCK):
         norms = np.sqrt(np.einsum("nd,nd->n", block, block))
         bad = np.flatnonzero(~(np.abs(norms - 1) <= UNIT_TOLERANCE))  # "not <=", since NaN is neither
         if len(bad):
@@ -378,13 +379,8 @@ def check_unit_vectors(vectors: np.ndarray, dim: int, name: str, first_row: int)
         first_row += len(block)
 
 
-def _exact_top_k(
-    blocks: Iterable[np.ndarray], queries: np.ndarray, k: int, progress: Progress
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [Q, k] and similarities [Q, k] of the k best rows of all `blocks`, which hold at least k.
-
-    progress: told of each block's rows.
-    """
+def _exact_top_k(blocks: Iterable[np.ndarray], queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [Q, k] and similarities [Q, k] of the k best rows of all `blocks`, which hold at least k."""
     ids = np.zeros((len(queries), k), np.int64)
     similarities = np.full((len(queries), k), -np.inf, np.float32)
     first_id = 0
@@ -394,7 +390,6 @@ def _exact_top_k(
             scores = queries[part] @ block.T
             ids[part], similarities[part] = _merge(ids[part], similarities[part], scores, first_id)
         first_id += len(block)
-        progress.update(len(block))
     return ids, similarities
 
 
