@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import paddle
+from paddle import nn
 from paddlenlp.transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedModel
 from paddlenlp.transformers.auto.configuration import MODEL_NAMES_MAPPING
 from paddlenlp.utils.download import resolve_file_path
@@ -81,6 +82,36 @@ def build_backbone(backbone: Backbone) -> PretrainedModel:
         raise InputError(f"{name} doesn't return (sequence, pooled); {wanted}")
     ptm.train()
     return ptm
+
+
+class FirstTokenLayer(nn.TransformerEncoderLayer):
+    """An encoder's last layer where nothing but the first token is used: the others are keys and values alone."""
+
+    def forward(
+        self,
+        src: paddle.Tensor,
+        src_mask: paddle.Tensor | None = None,
+        cache: None = None,
+        output_attentions: bool = False,
+    ) -> paddle.Tensor:
+        """[B, L, H] -> [B, 1, H]; src_mask: [B, 1, 1, L]. The other arguments are those of PaddleNLP's encoders."""
+        first = src[:, :1]
+        first = self.norm1(first + self.dropout1(self.self_attn(first, src, src, src_mask)))
+        return self.norm2(first + self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(first))))))
+
+
+def compute_first_token(ptm: PretrainedModel) -> None:
+    """Has the last layer compute what the pooled output takes, the first token; other layouts than BERT's stay.
+
+    The sequence that the encoder gives is then [B, 1, H]; parameters and their names stay.
+    """
+    layers = getattr(getattr(ptm, "encoder", None), "layers", None)
+    if not layers:
+        return
+    last = layers[-1]
+    is_bert = type(last) is nn.TransformerEncoderLayer and type(last.self_attn) is nn.MultiHeadAttention
+    if is_bert and not last.normalize_before:
+        last.__class__ = FirstTokenLayer
 
 
 def pretrained_weights(backbone: Backbone) -> Path:

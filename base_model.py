@@ -11,6 +11,7 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddlenlp.transformers import PretrainedModel
 
+from backbone import compute_first_token
 from runtime import at_least
 from static_graph import choose_device
 
@@ -50,6 +51,8 @@ class SemanticIndexBase(nn.Layer):
         self.ptm = ptm
         self.config = config
         self.dropout = nn.Dropout(config.dropout)
+        if config.pooling == "cls":
+            compute_first_token(ptm)
         if config.output_emb_size:
             size = ptm.config.hidden_size
             initial = paddle.ParamAttr(initializer=reduction_start(config.pooling))

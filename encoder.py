@@ -24,7 +24,8 @@ from static_graph import DTYPES, PRECISIONS, StaticEncoder, check_precision, exp
 ENGINES = ("auto", "dygraph", "static")
 STATIC_FROM_TEXTS = 2000  # compiling takes seconds, which fewer texts don't win back
 NOT_OF_THE_MODEL = ("_name_or_path", "paddlenlp_version")  # entries of a backbone's config
-STATIC_FOLDER = "static"  # in a checkpoint's folder: compiled graphs by fingerprint
+STATIC_FOLDER = "static"  # in a checkpoint's folder: compiled graphs by version and fingerprint
+GRAPH_VERSION = 2  # counts the ways to compute the same vectors; a graph of another one is left where it is
 SAMPLE_DOCUMENTS, SAMPLE_QUERIES, SAMPLE_TOP = 1000, 100, 10  # on which a precision is compared with fp32
 
 
@@ -118,7 +119,7 @@ def model_fingerprint(model: SemanticIndexBase, collator: TextCollator) -> str:
 
 def _static_embed(model: SemanticIndexBase, folder: Path, fingerprint: str, device: str, precision: str) -> Embed:
     """`embed` of the compiled model, which is compiled unless that was done before; all ranks call it together."""
-    compiled = folder / STATIC_FOLDER / fingerprint[:16]
+    compiled = folder / STATIC_FOLDER / f"{GRAPH_VERSION}-{fingerprint[:16]}"
     rank, _ = init_ranks()
     is_there = rank == 0 and (_is_compiled(compiled) or _compile(model, compiled))
     meet()

@@ -8,11 +8,14 @@ import numpy as np
 import paddle
 import pytest
 from conftest import all_pairs, make_model_folder
+from paddle import nn
 from paddlenlp.transformers import ErnieModel
 from paddlenlp.transformers.ernie.modeling import ErnieModel as ErnieBackbone
 
+from backbone import FirstTokenLayer, compute_first_token
 from base_model import ModelConfig, SemanticIndexBase, set_device, set_seed
 from checkpoint import create_model, load_checkpoint, save_checkpoint
+from cpu_layers import speed_up_training
 from data import TextCollator
 from files import read_json, write_json
 from runtime import InputError
@@ -53,6 +56,46 @@ def test_vectors_follow_their_definition(still_model_folder: Path, pooling: str,
         vector /= np.linalg.norm(vector)
         assert len(vector) == model.embedding_size
         np.testing.assert_allclose(model.embed(*collator([text]))[0], vector, atol=1e-6)
+
+
+@pytest.mark.parametrize("fast_layers", [False, True])
+def test_the_last_layer_computes_the_first_token_alone(still_model_folder: Path, fast_layers: bool) -> None:
+    """With the vectors and gradients of a last layer that computes all tokens."""
+
+    def vectors_and_gradients(all_tokens: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        model, collator = new_model(still_model_folder, dropout=0.0)
+        if all_tokens:
+            model.ptm.encoder.layers[-1].__class__ = nn.TransformerEncoderLayer
+        if fast_layers:
+            speed_up_training(model)
+        input_ids, token_type_ids = map(paddle.to_tensor, collator(TEXTS))
+        length = model.ptm(input_ids, token_type_ids)[0].shape[1]
+        assert length == (input_ids.shape[1] if all_tokens else 1)
+        vectors = model.get_pooled_embedding(input_ids, token_type_ids)
+        vectors.multiply(paddle.linspace(0, 1, vectors.size).reshape(vectors.shape)).sum().backward()
+        return vectors.numpy(), {name: value.grad.numpy() for name, value in model.named_parameters()}
+
+    vectors, gradients = vectors_and_gradients(all_tokens=False)
+    expected_vectors, expected_gradients = vectors_and_gradients(all_tokens=True)
+    np.testing.assert_allclose(vectors, expected_vectors, rtol=0, atol=1e-6)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, expected in expected_gradients.items():
+        tolerance = 1e-5 * max(1.0, np.abs(expected).max())
+        np.testing.assert_allclose(gradients[name], expected, rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_where_all_tokens_are_computed(still_model_folder: Path) -> None:
+    """For their mean, and by layers that aren't BERT's."""
+    model, _ = new_model(still_model_folder, pooling="mean")
+    last = model.ptm.encoder.layers[-1]
+    assert type(last) is nn.TransformerEncoderLayer
+    last.normalize_before = True
+    compute_first_token(model.ptm)
+    assert type(last) is nn.TransformerEncoderLayer
+    last.normalize_before = False
+    compute_first_token(model.ptm)
+    assert type(last) is FirstTokenLayer
+    compute_first_token(nn.Linear(2, 2))
 
 
 def test_where_the_reduction_starts(model_folder: Path) -> None:

@@ -154,7 +154,9 @@ def test_an_index_without_one_of_its_files_is_refused(tmp_path: Path, missing: s
 # The encoder
 
 
-def test_engines_agree_and_the_compiled_model_is_kept(checkpoint: Path, recall_data: Path, tmp_path: Path) -> None:
+def test_engines_agree_and_the_compiled_model_is_kept(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second load compiles nothing; another length isn't the same model."""
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     texts = list(read_corpus(recall_data / "corpus.csv"))
@@ -166,6 +168,9 @@ def test_engines_agree_and_the_compiled_model_is_kept(checkpoint: Path, recall_d
     files = {path: path.stat().st_mtime_ns for path in (folder / encoder_module.STATIC_FOLDER).rglob("*")}
     load_encoder(folder, engine="static", **options)
     assert files == {path: path.stat().st_mtime_ns for path in (folder / encoder_module.STATIC_FOLDER).rglob("*")}
+    monkeypatch.setattr(encoder_module, "GRAPH_VERSION", encoder_module.GRAPH_VERSION + 1)
+    load_encoder(folder, engine="static", **options)  # by its own way to compute, not by the graph that is there
+    assert len(list((folder / encoder_module.STATIC_FOLDER).iterdir())) == 2
     assert load_checkpoint(folder)  # its manifest doesn't mind
     assert load_encoder(folder, engine="dygraph", max_seq_length=20, **options).fingerprint != dygraph.fingerprint
 
