@@ -1,4 +1,4 @@
-"""Tiny models and files that the tests make themselves, and the ways to run a script."""
+"""Tiny models and files that the tests make themselves, the ways to run a script, and how gradients are compared."""
 
 import os
 import random
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data import build_vocabulary, write_vocabulary
@@ -175,3 +176,8 @@ def run_script(*arguments: str | Path, ranks: int = 1, log_dir: Path | None = No
         if GLOO_ABORT not in done.stdout + done.stderr:
             break
     return done
+
+
+def assert_close(value: np.ndarray, expected: np.ndarray, name: str) -> None:
+    """To 1e-5 of its largest element, where that is above 1: float32 has seven digits."""
+    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5 * max(1.0, np.abs(expected).max()), err_msg=name)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from conftest import all_pairs
+from conftest import all_pairs, assert_close
 
 from base_model import STRIDE_FLAG, set_device, set_seed
 from batch_negative.gradient_cache import cached_backward, direct_backward
@@ -81,11 +81,6 @@ def gradients(
     )
     step = trainer.step(PlannedStep(1, 1, [[rows] for rows in batches]))
     return step.loss, optimizer.gradients
-
-
-def assert_close(value: np.ndarray, expected: np.ndarray, name: str) -> None:
-    """To 1e-5 of its largest element, where that is above 1: float32 has seven digits."""
-    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5 * max(1.0, np.abs(expected).max()), err_msg=name)
 
 
 def assert_same(
