@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 INPUT_ERROR_EXIT_CODE = 2
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # what MKL and oneDNN mean by it
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # what MKL means by it
 SECONDS_BETWEEN_LINES = 10.0  # progress on something that isn't a terminal, such as a log file
 SECONDS_BEFORE_BAR = 1.0  # on a terminal
 
@@ -153,6 +153,13 @@ def read_cpuinfo() -> str:
 def cpu_flags(cpuinfo: str) -> set[str]:
     """The processor's features as `read_cpuinfo` names them."""
     return {flag for line in cpuinfo.splitlines() if line.startswith("flags") for flag in line.split()}
+
+
+def has_bf16() -> bool:
+    """Whether this CPU multiplies in bfloat16. oneDNN on another with AVX-512 converts to float32 and back, which gains
+    nothing (https://docs.openvino.ai/2021.4/openvino_docs_IE_DG_Bfloat16Inference.html).
+    """
+    return "avx512_bf16" in cpu_flags(read_cpuinfo())
 
 
 def cpu_environment(environ: Mapping[str, str], cpuinfo: str, cores: int) -> dict[str, str]:

@@ -17,7 +17,7 @@ from paddle.static import InputSpec
 
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, TextCollator
 from files import MANIFEST_FILE, check_manifest, read_json, whole_folder
-from runtime import AVX512, InputError, cpu_count, cpu_flags, give_back_freed_memory, read_cpuinfo
+from runtime import InputError, cpu_count, give_back_freed_memory, has_bf16
 
 GRAPH_NAME = "inference.get_pooled_embedding"  # of the files, as the original's export names them
 GRAPH_SUFFIXES = (".json", ".pdmodel")  # Paddle 3 writes the first; the second comes from Paddle 2
@@ -108,9 +108,9 @@ def check_precision(precision: str, device: str) -> None:
         # enable_onednn_int8 leaves a graph of Paddle 3 in float32: its passes know Paddle 2's format only.
         raise InputError(f"--precision int8: Paddle {paddle.__version__} has no int8 for its graphs; use fp32 or bf16")
     if device == "cpu" and precision == "fp16":
-        raise InputError("--precision fp16: a CPU doesn't compute in it; use fp32, or bf16 where the CPU has AVX-512")
-    if device == "cpu" and precision == "bf16" and (missing := AVX512 - cpu_flags(read_cpuinfo())):
-        raise InputError(f"--precision bf16: this CPU lacks {', '.join(sorted(missing))}; use fp32")
+        raise InputError("--precision fp16: a CPU doesn't compute in it; use fp32, or bf16 if it has avx512_bf16")
+    if device == "cpu" and precision == "bf16" and not has_bf16():
+        raise InputError("--precision bf16: this CPU lacks avx512_bf16; use fp32")
     if device == "gpu" and precision == "bf16":
         major, minor = paddle.device.cuda.get_device_capability()
         if major < BF16_COMPUTE_CAPABILITY:

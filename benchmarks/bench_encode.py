@@ -34,7 +34,7 @@ from benchmarks.common import (
     sample_of,
 )
 from files import atomic_write
-from runtime import AVX512, ArgumentParser, InputError, at_least, cpu_flags, read_cpuinfo, run
+from runtime import ArgumentParser, InputError, at_least, has_bf16, run
 
 FOLDER = Path(__file__).parent
 REFERENCE, OURS, DYGRAPH, TWO_RANKS = "reference", "ours", "ours, --engine dygraph", "ours, two ranks"
@@ -68,11 +68,6 @@ class Sizes(NamedTuple):
 
 FULL = Sizes(BASE_ERNIE | SPREAD, 512, 1, 3)
 QUICK = Sizes(MEDIUM_ERNIE | SPREAD, 512, 2, 1)
-
-
-def has_bf16() -> bool:
-    """Whether the CPU has what `--precision bf16` asks for."""
-    return cpu_flags(read_cpuinfo()) >= AVX512
 
 
 def make_encoder(inputs: CorpusInputs) -> tuple[Path, Path]:

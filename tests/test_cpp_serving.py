@@ -37,7 +37,7 @@ from base_model import SemanticIndexBase
 from checkpoint import create_model, load_checkpoint, save_checkpoint
 from clients import FRAME_HEADER, Request, Response, RpcMeta, format_frame, make_request, outputs, read_frame
 from data import TextCollator, TokenIds
-from runtime import InputError
+from runtime import InputError, has_bf16
 
 pytestmark = pytest.mark.cpp
 CPP = ROOT / "deploy" / "C++"
@@ -650,6 +650,7 @@ CPU_REFUSES = [  # options of Paddle Serving, the document's first, and the one 
     (["--use_trt"], "--use_trt"),
     (["--precision", "FP16"], "--precision FP16"),
     (["--precision", "int8"], "--precision int8"),
+    *([] if has_bf16() else [(["--precision", "BF16"], "--precision bf16")]),
 ]
 
 

@@ -98,9 +98,9 @@ void check_device(bool use_gpu, bool use_trt, int precision) {
   if (use_trt) throw InputError("--use_trt: Paddle 3 runs its graphs without TensorRT; leave it out");
   if (use_gpu) return;
   if (precision == SERVING_FP16) throw InputError("--precision FP16: a CPU doesn't compute in it; use fp32");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (precision == SERVING_BF16 && !avx512) throw InputError("--precision bf16: this CPU lacks AVX-512; use fp32");
+  if (precision == SERVING_BF16 && !__builtin_cpu_supports("avx512bf16")) {
+    throw InputError("--precision bf16: this CPU lacks avx512_bf16; use fp32");
+  }
 }
 
 int read_precision(const std::string& given) {
