@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ann_util import ExactIndex
 from benchmarks.common import BENCHMARKS_PYTHON, check_benchmarks_python, describe_machine, run_process
-from benchmarks.search import ENGINES
+from benchmarks.search import ENGINES, TUNED_ON
 from runtime import ArgumentParser, InputError, at_least, run
 
 FOLDER = Path(__file__).parent
@@ -61,6 +61,14 @@ def read_vectors(path: str) -> np.ndarray:
         return np.concatenate([np.load(file, allow_pickle=False) for file in files])
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no vectors that can be read ({error})") from None
+
+
+def read_queries(path: str) -> np.ndarray:
+    """The first QUERIES vectors of a .npy file, enough to tune the default ef on some and judge it by others."""
+    queries = read_vectors(path)[:QUERIES]
+    if len(queries) <= TUNED_ON:
+        raise InputError(f"--queries {path}: {len(queries)} vectors; give more than the {TUNED_ON} that ef is tuned on")
+    return queries
 
 
 def measure_size(vectors: np.ndarray, queries: np.ndarray, rounds: int, share: float) -> dict[str, Any]:
@@ -135,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         random = np.random.default_rng(0)
         vectors = made_vectors(rows + QUERIES, random) if given is None else stretched(given, rows, random)
         if args.queries:
-            queries = read_vectors(args.queries)[:QUERIES]
+            queries = read_queries(args.queries)
         elif given is None:
             queries, vectors = vectors[rows:], vectors[:rows]
         else:

@@ -411,6 +411,9 @@ def test_vectors_of_the_search_benchmark(tmp_path: Path) -> None:
     np.testing.assert_array_equal(bench_search.read_vectors(str(tmp_path)), more)
     with pytest.raises(InputError, match="no vectors that can be read"):
         bench_search.read_vectors(str(tmp_path / "missing.npy"))
+    np.testing.assert_array_equal(bench_search.read_queries(str(tmp_path)), more)
+    with pytest.raises(InputError, match=r"--queries .*0\.npy: 167 vectors; give more than the 200"):
+        bench_search.read_queries(str(tmp_path / "0.npy"))
 
 
 def test_engines_of_the_search_benchmark_reach_the_share(tmp_path: Path) -> None:
