@@ -198,10 +198,16 @@ install_extra_lock() {
     lock_part 1 "$client" "$(extra_lock "$1")"
     site_packages=$(find_site_packages)
     install --no-deps --require-hashes --upgrade --python-version 3.9 --implementation cp --only-binary=:all: \
-        --target "$site_packages" -r "$env/setup/part.txt" || return
-    # As its last deed Paddle Serving starts the server, whose exit code it drops.
-    sed -i 's/^\( *\)os\.system(command)$/\1sys.exit(os.waitstatus_to_exitcode(os.system(command)))/' \
-        "$site_packages/paddle_serving_server/server.py"
+        --target "$site_packages" -r "$env/setup/part.txt"
+}
+
+# As its last deed Paddle Serving starts the server in a shell, waits, and drops its exit code; a SIGTERM would end the
+# one that waits. Here the server takes its place. Without a GPU, Paddle Serving doesn't pass --use_trt on.
+patch_serving() {
+    server=$(find_site_packages)/paddle_serving_server/server.py
+    command='command + "-use_trt " * ("--use_trt" in sys.argv)'
+    ! grep -q 'os\.system(command)' "$server" ||
+        sed -i "s/^\( *\).*os\.system(command).*/\1sys.stdout.flush(); os.execvp('sh', ['sh', '-c', $command])/" "$server"
 }
 
 install_extra() {
@@ -285,6 +291,7 @@ for extra in $extras; do
         claim_env
         extra_is_current "$extra" || install_extra "$extra"
     fi
+    [ "$extra" != serving ] || patch_serving
 done
 say "$env is ready"
 

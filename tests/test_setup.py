@@ -244,10 +244,15 @@ def test_extras_are_added_and_a_plain_run_keeps_them(ready: Repo, option: str, a
     assert files_of(ready.path) == before
 
 
-def test_paddle_serving_passes_on_the_exit_code_of_the_server_that_it_starts(ready: Repo) -> None:
+def test_the_server_that_paddle_serving_starts_takes_its_place(ready: Repo) -> None:
+    """Also where an earlier setup.sh had changed the same line."""
     assert ready.run("--serving").returncode == 0
     (server,) = ready.path.glob(f".venv/lib/*/site-packages/{SERVER_FILE}")
-    assert server.read_text() == RUN_SERVER.format("sys.exit(os.waitstatus_to_exitcode(os.system(command)))")
+    changed = server.read_text()
+    assert changed.startswith(RUN_SERVER.partition("{}")[0]) and "os.execvp('sh', ['sh', '-c', command + " in changed
+    server.write_text(RUN_SERVER.format("sys.exit(os.waitstatus_to_exitcode(os.system(command)))"))
+    assert ready.run("--serving").returncode == 0
+    assert server.read_text() == changed
 
 
 def test_without_network_adding_tests_leaves_a_working_environment(ready: Repo) -> None:

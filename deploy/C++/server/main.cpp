@@ -1,15 +1,11 @@
 // Serves an exported model as Paddle Serving's C++ server does; Paddle Serving starts it as SERVING_BIN.
 
 #include <dlfcn.h>
-#include <sys/prctl.h>
-#include <unistd.h>
+#include <sched.h>
 
 #include <algorithm>
-#include <csignal>
 #include <filesystem>
-#include <fstream>
 #include <iostream>
-#include <iterator>
 #include <optional>
 #include <thread>
 
@@ -89,24 +85,14 @@ std::vector<Embed> make_predictors(const PredictorLibrary& library, const Option
   return embeds;
 }
 
-// The command line of the Paddle Serving that started this process directly, empty where none did.
-std::string paddle_servings_command() {
-  std::ifstream file("/proc/" + std::to_string(getppid()) + "/cmdline", std::ios::binary);
-  const std::string command(std::istreambuf_iterator<char>(file), {});
-  return command.find("paddle_serving_server.serve") == std::string::npos ? "" : command;
-}
-
 void run(int argc, char** argv) {
-  const std::string started_by = paddle_servings_command();
-  if (!started_by.empty()) prctl(PR_SET_PDEATHSIG, SIGTERM);  // when that Python process is gone
-  // Without a GPU, Paddle Serving doesn't pass the option on.
-  const bool use_trt = started_by.find("--use_trt") != std::string::npos;
-  std::optional<Options> parsed = parse_options(argc, argv, use_trt);
+  std::optional<Options> parsed = parse_options(argc, argv);
   if (!parsed) return;
   Options& options = *parsed;
   read_graph(options.model);
   // More predictors than cores only get into each other's way; with fewer, each has several cores.
-  const int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  cpu_set_t own;  // those that taskset or a container gives
+  const int cores = sched_getaffinity(0, sizeof(own), &own) == 0 ? CPU_COUNT(&own) : 1;
   const int predictors = std::min(options.threads, cores);
   const PredictorLibrary library;
   std::vector<Embed> embeds = make_predictors(library, options, predictors, cores / predictors);

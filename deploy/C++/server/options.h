@@ -19,5 +19,5 @@ struct Options {
 };
 
 // Nothing where the first option is -check and the others, those of paddle_serving_server.serve, suit this machine.
-// use_trt: whether TensorRT is asked for elsewhere. Throws InputError, which names the option.
-std::optional<Options> parse_options(int argc, char** argv, bool use_trt);
+// Throws InputError, which names the option.
+std::optional<Options> parse_options(int argc, char** argv);
