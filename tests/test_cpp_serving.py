@@ -11,6 +11,7 @@ import os
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -86,9 +87,9 @@ def start(command: list[Any], port: int, **options: Any) -> Server:
 
 
 def stop(server: Server) -> None:
-    """Sends SIGTERM and waits for all processes' end; AddressSanitizer must have found nothing."""
+    """SIGTERM to the process that was started ends the server well; AddressSanitizer must have found nothing."""
     server.process.terminate()
-    server.process.wait(60)
+    assert server.process.wait(60) == 0
     server.reader.join(60)
     assert not server.reader.is_alive() and "Sanitizer" not in "".join(server.log)
 
@@ -187,8 +188,10 @@ def test_the_readmes_commands(cpp_program: Path, folder: Path, tmp_path: Path) -
     shutil.copytree(folder / "serving_server", tmp_path / "serving_server")
     port = free_port()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    variables = cpp_environment(PATH=path, PYTHONPATH="", PYTHONUNBUFFERED="1", SERVING_BIN=str(cpp_program))
-    start_server = start_server.replace("$PWD/deploy/C++/build/serving", str(cpp_program))
+    (tmp_path / "a b").symlink_to(cpp_program.parent)
+    program = tmp_path / "a b" / cpp_program.name
+    variables = cpp_environment(PATH=path, PYTHONPATH="", PYTHONUNBUFFERED="1", SERVING_BIN=f"exec '{program}'")
+    start_server = start_server.replace("$PWD/deploy/C++/build/serving", str(program))
     for command in (
         start_server.replace("python -m", "exec python -m").replace("--port 9393", f"--port {port}"),
         f"exec sh deploy/C++/start_server.sh --port {port}",
@@ -402,6 +405,20 @@ def test_bad_bodies(server: Server, answers: None, case: str) -> None:
     assert (response["err_no"] if isinstance(response, dict) else response.err_no) == BAD_REQUEST
 
 
+@pytest.mark.parametrize("start", [b'{"tensor":[{"shape":', b'{"tensor":[{"name":\'"\',"shape":'])
+def test_deep_json_costs_nothing(server: Server, answers: None, start: bytes) -> None:
+    """Protobuf's parser isn't given it; it takes strings in either quotes."""
+    status, content = post(server, start + b"[" * 10**6, JSON)
+    assert status == 400 and "nested too deeply" in json.loads(content)["err_msg"]
+
+
+@pytest.mark.parametrize("send", [clients.http_inference, clients.rpc_inference])
+def test_large_requests_that_are_sent_whole(server: Server, answers: None, send: Callable[..., Any]) -> None:
+    """Their clients hear why they are refused."""
+    with pytest.raises(InputError, match="refused the request: the body has more than 16777216 bytes"):
+        send(server.address, Request(fetch_var_names=["x" * MAX_BODY]), 60)
+
+
 @pytest.mark.parametrize(
     ("request_bytes", "status"),
     [
@@ -518,6 +535,19 @@ def test_slow_and_vanished_clients(server: Server, answers: None) -> None:
         connection.close()
 
 
+def test_announced_large_requests_leave_room_for_small_ones(server: Server, answers: None) -> None:
+    """What may come in together is limited for large ones alone."""
+    head = f"POST {clients.HTTP_PATH} HTTP/1.1\r\nContent-Type: application/proto\r\nContent-Length: {MAX_BODY}\r\n\r\n"
+    announced = [socket.create_connection(server.address, 60) for _ in range(17)]
+    for connection in announced:
+        connection.sendall(head.encode())
+    refused, _, _ = select.select(announced, [], [], 60)
+    assert refused[0].recv(12) == b"HTTP/1.1 503"
+    assert call(server, format_frame(GOOD))[0].response.error_code == 0
+    for connection in announced:
+        connection.close()
+
+
 def test_every_answer_under_load_is_the_right_one(server: Server, model: Any) -> None:
     """32 clients of both protocols, texts of all lengths, a tenth of the requests malformed."""
     embed, collator = model
@@ -555,16 +585,34 @@ def start_alone(cpp_program: Path, folder: Path, server: Server) -> Callable[...
     return start_with
 
 
+def make_serving_folder(model: SemanticIndexBase, collator: TextCollator, folder: Path) -> Path:
+    """Exports a model to serving_server and serving_client in the folder."""
+    save_checkpoint(folder / "checkpoint", model, collator)
+    export_model.main(["--params_path", str(folder / "checkpoint"), "--output_path", str(folder / "output")])
+    paths = ["--server_path", str(folder / "serving_server"), "--client_path", str(folder / "serving_client")]
+    export_to_serving.main(["--dirname", str(folder / "output"), *paths])
+    return folder
+
+
+def test_the_host_and_the_cores_that_are_given(cpp_program: Path, folder: Path, server: Server) -> None:
+    """A name is looked up, an empty one is none; a predictor for each core that the process may use."""
+    core = min(os.sched_getaffinity(0))
+    for host in ("localhost", ""):
+        port = free_port()
+        command = ["taskset", "-c", core, cpp_program, "-resource_path", f"workdir_{server.port}", "-port", port]
+        alone = start(command, port, cwd=folder, env=cpp_environment(SERVING_HOST=host))
+        assert alone.log[-1].endswith("with 1 predictor(s)\n")
+        assert call(alone, format_frame(GOOD))[0].response.error_code == 0
+        stop(alone)
+
+
 def test_predictors_share_the_weights(cpp_program: Path, tmp_path: Path) -> None:
     """Two take hardly more memory than one, which a second copy of 100 MB would show."""
     model_folder = make_model_folder(tmp_path / "ernie", vocab_size=800_000)
     model, collator = create_model(SemanticIndexBase, from_scratch=str(model_folder))
-    save_checkpoint(tmp_path / "checkpoint", model, collator)
     megabytes = sum(parameter.numpy().nbytes for parameter in model.parameters()) / 1e6
     assert megabytes > 100
-    export_model.main(["--params_path", str(tmp_path / "checkpoint"), "--output_path", str(tmp_path / "output")])
-    paths = ["--server_path", str(tmp_path / "serving_server"), "--client_path", str(tmp_path / "serving_client")]
-    export_to_serving.main(["--dirname", str(tmp_path / "output"), *paths])
+    make_serving_folder(model, collator, tmp_path)
 
     def resident_megabytes(predictors: int) -> float:
         port = free_port()
@@ -573,13 +621,29 @@ def test_predictors_share_the_weights(cpp_program: Path, tmp_path: Path) -> None
         variables = cpp_environment(ASAN_OPTIONS="quarantine_size_mb=0", SERVING_BIN=f"exec {cpp_program}")
         options = ["--port", port, "--runtime_thread_num", predictors]
         server = start([*command, *options], port, cwd=tmp_path, env=variables)
-        assert f"with {min(predictors, os.cpu_count())} predictor(s)" in server.log[-1]
-        (child,) = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-        status = Path(f"/proc/{child}/status").read_text()
+        assert f"with {min(predictors, len(os.sched_getaffinity(0)))} predictor(s)" in server.log[-1]
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
         stop(server)
         return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1000
 
     assert resident_megabytes(2) < resident_megabytes(1) + megabytes / 2
+
+
+def test_ernie_3(cpp_program: Path, tmp_path: Path) -> None:
+    """Its table of task types says nothing about how long a text may be."""
+    model_folder = make_model_folder(tmp_path / "ernie", use_task_id=True, task_type_vocab_size=3)
+    model, collator = create_model(SemanticIndexBase, from_scratch=str(model_folder))
+    model.eval()
+    port = free_port()
+    folder = make_serving_folder(model, collator, tmp_path)
+    command = [sys.executable, "-u", "-m", "paddle_serving_server.serve", "--model", "serving_server", "--port", port]
+    server = start(command, port, cwd=folder, env=cpp_environment(SERVING_BIN=f"exec {cpp_program}"))
+    tokens = collator(TEXTS)
+    (vectors,) = outputs(clients.rpc_inference(server.address, make_request(tokens), 60)).values()
+    np.testing.assert_allclose(vectors, model.embed(*tokens), atol=TOLERANCE)
+    with pytest.raises(InputError, match="41 tokens a text, where the model takes 40 at most"):
+        clients.rpc_inference(server.address, make_request(tuple(np.ones((2, 1, 41), dtype=np.int64))), 60)
+    stop(server)
 
 
 def many_texts(count: int) -> TokenIds:
@@ -609,7 +673,6 @@ def test_too_much_work_is_refused(start_alone: Callable[..., Server], model: Any
     vectors = outputs(clients.rpc_inference(server.address, make_request(tokens), 60))["output_embedding"]
     np.testing.assert_allclose(vectors, model[0](*tokens), atol=TOLERANCE)
     stop(server)
-    assert server.process.returncode == 0
 
 
 def test_sigterm_lets_what_is_going_on_end(start_alone: Callable[..., Server], model: Any) -> None:
@@ -638,7 +701,6 @@ def test_sigterm_lets_what_is_going_on_end(start_alone: Callable[..., Server], m
     assert idle.recv(1) == b""
     idle.close()
     stop(server)
-    assert server.process.returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -692,6 +754,7 @@ def test_paddle_serving_passes_on_what_the_server_refuses(
         (["-resource_path", "nowhere"], "nowhere/resource.prototxt: can't be read"),
         (["-host", "nowhere"], "--port 0: can't listen on nowhere"),
         (["---x"], "---x: isn't an option"),
+        (["-enable_prometheus=True"], "--enable_prometheus: this server has no metrics"),
     ],
 )
 def test_bad_options(cpp_program: Path, folder: Path, server: Server, options: list[str], message: str) -> None:
@@ -788,3 +851,20 @@ def test_the_parsers_bear_whatever_comes(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(re.search(r"stat::number_of_executed_units: (\d+)", done.stderr)[1]) > 1000
+
+
+def test_a_build_of_another_place_is_made_anew(tmp_path: Path) -> None:
+    """CMake refuses its cache once the repository was moved or copied."""
+    (tmp_path / "dpkg-query").write_text("#!/bin/sh\necho install ok installed\n")
+    (tmp_path / "cmake").write_text("#!/bin/sh\nexit 1\n")
+    for program in ("dpkg-query", "cmake"):
+        (tmp_path / program).chmod(0o755)
+    cache = tmp_path / "build" / "CMakeCache.txt"
+    cache.parent.mkdir()
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    command = ["sh", CPP / "build.sh", "--python", sys.executable, "--build-dir", cache.parent]
+    for place, kept in ((cache.parent, True), (tmp_path / "elsewhere", False)):
+        cache.write_text(f"CMAKE_CACHEFILE_DIR:INTERNAL={place}\n")
+        done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "the build failed" in done.stderr
+        assert cache.exists() == kept

@@ -65,6 +65,10 @@ print(f"-DPYTHON_LIBRARY={library}", f"-DPYTHON_LIBRARY_FOLDER={libraries}")
 PY
 ) || exit 2
 
+# CMake refuses what it made before the repository was moved or copied.
+cached=$(sed -n 's/^CMAKE_CACHEFILE_DIR:INTERNAL=//p' "$build/CMakeCache.txt" 2>/dev/null || true)
+[ -z "$cached" ] || [ "$cached" -ef "$build" ] || rm -rf "$build/CMakeCache.txt" "$build/CMakeFiles"
+
 compiler=
 [ "$fuzz" = OFF ] || compiler=-DCMAKE_CXX_COMPILER=clang++
 cmake -S "$here/server" -B "$build" -DCMAKE_BUILD_TYPE=$([ $sanitize = ON ] && echo None || echo Release) -DSANITIZE=$sanitize -DFUZZ=$fuzz \

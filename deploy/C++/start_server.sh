@@ -7,9 +7,12 @@ set -eu
 cd "$(dirname -- "$0")/../.."
 python=python
 [ ! -x .venv/bin/python ] || python=.venv/bin/python
-server=${SERVING_BIN:-$(sh "deploy/C++/build.sh" --python "$python")}
-# Paddle Serving passes on neither the server's exit code nor, without a GPU, --use_trt.
-"$server" -check "$@" || exit
-# exec: with no shell between them, the server ends when Paddle Serving does.
-export SERVING_BIN="exec $server"
+# Paddle Serving gives a shell this command, which ends as the server: exec, and quotes for a path with spaces.
+if [ -z "${SERVING_BIN:-}" ]; then
+    server=$(sh "deploy/C++/build.sh" --python "$python")
+    SERVING_BIN="'$(printf '%s' "$server" | sed "s/'/'\\\\''/g")'"
+fi
+export SERVING_BIN="exec ${SERVING_BIN#exec }"
+# It starts the server only after several seconds of its own.
+sh -c "$SERVING_BIN -check \"\$@\"" sh "$@" || exit
 exec "$python" -W ignore -m paddle_serving_server.serve --model serving_server --port 9393 --thread 5 --ir_optim "$@"

@@ -21,6 +21,7 @@ using google::protobuf::internal::WireFormatLite;
 using google::protobuf::io::CodedInputStream;
 
 constexpr int kMaxMessages = 64;  // tensors and strings in a request, each of which costs more memory than bytes
+constexpr int kMaxDepth = 8;      // of JSON; a request has 4: the list of a tensor in the list of them
 enum ElementType { kInt64 = 0, kFloat32 = 1, kInt32 = 2 };
 
 bool has_its_wire_type(uint32_t tag, const FieldDescriptor& field) {
@@ -60,7 +61,27 @@ google::protobuf::util::TypeResolver& type_resolver() {
   return *resolver;
 }
 
+// Protobuf's JSON parser keeps hundreds of bytes for each bracket that is open.
+void check_depth(std::string_view json) {
+  int depth = 0;
+  char quote = 0;  // that ends the string, 0 outside of one
+  for (size_t i = 0; i < json.size(); ++i) {
+    const char c = json[i];
+    if (quote) {
+      if (c == quote) quote = 0;
+      if (c == '\\') ++i;
+    } else if (c == '"' || c == '\'') {  // protobuf's parser takes both
+      quote = c;
+    } else if (c == '[' || c == '{')
+      ++depth;
+    else if (c == ']' || c == '}')
+      --depth;
+    if (depth > kMaxDepth) throw RequestError::bad("the body isn't a Request in JSON: it is nested too deeply");
+  }
+}
+
 std::string json_to_wire(std::string_view json) {
+  check_depth(json);
   static const std::string url = "type.googleapis.com/" + Request::descriptor()->full_name();
   std::string wire;
   const auto status = google::protobuf::util::JsonToBinaryString(

@@ -8,6 +8,7 @@
 #include <iterator>
 #include <map>
 #include <optional>
+#include <set>
 
 #include "error.h"
 
@@ -71,6 +72,7 @@ void read_graph(Model& model) {
 
   std::map<int64_t, int64_t> table_rows;                  // weights and their first size
   std::map<int64_t, double> constants;                    // values that a "full" writes
+  std::set<int64_t> uniform;                              // tensors of one number throughout, whatever the texts are
   std::optional<int64_t> input_ids, token_type_ids, pad;  // value ids
   for (const Value& value : field(block, "ops").list_value().values()) {
     const Struct& operation = value.struct_value();
@@ -86,11 +88,16 @@ void read_graph(Model& model) {
       if (name == "token_type_ids") token_type_ids = output;
     } else if (kind == "1.full") {
       constants[output] = attribute(operation, "value").number_value();
+      uniform.insert(output);
+    } else if (kind == "1.full_with_tensor" || kind == "1.full_like" ||
+               ((kind == "1.scale" || kind == "1.cast") && uniform.count(value_id(operation, "I", 0)))) {
+      uniform.insert(output);
     } else if (kind == "1.equal" && input_ids && value_id(operation, "I", 0) == *input_ids) {
       pad = value_id(operation, "I", 1);  // the attention mask: input_ids == pad
     } else if (kind == "1.embedding") {
       const int64_t rows = table_rows[value_id(operation, "I", 1)];
       const int64_t ids = value_id(operation, "I", 0);
+      if (uniform.count(ids)) continue;  // ERNIE 3.0's task types: one row for all tokens
       int64_t& limit = input_ids && ids == *input_ids             ? model.vocabulary_size
                        : token_type_ids && ids == *token_type_ids ? model.token_types
                                                                   : model.max_length;

@@ -148,7 +148,7 @@ void read_names(const model_config::GeneralModelConfig& config, const std::strin
 
 }  // namespace
 
-std::optional<Options> parse_options(int argc, char** argv, bool use_trt) {
+std::optional<Options> parse_options(int argc, char** argv) {
   const Flags flags = read_flags(argc, argv);
   if (flags.count("check")) {
     const std::string gpu = text(flags, "gpu_ids", text(flags, "gpu_id", "-1"));
@@ -157,7 +157,7 @@ std::optional<Options> parse_options(int argc, char** argv, bool use_trt) {
   }
   Options options;
   // Paddle Serving has no option for it; web_service.py reads the same variable.
-  if (const char* const host = std::getenv("SERVING_HOST")) options.host = host;
+  if (const char* const host = std::getenv("SERVING_HOST"); host && *host) options.host = host;
   options.host = text(flags, "host", options.host);
   options.port = static_cast<unsigned short>(number(flags, "port", options.port, 0, 65535));
   options.threads = static_cast<int>(number(flags, "num_threads", options.threads, 1, 1024));
@@ -179,8 +179,10 @@ std::optional<Options> parse_options(int argc, char** argv, bool use_trt) {
   if (toolkit.engines_size() != 1) throw InputError("--model: give one model folder");
   const auto& engine = toolkit.engines(0);
   options.precision = read_precision(text(flags, "precision", "fp32"));
+  if (flags.count("enable_prometheus"))
+    throw InputError("--enable_prometheus: this server has no metrics; leave it out, or use web_service.py's /metrics");
   const bool use_gpu = engine.use_gpu() || (engine.gpu_ids_size() && engine.gpu_ids(0) >= 0);
-  check_device(use_gpu, use_trt || engine.use_trt(), options.precision);
+  check_device(use_gpu, flags.count("use_trt") || engine.use_trt(), options.precision);
   if (use_gpu) options.gpu_id = engine.gpu_ids_size() ? engine.gpu_ids(0) : 0;
 
   if (engine.runtime_thread_num() > 0) options.threads = engine.runtime_thread_num();

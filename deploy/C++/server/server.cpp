@@ -30,11 +30,14 @@ using std::chrono::seconds;
 constexpr seconds kIdleTimeout{300};    // between requests
 constexpr seconds kMessageTimeout{30};  // for a request to come in, or a response to be taken
 constexpr seconds kDrainTimeout{30};    // for all that goes on when the server is told to end
+constexpr seconds kDiscardTimeout{2};   // for more of a request that was refused
 constexpr std::chrono::milliseconds kDrainCheckInterval{20};
 constexpr size_t kMaxConnections = 1024;
 constexpr size_t kFirstBytes = 512;
 constexpr size_t kMaxHeaderBytes = 16 << 10;
-constexpr size_t kMaxBytesInFlight = 256 << 20;  // bodies of all connections
+constexpr size_t kSmallBody = 64 << 10;          // there is always room for: 64 MiB in all connections
+constexpr size_t kMaxDiscarded = 64 << 20;       // of a request that is refused unread
+constexpr size_t kMaxBytesInFlight = 256 << 20;  // larger bodies of all connections
 constexpr size_t kMaxFramesInFlight = 64;        // of one connection
 constexpr size_t kMinCompressedBytes = 512;
 constexpr char kPath[] = "/GeneralModelService/inference";
@@ -52,9 +55,9 @@ struct Shared {
 class Reservation {
  public:
   // Throws RequestError if too much is taken already.
-  Reservation(Shared& shared, size_t bytes) : shared_(shared), bytes_(bytes) {
-    if (shared.bytes_in_flight.fetch_add(bytes) + bytes > kMaxBytesInFlight) {
-      shared.bytes_in_flight.fetch_sub(bytes);
+  Reservation(Shared& shared, size_t bytes) : shared_(shared), bytes_(bytes > kSmallBody ? bytes : 0) {
+    if (shared.bytes_in_flight.fetch_add(bytes_) + bytes_ > kMaxBytesInFlight) {
+      shared.bytes_in_flight.fetch_sub(bytes_);
       throw RequestError::overloaded("too many large requests are coming in; try again later");
     }
   }
@@ -89,6 +92,24 @@ class Connection : public std::enable_shared_from_this<Connection> {
     error_code ignored;
     stream_.socket().shutdown(tcp::socket::shutdown_both, ignored);
     stream_.socket().close(ignored);
+  }
+
+  // Ends the connection after a response. A request that wasn't read to its end would make the kernel reset the
+  // connection, and the client, which sends all of it before it reads, would lose the response: it is read first.
+  void finish() {
+    error_code ignored;
+    stream_.socket().shutdown(tcp::socket::shutdown_send, ignored);
+    discard(kMaxDiscarded);
+  }
+
+  void discard(size_t most) {
+    if (shared_.draining) return close();
+    buffer_.clear();
+    stream_.expires_after(kDiscardTimeout);
+    stream_.async_read_some(buffer_.prepare(64 << 10), [self = shared_from_this(), most](error_code error, size_t size) {
+      if (error || size > most) return self->close();
+      self->discard(most - size);
+    });
   }
 
   // Calls `answer(job)` on the strand when the job has its vectors or an error. Throws RequestError.
@@ -235,25 +256,6 @@ class HttpConnection : public Connection {
     });
   }
 
-  // Ends the connection after a response. A request that wasn't read to its end would make the kernel reset the
-  // connection, and the client might lose the response: some of it is read first.
-  void finish() {
-    error_code ignored;
-    stream_.socket().shutdown(tcp::socket::shutdown_send, ignored);
-    if (shared_.draining) return close();
-    discard(16);
-  }
-
-  void discard(int reads) {
-    if (reads == 0) return close();
-    buffer_.clear();
-    stream_.expires_after(seconds(2));
-    stream_.async_read_some(buffer_.prepare(64 << 10), [self = self(), reads](error_code error, size_t) {
-      if (error) return self->close();
-      self->discard(reads - 1);
-    });
-  }
-
   std::optional<Parser> parser_;
   http::response<http::string_body> response_;
   std::optional<Reservation> reservation_;
@@ -342,7 +344,7 @@ class FrameConnection : public Connection {
 
   void refuse_and_end(const RequestError& error) {
     reading_ = false;
-    ending_ = true;
+    ending_ = refused_ = true;
     ++in_flight_;
     write(format_frame_error(0, error));
   }
@@ -372,6 +374,7 @@ class FrameConnection : public Connection {
     output_.pop_front();
     --in_flight_;
     if (!output_.empty()) write_next();
+    if (in_flight_ == 0 && refused_) return finish();
     if (in_flight_ == 0 && (ending_ || (shared_.draining && idle()))) return close();
     read_next();
   }
@@ -381,6 +384,7 @@ class FrameConnection : public Connection {
   std::deque<std::string> output_;
   size_t in_flight_ = 0;  // frames read and not answered
   bool reading_ = false, reading_body_ = false, ending_ = false;
+  bool refused_ = false;  // a frame, the rest of which may still come
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -391,7 +395,8 @@ class Listener {
   Listener(asio::io_context& context, const ServerOptions& options, Shared& shared)
       : context_(context), strand_(asio::make_strand(context)), acceptor_(strand_), retry_(strand_), shared_(shared) {
     try {
-      const tcp::endpoint endpoint(asio::ip::make_address(options.host), options.port);
+      const tcp::endpoint endpoint =
+          *tcp::resolver(context).resolve(options.host, std::to_string(options.port), tcp::resolver::passive).begin();
       acceptor_.open(endpoint.protocol());
       acceptor_.set_option(asio::socket_base::reuse_address(true));
       acceptor_.bind(endpoint);
