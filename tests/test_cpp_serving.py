@@ -716,11 +716,14 @@ CPU_REFUSES = [  # options of Paddle Serving, the document's first, and the one 
 ]
 
 
-@pytest.mark.parametrize(("options", "named"), CPU_REFUSES)
-def test_what_a_cpu_cannot_do(cpp_program: Path, options: list[str], named: str) -> None:
-    """start_server.sh refuses it by name before it starts anything."""
+BAD_VALUES = [(["--model", "nope"], "--model nope"), (["--port", "99999"], "-port 99999")]
+
+
+@pytest.mark.parametrize(("options", "named"), CPU_REFUSES + BAD_VALUES)
+def test_what_start_server_refuses(cpp_program: Path, folder: Path, options: list[str], named: str) -> None:
+    """What a CPU can't do and wrong values, by name, before it starts anything."""
     done = subprocess.run(
-        ["sh", CPP / "start_server.sh", *options],
+        ["sh", CPP / "start_server.sh", "--model", folder / "serving_server", *options],
         env=cpp_environment(SERVING_BIN=str(cpp_program)),
         capture_output=True,
         text=True,

@@ -13,6 +13,7 @@ if [ -z "${SERVING_BIN:-}" ]; then
     SERVING_BIN="'$(printf '%s' "$server" | sed "s/'/'\\\\''/g")'"
 fi
 export SERVING_BIN="exec ${SERVING_BIN#exec }"
-# It starts the server only after several seconds of its own.
+set -- --model serving_server --port 9393 --thread 5 --ir_optim "$@"
+# It starts the server only after several seconds of its own, and answers wrong values with tracebacks.
 sh -c "$SERVING_BIN -check \"\$@\"" sh "$@" || exit
-exec "$python" -W ignore -m paddle_serving_server.serve --model serving_server --port 9393 --thread 5 --ir_optim "$@"
+exec "$python" -W ignore -m paddle_serving_server.serve "$@"

@@ -21,6 +21,7 @@
 
 namespace {
 
+constexpr char kServerConfig[] = "serving_server_conf.prototxt";
 constexpr std::string_view kGraphSuffix = ".json", kWeightsSuffix = ".pdiparams";
 
 using Flags = std::map<std::string, std::string>;
@@ -151,6 +152,10 @@ void read_names(const model_config::GeneralModelConfig& config, const std::strin
 std::optional<Options> parse_options(int argc, char** argv) {
   const Flags flags = read_flags(argc, argv);
   if (flags.count("check")) {
+    const std::string model = text(flags, "model", "");
+    if (!std::filesystem::is_regular_file(join(model, kServerConfig)))
+      throw InputError("--model " + model + ": has no " + kServerConfig + "; name what export_to_serving.py wrote");
+    number(flags, "port", 0, 0, 65535);
     const std::string gpu = text(flags, "gpu_ids", text(flags, "gpu_id", "-1"));
     check_device(gpu != "-1", flags.count("use_trt"), read_precision(text(flags, "precision", "fp32")));
     return {};
