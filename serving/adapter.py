@@ -168,16 +168,17 @@ class EncoderOp(Op):
             vectors = encoder.encode(texts)
             self._metrics.encoded(len(texts), time.monotonic() - start)
             self._expected = self._admission.requests // self._workers
+            parts = np.split(vectors, np.cumsum(counts)[:-1])
+            return {number: {OUTPUT: part} for number, part in zip(preped_data_dict, parts, strict=True)}, {}
         except EncoderStopped as error:
             service_log(f"error: the encoder {error}")
-            return {}, {
-                number: ChannelData(error_code=INTERNAL_ERROR, error_info="", data_id=number)
-                for number in preped_data_dict
-            }
+        except Exception as error:  # it would end Serving's thread, and with it all answers
+            service_log(f"error: {type(error).__name__} in encoding a batch")  # its message could hold texts
         finally:
             self._encoders.put(encoder)
-        parts = np.split(vectors, np.cumsum(counts)[:-1])
-        return {number: {OUTPUT: part} for number, part in zip(preped_data_dict, parts, strict=True)}, {}
+        return {}, {
+            number: ChannelData(error_code=INTERNAL_ERROR, error_info="", data_id=number) for number in preped_data_dict
+        }
 
 
 def _texts(data: Mapping[str, ChannelData]) -> int:

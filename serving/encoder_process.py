@@ -47,23 +47,31 @@ class EncoderProcess:
 
     def __init__(self, options: EncoderOptions) -> None:
         self._options = options
+        self.broken = False  # whether the last start failed
         self._start()
 
     def _start(self) -> None:
-        self._connection, child = Pipe()
-        with child:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(child.fileno()), json.dumps(self._options)],
-                pass_fds=[child.fileno()],
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the service alone
-            )
+        try:
+            self._connection, child = Pipe()
+            with child:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", __name__, str(child.fileno()), json.dumps(self._options)],
+                    pass_fds=[child.fileno()],
+                    env={**os.environ, "PYTHONPATH": str(ROOT)},
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C is for the service alone
+                )
+        except OSError as error:
+            self.broken = True
+            remedy = "raise the limit on memory, processes or open files"
+            raise InputError(
+                f"{self._options.model_dir}: no process to load it can be started ({error.strerror}); {remedy}"
+            ) from None
         try:
             error = self._receive()
         except EncoderStopped:
             error = f"{self._options.model_dir}: the process that loads it ended; is there memory enough?"
-        self.broken = error is not None  # whether the last start failed
+        self.broken = error is not None
         if error:
             self.close()
             raise InputError(error)
@@ -90,7 +98,7 @@ class EncoderProcess:
     def _receive(self) -> Any:
         try:
             return self._connection.recv()
-        except (EOFError, OSError):
+        except (EOFError, OSError, MemoryError):  # the last leaves a part unread
             self._connection.close()
             self._process.wait()
             raise EncoderStopped(f"ended with exit code {self._process.returncode}") from None

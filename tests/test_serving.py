@@ -1,5 +1,6 @@
 """A real Pipeline service: its vectors, its load, and everything that clients and operators can do wrong."""
 
+import errno
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import numpy as np
@@ -34,7 +36,7 @@ from benchmarks.service import (
 )
 from data import encode_texts
 from runtime import InputError
-from serving import adapter, http_gateway
+from serving import adapter, encoder_process, http_gateway
 from serving.adapter import METHOD, PipelineService, Request, Response, ServiceOptions
 from serving.encoder_process import EncoderOptions, EncoderProcess, EncoderStopped
 from serving.http_gateway import PREDICTION_PATH, HttpGateway
@@ -343,6 +345,8 @@ class FakeEncoder:
         assert self.go.wait(30)
         if "fail" in texts:
             raise EncoderStopped("ended")
+        if "crash" in texts:
+            raise ValueError(SECRET)
         return np.array([[len(self.batches), len(text)] for text in texts], dtype=np.float32)
 
     def close(self) -> None:
@@ -434,6 +438,20 @@ def test_a_failing_encoder_fails_its_batch_alone(fake_service: PipelineService, 
     response = ask(fake_service, "fail")
     assert response.err_no == INTERNAL_ERROR and response.err_msg == "the encoder failed: try again"
     assert ask(fake_service, "a").err_no == 0
+
+
+def test_an_unforeseen_error_fails_its_batch_alone(
+    fake_service: PipelineService, encoder: FakeEncoder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The thread that Serving encodes in goes on."""
+    encoder.go.set()
+    answers: list[Response] = []
+    threading.Thread(
+        target=lambda: answers.extend(ask(fake_service, text) for text in ("crash", "a")), daemon=True
+    ).start()
+    until(lambda: len(answers) == 2)
+    assert [answer.err_no for answer in answers] == [INTERNAL_ERROR, 0]
+    assert capsys.readouterr().err == "error: ValueError in encoding a batch\n"
 
 
 def test_an_unforeseen_error_is_an_answer(
@@ -540,6 +558,22 @@ def test_a_killed_encoder_is_started_again(service: Service) -> None:
         assert embed(["水稻"]).shape == (1, 16)
     (successor,) = children(service.process.pid)
     assert successor != encoder
+
+
+def test_an_encoder_that_cannot_be_started_again(serving_server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is broken until the next texts, which start it where that works by then."""
+    others = children(os.getpid())
+    encoder = EncoderProcess(EncoderOptions(str(serving_server), "cpu", "fp32", 1, None, 4))
+    (process,) = {*children(os.getpid())}.difference(others)
+    os.kill(process, signal.SIGKILL)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder_process, "Pipe", Mock(side_effect=OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
+        for _ in range(2):
+            with pytest.raises(EncoderStopped, match=r"can't be started again: .*Too many open files.*raise the limit"):
+                encoder.encode(["水稻"])
+            assert encoder.broken
+    assert encoder.encode(["水稻"]).shape == (1, 16) and not encoder.broken
+    encoder.close()
 
 
 def test_sigterm_answers_what_is_in_flight_and_leaves_no_process(serving_server: Path) -> None:
