@@ -298,5 +298,11 @@ def embed_remotely(endpoint: str, feed: Mapping[str, str]) -> Response:
         # With `clientip` it doesn't look up this machine's name, which fails where no DNS knows it.
         return client.predict(feed_dict={**feed, "clientip": "127.0.0.1"})
     except grpc.RpcError as error:
-        remedy = "start deploy/python/web_service.py, or name another with --endpoint"
-        raise InputError(f"--endpoint {endpoint}: {error.code().name}, {error.details()}; {remedy}") from None
+        details = error.details()
+        if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED:
+            remedy = "start deploy/python/web_service.py, or name another with --endpoint"
+        elif "Concurrent RPC limit" in details:  # of maximum_concurrent_rpcs; others are of a message's bytes
+            remedy = "the service is busy: try again later"
+        else:
+            remedy = "send fewer texts at a time"
+        raise InputError(f"--endpoint {endpoint}: {error.code().name}, {details}; {remedy}") from None

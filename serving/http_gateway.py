@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import select
 import socket
 import threading
 import time
@@ -30,6 +31,8 @@ IDLE_SECONDS = 60.0  # that a connection may stay open without a request
 DISCARD_SECONDS = 2.0  # of a body that isn't read: closing at once would lose the answer on its way
 POLL_SECONDS = 0.1  # in which a stop is noticed
 SENDING_SECONDS = 2.0  # that a stop leaves for answers on their way
+CLOSING_SECONDS = 1.0  # in which a connection that is closed for another must have ended
+OTHER_CONNECTIONS = 384  # beside those whose request is answered: they are idle, or ask for /health, or are refused
 STATUSES = {
     OK: HTTPStatus.OK,
     BAD_REQUEST: HTTPStatus.BAD_REQUEST,
@@ -39,7 +42,7 @@ STATUSES = {
     INTERNAL_ERROR: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 FIELDS = {"key", "value", "tensors", "name", "method", "logid", "clientip"}  # of a Request
-BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
+ERROR_NUMBERS = {HTTPStatus.NOT_FOUND: NO_SUCH_SERVICE, HTTPStatus.SERVICE_UNAVAILABLE: OVERLOADED}  # else BAD_REQUEST
 
 
 def parse_json_request(body: bytes) -> Request:
@@ -93,6 +96,22 @@ def response_json(response: Response) -> bytes:
     return json.dumps(content, ensure_ascii=False).encode()
 
 
+def format_answer(
+    status: HTTPStatus, body: bytes, content_type: str = "application/json", close: bool = False
+) -> bytes:
+    """An answer as it is sent; close: tell the client that the connection ends with it."""
+    head = [
+        f"HTTP/1.1 {status.value} {status.phrase}",
+        f"Content-Type: {content_type}",
+        f"Content-Length: {len(body)}",
+    ]
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        head.append("Retry-After: 1")
+    if close:
+        head.append("Connection: close")
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
 class _DeadlineSocket(io.RawIOBase):
     """Reads a socket until a point in time, however slowly the bytes come."""
 
@@ -126,7 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         self._socket.until = time.monotonic() + IDLE_SECONDS
         try:
-            waiting = self.rfile.peek(1)
+            with self.server.idle(self.connection):
+                waiting = self.rfile.peek(1)
         except TimeoutError:
             waiting = b""
         if not waiting:
@@ -160,16 +180,22 @@ class _Handler(BaseHTTPRequestHandler):
             self._discard(length)
             self._send_error(HTTPStatus.NOT_FOUND, f"send requests to {PREDICTION_PATH}")
             return
+        if not self.server.free_requests.acquire(blocking=False):
+            self._discard(length)
+            self._send_error(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at a time: try again later")
+            return
         try:
             body = self.rfile.read(length)
+            if len(body) < length:
+                self.close_connection = True
+                return
+            response = self.server.service.answer("http", lambda: parse_json_request(body))
         except TimeoutError:
             self.close_connection = True
             self._send_error(HTTPStatus.REQUEST_TIMEOUT, f"the request took longer than {REQUEST_SECONDS:g} s to come")
             return
-        if len(body) < length:
-            self.close_connection = True
-            return
-        response = self.server.service.answer("http", lambda: parse_json_request(body))
+        finally:  # before the answer is sent: the client's next request may come at once, over another connection
+            self.server.free_requests.release()
         self._send(STATUSES[response.err_no], response_json(response))
 
     def _refused_length(self) -> bool:
@@ -192,6 +218,8 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             while length > 0 and (block := self.rfile.read1(min(length, 1 << 16))):
                 length -= len(block)
+        if length > 0:
+            self.close_connection = True  # the rest of the body is no request
 
     def send_error(self, code: int, *_: object) -> None:
         """What http.server finds wrong; its own pages repeat what the client sent."""
@@ -199,38 +227,35 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_error(HTTPStatus(code), HTTPStatus(code).description or HTTPStatus(code).phrase)
 
     def _send_error(self, status: HTTPStatus, message: str) -> None:
-        number = NO_SUCH_SERVICE if status == HTTPStatus.NOT_FOUND else BAD_REQUEST
+        number = ERROR_NUMBERS.get(status, BAD_REQUEST)
         self.server.service.metrics.answered("http", number, 0.0)
         self._send(status, response_json(error_response(number, message)))
 
     def _send(self, status: HTTPStatus, body: bytes, content_type: str = "application/json") -> None:
         if self.server.service.admission.stopping:
             self.close_connection = True
-        head = [
-            f"HTTP/1.1 {status.value} {status.phrase}",
-            f"Content-Type: {content_type}",
-            f"Content-Length: {len(body)}",
-        ]
-        if status == HTTPStatus.SERVICE_UNAVAILABLE:
-            head.append("Retry-After: 1")
-        if self.close_connection:
-            head.append("Connection: close")
         self.connection.settimeout(REQUEST_SECONDS)
-        self.wfile.write("\r\n".join([*head, "", ""]).encode() + body)
+        self.wfile.write(format_answer(status, body, content_type, self.close_connection))
 
     def log_message(self, *_: object) -> None:
         """Nothing: a path or a broken request line could hold texts."""
 
 
 class HttpGateway(ThreadingHTTPServer):
-    """Opens the HTTP port and serves it in threads of its own; port 0 takes any free one. Raises InputError."""
+    """Opens the HTTP port and serves it in threads of its own; port 0 takes any free one. Raises InputError.
+
+    requests: for vectors, at a time; more are refused. Where OTHER_CONNECTIONS more than that are open, the next takes
+    the place of the one that has been idle longest.
+    """
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, service: PipelineService, host: str, port: int, connections: int) -> None:
+    def __init__(self, service: PipelineService, host: str, port: int, requests: int) -> None:
         self.service = service
-        self._free = threading.BoundedSemaphore(connections)
+        self.free_requests = threading.BoundedSemaphore(requests)
+        self._free_connections = threading.BoundedSemaphore(requests + OTHER_CONNECTIONS)
+        self._idle: dict[socket.socket, None] = {}  # the longest idle first
         self._handled = 0
         self._changed = threading.Condition()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -243,19 +268,44 @@ class HttpGateway(ThreadingHTTPServer):
         self._thread.start()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._free.acquire(blocking=False):
+        free = self._free_connections
+        if free.acquire(blocking=False) or (self._close_idle() and free.acquire(timeout=CLOSING_SECONDS)):
             super().process_request(request, client_address)
             return
+        response = error_response(OVERLOADED, "too many connections at a time: try again later")
         with contextlib.suppress(OSError):
             request.settimeout(0.1)
-            request.sendall(BUSY)
-        self.shutdown_request(request)
+            request.sendall(format_answer(STATUSES[OVERLOADED], response_json(response), close=True))
+        super().shutdown_request(request)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def shutdown_request(self, request: Any) -> None:
+        """Ends a connection that `process_request` took, whether or not its thread could be started."""
+        super().shutdown_request(request)
+        self._free_connections.release()
+
+    def _close_idle(self) -> bool:
+        """Ends the connection that has been idle longest; False if a request has come on every one."""
+        with self._changed:
+            for connection in self._idle:
+                poll = select.poll()
+                poll.register(connection, select.POLLIN)
+                if not poll.poll(0):
+                    del self._idle[connection]
+                    with contextlib.suppress(OSError):
+                        connection.shutdown(socket.SHUT_RDWR)  # its thread reads the end
+                    return True
+        return False
+
+    @contextlib.contextmanager
+    def idle(self, connection: socket.socket) -> Iterator[None]:
+        """While no request comes on a connection."""
+        with self._changed:
+            self._idle[connection] = None
         try:
-            super().process_request_thread(request, client_address)
+            yield
         finally:
-            self._free.release()
+            with self._changed:
+                self._idle.pop(connection, None)
 
     def handle_error(self, *_: object) -> None:
         """Nothing: a client hung up."""

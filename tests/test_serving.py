@@ -1,6 +1,7 @@
 """A real Pipeline service: its vectors, its load, and everything that clients and operators can do wrong."""
 
 import errno
+import http.client
 import io
 import json
 import os
@@ -37,7 +38,7 @@ from benchmarks.service import (
 from data import encode_texts
 from runtime import InputError
 from serving import adapter, encoder_process, http_gateway
-from serving.adapter import METHOD, PipelineService, Request, Response, ServiceOptions
+from serving.adapter import METHOD, PipelineService, Request, Response, ServiceOptions, embed_remotely
 from serving.encoder_process import EncoderOptions, EncoderProcess, EncoderStopped
 from serving.http_gateway import PREDICTION_PATH, HttpGateway
 from serving.limits import BAD_REQUEST, INTERNAL_ERROR, NO_SUCH_SERVICE, OVERLOADED, STOPPING, Limits
@@ -485,10 +486,11 @@ def test_stopping_answers_what_is_there(encoder: FakeEncoder) -> None:
 
 @pytest.fixture
 def gateway(fake_service: PipelineService, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpGateway]:
-    """Of the fake service, with little patience and two connections."""
+    """Of the fake service, with little patience, two requests at a time and six connections."""
     monkeypatch.setattr(http_gateway, "REQUEST_SECONDS", 0.5)
     monkeypatch.setattr(http_gateway, "IDLE_SECONDS", 1.0)
-    gateway = HttpGateway(fake_service, HOST, 0, connections=2)
+    monkeypatch.setattr(http_gateway, "OTHER_CONNECTIONS", 4)
+    gateway = HttpGateway(fake_service, HOST, 0, requests=2)
     yield gateway
     gateway.stop()
 
@@ -512,16 +514,77 @@ def test_slow_clients_lose_their_connection(gateway: HttpGateway) -> None:
         assert idle.recv(4096) == b""
 
 
-def test_more_connections_are_refused_at_once(gateway: HttpGateway, encoder: FakeEncoder) -> None:
-    """And taken again when others are gone."""
+def test_idle_connections_make_room(gateway: HttpGateway, encoder: FakeEncoder) -> None:
+    """The longest idle one is closed for the next; those that stay go on."""
     encoder.go.set()
-    address = (HOST, gateway.server_port)
-    first, second, third = (socket.create_connection(address) for _ in range(3))
-    with first, second, third:
-        third.settimeout(10)
-        assert third.recv(4096).startswith(b"HTTP/1.1 503")
+    connections = [http.client.HTTPConnection(HOST, gateway.server_port, timeout=10) for _ in range(8)]
+    for connection in connections:
+        connection.request("GET", "/health")
+        assert connection.getresponse().read() == b'{"status": "ok"}'
+    connections[0].request("GET", "/health")
+    with pytest.raises(OSError):
+        connections[0].getresponse()
+    status, answer = post_to(connections[-1], as_json(key=["0"], value=["a"]))
+    assert (status, answer["err_no"]) == (200, 0)
+    for connection in connections:
+        connection.close()
+
+
+def test_more_connections_at_work_are_refused(gateway: HttpGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and taken again when others are gone."""
+    monkeypatch.setattr(http_gateway, "REQUEST_SECONDS", 30.0)
     service = Service(None, 0, gateway.server_port, [])
+    slow = [socket.create_connection((HOST, gateway.server_port)) for _ in range(6)]
+    for connection in slow:
+        connection.sendall(b"GET /")
+    status, body = get(service, "/health")
+    assert status == 503 and json.loads(body)["err_no"] == OVERLOADED and "try again later" in body
+    for connection in slow:
+        connection.close()
     until(lambda: get(service, "/health")[0] == 200)
+
+
+def post_to(connection: http.client.HTTPConnection, body: bytes) -> tuple[int, dict[str, Any]]:
+    """Status and content, over a connection that stays open."""
+    connection.request("POST", PREDICTION_PATH, body)
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+def test_more_requests_are_refused_at_once(gateway: HttpGateway, encoder: FakeEncoder) -> None:
+    """Over a connection that goes on; /health and /metrics aren't concerned."""
+    service = Service(None, 0, gateway.server_port, [])
+    body = as_json(key=["0"], value=["a"])
+    refused = http.client.HTTPConnection(HOST, gateway.server_port, timeout=10)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(post, service, body) for _ in range(2)]
+        until(lambda: gateway.service.admission.requests == 2)
+        status, answer = post_to(refused, body + b" " * 9000)
+        assert (status, answer["err_no"], "try again later" in answer["err_msg"]) == (503, OVERLOADED, True)
+        assert get(service, "/health")[0] == 200
+        assert read_metrics(service)[f'errors_total{{err_no="{OVERLOADED}"}}'] == 1
+        encoder.go.set()
+        assert [future.result()[0] for future in waiting] == [200, 200]
+    assert post_to(refused, body)[0] == 200
+    refused.close()
+
+
+def test_overload_over_rpc(encoder: FakeEncoder) -> None:
+    """The client tells a busy service from texts that are too many, and from none."""
+    service = PipelineService([encoder], ServiceOptions(4, 0.0, 1, LIMITS))
+    endpoint = f"{HOST}:{service.listen(HOST, 0)}"
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(embed_remotely, endpoint, {"0": "a"})
+        until(lambda: service.admission.requests == 1)
+        with pytest.raises(InputError, match="the service is busy: try again later"):
+            embed_remotely(endpoint, {"0": "b"})
+        encoder.go.set()
+        assert waiting.result().err_no == 0
+    with pytest.raises(InputError, match="send fewer texts"):
+        embed_remotely(endpoint, {"0": "a" * LIMITS.bytes})
+    assert service.stop(30)
+    with pytest.raises(InputError, match=r"start deploy/python/web_service\.py"):
+        embed_remotely(endpoint, {"0": "a"})
 
 
 def test_overload_over_http(gateway: HttpGateway, fake_service: PipelineService, encoder: FakeEncoder) -> None:

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ),
         )
         rpc_port = service.listen(host, settings["rpc_port"])
-        gateway = HttpGateway(service, host, settings["http_port"], connections=settings["max_requests"])
+        gateway = HttpGateway(service, host, settings["http_port"], requests=settings["max_requests"])
         try:
             service_log(
                 f"ready: gRPC on {host}:{rpc_port}, HTTP on http://{host}:{gateway.server_port}{PREDICTION_PATH}"
