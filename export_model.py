@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, Embed, TextCollator, TokenIds
-from files import MANIFEST_FILE, atomic_folder, read_json, sha256, write_json, write_manifest
+from files import atomic_folder, check_replaceable, sha256, write_json, write_manifest
 from runtime import ArgumentParser, InputError, at_least, run, set_up_paddle
 
 if __name__ == "__main__":
@@ -87,17 +87,6 @@ def random_tokens(collator: TextCollator, batch_size: int, length: int) -> Token
     return input_ids, np.zeros_like(input_ids)
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raises InputError if a folder holds anything that no export wrote: replacing it would lose that."""
-    if not folder.is_dir():
-        return
-    exported = (folder / MANIFEST_FILE).is_file() and (folder / MODEL_CARD_FILE).is_file()
-    files = read_json(folder / MANIFEST_FILE).get("files") if exported else ()
-    others = sorted({path.name for path in folder.iterdir()} - {MANIFEST_FILE, *(files or ())})
-    if others:
-        raise InputError(f"--output_path {folder}: holds {others[0]}, which no export wrote; give another folder")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
@@ -118,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints how far the exported graph is from the model, and the names of the files."""
     args = build_parser().parse_args(argv)
     output = Path(args.output_path)
-    check_replaceable(output)
+    check_replaceable(output, "--output_path", MODEL_CARD_FILE)
     onnx = args.format == "onnx"
     if onnx:
         onnx_packages()

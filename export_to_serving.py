@@ -3,14 +3,15 @@
 import argparse
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-from files import MANIFEST_FILE, atomic_folder, check_manifest, whole_folder, write_manifest
+from files import MANIFEST_FILE, atomic_folder, check_manifest, check_replaceable, whole_folder, write_manifest
 from runtime import ArgumentParser, InputError, run, set_up_paddle
 
 if __name__ == "__main__":
@@ -21,6 +22,8 @@ from static_graph import EXPORT_AGAIN, GRAPH_NAME, GRAPH_SUFFIXES, INPUT_NAMES, 
 SERVER_CONFIG = "serving_server_conf"  # of the files; Serving's loaders look for these names
 CLIENT_CONFIG = "serving_client_conf"
 CONFIG_SUFFIXES = (".prototxt", ".stream.prototxt")  # text and binary
+MODEL_FILES = [GRAPH_NAME + suffix for suffix in (*GRAPH_SUFFIXES, WEIGHTS_SUFFIX)]  # in the server's folder
+SERVING_TIME_FILE = "fluid_time_file"  # C++ Serving writes it into the server's folder
 INT64, FLOAT32 = 0, 1  # of feed_type and fetch_type: `var_type_conversion` of paddle_serving_client 0.9.0
 
 
@@ -118,10 +121,20 @@ def convert(
     return config
 
 
-def check_output(path: Path, config_name: str) -> None:
-    """Raises InputError if a folder that would be replaced holds something that no conversion wrote."""
-    if path.is_dir() and any(path.iterdir()) and not (path / (config_name + CONFIG_SUFFIXES[0])).is_file():
-        raise InputError(f"{path}: holds other files, which would be lost; name another folder")
+def check_output(path: Path, option: str, config_name: str, others: Iterable[str] = ()) -> None:
+    """Raises InputError if a folder that would be replaced holds something that neither conversion nor Serving wrote.
+
+    others: names of files that may be there beside the configs.
+    """
+    configs = [config_name + suffix for suffix in CONFIG_SUFFIXES]
+    check_replaceable(path, option, mark=configs[0], others=[*configs, *others])
+
+
+def check_apart(*folders: Path) -> None:
+    """Raises InputError if two folders are the same, or one lies in another: writing one would remove the other."""
+    for first, second in permutations([folder.resolve() for folder in folders], 2):
+        if first == second or first in second.parents:
+            raise InputError("--dirname, --server_path and --client_path: name three folders, none in another")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -158,12 +171,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--feed_alias_names {args.feed_alias_names}: give {len(INPUT_NAMES)} names, as in a,b")
     if args.fetch_alias_names and "," in args.fetch_alias_names:
         raise InputError(f"--fetch_alias_names {args.fetch_alias_names}: give one name, there is one output")
-    if len({path.resolve() for path in (source, server, client)}) < 3:
-        raise InputError("--dirname, --server_path and --client_path: name three folders")
+    check_apart(source, server, client)
     graph, weights = find_model(source, args.model_filename, args.params_filename)
     if not args.show_proto:
-        check_output(server, SERVER_CONFIG)
-        check_output(client, CLIENT_CONFIG)
+        check_output(server, "--server_path", SERVER_CONFIG, others=[*MODEL_FILES, SERVING_TIME_FILE])
+        check_output(client, "--client_path", CLIENT_CONFIG)
     if graph.name != args.model_filename:
         print(f"took {graph.name}: Paddle 3 writes it in place of {args.model_filename}")
 

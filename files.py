@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,22 @@ def check_manifest(folder: Path, ignored: str = "", remedy: str = CHECKPOINT_REM
             raise InputError(f"{path}: is missing, though {MANIFEST_FILE} lists it; {remedy}")
         if _fingerprint(path) != expected:
             raise InputError(f"{path}: isn't as it was written (see {MANIFEST_FILE}); {remedy}")
+
+
+def check_replaceable(folder: Path, option: str, mark: str, others: Iterable[str] = ()) -> None:
+    """Raises InputError if a folder holds anything that no export wrote: replacing it would lose that.
+
+    option: names the folder; mark: a file that the exports of this kind have; others: that they may have, beside those
+    that the folder's manifest lists.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    written = {MANIFEST_FILE}
+    if mark in names:
+        written.update(others)
+        if MANIFEST_FILE in names:
+            written.update(read_json(folder / MANIFEST_FILE).get("files") or ())
+    if names - written:
+        raise InputError(f"{option} {folder}: holds {min(names - written)}, which no export wrote; give another folder")
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """export_to_serving.py writes what Serving's own loaders read."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -95,17 +96,19 @@ def test_aliases(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_graph_and_weights_alone(exported: Path, tmp_path: Path) -> None:
-    """The original's exports are no more than that; converted, they are of use to C++ Serving."""
+    """The original's exports are no more than that; converted, they are of use to C++ Serving. Twice, as it may be."""
     source = tmp_path / "output"
     source.mkdir()
     for name in (GRAPH, WEIGHTS):
         (source / name).write_bytes((exported / name).read_bytes())
-    assert convert(source, tmp_path) == 0
-    assert not (tmp_path / "serving_server" / "manifest.json").exists()
+    for _ in range(2):
+        assert convert(source, tmp_path) == 0
+        assert not (tmp_path / "serving_server" / "manifest.json").exists()
+        (tmp_path / "serving_server" / "fluid_time_file").touch()  # as C++ Serving does
 
 
 def test_what_cannot_be_converted(exported: Path, tmp_path: Path) -> None:
-    """A missing folder, graph or weights, changed weights, outputs that hold other files."""
+    """A missing folder, graph or weights, changed weights."""
     source = tmp_path / "output"
     with pytest.raises(InputError, match=r"no such folder.*export_model\.py"):
         convert(source, tmp_path)
@@ -121,12 +124,38 @@ def test_what_cannot_be_converted(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=WEIGHTS):
         convert(source, tmp_path)
     assert not (tmp_path / "serving_server").exists() and not (tmp_path / "serving_client").exists()
-    (tmp_path / "serving_client").mkdir()
-    (tmp_path / "serving_client" / "mine").touch()
-    with pytest.raises(InputError, match="serving_client: holds other files"):
-        convert(exported, tmp_path)
-    with pytest.raises(InputError, match="name three folders"):
-        convert(exported, tmp_path, "--server_path", str(exported))
+
+
+def test_outputs_that_would_be_lost(exported: Path, tmp_path: Path) -> None:
+    """Other folders with or without a manifest, and earlier conversions with a user's file or folder in them."""
+    for number, lost in enumerate(("serving_client/mine", "serving_server/notes.txt", "serving_server/logs/1")):
+        target = tmp_path / str(number)
+        if number:
+            convert(exported, target)
+        (target / lost).parent.mkdir(parents=True, exist_ok=True)
+        (target / lost).touch()
+        folder, name = lost.split("/")[:2]
+        with pytest.raises(
+            InputError, match=f"--{folder[8:]}_path {target / folder}: holds {name}, which no export wrote"
+        ):
+            convert(exported, target)
+        assert (target / lost).exists()
+    other = shutil.copytree(exported, tmp_path / "other")
+    with pytest.raises(InputError, match="other: holds"):
+        convert(exported, tmp_path / "new", "--server_path", str(other))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("server", "client"), [("output", "c"), ("s", "s"), ("c/s", "c"), ("s", "s/c"), ("s", "output/c"), ("", "c")]
+)
+def test_folders_in_one_another(exported: Path, tmp_path: Path, server: str, client: str) -> None:
+    """Refused before anything is written."""
+    shutil.copytree(exported, tmp_path / "output")
+    options = ["--server_path", str(tmp_path / server), "--client_path", str(tmp_path / client)]
+    with pytest.raises(InputError, match="name three folders, none in another"):
+        convert(tmp_path / "output", tmp_path, *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
 
 def test_converting_again_replaces(exported: Path, tmp_path: Path) -> None:
