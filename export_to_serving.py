@@ -82,7 +82,10 @@ def write_serving_config(folder: Path, name: str, config: Any) -> None:
 
 
 def find_model(folder: Path, model_filename: str, params_filename: str) -> tuple[Path, Path]:
-    """The files of graph and weights; a graph that Paddle 3 wrote where one of Paddle 2 is named. Raises InputError."""
+    """The files of graph and weights; a graph that Paddle 3 wrote where one of Paddle 2 is named. Raises InputError.
+
+    Paddle gives both one name, by which they are told from the folder's other files.
+    """
     if not folder.is_dir():
         raise InputError(f"--dirname {folder}: no such folder; export the model with export_model.py")
     named = folder / model_filename
@@ -91,6 +94,9 @@ def find_model(folder: Path, model_filename: str, params_filename: str) -> tuple
     if graph is None or graph.suffix not in GRAPH_SUFFIXES:
         raise InputError(f"--model_filename {model_filename}: {folder} has no such graph; {EXPORT_AGAIN}")
     weights = folder / params_filename
+    if weights != graph.with_suffix(WEIGHTS_SUFFIX):
+        options = f"--model_filename {model_filename}, --params_filename {params_filename}"
+        raise InputError(f"{options}: give a graph and its weights, with one name but for the suffix {WEIGHTS_SUFFIX}")
     if not weights.is_file():
         raise InputError(f"--params_filename {params_filename}: {folder} has no such file; {EXPORT_AGAIN}")
     return graph, weights
@@ -109,7 +115,7 @@ def convert(
     shutil.copyfile(weights, server / (GRAPH_NAME + WEIGHTS_SUFFIX))
     if (source / MANIFEST_FILE).is_file():
         for file in source.iterdir():
-            if file.is_file() and file not in (graph, weights) and file.name != MANIFEST_FILE:
+            if file.is_file() and file not in (graph, weights) and file.name not in (*MODEL_FILES, MANIFEST_FILE):
                 shutil.copyfile(file, server / file.name)
     encoder = StaticEncoder(server)
     tokens = np.ones((1, 3), dtype=np.int64)

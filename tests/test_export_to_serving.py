@@ -11,7 +11,7 @@ from paddle_serving_server.proto.general_model_config_pb2 import GeneralModelCon
 
 import export_model
 import export_to_serving
-from files import read_json
+from files import read_json, write_manifest
 from runtime import InputError
 from static_graph import GRAPH_NAME, load_exported
 
@@ -124,6 +124,32 @@ def test_what_cannot_be_converted(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=WEIGHTS):
         convert(source, tmp_path)
     assert not (tmp_path / "serving_server").exists() and not (tmp_path / "serving_client").exists()
+
+
+@pytest.mark.parametrize(
+    "names", [(GRAPH, "vocab.txt"), ("config.json", WEIGHTS), (GRAPH, "other.pdiparams"), ("vocab.txt", WEIGHTS)]
+)
+def test_files_that_are_no_graph_with_its_weights(exported: Path, tmp_path: Path, names: tuple[str, str]) -> None:
+    """Such as others of the folder."""
+    source = shutil.copytree(exported, tmp_path / "output")
+    shutil.copy(exported / WEIGHTS, source / "other.pdiparams")
+    with pytest.raises(InputError, match="--model_filename"):
+        convert(source, tmp_path, "--model_filename", names[0], "--params_filename", names[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+
+
+def test_a_graph_beside_another(exported: Path, tmp_path: Path) -> None:
+    """The one that is named is taken, with its weights, whatever it is called."""
+    source = shutil.copytree(exported, tmp_path / "output")
+    for name in (GRAPH, WEIGHTS):
+        (source / name).rename(source / f"other{Path(name).suffix}")
+        (source / name).write_bytes(b"damaged")
+    write_manifest(source)
+    convert(source, tmp_path, "--model_filename", "other.json", "--params_filename", "other.pdiparams")
+    server = tmp_path / "serving_server"
+    for name in (GRAPH, WEIGHTS):
+        assert (server / name).read_bytes() == (exported / name).read_bytes()
+    assert not list(server.glob("other*"))
 
 
 def test_outputs_that_would_be_lost(exported: Path, tmp_path: Path) -> None:
