@@ -721,11 +721,13 @@ def test_settings_come_from_options_then_the_environment_then_the_file(tmp_path:
     assert (settings["rpc_port"], settings["http_port"], settings["host"]) == (1, 3, "127.0.0.1")
     assert Path(settings["model_dir"]).resolve() == ROOT / "serving_server"
     assert read_settings({}, {"SERVING_MODEL_DIR": "here"}, config)["model_dir"] == "here"
+    assert [read_settings({}, {"SERVING_MAX_SEQ_LENGTH": n}, config)["max_seq_length"] for n in "03"] == [0, 3]
     for environment, message in [
         ({"SERVING_RPC_PORT": "x"}, "SERVING_RPC_PORT"),
         ({"SERVING_HTTP_PORT": "70000"}, "SERVING_HTTP_PORT"),
         ({"SERVING_DEVICE": "tpu"}, "SERVING_DEVICE: tpu is none of cpu, gpu"),
         ({"SERVING_MAX_WAITING_TEXTS": "1"}, "--max_waiting_texts"),
+        ({"SERVING_MAX_SEQ_LENGTH": "2"}, "SERVING_MAX_SEQ_LENGTH: 2 is out of range: give 3 or more"),
     ]:
         with pytest.raises(InputError, match=message):
             read_settings({}, environment, config)
@@ -735,6 +737,7 @@ def test_settings_come_from_options_then_the_environment_then_the_file(tmp_path:
         ("", "op.ernie.local_service_conf.model_config"),
         (config.read_text().replace("rpc_port: 8080", "rpc_port: yes"), "rpc_port"),
         (config.read_text().replace("batch_size: 32", "batch_size: 0"), "op.ernie.batch_size"),
+        (config.read_text().replace("max_seq_length: 0", "max_seq_length: 1"), "max_seq_length: 1 is out of range"),
     ]:
         changed.write_text(text)
         with pytest.raises(InputError, match=message):
