@@ -178,29 +178,63 @@ def step_folders(save_dir: Path) -> list[Path]:
     return [step_folder(save_dir, step) for step in sorted(int(name) for name in names if re.fullmatch("[0-9]+", name))]
 
 
-def latest_checkpoint(save_dir: Path) -> Path | None:
-    """The newest checkpoint that a training can go on from, or None; those that can't be used are logged."""
-    for folder in reversed(step_folders(save_dir)):
-        try:
-            read_training_state(folder)
-        except InputError as error:
-            log(f"passed over {error}")
-            continue
-        return folder
+def other_training(folder: Path, saved: Mapping[str, Any], shape: Mapping[str, Any]) -> str | None:
+    """Why the training that wrote `folder`, of the shape `saved`, isn't the one of `shape`; None if it is."""
+    for name, value in shape.items():
+        if name not in saved:
+            remedy = f"if it is this training's, give --resume_from {folder}"
+            return f"{folder}: doesn't tell its {name}, since an older version wrote it; {remedy}"
+        if saved[name] != value:
+            remedy = "go on with the same, or take its weights alone with --init_from_ckpt into another --save_dir"
+            return f"{folder}: was trained with {name} {saved[name]}, not {value}; {remedy}"
     return None
 
 
-def remove_old_checkpoints(save_dir: Path, step: int, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints up to a step's. Raises InputError if one can't be removed.
+def latest_checkpoint(save_dir: Path, shape: Mapping[str, Any] | None = None) -> Path | None:
+    """The newest checkpoint that a training can go on from, or None; those that are passed over are logged.
 
-    Those of later steps stay and don't count: a training that had to go on from an earlier one passed them over.
+    shape: what the training that wrote it must share, None for nothing. Raises InputError, about the newest, if all
+    are other trainings'.
+    """
+    others = []
+    for folder in reversed(step_folders(save_dir)):
+        try:
+            saved = read_training_state(folder).progress["shape"]
+        except InputError as error:
+            log(f"passed over {error}")
+            continue
+        if other := other_training(folder, saved, shape or {}):
+            others.append((folder.name, other))
+            continue
+        if others:
+            log(f"passed over {', '.join(name for name, _ in others)}: another training's")
+        return folder
+    if others:
+        raise InputError(others[0][1])
+    return None
+
+
+def remove_old_checkpoints(save_dir: Path, step: int, keep: int, shape: Mapping[str, Any]) -> None:
+    """Removes all but the newest `keep` of a training's checkpoints up to a step's. Raises InputError if it can't.
+
+    Those of later steps stay and don't count: a training that had to go on from an earlier one passed them over. So do
+    those of trainings of another shape.
     """
     folders = step_folders(save_dir)
-    for folder in folders[: folders.index(step_folder(save_dir, step)) + 1][:-keep]:
+    folders = folders[: folders.index(step_folder(save_dir, step)) + 1]
+    for folder in [folder for folder in folders if _is_of(folder, shape)][:-keep]:
         try:
             remove_folder(folder)
         except OSError as error:
             raise InputError(f"{folder}: can't be removed ({error.strerror})") from None
+
+
+def _is_of(folder: Path, shape: Mapping[str, Any]) -> bool:
+    """Whether a training of this shape wrote `folder`, as far as one can read."""
+    try:
+        return other_training(folder, read_json(folder / TRAINING_STATE_FILE)["shape"], shape) is None
+    except (InputError, KeyError):
+        return False
 
 
 def optimizer_arrays(model: SemanticIndexBase, optimizer: paddle.optimizer.Optimizer) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import shutil
 import signal
 import time
@@ -50,10 +51,12 @@ from checkpoint import (
     create_model,
     latest_checkpoint,
     load_checkpoint,
+    other_training,
     read_training_state,
     remove_old_checkpoints,
     save_checkpoint,
     step_folder,
+    step_folders,
 )
 from cpu_layers import speed_up_training
 from distributed import broadcast_parameters, init_ranks, leave, meet, wait_for_rank_0
@@ -87,6 +90,8 @@ SHAPING_OPTIONS = (  # without the same values a training can't go on exactly
     "seed",
     "skip_bad_lines",
 )
+STARTING_OPTIONS = ("model_name_or_path", "from_scratch", "init_from_ckpt")  # tell trainings apart that go on alike
+EVALUATION_OPTIONS = ("eval_steps", "best_metric", "early_stop_patience")  # without --evaluate they would do nothing
 
 
 class Session:
@@ -179,7 +184,7 @@ class Session:
         progress = {"step": step, "shape": self._shape, "evaluator": self._evaluator and self._evaluator.state()}
         save_checkpoint(step_folder(self._save_dir, step), *self._loaded, training=self._trainer.state(progress))
         if self._keep_checkpoints:
-            remove_old_checkpoints(self._save_dir, step, self._keep_checkpoints)
+            remove_old_checkpoints(self._save_dir, step, self._keep_checkpoints, self._shape)
 
 
 def lines_of_rows(train_set_file: str, rows: Sequence[int]) -> list[int]:
@@ -196,21 +201,25 @@ def check_batch_size(batch_size: int, world_size: int, pairs: Sequence[TextPair]
 
 
 def check_same_shape(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raises InputError if the training that wrote `folder` isn't the one that these options describe."""
-    for name, value in ours.items():
-        if saved.get(name) != value:
-            remedy = "go on with the same, or take its weights alone with --init_from_ckpt"
-            raise InputError(f"{folder}: was trained with {name} {saved.get(name)}, not {value}; {remedy}")
+    """Raises InputError if the training that wrote `folder` isn't the one that these options describe.
+
+    What an older version's checkpoint doesn't tell is taken to be the same: the user named the folder.
+    """
+    if other := other_training(folder, saved, {name: value for name, value in ours.items() if name in saved}):
+        raise InputError(other)
 
 
-def find_resumed(resume_from: str, save_dir: Path) -> Path | None:
-    """The checkpoint to go on from; None if it is the latest of a folder that has none yet. Raises InputError."""
+def find_resumed(resume_from: str, save_dir: Path, shape: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from; None if it is this training's latest and the folder has none yet.
+
+    Raises InputError.
+    """
     if resume_from != "latest":
         folder = whole_folder(resume_from)
         if not folder.is_dir():
             raise InputError(f"--resume_from {resume_from}: no such folder; give a checkpoint's folder or latest")
         return folder
-    folder = latest_checkpoint(save_dir)
+    folder = latest_checkpoint(save_dir, shape)
     log(f"going on from {folder}" if folder else f"{save_dir}: no checkpoint to go on from yet; starting at step 0")
     return folder
 
@@ -286,7 +295,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume_from",
         metavar="DIR|latest",
-        help="go on from a checkpoint, exactly; latest: the newest usable one in --save_dir, if any",
+        help="go on from a checkpoint, exactly; latest: this training's newest usable one in --save_dir, if any",
     )
     parser.add_argument("--evaluate", action="store_true", help="evaluate after each epoch and keep model_best")
     parser.add_argument("--eval_steps", type=at_least(1), help="evaluate every so many steps instead, and at the end")
@@ -369,18 +378,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank, world_size = init_ranks()
     check_batch_size(args.batch_size, world_size, pairs, args.train_set_file)
     shape = {name: getattr(args, name) for name in SHAPING_OPTIONS}
+    shape |= {name: getattr(args, name) and os.path.normpath(getattr(args, name)) for name in STARTING_OPTIONS}
     shape |= {"number of processes": world_size, "SHA-256 of the training file": sha256(args.train_set_file)}
     if rank == 0:
         clear_leftovers(save_dir)
     meet()
 
-    checkpoint = find_resumed(args.resume_from, save_dir) if args.resume_from else None
+    checkpoint = find_resumed(args.resume_from, save_dir, shape) if args.resume_from else None
     state = read_training_state(checkpoint) if checkpoint else None
     if checkpoint:
         check_same_shape(checkpoint, state.progress["shape"], shape)
         loaded = load_checkpoint(checkpoint, SemanticIndexBatchNeg)
         loaded.model.train()
     else:
+        if earlier := step_folders(save_dir):
+            kept = "this one's will replace those of the same steps"
+            log(f"{save_dir}: holds an earlier training's checkpoints, up to {earlier[-1].name}; {kept}")
         set_seed(args.seed)
         loaded = create_model(
             SemanticIndexBatchNeg,

@@ -11,7 +11,7 @@ from conftest import all_pairs, run_script, train_options, write_pairs
 import train_batch_neg
 from batch_negative.trainer import PlannedStep, Trainer
 from checkpoint import latest_checkpoint, load_checkpoint, read_training_state, step_folders
-from files import write_manifest
+from files import write_json, write_manifest
 from runtime import InputError
 from weights import read_weights
 
@@ -217,6 +217,84 @@ def test_another_number_of_processes_is_refused_but_weights_are_taken(
     assert "Traceback" not in output
     options = ["--init_from_ckpt", str(interrupted / "model_9"), "--max_steps", "1"]
     assert train_batch_neg.main(train_options(model_folder, recall_data, tmp_path / "new", *options)) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two trainings in one folder
+
+
+@pytest.fixture(scope="module")
+def started_elsewhere(uninterrupted: Path, model_folder: Path, recall_data: Path, tmp_path_factory) -> Path:
+    """The same training from other weights."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    start = ["--init_from_ckpt", str(uninterrupted / "model_3")]
+    train_batch_neg.main(train_options(model_folder, recall_data, folder, *COMMON, *start))
+    return folder
+
+
+@pytest.fixture
+def shared(uninterrupted: Path, started_elsewhere: Path, tmp_path: Path) -> Path:
+    """A folder in which the second training was killed after step 9, when the first one had come to its end."""
+    folder = tmp_path / "shared"
+    for step in (3, 6, 9, 12, 15, 16):
+        shutil.copytree((started_elsewhere if step < 10 else uninterrupted) / f"model_{step}", folder / f"model_{step}")
+    return folder
+
+
+def test_latest_is_the_newest_of_the_same_training(
+    shared: Path,
+    uninterrupted: Path,
+    started_elsewhere: Path,
+    model_folder: Path,
+    recall_data: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    latest = train_options(model_folder, recall_data, shared, *COMMON, "--resume_from", "latest")
+    other = ["--init_from_ckpt", str(uninterrupted / "model_6")]
+    with pytest.raises(InputError, match=r"model_16: .*with init_from_ckpt None, not .*model_6; .*--save_dir"):
+        train_batch_neg.main([*latest, *other])
+    assert train_batch_neg.main(latest) == 0
+    assert f"going on from {shared / 'model_16'}\n" in capsys.readouterr().err
+    start = ["--init_from_ckpt", f"{uninterrupted / 'model_3'}/"]
+    assert train_batch_neg.main([*latest, *start]) == 0
+    err = capsys.readouterr().err
+    assert "passed over model_16, model_15, model_12: another training's\n" in err
+    assert f"going on from {shared / 'model_9'}\n" in err
+    assert_same_bits(started_elsewhere / f"model_{LAST}", shared / f"model_{LAST}")
+
+
+def test_a_start_is_refused_for_a_checkpoint_of_another(
+    shared: Path, uninterrupted: Path, model_folder: Path, recall_data: Path
+) -> None:
+    options = train_options(model_folder, recall_data, shared, *COMMON, "--resume_from", str(shared / "model_9"))
+    with pytest.raises(InputError, match=r"model_9: was trained with init_from_ckpt .*model_3, not None; go on with"):
+        train_batch_neg.main(options)
+
+
+def test_a_new_training_keeps_anothers_checkpoints_of_other_steps(
+    interrupted: Path, model_folder: Path, recall_data: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--max_steps", "8", "--save_steps", "2", "--keep_checkpoints", "2"]
+    train_batch_neg.main(train_options(model_folder, recall_data, interrupted, *options))
+    assert f"{interrupted}: holds an earlier training's checkpoints, up to model_9; " in capsys.readouterr().err
+    assert [folder.name for folder in step_folders(interrupted)] == ["model_3", "model_6", "model_8", "model_9"]
+
+
+def test_an_older_versions_checkpoint_goes_on_by_name(
+    uninterrupted: Path, interrupted: Path, model_folder: Path, recall_data: Path
+) -> None:
+    """It doesn't tell what its training started from, so that nobody knows whether the latest is this training's."""
+    for folder in step_folders(interrupted):
+        state = json.loads((folder / "training_state.json").read_text())
+        for name in train_batch_neg.STARTING_OPTIONS:
+            del state["shape"][name]
+        write_json(folder / "training_state.json", state)
+        write_manifest(folder)
+    options = train_options(model_folder, recall_data, interrupted, *COMMON, "--resume_from")
+    with pytest.raises(InputError, match=r"model_9: doesn't tell its .*, give --resume_from .*model_9$"):
+        train_batch_neg.main([*options, "latest"])
+    assert train_batch_neg.main([*options, str(interrupted / "model_9")]) == 0
+    assert_same_bits(uninterrupted / f"model_{LAST}", interrupted / f"model_{LAST}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
