@@ -331,6 +331,13 @@ def choose_metric(best_metric: str | None, recall_num: int) -> str:
     return best_metric or [name for name in ("recall@1", "recall@5") if name in names][-1]
 
 
+def check_evaluation_options(given: Sequence[str]) -> None:
+    """Raises InputError if there are options that do nothing without --evaluate."""
+    if given:
+        names = ", ".join(f"--{name}" for name in given)
+        raise InputError(f"{names}: without --evaluate nothing is evaluated; add it, or leave this out")
+
+
 def check_amp(use_amp: bool, amp_dtype: str) -> None:
     """Raises InputError if the device doesn't have mixed precision."""
     if use_amp and paddle.get_device() == "cpu":
@@ -355,7 +362,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     save_dir = Path(args.save_dir)
     pairs = read_text_pairs(args.train_set_file, skip_bad_lines=args.skip_bad_lines)
     evaluator = None
-    if args.evaluate:
+    if not args.evaluate:
+        check_evaluation_options([name for name in EVALUATION_OPTIONS if getattr(args, name) is not None])
+    else:
         dev_pairs = read_text_pairs(args.similar_text_pair_file, skip_bad_lines=args.skip_bad_lines)
         corpus = read_corpus(args.corpus_file, skip_bad_lines=args.skip_bad_lines)
         index_options = IndexOptions(**{name: getattr(args, name) for name in IndexOptions._fields})

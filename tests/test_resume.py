@@ -368,6 +368,18 @@ def test_a_metric_that_is_not_computed_is_refused(recall_data: Path, tmp_path: P
         train_batch_neg.main(options)
 
 
+@pytest.mark.parametrize(
+    "option", [("--best_metric", "recall@1"), ("--eval_steps", "1"), ("--early_stop_patience", "1")]
+)
+def test_an_option_that_does_nothing_without_evaluations_is_refused(
+    model_folder: Path, recall_data: Path, tmp_path: Path, option: tuple[str, str]
+) -> None:
+    options = train_options(model_folder, recall_data, tmp_path, "--max_steps", "1", *option)
+    with pytest.raises(InputError, match=rf"^{option[0]}: without --evaluate nothing is evaluated; add it"):
+        train_batch_neg.main(options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_mixed_precision_needs_a_gpu(recall_data: Path) -> None:
     with pytest.raises(InputError, match=r"--use_amp: .*--device gpu"):
         train_batch_neg.main(["--train_set_file", str(recall_data / "train.csv"), "--use_amp"])
