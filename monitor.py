@@ -83,13 +83,14 @@ class Evaluator:
         """What `restore` needs, as JSON can hold it."""
         return {
             "last_step": self.last_step,
+            "best_metric": self.best_metric,
             "best": self._best,
             "without_gain": self.without_gain,
             "reports": list(self._reports),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was read."""
+        """Goes on where `state` was read, of an evaluator with the same best_metric."""
         self.last_step, self._best = state["last_step"], state["best"]
         self.without_gain, self._reports = state["without_gain"], list(state["reports"])
 

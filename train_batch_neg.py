@@ -397,6 +397,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = read_training_state(checkpoint) if checkpoint else None
     if checkpoint:
         check_same_shape(checkpoint, state.progress["shape"], shape)
+        if evaluator and state.progress["evaluator"]:
+            check_same_shape(checkpoint, state.progress["evaluator"], {"best_metric": evaluator.best_metric})
         loaded = load_checkpoint(checkpoint, SemanticIndexBatchNeg)
         loaded.model.train()
     else:

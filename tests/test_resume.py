@@ -368,6 +368,20 @@ def test_a_metric_that_is_not_computed_is_refused(recall_data: Path, tmp_path: P
         train_batch_neg.main(options)
 
 
+def test_another_metric_than_the_one_that_chose_model_best_is_refused(
+    model_folder: Path, recall_data: Path, tmp_path: Path
+) -> None:
+    options = ["--evaluate", "--similar_text_pair", str(recall_data / "dev.csv"), "--ann", "exact"]
+    options += ["--corpus_file", str(recall_data / "corpus.csv"), "--recall_result_dir", str(tmp_path / "results")]
+    options = train_options(model_folder, recall_data, tmp_path, "--max_steps", "2", "--save_steps", "1", *options)
+    assert train_batch_neg.main([*options, "--eval_steps", "1"]) == 0
+    shutil.rmtree(tmp_path / "model_2")
+    options += ["--resume_from", "latest"]
+    with pytest.raises(InputError, match=r"model_1: was trained with best_metric recall@5, not recall@1; go on with"):
+        train_batch_neg.main([*options, "--best_metric", "recall@1"])
+    assert train_batch_neg.main([*options, "--best_metric", "recall@5"]) == 0
+
+
 @pytest.mark.parametrize(
     "option", [("--best_metric", "recall@1"), ("--eval_steps", "1"), ("--early_stop_patience", "1")]
 )
