@@ -123,6 +123,7 @@ class Session:
         self._save_steps, self._eval_steps = save_steps, eval_steps
         self._keep_checkpoints, self._patience = keep_checkpoints, patience
         self.is_stopped = False  # by a signal, to whichever rank
+        self.written: Path | None = None  # the newest checkpoint by this process, of the last step if there is one
 
     def run(self, first: int, signals: StopSignals) -> int:
         """Returns the number of the last step; a signal ends the training after the step in hand, saved."""
@@ -182,7 +183,8 @@ class Session:
         if not is_main_process():
             return
         progress = {"step": step, "shape": self._shape, "evaluator": self._evaluator and self._evaluator.state()}
-        save_checkpoint(step_folder(self._save_dir, step), *self._loaded, training=self._trainer.state(progress))
+        self.written = step_folder(self._save_dir, step)
+        save_checkpoint(self.written, *self._loaded, training=self._trainer.state(progress))
         if self._keep_checkpoints:
             remove_old_checkpoints(self._save_dir, step, self._keep_checkpoints, self._shape)
 
@@ -497,14 +499,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             if training_log:
                 training_log.close()
-        folder = step_folder(save_dir, last)
         if session.is_stopped:
             wait_for_rank_0(STOP_SECONDS)
             number = signal.Signals(signals.received or signal.SIGTERM)  # another rank may be the one that got it
-            log(f"stopped by {number.name} after step {last}: wrote {folder}; go on with --resume_from latest")
+            # Nothing is written if it was in the evaluation of what it went on from.
+            go_on = f": wrote {session.written}; go on with --resume_from latest"
+            go_on = go_on if session.written else f"; go on with --resume_from {checkpoint}"
+            log(f"stopped by {number.name} after step {last}{go_on}")
             return 128 + number
     if rank == 0:
-        print(f"wrote {folder}")
+        print(f"wrote {session.written}" if session.written else f"{checkpoint}: training is complete, nothing to do")
     return 0
 
 

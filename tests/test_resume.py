@@ -1,13 +1,16 @@
 """Going on from a checkpoint: the same bits as without a stop, and a clear refusal where that can't be."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import all_pairs, run_script, train_options, write_pairs
 
+import monitor
 import train_batch_neg
 from batch_negative.trainer import PlannedStep, Trainer
 from checkpoint import latest_checkpoint, load_checkpoint, read_training_state, step_folders
@@ -110,6 +113,27 @@ def test_a_finished_training_has_nothing_left_to_do(
     assert train_batch_neg.main(options) == 0
     assert (uninterrupted / f"model_{LAST}" / "manifest.json").stat().st_mtime_ns == before
     assert "global step" not in capsys.readouterr().out
+
+
+def test_what_lies_elsewhere_is_not_said_to_be_written(
+    uninterrupted: Path,
+    model_folder: Path,
+    recall_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """A finished training is resumed with another --save_dir, and then so that its evaluation is stopped."""
+    last = uninterrupted / f"model_{LAST}"
+    options = train_options(model_folder, recall_data, tmp_path, *COMMON, "--resume_from", str(last))
+    assert train_batch_neg.main(options) == 0
+    assert capsys.readouterr().out == f"{last}: training is complete, nothing to do\n"
+    monkeypatch.setattr(monitor, "recall", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    options += ["--evaluate", "--similar_text_pair", str(recall_data / "dev.csv")]
+    options += ["--corpus_file", str(recall_data / "corpus.csv"), "--recall_result_dir", str(tmp_path / "results")]
+    assert train_batch_neg.main(options) == 128 + signal.SIGTERM
+    assert f"stopped by SIGTERM after step {LAST}; go on with --resume_from {last}\n" in capsys.readouterr().err
+    assert not step_folders(tmp_path)
 
 
 def test_latest_without_a_checkpoint_starts_at_the_beginning(
@@ -338,8 +362,6 @@ def test_training_ends_when_it_no_longer_gets_better(
     last: int,
 ) -> None:
     """Evaluated every two steps, with scores of our own: best at 2, worse at 4, best at 8, no better at 10 and 12."""
-    import monitor
-
     scores = dict(zip(range(2, 17, 2), (0.5, 0.4, 0.5, 0.6, 0.6, 0.1, 0.9, 0.2), strict=True))
     scores[6] = 0.55
     steps = iter(scores.values())
