@@ -17,6 +17,12 @@ from recall import as_hits, recall
 from runtime import is_main_process
 
 
+def format_duration(seconds: float) -> str:
+    """Whole hours, however many, minutes and seconds: 83:15:00."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
+
+
 class Evaluator:
     """Recalls and evaluates as recall.py and evaluate.py do, and keeps the score of the best model so far.
 
@@ -117,7 +123,7 @@ class TrainingLog:
         print(
             f"global step {step.number}/{self._steps}, epoch: {step.epoch}, loss: {step.loss:.5f}, "
             f"lr: {step.learning_rate:.3g}, speed: {steps_per_second:.2f} step/s, {pairs_per_second:.1f} pairs/s, "
-            f"left: {time.strftime('%H:%M:%S', time.gmtime(left))}",
+            f"left: {format_duration(left)}",
             flush=True,
         )
         for name, value in (

@@ -97,6 +97,13 @@ def test_it_writes_what_the_document_says(
         assert part in out
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.9, "00:00:00"), (86_399, "23:59:59"), (299_700, "83:15:00"), (360_001, "100:00:01")]
+)
+def test_a_duration_may_be_of_days(seconds: float, text: str) -> None:
+    assert monitor.format_duration(seconds) == text
+
+
 def test_it_learns(model_folder: Path, recall_data: Path, checkpoint: Path, tmp_path: Path) -> None:
     options = train_options(model_folder, recall_data, tmp_path, "--max_steps", "60", "--pooling", "mean")
     train_batch_neg.main(options)
