@@ -337,7 +337,7 @@ def check_evaluation_options(given: Sequence[str]) -> None:
     """Raises InputError if there are options that do nothing without --evaluate."""
     if given:
         names = ", ".join(f"--{name}" for name in given)
-        raise InputError(f"{names}: without --evaluate nothing is evaluated; add it, or leave this out")
+        raise InputError(f"{names}: without --evaluate nothing is evaluated; add --evaluate")
 
 
 def check_amp(use_amp: bool, amp_dtype: str) -> None:

@@ -411,7 +411,7 @@ def test_an_option_that_does_nothing_without_evaluations_is_refused(
     model_folder: Path, recall_data: Path, tmp_path: Path, option: tuple[str, str]
 ) -> None:
     options = train_options(model_folder, recall_data, tmp_path, "--max_steps", "1", *option)
-    with pytest.raises(InputError, match=rf"^{option[0]}: without --evaluate nothing is evaluated; add it"):
+    with pytest.raises(InputError, match=rf"^{option[0]}: without --evaluate nothing is evaluated; add --evaluate$"):
         train_batch_neg.main(options)
     assert not list(tmp_path.iterdir())
 
