@@ -241,10 +241,14 @@ class HnswIndex(VectorIndex):
         self.ef = smallest_ef(is_enough, min(k, len(self)))
 
     def save(self, folder: Path) -> None:
+        file = folder / HNSW_FILE
         try:
-            self._index.save_index(str(folder / HNSW_FILE))
+            self._index.save_index(str(file))
         except RuntimeError as error:
-            raise InputError(f"{folder / HNSW_FILE}: can't be written ({error})") from None
+            raise InputError(f"{file}: can't be written ({error})") from None
+        written, size = file.stat().st_size, self._index.index_file_size()
+        if written != size:  # it says nothing of a write that fails
+            raise InputError(f"{file}: can't be written (the disk took {written} of {size} bytes)")
 
     @property
     def settings(self) -> dict[str, int]:

@@ -1,7 +1,9 @@
 """Tiny models and files that the tests make themselves, the ways to run a script, and how gradients are compared."""
 
+import contextlib
 import os
 import random
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -176,6 +178,17 @@ def run_script(*arguments: str | Path, ranks: int = 1, log_dir: Path | None = No
         if GLOO_ABORT not in done.stdout + done.stderr:
             break
     return done
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """This process can't write files of more bytes within it, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def assert_close(value: np.ndarray, expected: np.ndarray, name: str) -> None:

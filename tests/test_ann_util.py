@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import file_size_limit
 
 import ann_util
 import runtime
@@ -313,6 +314,25 @@ def test_a_saved_index_answers_as_before_and_takes_more(ann: str, tmp_path: Path
     expected.add(np.concatenate([vectors, more]))
     np.testing.assert_array_equal(loaded.search_exactly(queries, 9)[0], expected.search(queries, 9)[0])
     assert overlap(loaded.search(queries, 9)[1], expected.search(queries, 9)[1]) > 0.99
+
+
+@pytest.mark.parametrize("limit", [0, 5_000, 100_000])
+def test_a_full_disk_is_an_input_error(ann: str, tmp_path: Path, limit: int) -> None:
+    """A limit on the size of files stands in for it; hnswlib itself says nothing."""
+    index = build_index(IndexOptions(ann), random_vectors(2000, 35))
+    with file_size_limit(limit), pytest.raises(InputError, match=f"^{tmp_path}/.*: can't be written"):
+        index.save(tmp_path)
+
+
+@pytest.mark.parametrize(("rows", "m", "reserved"), [(1, 2, 1), (50, 7, 80), (1500, 100, 1500), (1500, 300, 2000)])
+def test_a_saved_hnsw_index_has_the_size_that_it_should(tmp_path: Path, rows: int, m: int, reserved: int) -> None:
+    """Also where it reserved more, after it was loaded, and after it has grown: `save` refuses another."""
+    index = build_index(IndexOptions(hnsw_m=m, hnsw_max_elements=reserved), random_vectors(rows, 36))
+    index.save(tmp_path)
+    loaded = HnswIndex.load(tmp_path, index.settings)
+    loaded.save(tmp_path)
+    loaded.add(random_vectors(30, 37))
+    loaded.save(tmp_path)
 
 
 def test_an_index_grows_beyond_what_it_reserved() -> None:

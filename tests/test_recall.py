@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script, write_pairs
+from conftest import ROOT, file_size_limit, run_script, write_pairs
 
 import embeddings
 import encoder as encoder_module
@@ -148,6 +148,21 @@ def test_an_index_without_one_of_its_files_is_refused(tmp_path: Path, missing: s
     (tmp_path / "i" / missing).unlink()
     with pytest.raises(InputError, match=missing):
         load_index(tmp_path / "i")
+
+
+@pytest.mark.parametrize("ann", ["hnswlib", "exact"])
+def test_a_full_disk_leaves_the_index_that_was_there(tmp_path: Path, ann: str) -> None:
+    """It has the room for all but the vectors."""
+    corpus = read_corpus(write_pairs(tmp_path / "corpus.csv", [(f"文{row}",) for row in range(500)]))
+    saved = SavedIndex(build_index(IndexOptions(ann), unit_vectors(500)), corpus, "model", corpus.sha256)
+    save_index(tmp_path / "index", saved)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "index").iterdir()}
+    saved.index.add(unit_vectors(1, 1))
+    message = f"^{tmp_path}/index.*: can't be written"
+    with file_size_limit(15_000), pytest.raises(InputError, match=message):
+        save_index(tmp_path / "index", saved, ["新"])
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "index").iterdir()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.csv", "index"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
