@@ -332,10 +332,13 @@ def build_index(options: IndexOptions, vectors: np.ndarray) -> VectorIndex:
 
 
 def smallest_ef(is_enough: Callable[[int], bool], lowest: int) -> int:
-    """The smallest `ef` from `lowest` on that is enough, at most MAX_EF; whatever is beyond one that is, is too."""
+    """The smallest `ef` from `lowest` on that is enough, at most the larger of `lowest` and MAX_EF.
+
+    Whatever is beyond one that is enough, is too.
+    """
     low = high = lowest
     while not is_enough(high) and high < MAX_EF:
-        low, high = high, 2 * high
+        low, high = high, min(2 * high, MAX_EF)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if is_enough(middle) else (middle + 1, high)

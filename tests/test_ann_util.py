@@ -21,6 +21,7 @@ from ann_util import (
     build_index,
     check_index_args,
     overlap,
+    smallest_ef,
 )
 from runtime import InputError, cpu_count
 
@@ -357,6 +358,14 @@ def test_tuned_ef_is_the_smallest_that_is_enough() -> None:
     assert found(tuned - 1) < 0.9 <= found(tuned)
     index.tune_ef(queries, 10, 0.01)
     assert index.ef == 10
+
+
+@pytest.mark.parametrize(("lowest", "expected"), [(1, 16384), (100, 16384), (16384, 16384), (20000, 20000)])
+def test_ef_is_never_beyond_its_bound(lowest: int, expected: int) -> None:
+    """Nothing is enough, as where k documents have no links to the rest."""
+    tried = []
+    assert smallest_ef(lambda ef: bool(tried.append(ef)), lowest) == expected
+    assert max(tried) == expected
 
 
 @pytest.mark.parametrize("option", ["hnsw_m", "hnsw_ef", "hnsw_max_elements"])
