@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import shutil
 import sys
 import time
@@ -245,6 +246,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_folders(index_dir: str, folders: dict[str, str | None]) -> None:
+    """Raises InputError if one of the `folders`, option -> folder, is or lies in the index's, which is replaced."""
+    for option, folder in folders.items():
+        if folder and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(index_dir)):
+            raise InputError(
+                f"{option} {folder}: lies in --index_dir {index_dir}, which is replaced as a whole with all that is in "
+                "it; give a folder outside it"
+            )
+
+
 def check_inputs(corpus_file: str | None, index_dir: str | None, is_searched: bool, is_added_to: bool) -> None:
     """Raises InputError for options that leave nothing to search, or nothing to do."""
     if not corpus_file and not (index_dir and has_index(index_dir)):
@@ -264,6 +275,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.corpus_file, args.index_dir, bool(args.similar_text_pair_file or by_hand), args.add_corpus is not None
     )
     is_saved = args.index_dir is not None and has_index(args.index_dir)
+    if args.index_dir:
+        is_result_dir_used = args.similar_text_pair_file or not (is_saved or args.embedding_dir)
+        result_dir = args.recall_result_dir if is_result_dir_used else None
+        check_folders(args.index_dir, {"--embedding_dir": args.embedding_dir, "--recall_result_dir": result_dir})
     positives = {}
     if args.similar_text_pair_file:
         positives = titles_by_query(read_text_pairs(args.similar_text_pair_file, skip_bad_lines=args.skip_bad_lines))

@@ -398,6 +398,21 @@ def test_options_that_say_too_little(arguments: list[str], message: str) -> None
         recall.main(["--params_path", "missing", *arguments])
 
 
+@pytest.mark.parametrize("option", ["--embedding_dir", "--recall_result_dir"])
+@pytest.mark.parametrize("place", ["index", "index/below/below", "link/below", "other/../index"])
+def test_folders_in_that_of_the_index_are_refused(tmp_path: Path, option: str, place: str) -> None:
+    """Before any file is read: writing the index would remove them."""
+    (tmp_path / "link").symlink_to(tmp_path / "index")
+    arguments = ["--index_dir", str(tmp_path / "index"), "--corpus_file", "missing", "--query", "水"]
+    with pytest.raises(InputError, match=f"^{option} .*{place}: lies in --index_dir"):
+        recall.main(["--params_path", "missing", *arguments, option, str(tmp_path / place)])
+
+
+@pytest.mark.parametrize("place", [".", "index_2", "other"])
+def test_an_index_may_lie_in_or_beside_the_other_folders(tmp_path: Path, place: str) -> None:
+    recall.check_folders(str(tmp_path / "index"), {"--embedding_dir": str(tmp_path / place), "--other": None})
+
+
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
 def test_precisions_that_a_cpu_lacks(checkpoint: Path, recall_data: Path, tmp_path: Path, precision: str) -> None:
     """Are refused by name."""
