@@ -6,10 +6,10 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
@@ -182,13 +182,13 @@ def answer(encoder: Encoder, saved: SavedIndex, query: str, recall_num: int) -> 
     return [f"{query} ({milliseconds:.0f} ms)", *lines]
 
 
-def typed_queries(lines: Iterable[str]) -> Iterator[str]:
+def typed_queries(stream: TextIO) -> Iterator[str]:
     """The queries that are typed, a line each; what can't be one is reported and passed over."""
-    if sys.stdin.isatty():
+    if stream.isatty():
         log("type a query and press Enter; Ctrl-D ends")
-    for line in lines:
+    for line in stream.buffer:  # the stream itself might fail at bytes of another encoding, or let them pass
         try:
-            yield parse_text(line)
+            yield parse_text(line.decode(stream.encoding))
         except ValueError as error:
             log(f"not a query: {error}")
 

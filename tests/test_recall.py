@@ -428,7 +428,8 @@ def test_search_by_hand(checkpoint: Path, recall_data: Path, tmp_path: Path, mon
     ]
     recall.main([*arguments, "--corpus_file", str(recall_data / "corpus.csv")])
     capsys.readouterr()
-    monkeypatch.setattr("sys.stdin", io.StringIO("土壤的模型\n\n隧道的评价\n"))
+    typed = "土壤的模型\n\n".encode() + "隧道\n".encode("gb18030") + "隧道的评价\r\n".encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8", errors="surrogateescape"))
     recall.main([*arguments, "--query", "水稻的产量", "--query", "论水稻产量研究水稻,产量", "--interactive"])
     output, error = capsys.readouterr()
     lines = output.splitlines()
@@ -441,6 +442,7 @@ def test_search_by_hand(checkpoint: Path, recall_data: Path, tmp_path: Path, mon
     assert all(line.endswith(" ms)") for line in lines[::4])
     assert lines[5] == "  1  1.0000  论水稻产量研究水稻,产量"
     assert "not a query: the line is empty" in error
+    assert "not a query: 'utf-8' codec can't decode byte" in error
 
 
 def test_two_ranks_share_the_encoding_and_find_the_same(checkpoint: Path, recall_data: Path, tmp_path: Path) -> None:
