@@ -208,10 +208,12 @@ def report_missing_positives(corpus: Corpus, positives: dict[str, set[str]], cor
         log(f"{corpus_file}: lacks {len(missing)} titles of the pairs, which can't be recalled; first: {missing[0]}")
 
 
-def report_options_of_new_indexes(index_dir: str, options: IndexOptions) -> None:
+def report_options_of_new_indexes(index_dir: str, options: IndexOptions, embedding_dir: str | None) -> None:
     """Logs those that were given, if any, where there is an index already."""
     defaults = IndexOptions(tune_ef=options.tune_ef)
     given = [f"--{name}" for name, value in options._asdict().items() if value != getattr(defaults, name)]
+    if embedding_dir:
+        given.append("--embedding_dir")
     if given:
         log(f"{index_dir}: is searched as it was built; what is for a new index has no effect: {', '.join(given)}")
 
@@ -288,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if corpus:
         report_missing_positives(corpus, positives, args.corpus_file)
     if is_saved:
-        report_options_of_new_indexes(args.index_dir, options)
+        report_options_of_new_indexes(args.index_dir, options, args.embedding_dir)
     else:
         check_index_args(options, len(corpus))
 

@@ -355,13 +355,13 @@ def test_options_of_a_new_index_are_named_where_one_is_saved(
     checkpoint: Path, recall_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     arguments = options(checkpoint, recall_data, tmp_path, "--index_dir", str(tmp_path / "index"))
-    of_new_index = ["--hnsw_m", "20", "--hnsw_ef", "50"]
+    of_new_index = ["--hnsw_m", "20", "--hnsw_ef", "50", "--embedding_dir", str(tmp_path / "vectors")]
     for given in (of_new_index, ["--tune_ef", "0.9"]):
         assert recall.main([*arguments, *given]) == 0
         assert "no effect" not in capsys.readouterr().err
     assert recall.main([*arguments, *of_new_index]) == 0
     assert f"{tmp_path / 'index'}: is searched as it was built" in (error := capsys.readouterr().err)
-    assert "has no effect: --hnsw_m, --hnsw_ef\n" in error
+    assert "has no effect: --hnsw_m, --hnsw_ef, --embedding_dir\n" in error
 
 
 def test_an_index_of_something_else_is_refused(checkpoint: Path, recall_data: Path, tmp_path: Path) -> None:
