@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,7 +52,8 @@ def add_index_args(parser: argparse.ArgumentParser) -> None:
         type=at_least(0.0, float, 1.0),
         metavar="SHARE",
         help="search with the fewest candidates that find this share of exact search's hits on a sample of the "
-        f"queries; 0: with --hnsw_ef (default: {DEFAULT_SHARE} for a new index, a saved one keeps what it has)",
+        f"queries; 0: with --hnsw_ef (default: {DEFAULT_SHARE} for a new index; a saved one keeps what it has, and "
+        "what is added to it the share)",
     )
 
 
@@ -129,13 +130,13 @@ class VectorIndex(ABC):
         """Writes the vectors, and what finds them, into an existing folder. Raises InputError if it can't."""
 
     @property
-    def settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, Any]:
         """What `load` needs beside the files."""
         return {"dimension": self.dim, "documents": len(self)}
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: Path, settings: Mapping[str, int]) -> "VectorIndex":
+    def load(cls, folder: Path, settings: Mapping[str, Any]) -> "VectorIndex":
         """What `save` wrote; the caller has made sure that the files are as they were written."""
 
     @abstractmethod
@@ -179,7 +180,7 @@ class ExactIndex(VectorIndex):
                 file.write(np.ascontiguousarray(block))
 
     @classmethod
-    def load(cls, folder: Path, settings: Mapping[str, int]) -> "ExactIndex":
+    def load(cls, folder: Path, settings: Mapping[str, Any]) -> "ExactIndex":
         index = cls(settings["dimension"])
         index.add(np.load(folder / VECTORS_FILE, mmap_mode="r", allow_pickle=False))
         return index
@@ -191,6 +192,8 @@ class HnswIndex(VectorIndex):
     max_elements: vectors that it can hold; m: links a vector; ef_construction, ef: candidates kept while building and
     searching (searching keeps k if that is more); threads: by default one a core. With more than one thread
     the graph differs a little from build to build. Raises InputError if hnswlib is missing or can't reserve the memory.
+
+    share: of exact search's hits, for which `tune_ef` is to be called when vectors have been added; 0 if `ef` is given.
     """
 
     def __init__(
@@ -204,6 +207,7 @@ class HnswIndex(VectorIndex):
     ) -> None:
         super().__init__(dim)
         self.max_elements = max_elements
+        self.share = 0.0
         self._index = _import_hnswlib().Index(space="ip", dim=dim)
         try:
             self._index.init_index(max_elements=max_elements, M=m, ef_construction=ef_construction)
@@ -251,11 +255,11 @@ class HnswIndex(VectorIndex):
             raise InputError(f"{file}: can't be written (the disk took {written} of {size} bytes)")
 
     @property
-    def settings(self) -> dict[str, int]:
-        return {**super().settings, "ef": self.ef}
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings, "ef": self.ef, "share": self.share}
 
     @classmethod
-    def load(cls, folder: Path, settings: Mapping[str, int]) -> "HnswIndex":
+    def load(cls, folder: Path, settings: Mapping[str, Any]) -> "HnswIndex":
         size = settings["documents"]
         index = cls(settings["dimension"], max_elements=1)
         index._index = _import_hnswlib().Index(space="ip", dim=index.dim)  # it warns where it would replace a graph
@@ -265,6 +269,7 @@ class HnswIndex(VectorIndex):
         except (RuntimeError, MemoryError) as error:
             raise InputError(f"{folder / HNSW_FILE}: can't be loaded ({error}); build the index anew") from None
         index.ef = settings["ef"]  # hnswlib sets it to 10
+        index.share = settings.get("share", 0.0)  # which earlier versions didn't save
         index._size = index.max_elements = size
         return index
 
@@ -327,6 +332,7 @@ def build_index(options: IndexOptions, vectors: np.ndarray) -> VectorIndex:
     else:
         ef = options.hnsw_ef
         index = HnswIndex(dim, options.hnsw_max_elements or max(1, rows), options.hnsw_m, ef_construction=ef, ef=ef)
+        index.share = DEFAULT_SHARE if options.tune_ef is None else options.tune_ef
     index.add(vectors)
     return index
 

@@ -14,7 +14,6 @@ from typing import NamedTuple, TextIO
 import numpy as np
 
 from ann_util import (
-    DEFAULT_SHARE,
     HnswIndex,
     IndexOptions,
     VectorIndex,
@@ -111,11 +110,10 @@ def sample_of(rows: Sequence[str] | np.ndarray, *, other: bool = False) -> Seque
     return rows[step // 2 if other else 0 :: step]
 
 
-def tune(index: VectorIndex, queries: np.ndarray, k: int, share: float | None) -> None:
-    """Tunes `ef` of an HNSW index on a sample of the queries, unit vectors [Q, D]; 0 leaves it, None is the default."""
-    share = DEFAULT_SHARE if share is None else share
-    if isinstance(index, HnswIndex) and share and len(queries):
-        index.tune_ef(sample_of(queries, other=True), k, share)  # not on those that `search` judges it by
+def tune(index: VectorIndex, queries: np.ndarray, k: int) -> None:
+    """Tunes `ef` of an HNSW index that has a share, on a sample of the queries, unit vectors [Q, D]."""
+    if isinstance(index, HnswIndex) and index.share and len(queries):
+        index.tune_ef(sample_of(queries, other=True), k, index.share)  # not on those that `search` judges it by
 
 
 def search(index: VectorIndex, queries: np.ndarray, k: int) -> Recall:
@@ -140,7 +138,7 @@ def recall(
         vectors = encode_corpus(encoder, corpus, shards)
         if is_main_process():
             index = build_index(options, vectors)
-            tune(index, query_vectors, k, options.tune_ef)
+            tune(index, query_vectors, k)
             found = search(index, query_vectors, k)
         index_overlap = from_rank_0(np.array([found.index_overlap]))[0]
     return Recall(from_rank_0(found.ids), from_rank_0(found.similarities), float(index_overlap))
@@ -211,6 +209,8 @@ def report_missing_positives(corpus: Corpus, positives: dict[str, set[str]], cor
 def report_options_of_new_indexes(index_dir: str, options: IndexOptions, embedding_dir: str | None) -> None:
     """Logs those that were given, if any, where there is an index already."""
     defaults = IndexOptions(tune_ef=options.tune_ef)
+    if options.tune_ef == 0:
+        defaults = defaults._replace(hnsw_ef=options.hnsw_ef)
     given = [f"--{name}" for name, value in options._asdict().items() if value != getattr(defaults, name)]
     if embedding_dir:
         given.append("--embedding_dir")
@@ -315,13 +315,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_saved:
             saved = load_index(args.index_dir)
             check_index_fits(args.index_dir, saved, encoder.fingerprint, corpus)
+            if args.tune_ef is not None and isinstance(saved.index, HnswIndex):
+                saved.index.share, saved.index.ef = args.tune_ef, args.hnsw_ef
         else:
             saved = SavedIndex(build_index(options, vectors), corpus, encoder.fingerprint, corpus.sha256)
         new = add_documents(encoder, saved, added, args.add_corpus) if added else []
         is_tuned = bool(new) or not is_saved or args.tune_ef is not None
         if is_tuned:
             sample = query_vectors if queries else encoder(sample_of(saved.documents))
-            tune(saved.index, sample, args.recall_num, args.tune_ef)
+            tune(saved.index, sample, args.recall_num)
         if args.index_dir and is_tuned:
             saved = save_index(args.index_dir, saved, new)
             print(f"wrote {args.index_dir}: {saved.index} of {len(saved.documents)} documents")

@@ -15,11 +15,12 @@ from conftest import ROOT, file_size_limit, run_script, write_pairs
 import embeddings
 import encoder as encoder_module
 import recall
-from ann_util import IndexOptions, build_index
+from ann_util import DEFAULT_SHARE, HnswIndex, IndexOptions, build_index
 from checkpoint import load_checkpoint
 from data import read_corpus
 from embeddings import Description, Embeddings
 from encoder import compare_with_fp32, load_encoder, model_fingerprint
+from files import read_json
 from index_folder import SavedIndex, load_index, save_index
 from runtime import InputError
 from static_graph import GRAPH_NAME
@@ -349,6 +350,43 @@ def same_hits(one: str, other: str) -> bool:
     names = [[row[:2] for row in table] for table in (rows, expected)]
     cosines = [[float(row[2]) for row in table] for table in (rows, expected)]
     return names[0] == names[1] and np.allclose(*cosines, atol=1e-5)
+
+
+def saved_ef(folder: Path) -> int:
+    """Of an index."""
+    return read_json(folder / "index.json")["ef"]
+
+
+def test_an_index_keeps_its_ef_or_its_share_when_documents_are_added(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """An `ef` that was given stays; one that was tuned is tuned again, to the same share."""
+    shares = []
+    monkeypatch.setattr(HnswIndex, "tune_ef", lambda *arguments: shares.append(arguments[-1]))
+    index = ["--index_dir", str(tmp_path / "index")]
+    texts = iter([f"新的文献{number}" for number in range(9)])
+
+    def search(*more: str) -> int:
+        assert recall.main([*options(checkpoint, recall_data, tmp_path), *index, *more]) == 0
+        return saved_ef(tmp_path / "index")
+
+    def add(*more: str) -> int:
+        return search("--add_corpus", str(write_pairs(tmp_path / "more.csv", [(next(texts),)])), *more)
+
+    assert search("--tune_ef", "0", "--hnsw_ef", "300") == 300
+    assert add() == 300
+    assert search("--tune_ef", "0", "--hnsw_ef", "77") == 77
+    assert "no effect" not in capsys.readouterr().err
+    assert add() == 77
+    assert not shares
+    search("--tune_ef", "0.9")
+    add()
+    assert shares == [0.9, 0.9]
+    index = ["--index_dir", str(tmp_path / "index_2")]
+    search()
+    add()
+    add("--tune_ef", "0.8")
+    assert shares[2:] == [DEFAULT_SHARE, DEFAULT_SHARE, 0.8]
 
 
 def test_options_of_a_new_index_are_named_where_one_is_saved(
