@@ -1,16 +1,45 @@
 """The vectors of a corpus on disk, in shards that a stopped run goes on from. Imports no Paddle."""
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ann_util import check_unit_vectors
-from files import atomic_write, read_json, sha256, write_json
+from files import TEMPORARY_SUFFIX, atomic_write, locked, read_json, sha256, write_json
 from runtime import InputError
 
 SHARD_ROWS = 8192  # at most what a kill costs: 1 to 3 minutes of a 12-layer ERNIE on 2 cores
 DESCRIPTION_FILE = "embeddings.json"
+TEMPORARY_PREFIX, LOCK_FILE = ".embeddings.", "lock"
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path, number: int) -> Iterator[None]:
+    """Makes `temporary_place(parent, number)` for the block, and removes such folders that killed runs left.
+
+    Its owner has a lock on a file in it. Where the file system has no locks, what is left stays.
+    """
+    for lock in parent.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}/{LOCK_FILE}"):
+        with contextlib.suppress(OSError), locked(lock):
+            shutil.rmtree(lock.parent)
+    folder = temporary_place(parent, number)
+    try:
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):  # if it can't be made, `Embeddings` says so
+                folder.mkdir(parents=True)
+                held.enter_context(locked(folder / LOCK_FILE))
+            yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def temporary_place(parent: Path, number: int) -> Path:
+    """The folder of the vectors that a run doesn't keep, for its random number below 2**32."""
+    return parent / f"{TEMPORARY_PREFIX}{number:08x}{TEMPORARY_SUFFIX}"
 
 
 class Description(NamedTuple):

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and the manifest that tells whether a folder is as it was written."""
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -173,6 +174,23 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     with atomic_write(path) as file:
         json.dump(content, file, ensure_ascii=False, indent=2)
         file.write("\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locks
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps a file, which it makes if need be, from all others that ask for it here; a killed process gives it back.
+
+    Raises OSError if that can't be, and of its kinds BlockingIOError where another has the file.
+    """
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise BlockingIOError  # another had it when this opened it, and has put a new one in its place
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A saved index: a folder with the index, its documents and what both were made of. Imports no Paddle."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from files import (
     atomic_folder,
     atomic_write,
     check_manifest,
+    locked,
     read_json,
     whole_folder,
     write_json,
@@ -60,12 +62,34 @@ def save_index(folder: str | Path, saved: SavedIndex, added: Iterable[str] = ())
     return saved._replace(documents=read_corpus(Path(folder) / DOCUMENTS_FILE))
 
 
-def load_index(folder: str | Path) -> SavedIndex:
-    """Reads what `save_index` wrote. Raises InputError if any of it isn't as it was written, before it is used."""
+def _index_place(folder: str | Path) -> Path:
+    """The folder itself, or what a kill left of it. Raises InputError if it is no saved index."""
     folder = whole_folder(folder)
     for name in (MANIFEST_FILE, INDEX_FILE):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: isn't a saved index, it has no {name}; give another --index_dir")
+    return folder
+
+
+@contextlib.contextmanager
+def locked_index(folder: str | Path) -> Iterator[None]:
+    """Keeps a saved index, from before it is loaded until it is replaced, from other runs that would change it too.
+
+    Raises InputError if one is at it.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(_index_place(folder) / MANIFEST_FILE))
+        except BlockingIOError:
+            raise InputError(f"{folder}: another run is changing it; run this again when that has ended") from None
+        except OSError as error:
+            raise InputError(f"{folder}: can't be locked against other runs ({error.strerror})") from None
+        yield
+
+
+def load_index(folder: str | Path) -> SavedIndex:
+    """Reads what `save_index` wrote. Raises InputError if any of it isn't as it was written, before it is used."""
+    folder = _index_place(folder)
     check_manifest(folder, remedy=REMEDY)
     content = read_json(folder / INDEX_FILE)
     try:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -36,8 +35,8 @@ from data import (
     titles_by_query,
     write_hits,
 )
-from embeddings import SHARD_ROWS, Description, Embeddings
-from index_folder import SavedIndex, check_index_fits, has_index, load_index, save_index
+from embeddings import SHARD_ROWS, Description, Embeddings, temporary_folder, temporary_place
+from index_folder import SavedIndex, check_index_fits, has_index, load_index, locked_index, save_index
 from runtime import ArgumentParser, InputError, at_least, is_main_process, log, progress_bar, run, set_up_paddle
 
 if __name__ == "__main__":
@@ -95,13 +94,9 @@ def embedding_folder(embedding_dir: str | None, parent: str | Path) -> Iterator[
     if embedding_dir:
         yield Path(embedding_dir)
         return
-    number = from_rank_0(np.random.default_rng().integers(1 << 32, size=1))[0]
-    folder = Path(parent) / f".embeddings.{number:08x}.tmp"
-    try:
-        yield folder
-    finally:
-        if is_main_process():
-            shutil.rmtree(folder, ignore_errors=True)
+    parent, number = Path(parent), np.random.default_rng().integers(1 << 32, size=1)
+    with temporary_folder(parent, number[0]) if is_main_process() else contextlib.nullcontext():
+        yield temporary_place(parent, from_rank_0(number)[0])
 
 
 def sample_of(rows: Sequence[str] | np.ndarray, *, other: bool = False) -> Sequence[str] | np.ndarray:
@@ -308,11 +303,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_seq_length=args.max_seq_length,
     )
     query_vectors = encode_queries(encoder, queries)
-    with embedding_folder(args.embedding_dir, args.recall_result_dir) as folder:
-        vectors = None if is_saved else encode_corpus(encoder, corpus, folder)
+    with contextlib.ExitStack() as held:
+        vectors = None
+        if not is_saved:
+            folder = held.enter_context(embedding_folder(args.embedding_dir, args.recall_result_dir))
+            vectors = encode_corpus(encoder, corpus, folder)
         if not is_main_process():
             return 0
         if is_saved:
+            if added or args.tune_ef is not None:
+                held.enter_context(locked_index(args.index_dir))
             saved = load_index(args.index_dir)
             check_index_fits(args.index_dir, saved, encoder.fingerprint, corpus)
             if args.tune_ef is not None and isinstance(saved.index, HnswIndex):

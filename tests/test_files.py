@@ -1,13 +1,17 @@
 """Files and folders that appear whole or not at all, what a kill leaves of them, and manifests."""
 
+import fcntl
 import hashlib
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from files import (
     HASHED_BYTES,
@@ -16,6 +20,7 @@ from files import (
     atomic_write,
     check_manifest,
     clear_leftovers,
+    locked,
     read_json,
     remove_folder,
     restore_folder,
@@ -243,6 +248,42 @@ def test_an_error_in_a_folder_names_its_place(tmp_path: Path) -> None:
     message = f"^{tmp_path}/model_4/config.json: is bad$"
     with pytest.raises(InputError, match=message), atomic_folder(tmp_path / "model_4") as folder:
         raise InputError(f"{folder}/config.json: is bad")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locks
+
+
+def test_a_file_is_locked_until_the_block_or_the_process_ends(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locked(path):
+        with pytest.raises(BlockingIOError), locked(path):
+            pass
+        assert path.exists()
+    code = (
+        "import pathlib, sys, time, files\nwith files.locked(pathlib.Path(sys.argv[1])): print('locked', flush=True); "
+    )
+    command = [sys.executable, "-c", f"{code}time.sleep(1000)", str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(BlockingIOError), locked(path):
+            pass
+        process.kill()
+    with locked(path):
+        pass
+
+
+def test_a_file_that_was_replaced_while_it_was_locked_is_not_to_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be locked is the old one, which nobody else looks at any more."""
+    path = written(tmp_path, b"old", "lock")
+    flock = fcntl.flock
+    monkeypatch.setattr(
+        fcntl, "flock", lambda *arguments: (os.replace(written(tmp_path, b""), path), flock(*arguments))
+    )
+    with pytest.raises(BlockingIOError), locked(path):
+        pass
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -389,6 +389,28 @@ def test_an_index_keeps_its_ef_or_its_share_when_documents_are_added(
     assert shares[2:] == [DEFAULT_SHARE, DEFAULT_SHARE, 0.8]
 
 
+def test_of_two_runs_that_change_an_index_one_is_refused(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, while the other is at it; a search isn't, nor what comes afterwards."""
+    arguments = options(checkpoint, recall_data, tmp_path, "--ann", "exact", "--index_dir", str(tmp_path / "index"))
+    assert recall.main(arguments) == 0
+    files = {name: str(write_pairs(tmp_path / name, [(f"文献{name}",)])) for name in ("one", "other")}
+
+    def save_late(*values: object) -> SavedIndex:
+        monkeypatch.undo()
+        assert recall.main(arguments) == 0
+        for more in (["--add_corpus", files["other"]], ["--tune_ef", "0.9"]):
+            with pytest.raises(InputError, match=f"^{tmp_path}/index: another run is changing it"):
+                recall.main([*arguments, *more])
+        return save_index(*values)
+
+    monkeypatch.setattr(recall, "save_index", save_late)
+    assert recall.main([*arguments, "--add_corpus", files["one"]]) == 0
+    assert recall.main([*arguments, "--add_corpus", files["other"]]) == 0
+    assert list(load_index(tmp_path / "index").documents)[-2:] == ["文献one", "文献other"]
+
+
 def test_options_of_a_new_index_are_named_where_one_is_saved(
     checkpoint: Path, recall_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -535,6 +557,25 @@ def test_a_killed_run_goes_on(checkpoint: Path, recall_data: Path, tmp_path: Pat
     for shard in sorted((tmp_path / "w").glob("*.npy")):
         assert (tmp_path / "vectors" / shard.name).read_bytes() == shard.read_bytes()
     assert result(tmp_path) == result(tmp_path / "whole")
+
+
+def test_vectors_that_a_killed_run_left_are_removed_by_the_next(
+    checkpoint: Path, recall_data: Path, tmp_path: Path
+) -> None:
+    """Not those of one that still runs, nor what isn't ours."""
+    arguments = options(checkpoint, recall_data, tmp_path, "--ann", "exact")
+    out = tmp_path / "out"
+    (out / ".embeddings.notes.tmp").mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", SLOW_RECALL, *arguments], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        folders = sorted(out.iterdir())
+        assert len(folders) == 2
+        assert recall.main(arguments) == 0
+        assert sorted(out.iterdir()) == [*folders, out / "recall_result.txt"]
+        assert process.poll() is None
+        process.kill()
+    assert recall.main(arguments) == 0
+    assert sorted(path.name for path in out.iterdir()) == [".embeddings.notes.tmp", "recall_result.txt"]
 
 
 @pytest.mark.parametrize("place", ["npy", "json"])
