@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import mmap
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -241,22 +242,41 @@ class Corpus(Sequence[str]):
     """The documents of a file, one a line; a document's row number is its id. The file is mapped, not held in memory.
 
     sha256: of the documents, a line each, in hex: files that differ in BOM, line ends or skipped lines alone have the
-    same. Raises InputError as `read_lines` does.
+    same. distinct: leaves out repeated lines, which `sha256` is of as well. Raises InputError as `read_lines` does.
     """
 
-    def __init__(self, path: str | Path, *, skip_bad_lines: bool = False) -> None:
-        digest = hashlib.sha256()
+    def __init__(self, path: str | Path, *, skip_bad_lines: bool = False, distinct: bool = False) -> None:
+        digest, hashes = hashlib.sha256(), array("q")
 
         def good_lines() -> Iterator[int]:
             for line in read_lines(path, parse_text, skip_bad_lines):
                 if line.row is not None:
                     digest.update(line.row.encode() + b"\n")
+                    if distinct:
+                        hashes.append(hash(line.row))
                     yield line.offset
 
         self._offsets = np.fromiter(good_lines(), dtype=np.int64)
         self.sha256 = digest.hexdigest()
         with open_for_reading(path) as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        repeated = self._repeated(np.frombuffer(hashes, np.int64))
+        if repeated:
+            log(f"{path}: left out {len(repeated)} line(s) of {len(self)} that repeat another one")
+            self._offsets = np.delete(self._offsets, repeated)
+
+    def _repeated(self, hashes: np.ndarray) -> list[int]:
+        """The rows whose text is that of an earlier one, from the hash of each row, int64; texts are compared too."""
+        in_order = np.sort(hashes)
+        often = np.unique(in_order[1:][in_order[1:] == in_order[:-1]])
+        seen: set[str] = set()
+        rows = []
+        for row in np.flatnonzero(np.isin(hashes, often)).tolist():
+            text = self[row]
+            if text in seen:
+                rows.append(row)
+            seen.add(text)
+        return rows
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -273,8 +293,8 @@ class Corpus(Sequence[str]):
 
 
 def read_corpus(path: str | Path, *, skip_bad_lines: bool = False) -> Corpus:
-    """The documents to search. Raises InputError as `read_lines` does."""
-    return Corpus(path, skip_bad_lines=skip_bad_lines)
+    """The distinct documents to search; says how many lines are repeated. Raises InputError as `read_lines` does."""
+    return Corpus(path, skip_bad_lines=skip_bad_lines, distinct=True)
 
 
 def read_hits(path: str | Path) -> dict[str, list[str]]:

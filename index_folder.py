@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ann_util import ExactIndex, HnswIndex, VectorIndex
-from data import Corpus, read_corpus
+from data import Corpus
 from files import (
     MANIFEST_FILE,
     atomic_folder,
@@ -59,7 +59,7 @@ def save_index(folder: str | Path, saved: SavedIndex, added: Iterable[str] = ())
         }
         write_json(temporary / INDEX_FILE, content)
         write_manifest(temporary)
-    return saved._replace(documents=read_corpus(Path(folder) / DOCUMENTS_FILE))
+    return saved._replace(documents=Corpus(Path(folder) / DOCUMENTS_FILE))
 
 
 def _index_place(folder: str | Path) -> Path:
@@ -97,7 +97,7 @@ def load_index(folder: str | Path) -> SavedIndex:
         model, corpus = content["model"], content["corpus"]
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / INDEX_FILE}: isn't the description of an index (see {error}); {REMEDY}") from None
-    documents = read_corpus(folder / DOCUMENTS_FILE)
+    documents = Corpus(folder / DOCUMENTS_FILE)
     if len(documents) != len(index):
         raise InputError(f"{folder}: has {len(documents)} documents and {len(index)} vectors; {REMEDY}")
     return SavedIndex(index, documents, model, corpus)

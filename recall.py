@@ -147,7 +147,7 @@ def add_documents(encoder: Encoder, saved: SavedIndex, added: Corpus, added_file
     if not new:
         raise InputError(f"--add_corpus {added_file}: the index has all of its documents already")
     if len(new) < len(added):
-        log(f"{added_file}: left out {len(added) - len(new)} documents that the index has, or that are repeated")
+        log(f"{added_file}: left out {len(added) - len(new)} documents that the index has")
     documents = list(new)
     for start in range(0, len(documents), SHARD_ROWS):
         saved.index.add(encoder(documents[start : start + SHARD_ROWS], "added"))

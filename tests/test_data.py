@@ -26,6 +26,7 @@ from data import (
     PAD,
     SEP,
     UNK,
+    Corpus,
     Hit,
     PairBatch,
     PairCollator,
@@ -51,7 +52,7 @@ from runtime import InputError
 ROOT = Path(__file__).resolve().parent.parent
 BOM = b"\xef\xbb\xbf"
 
-READERS: dict[str, Callable] = {"pairs": read_text_pairs, "corpus": read_corpus, "hits": read_hits}
+READERS: dict[str, Callable] = {"pairs": read_text_pairs, "corpus": Corpus, "hits": read_hits}
 CLEAN = {
     "pairs": "深度学习\t深度学习综述\n图像分割\t医学图像分割\n".encode(),
     "corpus": "深度学习综述\n医学图像分割\n".encode(),
@@ -105,8 +106,18 @@ def test_pairs_keep_order_duplicates_and_the_hard_negative(tmp_path: Path) -> No
     ]
 
 
-def test_corpus_keeps_duplicates(tmp_path: Path) -> None:
-    assert list(read_corpus(written(tmp_path, b"a\nb\na\n"))) == ["a", "b", "a"]
+def test_documents_to_search_are_distinct(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The first of equal lines stays; also where texts that differ have one hash."""
+    path = written(tmp_path, b"a\nb\n a\r\nc\nb\na\n")
+    assert list(Corpus(path)) == ["a", "b", "a", "c", "b", "a"]
+    assert capsys.readouterr().err == ""
+    for hash_of in (hash, lambda _: 1):
+        monkeypatch.setattr(data, "hash", hash_of, raising=False)
+        assert list(read_corpus(path)) == ["a", "b", "c"]
+        assert capsys.readouterr().err == f"{path}: left out 3 line(s) of 6 that repeat another one\n"
+    assert read_corpus(path).sha256 == Corpus(path).sha256
 
 
 def test_hits_keep_the_order_of_each_query(tmp_path: Path) -> None:
@@ -191,7 +202,7 @@ def test_the_first_ten_bad_lines_and_the_count_of_all_come_in_one_message(tmp_pa
 def test_the_length_limit_is_per_line_and_later_lines_keep_their_numbers(tmp_path: Path) -> None:
     longest = b"x" * (MAX_LINE_BYTES - 1)
     path = written(tmp_path, longest + b"\n" + longest + b"xxxxx\nafter\n" + longest)
-    assert [len(text) for text in read_corpus(path, skip_bad_lines=True)] == [len(longest), 5, len(longest)]
+    assert [len(text) for text in Corpus(path, skip_bad_lines=True)] == [len(longest), 5, len(longest)]
     with pytest.raises(InputError, match=f"{path}:2: longer than"):
         read_corpus(path)
 
@@ -330,14 +341,14 @@ def test_corpus_access_equals_a_list(tmp_path: Path, skip_bad_lines: bool) -> No
 
 
 def test_corpus_holds_no_texts_in_memory(tmp_path: Path) -> None:
-    documents, line = 5_000, ("文" * 300 + "\n").encode()
-    path = written(tmp_path, line * documents)
+    lines = [("文" * 300 + f"{number}\n").encode() for number in range(5_000)]
+    path = written(tmp_path, b"".join(lines))
     tracemalloc.start()
     corpus = read_corpus(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(corpus) == documents
-    assert peak < len(line) * documents / 10
+    assert len(corpus) == len(lines)
+    assert peak < path.stat().st_size / 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import encoder as encoder_module
 import recall
 from ann_util import DEFAULT_SHARE, HnswIndex, IndexOptions, build_index
 from checkpoint import load_checkpoint
-from data import read_corpus
+from data import Corpus, read_corpus
 from embeddings import Description, Embeddings
 from encoder import compare_with_fp32, load_encoder, model_fingerprint
 from files import read_json
@@ -609,10 +609,27 @@ def test_a_full_disk_is_one_line(checkpoint: Path, recall_data: Path, tmp_path: 
 
 
 def test_repeated_documents_and_small_corpora(checkpoint: Path, recall_data: Path, tmp_path: Path, capsys) -> None:
-    """More than a few equal documents, and more hits than documents."""
-    corpus = write_pairs(tmp_path / "corpus.csv", [("论水稻产量研究水稻,产量",)] * 30 + [("隧道",)])
+    """More than a few equal documents, which are one, but for a space in this place; more hits than documents."""
+    documents = [("论水稻产量研究水稻" + " " * spaces + ",产量",) for spaces in range(30)]
+    corpus = write_pairs(tmp_path / "corpus.csv", [*documents * 2, ("隧道",)])
     arguments = options(checkpoint, recall_data, tmp_path, "--corpus_file", str(corpus), "--tune_ef", "0")
     assert recall.main(arguments) == 0
     assert "100.00 % of exact search's top 20" in capsys.readouterr().out
     assert recall.main([*arguments, "--recall_num", "50"]) == 0
     assert "top 31" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ann", ["exact", "hnswlib"])
+def test_a_repeated_document_takes_no_other_s_place(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, ann: str, capsys
+) -> None:
+    """The result, and so the metrics, are those of the distinct documents, however often a line comes."""
+    arguments = options(checkpoint, recall_data, tmp_path, "--ann", ann, "--recall_num", "5")
+    assert recall.main(arguments) == 0
+    expected = result(tmp_path)
+    documents = list(Corpus(recall_data / "corpus.csv"))
+    repeated = write_pairs(tmp_path / "corpus.csv", [(text,) for text in [*documents, *documents[::2] * 6]])
+    assert recall.main([*arguments, "--corpus_file", str(repeated), "--index_dir", str(tmp_path / "index")]) == 0
+    assert f"{repeated}: left out 504 line(s) of 672 that repeat another one" in capsys.readouterr().err
+    assert same_hits(result(tmp_path), expected)
+    assert len(load_index(tmp_path / "index").documents) == len(documents)
