@@ -18,7 +18,7 @@ from backbone import (
     pretrained_weights,
 )
 from base_model import DEFAULT_EMBEDDING_SIZE, DEFAULT_MODEL, ModelConfig, SemanticIndexBase
-from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, TextCollator
+from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, TextCollator, longest_text
 from files import (
     MANIFEST_FILE,
     atomic_folder,
@@ -299,8 +299,8 @@ def _read_model_config(file: Path, weights: Mapping[str, np.ndarray]) -> ModelCo
 
 
 def _longest(backbone: Backbone) -> int:
-    """Positions that the backbone has vectors for."""
-    return backbone.config.max_position_embeddings
+    """`longest_text` of a backbone."""
+    return longest_text(backbone.config.to_dict())
 
 
 def _collator_beside(file: Path | None, source: str | Path, backbone: Backbone, max_seq_length: int) -> TextCollator:

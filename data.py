@@ -387,6 +387,13 @@ def build_vocabulary(texts: Iterable[str], size: int = 30000) -> list[str]:
     return train(special_tokens + sorted(inner_characters), size)
 
 
+def longest_text(config: Mapping[str, Any]) -> int:
+    """Tokens that a backbone's position table has rows for; config: the content of its config.json."""
+    # RoBERTa numbers its positions from pad_token_id + 1 on.
+    unused = config["pad_token_id"] + 1 if config["model_type"] == "roberta" else 0
+    return config["max_position_embeddings"] - unused
+
+
 class TextCollator:
     """From texts to padded token ids: the one tokenising and padding of training, recall, prediction and deployment.
 

@@ -15,7 +15,7 @@ import paddle
 from paddle import inference, nn
 from paddle.static import InputSpec
 
-from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, TextCollator
+from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, TextCollator, longest_text
 from files import MANIFEST_FILE, check_manifest, read_json, whole_folder
 from runtime import InputError, cpu_count, give_back_freed_memory, has_bf16
 
@@ -266,7 +266,7 @@ def load_exported(
         raise InputError(f"{folder}: has no {MANIFEST_FILE}, so it may be half a model; {EXPORT_AGAIN}")
     # Paddle's C++ ends the process where a graph or weights are damaged.
     check_manifest(folder, remedy=EXPORT_AGAIN)
-    longest = read_json(folder / BACKBONE_CONFIG_FILE)["max_position_embeddings"]
+    longest = longest_text(read_json(folder / BACKBONE_CONFIG_FILE))
     if max_seq_length and max_seq_length > longest:
         remedy = f"the position table of {folder} has {longest} rows; use at most that many tokens"
         raise InputError(f"--max_seq_length {max_seq_length}: {remedy}")
