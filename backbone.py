@@ -17,6 +17,9 @@ from files import read_json
 from runtime import InputError
 
 WEIGHTS_FILES = ("model.safetensors", "model_state.pdparams")  # the first is preferred: it holds nothing but weights
+NUMBERS = {"max_position_embeddings": 3, "vocab_size": 1, "pad_token_id": 0}  # that a config must have, and the least
+# On a component of the last layer's output, rounding has an effect of 1e-5, padding that isn't masked one of 0.002.
+LARGEST_EFFECT_OF_PADDING = 1e-3
 
 
 class Backbone(NamedTuple):
@@ -40,10 +43,17 @@ def find_backbone(name_or_path: str | Path) -> Backbone:
         config = AutoConfig.from_pretrained(str(folder.resolve() if folder.is_dir() else name_or_path))
     except Exception as error:  # PaddleNLP raises anything from KeyError to its own classes
         raise (_unreadable(folder, error) if folder.exists() else _not_found(name_or_path)) from None
-    if getattr(config, "model_type", None) not in MODEL_NAMES_MAPPING:
-        raise InputError(f"{name_or_path}: PaddleNLP knows no model of type {getattr(config, 'model_type', None)!r}")
-    config.architectures = [MODEL_NAMES_MAPPING[config.model_type] + "Model"]
-    model_class = AutoModel._get_model_class_from_config(None, None, config)
+    model_type = getattr(config, "model_type", None)
+    try:
+        config.architectures = [MODEL_NAMES_MAPPING[model_type] + "Model"]
+        model_class = AutoModel._get_model_class_from_config(None, None, config)
+    except (KeyError, AttributeError):  # the second where PaddleNLP has a config of that type, but no such class
+        raise InputError(f"{name_or_path}: PaddleNLP knows no model of type {model_type!r}") from None
+    for key, least in NUMBERS.items():
+        value = getattr(config, key, None)
+        if not isinstance(value, int) or value < least:
+            problem = f"has {key} {value!r}, which must be a whole number, {least} or more"
+            raise InputError(f"{name_or_path}: the config of {model_class.__name__} {problem}")
     return Backbone(str(name_or_path), model_class, config)
 
 
@@ -71,15 +81,19 @@ def build_backbone(backbone: Backbone) -> PretrainedModel:
     if not {"input_ids", "token_type_ids"} <= set(inspect.signature(ptm.forward).parameters):
         raise InputError(f"{name} doesn't take input_ids and token_type_ids; {wanted}")
     ptm.eval()
-    ids = paddle.zeros([1, 3], dtype="int64") + (0 if backbone.config.pad_token_id else 1)
+    config = backbone.config
+    padded = paddle.full([1, 3], 0 if config.pad_token_id else 1, "int64")
+    padded[0, 2] = config.pad_token_id
     with paddle.no_grad():
         try:
-            shapes = [tuple(output.shape) for output in ptm(ids, paddle.zeros_like(ids))]
+            alone, outputs = [list(ptm(ids, paddle.zeros_like(ids))) for ids in (padded[:, :2], padded)]
+            shapes = [tuple(output.shape) for output in outputs]
         except Exception:
             shapes = []
-    hidden_size = backbone.config.hidden_size
-    if shapes != [(1, 3, hidden_size), (1, hidden_size)]:
+    if shapes != [(1, 3, config.hidden_size), (1, config.hidden_size)]:
         raise InputError(f"{name} doesn't return (sequence, pooled); {wanted}")
+    if not (alone[0] - outputs[0][:, :2]).abs().max() < LARGEST_EFFECT_OF_PADDING:
+        raise InputError(f"{name} doesn't mask padding, so a text's vector would change with it; {wanted}")
     ptm.train()
     return ptm
 

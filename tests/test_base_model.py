@@ -1,6 +1,7 @@
 """The model's vectors, and every way into and out of a checkpoint."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -328,13 +329,39 @@ def test_init_from_ckpt_never_leaves_the_backbone_random(model_folder: Path, tmp
         create_model(SemanticIndexBase, model_name_or_path=str(model_folder), init_from_ckpt=str(path))
 
 
-@pytest.mark.parametrize("architecture", ["Electra", "DistilBert", "no-such"])
+@pytest.mark.parametrize("architecture", ["Electra", "DistilBert", "deberta", "no-such"])
 def test_other_encoders_are_refused_by_name(tmp_path: Path, architecture: str) -> None:
     folder = make_model_folder(
         tmp_path / "model", architectures=[f"{architecture}Model"], model_type=architecture.lower()
     )
     with pytest.raises(InputError, match=architecture):
         create_model(SemanticIndexBase, from_scratch=str(folder))
+
+
+@pytest.mark.parametrize("architecture", ["Albert", "FNet"])
+def test_an_encoder_that_does_not_mask_padding_is_refused_by_name(tmp_path: Path, architecture: str) -> None:
+    folder = make_model_folder(tmp_path / "model", model_type=architecture.lower(), embedding_size=32)
+    with pytest.raises(InputError, match=f"{architecture}Model doesn't mask padding"):
+        create_model(SemanticIndexBase, from_scratch=str(folder))
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_robertas_longest_text_has_fewer_tokens_than_its_position_table_rows(tmp_path: Path, pooling: str) -> None:
+    """Its positions start after the padding's."""
+    folder = make_model_folder(tmp_path / "model", model_type="roberta")
+    model, collator = new_model(folder, pooling=pooling)
+    assert collator.max_seq_length == 39
+    alone, padded = model.embed(*collator(TEXTS[:1])), model.embed(*collator([TEXTS[0], TEXTS[2] * 10]))
+    np.testing.assert_allclose(padded[:1], alone, atol=1e-6)
+    with pytest.raises(InputError, match=r"--max_seq_length 40: .* 39 rows"):
+        new_model(folder, max_seq_length=40)
+
+
+@pytest.mark.parametrize("value", [None, "x", -1, 1.5, []])
+@pytest.mark.parametrize("key", ["max_position_embeddings", "vocab_size", "pad_token_id"])
+def test_a_number_of_the_config_that_is_none_is_named(tmp_path: Path, key: str, value: object) -> None:
+    with pytest.raises(InputError, match=rf"{tmp_path}/model: .*{key}.*{re.escape(repr(value))}"):
+        create_model(SemanticIndexBase, from_scratch=str(make_model_folder(tmp_path / "model", **{key: value})))
 
 
 def test_bert_is_an_encoder_as_well(tmp_path: Path) -> None:
