@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -120,38 +120,41 @@ def model_fingerprint(model: SemanticIndexBase, collator: TextCollator) -> str:
 def _static_embed(model: SemanticIndexBase, folder: Path, fingerprint: str, device: str, precision: str) -> Embed:
     """`embed` of the compiled model, which is compiled unless that was done before; all ranks call it together."""
     compiled = folder / STATIC_FOLDER / f"{GRAPH_VERSION}-{fingerprint[:16]}"
+    load = partial(StaticEncoder, device=device, precision=precision)
     rank, _ = init_ranks()
-    is_there = rank == 0 and (_is_compiled(compiled) or _compile(model, compiled))
+    encoder = None if rank else _load_compiled(compiled, load) or _compile(model, compiled, load)
     meet()
-    if is_there or (rank and _is_compiled(compiled)):
-        return StaticEncoder(compiled, device=device, precision=precision).embed
+    encoder = encoder or _load_compiled(compiled, load)
+    if encoder:
+        return encoder.embed
     with tempfile.TemporaryDirectory() as temporary:
         export_static(model, Path(temporary))
-        return StaticEncoder(temporary, device=device, precision=precision).embed
+        return load(temporary).embed
 
 
-def _compile(model: SemanticIndexBase, compiled: Path) -> bool:
-    """Writes the graph; whether it could be written."""
+def _compile(model: SemanticIndexBase, compiled: Path, load: Callable[[Path], StaticEncoder]) -> StaticEncoder | None:
+    """Writes the graph and loads it; None if it couldn't be written."""
     log(f"compiling the model into {compiled}")
     try:
         with atomic_folder(compiled) as temporary:
             export_static(model, temporary)
+            encoder = load(temporary)  # Paddle doesn't say so when it can't write a file to its end
             write_manifest(temporary)
     except InputError as error:
         log(f"{error}; compiling it for this run alone")
-        return False
-    return True
+        return None
+    return encoder
 
 
-def _is_compiled(compiled: Path) -> bool:
-    """Whether the graph is there, as it was written."""
+def _load_compiled(compiled: Path, load: Callable[[Path], StaticEncoder]) -> StaticEncoder | None:
+    """The graph, or None if it isn't there as it was written, or can't be loaded."""
     if not (compiled / MANIFEST_FILE).is_file():
-        return False
+        return None
     try:
         check_manifest(compiled)
+        return load(compiled)
     except InputError:
-        return False
-    return True
+        return None
 
 
 def _embed_in(model: SemanticIndexBase, dtype: str, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:

@@ -71,12 +71,24 @@ def _without_dropout(model: nn.Layer) -> Iterator[None]:
 def export_static(model: nn.Layer, folder: Path) -> None:
     """Writes graph and weights of a SemanticIndexBase into an existing folder; batch and length stay free.
 
-    Inputs: input_ids and token_type_ids, int64 [B, L]. Output: unit vectors, float32 [B, D].
+    Inputs: input_ids and token_type_ids, int64 [B, L]. Output: unit vectors, float32 [B, D]. Raises InputError for
+    weights whose end is missing.
     """
     spec = [InputSpec([None, None], "int64", name) for name in INPUT_NAMES]
     with _without_dropout(model):
         graph = paddle.jit.to_static(_PooledEmbedding(model), input_spec=spec, full_graph=True)
         paddle.jit.save(graph, str(folder / GRAPH_NAME))
+    # Paddle doesn't say so when it can't write a file to its end, and loads weights of which only the last lack theirs.
+    weights = folder / (GRAPH_NAME + WEIGHTS_SUFFIX)
+    ends = [tensor.flatten()[-16:].numpy().tobytes() for tensor in (*model.parameters(), *model.buffers())]
+    if not any(_last_bytes(weights, len(end)) == end for end in ends):
+        raise InputError(f"{weights}: isn't written to its end; see whether the disk is full")
+
+
+def _last_bytes(file: Path, count: int) -> bytes:
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - count))
+        return opened.read()
 
 
 def graph_file(folder: Path) -> Path:
@@ -219,7 +231,7 @@ class StaticEncoder:
             self._predictor = inference.create_predictor(config)
         except RuntimeError as error:  # Paddle doesn't say so when it can't write a file to its end
             reason = str(error).strip().splitlines()[0]
-            remedy = f"see whether the disk is full, and {EXPORT_AGAIN}"
+            remedy = "see whether the disk is full, and write it again"
             raise InputError(f"{folder}: Paddle can't load the graph ({reason}); {remedy}") from None
         self._inputs = [self._predictor.get_input_handle(name) for name in INPUT_NAMES]
         self.output_name: str = self._predictor.get_output_names()[0]

@@ -1,6 +1,7 @@
 """Vectors on disk, the saved index, and recall.py over both, with its faults."""
 
 import io
+import os
 import random
 import shutil
 import signal
@@ -16,14 +17,15 @@ import embeddings
 import encoder as encoder_module
 import recall
 from ann_util import DEFAULT_SHARE, HnswIndex, IndexOptions, build_index
+from base_model import SemanticIndexBase
 from checkpoint import load_checkpoint
 from data import Corpus, read_corpus
 from embeddings import Description, Embeddings
 from encoder import compare_with_fp32, load_encoder, model_fingerprint
-from files import read_json
+from files import read_json, write_manifest
 from index_folder import SavedIndex, load_index, save_index
 from runtime import InputError
-from static_graph import GRAPH_NAME
+from static_graph import GRAPH_NAME, WEIGHTS_SUFFIX
 
 DIM = 8
 
@@ -201,6 +203,36 @@ def test_a_damaged_or_unwritable_compiled_model_is_made_again(checkpoint: Path, 
     shutil.rmtree(folder / encoder_module.STATIC_FOLDER)
     (folder / encoder_module.STATIC_FOLDER).write_text("in the way")
     np.testing.assert_array_equal(load_encoder(folder, engine="static", batch_size=4, texts=1)(["水稻"]), expected)
+
+
+def test_a_compiled_model_cut_short_is_not_kept(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether this run wrote it to a full disk or an earlier one did, with a manifest that agrees."""
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    export_static = encoder_module.export_static
+
+    def on_a_full_disk(model: SemanticIndexBase, target: Path) -> None:
+        export_static(model, target)
+        if folder in target.parents:
+            os.truncate(target / (GRAPH_NAME + WEIGHTS_SUFFIX), 1000)
+
+    def vectors() -> np.ndarray:
+        return load_encoder(folder, engine="static", batch_size=4, texts=1)(["水稻"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder_module, "export_static", on_a_full_disk)
+        expected = vectors()
+    assert not list((folder / encoder_module.STATIC_FOLDER).iterdir())
+
+    np.testing.assert_array_equal(vectors(), expected)
+    (compiled,) = (folder / encoder_module.STATIC_FOLDER).iterdir()
+    weights = compiled / (GRAPH_NAME + WEIGHTS_SUFFIX)
+    size = weights.stat().st_size
+    os.truncate(weights, 1000)
+    write_manifest(compiled)
+    np.testing.assert_array_equal(vectors(), expected)
+    assert weights.stat().st_size == size
 
 
 def test_auto_compiles_for_many_texts(checkpoint: Path, tmp_path: Path) -> None:

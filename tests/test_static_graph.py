@@ -1,8 +1,10 @@
 """The exported graph gives the model's vectors."""
 
+import os
 from pathlib import Path
 
 import numpy as np
+import paddle
 import pytest
 from paddle import nn
 
@@ -10,7 +12,7 @@ import runtime
 import static_graph
 from checkpoint import load_checkpoint
 from runtime import InputError, has_bf16
-from static_graph import StaticEncoder, check_precision, export_static, graph_file
+from static_graph import GRAPH_NAME, WEIGHTS_SUFFIX, StaticEncoder, check_precision, export_static, graph_file
 
 TEXTS = ["水", "水稻的产量", "论水稻产量研究水稻,产量" * 10, "Deep Learning 2.0!"]
 
@@ -77,6 +79,24 @@ def test_export_leaves_the_model_as_it_is(checkpoint: Path, tmp_path: Path) -> N
         export_static(model, tmp_path)
         assert model.training is training and rates() == before
     assert "dropout" not in graph_file(tmp_path).read_text(encoding="utf-8")
+
+
+def test_weights_that_lack_their_end_are_an_error(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paddle writes as much as the disk takes, and loads weights whose last parameter is cut short."""
+    model = load_checkpoint(checkpoint).model
+    weights = tmp_path / (GRAPH_NAME + WEIGHTS_SUFFIX)
+    save = paddle.jit.save
+
+    def save_in_part(*arguments: object) -> None:
+        save(*arguments)
+        os.truncate(weights, weights.stat().st_size - 8)
+
+    monkeypatch.setattr(paddle.jit, "save", save_in_part)
+    with pytest.raises(InputError, match=f"{weights.name}: isn't written to its end"):
+        export_static(model, tmp_path)
+    StaticEncoder(tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["json", "pdiparams"])
