@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import mmap
+import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -242,11 +243,14 @@ class Corpus(Sequence[str]):
     """The documents of a file, one a line; a document's row number is its id. The file is mapped, not held in memory.
 
     sha256: of the documents, a line each, in hex: files that differ in BOM, line ends or skipped lines alone have the
-    same. distinct: leaves out repeated lines, which `sha256` is of as well. Raises InputError as `read_lines` does.
+    same. distinct: leaves out repeated lines, which `sha256` is of as well. Raises InputError as `read_lines` does, and
+    on access when the file has been changed since.
     """
 
     def __init__(self, path: str | Path, *, skip_bad_lines: bool = False, distinct: bool = False) -> None:
         digest, hashes = hashlib.sha256(), array("q")
+        self._path, self._file = path, open_for_reading(path)
+        self._state = self._current_state()
 
         def good_lines() -> Iterator[int]:
             for line in read_lines(path, parse_text, skip_bad_lines):
@@ -258,8 +262,7 @@ class Corpus(Sequence[str]):
 
         self._offsets = np.fromiter(good_lines(), dtype=np.int64)
         self.sha256 = digest.hexdigest()
-        with open_for_reading(path) as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._bytes = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         repeated = self._repeated(np.frombuffer(hashes, np.int64))
         if repeated:
             log(f"{path}: left out {len(repeated)} line(s) of {len(self)} that repeat another one")
@@ -278,10 +281,16 @@ class Corpus(Sequence[str]):
             seen.add(text)
         return rows
 
+    def _current_state(self) -> tuple[int, int]:
+        status = os.fstat(self._file.fileno())
+        return status.st_size, status.st_mtime_ns
+
     def __len__(self) -> int:
         return len(self._offsets)
 
     def __getitem__(self, row: int | slice) -> Any:
+        if self._current_state() != self._state:  # beyond the end of a file that was cut, reading kills the process
+            raise InputError(f"{self._path}: was changed while it was in use; start again")
         if isinstance(row, slice):
             return [self._read(offset) for offset in self._offsets[row]]
         return self._read(self._offsets[row])

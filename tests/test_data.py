@@ -340,6 +340,23 @@ def test_corpus_access_equals_a_list(tmp_path: Path, skip_bad_lines: bool) -> No
             corpus[row]
 
 
+@pytest.mark.parametrize("change", ["cut", "rewritten", "replaced"])
+def test_a_corpus_that_is_changed_while_in_use_is_an_input_error(tmp_path: Path, change: str) -> None:
+    """Another file under its name is none of its business."""
+    raw = "".join(f"文档{row}\n" for row in range(5_000)).encode()
+    corpus = read_corpus(written(tmp_path, raw))
+    path = next(tmp_path.iterdir())
+    if change == "replaced":
+        (tmp_path / "new").write_bytes(b"a\n")
+        os.replace(tmp_path / "new", path)
+        assert corpus[4_999] == "文档4999" and corpus[:1] == ["文档0"]
+        return
+    path.write_bytes(b"" if change == "cut" else raw[1:] + b"\n")
+    for rows in (4_999, slice(0, 10)):
+        with pytest.raises(InputError, match=f"{path}: was changed while it was in use"):
+            corpus[rows]
+
+
 def test_corpus_holds_no_texts_in_memory(tmp_path: Path) -> None:
     lines = [("文" * 300 + f"{number}\n").encode() for number in range(5_000)]
     path = written(tmp_path, b"".join(lines))
