@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import errno
 import gc
 import importlib
 import io
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 INPUT_ERROR_EXIT_CODE = 2
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors of a file that can't grow
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # what MKL means by it
 SECONDS_BETWEEN_LINES = 10.0  # progress on something that isn't a terminal, such as a log file
@@ -69,7 +71,10 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Runs a script's `main` and exits: 2 and the bare message for an InputError, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Runs a script's `main` and exits: 2 and the bare message for an InputError, 130 for Ctrl-C, 143 for SIGTERM.
+
+    Where stdout can't be written: 2 and one line for a full disk, 141 and nothing when its reader has gone.
+    """
     has_peers = int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1
     if not has_peers:  # a rank that waits for others in native code wouldn't get to Python's handler
         signal.signal(signal.SIGTERM, _terminate)
@@ -81,12 +86,34 @@ def run(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
         code = 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)  # as shells report it
+    except SystemExit as ended:  # of --help, for one
+        code = ended.code or 0
+    except OSError as error:
+        code = _output_failed(error)
+    try:
+        if sys.stdout:  # None where it was closed from the start
+            sys.stdout.flush()
+    except OSError as error:
+        code = _output_failed(error)
     if has_peers:
         # Now and then Paddle's gloo aborts when the interpreter takes it down, after all work is done.
-        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _output_failed(error: OSError) -> int:
+    """The exit code where stdout can't be written, after a line if there is anything to do. Raises other errors."""
+    if isinstance(error, BrokenPipeError):
+        code = 128 + signal.SIGPIPE
+    elif error.errno in NO_SPACE:
+        print(f"error: the output can't be written ({error.strerror})", file=sys.stderr)
+        code = INPUT_ERROR_EXIT_CODE
+    else:
+        raise error
+    # What is still in the buffer would fail once more when the interpreter ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return code
 
 
 class Stopped(Exception):

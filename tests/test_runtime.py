@@ -1,7 +1,9 @@
 """Exit codes, option parsing, CPU set-up and progress lines; no Paddle."""
 
 import argparse
+import errno
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -133,6 +135,32 @@ run(main)
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "main",
+    ["print('x')", "print('x\\n' * 100_000)", "[print('x'), sys.exit(0)]"],
+    ids=["in_the_buffer", "beyond_the_buffer", "before_an_exit"],
+)
+@pytest.mark.parametrize(
+    ("output", "code", "message"),
+    [
+        (">/dev/full", 2, "error: the output can't be written (No space left on device)\n"),
+        ("| true", 128 + signal.SIGPIPE, ""),
+        (">&-", 0, ""),
+    ],
+)
+def test_an_output_that_cannot_be_written_leaves_no_traceback(output: str, code: int, message: str, main: str) -> None:
+    program = f"import runtime, sys, time; time.sleep(0.3); runtime.run(lambda: {main} or 0)"
+    command = ["bash", "-c", f"set -o pipefail; '{sys.executable}' -c \"{program}\" {output}"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, message)
+
+
+def test_other_errors_of_the_system_keep_their_traceback() -> None:
+    with pytest.raises(ConnectionRefusedError):
+        run(raising(ConnectionRefusedError(errno.ECONNREFUSED, "refused")))
 
 
 @pytest.mark.parametrize("code", [0, 3])
