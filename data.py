@@ -131,6 +131,8 @@ class Line(NamedTuple):
 
 def parse_pair(text: str) -> TextPair:
     """`query<TAB>title`, with an optional hard negative after a second tab. Raises ValueError with the reason."""
+    if not text.strip():
+        raise ValueError("the line is empty")
     fields = [field.strip() for field in text.split("\t")]
     if len(fields) not in (2, 3):
         raise ValueError(f"{len(fields)} column(s), where query<TAB>title[<TAB>hard negative] has 2 or 3")
@@ -222,7 +224,7 @@ def _decode(raw: bytes | None) -> str:
     if raw is None:
         raise ValueError(f"longer than {MAX_LINE_BYTES:,} bytes")
     if b"\0" in raw:
-        raise ValueError("holds a NUL character")
+        raise ValueError("holds a NUL character (if the file is UTF-16, try iconv -f UTF-16 -t UTF-8)")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

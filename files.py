@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -167,6 +168,16 @@ def clear_leftovers(folder: str | Path) -> None:
             remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{error.filename}: can't be removed ({error.strerror})") from None
+
+
+def make_folder(path: str | Path) -> None:
+    """Makes a folder, if it isn't there, that files can be written into. Raises InputError if they can't."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror})") from None
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

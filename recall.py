@@ -36,6 +36,7 @@ from data import (
     write_hits,
 )
 from embeddings import SHARD_ROWS, Description, Embeddings, temporary_folder, temporary_place
+from files import make_folder
 from index_folder import SavedIndex, check_index_fits, has_index, load_index, locked_index, save_index
 from runtime import ArgumentParser, InputError, at_least, is_main_process, log, progress_bar, run, set_up_paddle
 
@@ -105,10 +106,11 @@ def sample_of(rows: Sequence[str] | np.ndarray, *, other: bool = False) -> Seque
     return rows[step // 2 if other else 0 :: step]
 
 
-def tune(index: VectorIndex, queries: np.ndarray, k: int) -> None:
+def tune(index: VectorIndex, queries: np.ndarray, k: int, lowest_ef: int = 0) -> None:
     """Tunes `ef` of an HNSW index that has a share, on a sample of the queries, unit vectors [Q, D]."""
     if isinstance(index, HnswIndex) and index.share and len(queries):
         index.tune_ef(sample_of(queries, other=True), k, index.share)  # not on those that `search` judges it by
+        index.ef = max(index.ef, lowest_ef)
 
 
 def search(index: VectorIndex, queries: np.ndarray, k: int) -> Recall:
@@ -272,9 +274,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.corpus_file, args.index_dir, bool(args.similar_text_pair_file or by_hand), args.add_corpus is not None
     )
     is_saved = args.index_dir is not None and has_index(args.index_dir)
+    is_result_dir_used = args.similar_text_pair_file or not (is_saved or args.embedding_dir)
+    result_dir = args.recall_result_dir if is_result_dir_used else None
     if args.index_dir:
-        is_result_dir_used = args.similar_text_pair_file or not (is_saved or args.embedding_dir)
-        result_dir = args.recall_result_dir if is_result_dir_used else None
         check_folders(args.index_dir, {"--embedding_dir": args.embedding_dir, "--recall_result_dir": result_dir})
     positives = {}
     if args.similar_text_pair_file:
@@ -302,6 +304,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         output_emb_size=args.output_emb_size,
         max_seq_length=args.max_seq_length,
     )
+    is_index_written = args.index_dir and (not is_saved or added or args.tune_ef is not None)
+    if is_main_process():  # before hours of encoding
+        for folder in (result_dir, Path(args.index_dir).absolute().parent if is_index_written else None):
+            if folder:
+                make_folder(folder)
     query_vectors = encode_queries(encoder, queries)
     with contextlib.ExitStack() as held:
         vectors = None
@@ -323,7 +330,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_tuned = bool(new) or not is_saved or args.tune_ef is not None
         if is_tuned:
             sample = query_vectors if queries else encoder(sample_of(saved.documents))
-            tune(saved.index, sample, args.recall_num)
+            # More documents don't make do with less, but this run's --recall_num may be smaller than the one before.
+            is_kept = is_saved and args.tune_ef is None and isinstance(saved.index, HnswIndex)
+            tune(saved.index, sample, args.recall_num, lowest_ef=saved.index.ef if is_kept else 0)
         if args.index_dir and is_tuned:
             saved = save_index(args.index_dir, saved, new)
             print(f"wrote {args.index_dir}: {saved.index} of {len(saved.documents)} documents")

@@ -24,7 +24,7 @@ from data import (
     titles_by_query,
 )
 from evaluate import metric_names
-from files import clear_leftovers, sha256, whole_folder
+from files import clear_leftovers, make_folder, sha256, whole_folder
 from runtime import (
     ArgumentParser,
     InputError,
@@ -392,6 +392,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape |= {name: getattr(args, name) and os.path.normpath(getattr(args, name)) for name in STARTING_OPTIONS}
     shape |= {"number of processes": world_size, "SHA-256 of the training file": sha256(args.train_set_file)}
     if rank == 0:
+        make_folder(save_dir)
+        if evaluator:
+            make_folder(args.recall_result_dir)
         clear_leftovers(save_dir)
     meet()
 

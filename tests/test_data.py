@@ -133,10 +133,11 @@ def test_titles_by_query_keeps_the_order_of_first_lines() -> None:
 BAD_LINES = [
     ("pairs", "只有一列".encode(), "1 column"),
     ("pairs", b"a\tb\tc\td", "4 column"),
-    ("pairs", b"", "1 column"),
     ("pairs", b"\ttitle", "query is empty"),
     ("pairs", b"query\t", "title is empty"),
     ("pairs", "\u3000\ttitle".encode(), "query is empty"),
+    ("pairs", b"", "the line is empty"),
+    ("pairs", "问\t答".encode("utf-16-le"), "iconv -f UTF-16"),
     ("corpus", b"", "empty"),
     ("corpus", b" \r", "empty"),
     ("corpus", b"a\tb\tc\td", "4 columns"),

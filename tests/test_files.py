@@ -21,6 +21,7 @@ from files import (
     check_manifest,
     clear_leftovers,
     locked,
+    make_folder,
     read_json,
     remove_folder,
     restore_folder,
@@ -252,6 +253,16 @@ def test_an_error_in_a_folder_names_its_place(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Locks
+
+
+def test_a_folder_is_made_if_files_can_be_written_into_it(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    file = written(tmp_path, b"")
+    for place in (file, file / "below", Path("/proc/1/there")):
+        with pytest.raises(InputError, match=f"^{place}: can't be written"):
+            make_folder(place)
 
 
 def test_a_file_is_locked_until_the_block_or_the_process_ends(tmp_path: Path) -> None:

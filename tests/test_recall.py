@@ -421,6 +421,32 @@ def test_an_index_keeps_its_ef_or_its_share_when_documents_are_added(
     assert shares[2:] == [DEFAULT_SHARE, DEFAULT_SHARE, 0.8]
 
 
+def test_added_documents_never_lower_ef(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where --recall_num, for which it is tuned, is smaller than it was; --tune_ef may."""
+    monkeypatch.setattr(HnswIndex, "tune_ef", lambda index, queries, k, share: setattr(index, "ef", 2 * k))
+    arguments = [*options(checkpoint, recall_data, tmp_path), "--index_dir", str(tmp_path / "index")]
+    for number, (more, ef) in enumerate(
+        [(["--recall_num", "30"], 60), (["--recall_num", "5"], 60), (["--recall_num", "40"], 80)]
+    ):
+        added = ["--add_corpus", str(write_pairs(tmp_path / "more.csv", [(f"新的文献{number}",)]))] if number else []
+        assert recall.main([*arguments, *more, *added]) == 0
+        assert saved_ef(tmp_path / "index") == ef
+    assert recall.main([*arguments, "--recall_num", "5", "--tune_ef", "0.9"]) == 0
+    assert saved_ef(tmp_path / "index") == 10
+
+
+@pytest.mark.parametrize("option", ["--index_dir", "--recall_result_dir"])
+def test_a_place_that_cannot_be_written_is_found_before_anything_is_encoded(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr(recall, "encode_queries", lambda *_: pytest.fail("encoded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"^{tmp_path}/file.*: can't be written"):
+        recall.main([*options(checkpoint, recall_data, tmp_path), option, str(tmp_path / "file" / "below")])
+
+
 def test_of_two_runs_that_change_an_index_one_is_refused(
     checkpoint: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

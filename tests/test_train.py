@@ -255,6 +255,17 @@ def test_a_batch_larger_than_the_data(model_folder: Path, recall_data: Path, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", ["--save_dir", "--recall_result_dir"])
+def test_a_place_that_cannot_be_written_is_found_before_any_model_loads(
+    recall_data: Path, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "file").touch()
+    files = ["--similar_text_pair_file", str(recall_data / "dev.csv"), "--corpus_file", str(recall_data / "corpus.csv")]
+    options = train_options(tmp_path / "nowhere", recall_data, tmp_path / "new", "--evaluate", *files)
+    with pytest.raises(InputError, match=f"^{tmp_path}/file: can't be written"):
+        train_batch_neg.main([*options, option, str(tmp_path / "file")])
+
+
 def test_bad_data_is_found_before_any_model_loads(tmp_path: Path) -> None:
     bad = write_pairs(tmp_path / "train.csv", [("one column",)])
     with pytest.raises(InputError, match=r"train\.csv:1: 1 column"):
