@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-from files import MANIFEST_FILE, atomic_folder, check_manifest, check_replaceable, whole_folder, write_manifest
+from files import (
+    MANIFEST_FILE,
+    atomic_folder,
+    check_manifest,
+    check_replaceable,
+    is_within,
+    whole_folder,
+    write_manifest,
+)
 from runtime import ArgumentParser, InputError, run, set_up_paddle
 
 if __name__ == "__main__":
@@ -138,9 +146,8 @@ def check_output(path: Path, option: str, config_name: str, others: Iterable[str
 
 def check_apart(*folders: Path) -> None:
     """Raises InputError if two folders are the same, or one lies in another: writing one would remove the other."""
-    for first, second in permutations([folder.resolve() for folder in folders], 2):
-        if first == second or first in second.parents:
-            raise InputError("--dirname, --server_path and --client_path: name three folders, none in another")
+    if any(is_within(*pair) for pair in permutations(folders, 2)):
+        raise InputError("--dirname, --server_path and --client_path: name three folders, none in another")
 
 
 def build_parser() -> argparse.ArgumentParser:

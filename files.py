@@ -180,6 +180,11 @@ def make_folder(path: str | Path) -> None:
         raise InputError(f"{path}: can't be written ({error.strerror})") from None
 
 
+def is_within(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path is the folder or lies in it, links resolved; neither need be there."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))  # `resolve` fails at a loop of links
+
+
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object for people to read. Raises InputError if it can't be written."""
     with atomic_write(path) as file:

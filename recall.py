@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,7 @@ from data import (
     write_hits,
 )
 from embeddings import SHARD_ROWS, Description, Embeddings, temporary_folder, temporary_place
-from files import make_folder
+from files import is_within, make_folder
 from index_folder import SavedIndex, check_index_fits, has_index, load_index, locked_index, save_index
 from runtime import ArgumentParser, InputError, at_least, is_main_process, log, progress_bar, run, set_up_paddle
 
@@ -248,7 +247,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check_folders(index_dir: str, folders: dict[str, str | None]) -> None:
     """Raises InputError if one of the `folders`, option -> folder, is or lies in the index's, which is replaced."""
     for option, folder in folders.items():
-        if folder and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(index_dir)):
+        if folder and is_within(folder, index_dir):
             raise InputError(
                 f"{option} {folder}: lies in --index_dir {index_dir}, which is replaced as a whole with all that is in "
                 "it; give a folder outside it"
@@ -304,9 +303,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         output_emb_size=args.output_emb_size,
         max_seq_length=args.max_seq_length,
     )
-    is_index_written = args.index_dir and (not is_saved or added or args.tune_ef is not None)
+    is_changed = not is_saved or added or args.tune_ef is not None
     if is_main_process():  # before hours of encoding
-        for folder in (result_dir, Path(args.index_dir).absolute().parent if is_index_written else None):
+        for folder in (result_dir, Path(args.index_dir).absolute().parent if args.index_dir and is_changed else None):
             if folder:
                 make_folder(folder)
     query_vectors = encode_queries(encoder, queries)
@@ -318,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_main_process():
             return 0
         if is_saved:
-            if added or args.tune_ef is not None:
+            if is_changed:
                 held.enter_context(locked_index(args.index_dir))
             saved = load_index(args.index_dir)
             check_index_fits(args.index_dir, saved, encoder.fingerprint, corpus)

@@ -48,12 +48,17 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(INPUT_ERROR_EXIT_CODE, f"error: {message} (try {self.prog} --help)\n")
 
 
-def at_least(minimum: float, number: type = int, below: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a `number` (int or float) that is no less than `minimum` and less than `below`."""
+def at_least(
+    minimum: float, number: type = int, below: float = math.inf, or_zero: bool = False
+) -> Callable[[str], float]:
+    """An argparse type: a `number` (int or float) that is no less than `minimum` and less than `below`.
+
+    or_zero: or 0, which stands for something else.
+    """
 
     def parse(text: str) -> float:
         value = number(text)
-        if not minimum <= value < below:
+        if not (minimum <= value < below or (or_zero and value == 0)):
             limit = "" if below == math.inf else f", and less than {below}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: give {minimum} or more{limit}")
         return value

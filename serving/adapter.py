@@ -42,7 +42,7 @@ from serving.limits import (
 from serving.metrics import Metrics
 
 # Python 3.10 dropped this name; paddle_serving_client.httpclient imports it.
-collections.Iterable = collections.abc.Iterable  # type: ignore[attr-defined]
+collections.Iterable = collections.abc.Iterable
 # Its logger makes a folder PipelineServingLogs in the current one, takes over the root logger, and writes dozens of
 # lines a request, the texts among them where one fails.
 sys.modules["paddle_serving_server.pipeline.logger"] = types.ModuleType("paddle_serving_server.pipeline.logger")

@@ -38,13 +38,6 @@ def _choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
-def _max_seq_length(text: str) -> float:
-    return 0 if text == "0" else at_least(3)(text)  # [CLS], a token and [SEP]
-
-
-_max_seq_length.__name__ = int.__name__  # which argparse says for what is no number
-
-
 SETTINGS = {
     "model_dir": Setting(f"{LOCAL}.model_config", str, "folder of export_to_serving.py or export_model.py"),
     "host": Setting("host", str, "address to listen on; 0.0.0.0 for all"),
@@ -55,7 +48,9 @@ SETTINGS = {
     "workers": Setting(f"{OPERATOR}.concurrency", at_least(1), "encoders, each a process with the whole model"),
     "threads": Setting(f"{LOCAL}.thread_num", at_least(0), "CPU threads of an encoder; 0 shares out all cores"),
     "max_seq_length": Setting(
-        f"{LOCAL}.max_seq_length", _max_seq_length, "tokens that texts are cut to; 0 takes the exported model's"
+        f"{LOCAL}.max_seq_length",
+        at_least(3, or_zero=True),  # [CLS], a token and [SEP]
+        "tokens that texts are cut to; 0 takes the exported model's",
     ),
     "batch_size": Setting(f"{OPERATOR}.batch_size", at_least(1), "texts that are encoded together"),
     "batch_wait_ms": Setting(

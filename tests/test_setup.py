@@ -338,8 +338,8 @@ class RangeHandler(BaseHTTPRequestHandler):
     """Serves the server's `body` at /data.zip, from the offset that the request names."""
 
     def do_GET(self) -> None:
-        body, start = self.server.body, int(re.sub(r"\D", "", self.headers.get("Range", "0")))  # type: ignore[attr-defined]
-        self.server.offsets.append(start)  # type: ignore[attr-defined]
+        body, start = self.server.body, int(re.sub(r"\D", "", self.headers.get("Range", "0")))
+        self.server.offsets.append(start)
         if self.path != "/data.zip":
             return self.send_error(404)
         self.send_response(206 if start else 200)
@@ -356,7 +356,7 @@ class RangeHandler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[ThreadingHTTPServer]:
     with ThreadingHTTPServer(("127.0.0.1", 0), RangeHandler) as server:
-        server.offsets = []  # type: ignore[attr-defined]
+        server.offsets = []
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
