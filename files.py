@@ -69,7 +69,8 @@ def _replaceable(path: str | Path, is_kind: Callable[[Path], bool]) -> Path:
     path = Path(path)
     try:
         target = path.resolve() if path.is_symlink() else path
-        if target.name and (is_kind(target) or not target.exists()):
+        # In this order: another rank may write the same file between the two looks.
+        if target.name and (not target.exists() or is_kind(target)):
             return target
     except OSError as error:
         raise InputError(f"{path}: can't be written ({error.strerror or error})") from None

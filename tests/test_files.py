@@ -177,6 +177,26 @@ def folder_with(path: Path, content: str) -> Path:
     return path
 
 
+def test_a_file_that_another_rank_writes_between_two_looks_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "embeddings.json"
+
+    def looked(look: Callable[[Path], bool]) -> Callable[[Path], bool]:
+        def answer(looked_at: Path) -> bool:
+            try:
+                return look(looked_at)
+            finally:
+                path.write_text("{}")
+
+        return answer
+
+    monkeypatch.setattr(Path, "exists", looked(Path.exists))
+    monkeypatch.setattr(Path, "is_file", looked(Path.is_file))
+    write_json(path, {"documents": 3})
+    assert read_json(path) == {"documents": 3}
+
+
 def test_a_replacement_cut_short_between_its_renames_is_read_and_undone(tmp_path: Path) -> None:
     place = tmp_path / "model_best"
     replaced = folder_with(tmp_path / ".model_best.replaced", "old")
