@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -237,11 +238,19 @@ def give_back_freed_memory() -> None:
         malloc_trim(0)
 
 
+def _report_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
 def set_up_paddle() -> None:
     """Sets up memory, threads and CPU dispatch, then imports Paddle; no script imports it before calling this.
 
-    Warnings of third parties that tell the user nothing are left out.
+    Warnings of third parties that tell the user nothing are left out, and the traceback of a Ctrl-C before `run`.
     """
+    sys.excepthook = _report_uncaught
     keep_freed_memory()
     os.environ.update(cpu_environment(os.environ, read_cpuinfo(), cpu_count()))
     os.environ.setdefault("GLOG_minloglevel", "2")
@@ -253,8 +262,13 @@ def set_up_paddle() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     gc.disable()  # looking for garbage while it makes its objects takes a sixth of the import
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible:  # the native part of the import would turn KeyboardInterrupt into ImportError
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     with contextlib.redirect_stderr(io.StringIO()):  # it warns of any OMP_NUM_THREADS but 1
         importlib.import_module("paddle")
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.enable()
 
 

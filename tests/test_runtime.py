@@ -116,6 +116,24 @@ def test_ctrl_c_ends_with_code_130_and_one_line(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr() == ("", "interrupted\n")
 
 
+@pytest.mark.parametrize("place", ["paddle", "backbone"])
+def test_ctrl_c_while_modules_are_imported_prints_no_traceback(tmp_path: Path, place: str) -> None:
+    for name in ("paddle", "backbone"):
+        ends = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(1)\n" if name == place else ""
+        (tmp_path / f"{name}.py").write_text(ends)
+    script = "from runtime import set_up_paddle\nset_up_paddle()\nimport backbone\n"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    said = "" if place == "paddle" else "interrupted\n"
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", said)
+
+
+def test_other_errors_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    sys.excepthook(KeyError, KeyError("name"), None)
+    assert capsys.readouterr().err == "KeyError: 'name'\n"
+
+
 def test_sigterm_clears_away_what_is_being_written(tmp_path: Path) -> None:
     script = f"""
 import os, signal
