@@ -1,6 +1,7 @@
 """The settings of a service: from options, else the environment, else config_nlp.yml."""
 
 import argparse
+import errno
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -99,7 +100,7 @@ def read_settings(options: Mapping[str, Any], environ: Mapping[str, str], config
 
 
 def check_ports(settings: Mapping[str, Any]) -> None:
-    """Raises InputError if a port is in use: loading the model first would only delay that."""
+    """Raises InputError if it can't listen on a port: loading the model first would only delay that."""
     for name in ("rpc_port", "http_port"):
         host, port = settings["host"], settings[name]
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -107,8 +108,10 @@ def check_ports(settings: Mapping[str, Any]) -> None:
             try:
                 probe.bind((host, port))
             except OSError as error:
-                reason = error.strerror or error
-                raise InputError(f"--{name} {port}: can't listen on {host}:{port} ({reason}); name another") from None
+                reason = f"can't listen on {host}:{port} ({error.strerror or error})"
+                if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                    raise InputError(f"--host {host}: {reason}; give an address of this machine") from None
+                raise InputError(f"--{name} {port}: {reason}; name another") from None
 
 
 def _read_yaml(path: Path) -> Any:

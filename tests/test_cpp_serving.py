@@ -808,7 +808,8 @@ def test_clients_without_a_server_or_a_model(script: str, folder: Path, tmp_path
     for options, named in (
         ([*model_dir, "--endpoint", f"{HOST}:{free_port()}"], r"--endpoint 127.0.0.1:\d+: no answer .*start_server.sh"),
         ([*model_dir, "--endpoint", "here"], "argument --endpoint: here isn't host:port"),
-        (["--model_dir", tmp_path / "none"], "none"),
+        ([*model_dir, "--texts", "好", " "], "argument --texts: the text is empty"),
+        (["--model_dir", tmp_path / "none"], "--model_dir .*none: no such folder; give the one that the server serves"),
     ):
         done = run_script(CPP / script, *options)
         assert done.returncode == 2

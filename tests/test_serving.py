@@ -42,7 +42,7 @@ from serving.adapter import METHOD, PipelineService, Request, Response, ServiceO
 from serving.encoder_process import EncoderOptions, EncoderProcess, EncoderStopped
 from serving.http_gateway import PREDICTION_PATH, HttpGateway
 from serving.limits import BAD_REQUEST, INTERNAL_ERROR, NO_SUCH_SERVICE, OVERLOADED, STOPPING, Limits
-from serving.settings import read_settings
+from serving.settings import check_ports, read_settings
 from static_graph import load_exported
 
 TOLERANCE = 1e-5
@@ -742,6 +742,12 @@ def test_settings_come_from_options_then_the_environment_then_the_file(tmp_path:
         changed.write_text(text)
         with pytest.raises(InputError, match=message):
             read_settings({}, {}, changed)
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "192.0.2.1"])
+def test_a_host_that_is_not_this_machine_is_named(host: str) -> None:
+    with pytest.raises(InputError, match=f"^--host {host}: can't listen .*; give an address of this machine$"):
+        check_ports({"host": host, "rpc_port": 0, "http_port": 0})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import MODEL_CONFIG_FILE, TextCollator, TokenIds
+from data import MODEL_CONFIG_FILE, TextCollator, TokenIds, text_argument
 from files import read_json
 from runtime import ArgumentParser, InputError, at_least
 
@@ -67,7 +67,7 @@ RpcMeta = read_proto(PROTOS / "baidu_std.proto")["RpcMeta"]
 def build_parser(description: str | None) -> argparse.ArgumentParser:
     """The options of both clients."""
     parser = ArgumentParser(description=description)
-    parser.add_argument("--texts", nargs="+", default=TEXTS, help="what to get vectors of")
+    parser.add_argument("--texts", nargs="+", type=text_argument, default=TEXTS, help="what to get vectors of")
     parser.add_argument("--endpoint", type=endpoint, default="127.0.0.1:9393", help="host:port of the server")
     parser.add_argument("--model_dir", default="serving_server", help="folder with the model's vocabulary")
     parser.add_argument("--max_seq_length", type=at_least(3), help="tokens a text (default: the model's)")
@@ -84,8 +84,13 @@ def endpoint(text: str) -> tuple[str, int]:
 
 
 def tokenize(args: argparse.Namespace) -> TokenIds:
-    """The texts as int64 [B, max_seq_length], padded to the full length as the document's clients do."""
+    """The texts as int64 [B, max_seq_length], padded to the full length as the document's clients do.
+
+    Raises InputError if the folder isn't a model's.
+    """
     folder = Path(args.model_dir)
+    if not folder.is_dir():
+        raise InputError(f"--model_dir {folder}: no such folder; give the one that the server serves")
     length = args.max_seq_length or read_json(folder / MODEL_CONFIG_FILE)["max_seq_length"]
     collator = TextCollator.load(folder, length)
     collator.pad_to_max_seq_len = True
