@@ -275,11 +275,18 @@ def weights_file(path: str | Path) -> Path:
         for name in WEIGHTS_FILES:
             if (folder / name).is_file():
                 return folder / name
-        raise InputError(f"{path}: has no {' or '.join(reversed(WEIGHTS_FILES))}")
+        raise InputError(f"{path}: has no {' or '.join(reversed(WEIGHTS_FILES))}{_newest_in(path)}")
     file = whole_folder(path.parent) / path.name
     if not file.is_file():
-        raise InputError(f"{path}: no such checkpoint")
+        raise InputError(f"{path}: no such checkpoint{_newest_in(path)}")
     return file
+
+
+def _newest_in(path: Path) -> str:
+    """For a message about a checkpoint that isn't there: the newest one of the training that `path` leads to."""
+    folder = next((folder for folder in (path, *path.parents) if folder.is_dir()), path)
+    checkpoints = step_folders(folder)
+    return f"; the newest in {folder} is {checkpoints[-1].name}" if checkpoints else ""
 
 
 def _read_model_config(file: Path, weights: Mapping[str, np.ndarray]) -> ModelConfig:

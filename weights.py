@@ -61,7 +61,8 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     except MemoryError:
         raise InputError(f"{path}: asks for more memory than there is; the file may be damaged") from None
     except Exception as error:  # a damaged file raises nearly any exception
-        raise InputError(f"{path}: isn't a weights file that can be trusted ({_first_line(error)})") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # one line
+        raise InputError(f"{path}: isn't a weights file, is damaged, or can't be trusted ({reason})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: isn't a weights file (it holds a {type(content).__name__}, not named arrays)")
     if not all(isinstance(name, str) for name in content):
@@ -82,7 +83,3 @@ def _array(value: Any) -> np.ndarray | None:
     if isinstance(value, tuple) and len(value) == 2:
         value = value[1]
     return value if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

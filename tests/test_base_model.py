@@ -241,6 +241,14 @@ def test_what_is_no_checkpoint_is_refused(model_folder: Path, tmp_path: Path, co
         load_checkpoint(path, model_name_or_path=str(model_folder))
 
 
+@pytest.mark.parametrize("place", ["", "model_40", "model_40/model_state.pdparams"])
+def test_where_there_are_other_checkpoints_the_newest_is_named(model_folder: Path, tmp_path: Path, place: str) -> None:
+    for name in ("model_9", "model_10", "model_best"):
+        save_checkpoint(tmp_path / name, *new_model(model_folder))
+    with pytest.raises(InputError, match=f"; the newest in {tmp_path} is model_10$"):
+        load_checkpoint(tmp_path / place)
+
+
 @pytest.mark.parametrize("changed", [{"pooling": "max"}, {"output_emb_size": "many"}, {"output_emb_size": None}])
 def test_a_broken_model_config_is_refused(model_folder: Path, tmp_path: Path, changed: dict) -> None:
     model, collator = new_model(model_folder)
