@@ -181,6 +181,11 @@ def make_folder(path: str | Path) -> None:
         raise InputError(f"{path}: can't be written ({error.strerror})") from None
 
 
+def prepare_file(path: str | Path) -> None:
+    """Makes the folder of a file that long work will write. Raises InputError if the file couldn't be written."""
+    make_folder(_replaceable(path, Path.is_file).parent)
+
+
 def is_within(path: str | Path, folder: str | Path) -> bool:
     """Whether a path is the folder or lies in it, links resolved; neither need be there."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))  # `resolve` fails at a loop of links

@@ -11,7 +11,7 @@ from data import (
     read_texts,
     text_argument,
 )
-from files import atomic_write
+from files import atomic_write, prepare_file
 from runtime import ArgumentParser, log, run, set_up_paddle
 
 if __name__ == "__main__":
@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         output_emb_size=args.output_emb_size,
         max_seq_length=args.max_seq_length,
     )
+    if args.output:
+        prepare_file(args.output)
     vectors = encoder(texts, "texts" if args.output else None)
     if encoder.fp32:
         log(f"{encoder.precision}: {compare_with_fp32(encoder, texts, texts)}")

@@ -12,7 +12,7 @@ from batch_negative.trainer import Step
 from data import Corpus, TextCollator, documents_by_query, write_hits
 from encoder import Encoder
 from evaluate import Evaluation, evaluate, format_lines, metrics
-from files import atomic_write
+from files import atomic_write, prepare_file
 from recall import as_hits, recall
 from runtime import is_main_process
 
@@ -52,6 +52,11 @@ class Evaluator:
         self.last_step = 0
         self.score = 0.0  # of the last evaluation, by `best_metric`
         self.without_gain = 0  # evaluations since the best one
+
+    def prepare_files(self) -> None:
+        """Makes the folders of both files, before a training that would fail at its first evaluation."""
+        prepare_file(self._result_file)
+        prepare_file(self._report_file)
 
     def __call__(self, model: SemanticIndexBase, collator: TextCollator, step: int, epoch: int) -> Evaluation:
         """Evaluates the model, all ranks together; rank 0 writes both files. Afterwards `is_best` tells about it."""

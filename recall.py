@@ -35,7 +35,7 @@ from data import (
     write_hits,
 )
 from embeddings import SHARD_ROWS, Description, Embeddings, temporary_folder, temporary_place
-from files import is_within, make_folder
+from files import is_within, make_folder, prepare_file
 from index_folder import SavedIndex, check_index_fits, has_index, load_index, locked_index, save_index
 from runtime import ArgumentParser, InputError, at_least, is_main_process, log, progress_bar, run, set_up_paddle
 
@@ -304,10 +304,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_seq_length=args.max_seq_length,
     )
     is_changed = not is_saved or added or args.tune_ef is not None
+    result_file = Path(args.recall_result_dir) / args.recall_result_file
     if is_main_process():  # before hours of encoding
-        for folder in (result_dir, Path(args.index_dir).absolute().parent if args.index_dir and is_changed else None):
-            if folder:
-                make_folder(folder)
+        if result_dir:
+            make_folder(result_dir)
+        if queries:
+            prepare_file(result_file)
+        if args.index_dir and is_changed:
+            make_folder(Path(args.index_dir).absolute().parent)
     query_vectors = encode_queries(encoder, queries)
     with contextlib.ExitStack() as held:
         vectors = None
@@ -337,11 +341,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"wrote {args.index_dir}: {saved.index} of {len(saved.documents)} documents")
         if queries:
             found = search(saved.index, query_vectors, args.recall_num)
-            result = Path(args.recall_result_dir) / args.recall_result_file
-            write_hits(result, as_hits(found, saved.documents, queries))
+            write_hits(result_file, as_hits(found, saved.documents, queries))
             print(f"searched {len(saved.documents)} documents for {len(queries)} queries; {saved.index} found", end=" ")
             print(f"{100 * found.index_overlap:.2f} % of exact search's top {found.ids.shape[1]}")
-            print(f"wrote {result}")
+            print(f"wrote {result_file}")
         if encoder.fp32:
             texts = queries or saved.documents[:SAMPLE]
             print(f"{encoder.precision}: {compare_with_fp32(encoder, saved.documents, texts)}")

@@ -394,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rank == 0:
         make_folder(save_dir)
         if evaluator:
-            make_folder(args.recall_result_dir)
+            evaluator.prepare_files()
         clear_leftovers(save_dir)
     meet()
 

@@ -14,6 +14,7 @@ import inference
 import predict
 import recall
 import train_batch_neg
+from encoder import Encoder
 from runtime import InputError, run
 
 SCRIPTS = {module.__name__: module for module in (train_batch_neg, recall, evaluate, predict, inference, export_model)}
@@ -148,13 +149,13 @@ def test_an_index_smaller_than_the_corpus(script: str, call, tmp_path: Path, cap
     assert_refused(call(script, hnsw_max_elements="9"), tmp_path, capsys, "--hnsw_max_elements 9")
 
 
-def test_results_that_cannot_be_written(call, tmp_path: Path, capsys) -> None:
+def test_vectors_that_cannot_be_written_are_not_computed(call, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Encoder, "__call__", lambda *_: pytest.fail("encoded"))
     (tmp_path / "file").write_text("")
-    for script, option in (("recall", "recall_result_dir"), ("inference", "output")):
-        module, options = call(script, **{option: str(tmp_path / "file" / "in_a_file")})
+    for place in (tmp_path, tmp_path / "file" / "in_a_file"):
+        module, options = call("inference", output=str(place))
         with pytest.raises(InputError, match="can't be written"):
             module.main(options)
-    capsys.readouterr()
 
 
 def test_a_corpus_of_one_line_and_texts_longer_than_the_maximum(call, tmp_path: Path) -> None:

@@ -180,6 +180,9 @@ def test_wrong_options_are_one_line(
         (["--use_tensorrt"], "--use_tensorrt: needs --device gpu, and this is the CPU; leave the option out"),
         (["--max_seq_length", "41"], "--max_seq_length 41: the position table of .* has 40 rows; use at most"),
         (["--text_file", "missing.txt"], "missing.txt: no such file"),
+        (["--output", "/proc/1/vectors.npy"], "^/proc/1: can't be written"),
+        (["--benchmark", "--save_log_path", "/proc/1/logs"], "^/proc/1/logs: can't be written"),
+        (["--benchmark", "--output", "vectors.npy"], "^--output vectors.npy: with --benchmark there are no vectors"),
     ],
 )
 def test_what_the_machine_or_model_lacks_is_refused(

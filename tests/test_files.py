@@ -22,6 +22,7 @@ from files import (
     clear_leftovers,
     locked,
     make_folder,
+    prepare_file,
     read_json,
     remove_folder,
     restore_folder,
@@ -271,10 +272,6 @@ def test_an_error_in_a_folder_names_its_place(tmp_path: Path) -> None:
         raise InputError(f"{folder}/config.json: is bad")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Locks
-
-
 def test_a_folder_is_made_if_files_can_be_written_into_it(tmp_path: Path) -> None:
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
@@ -283,6 +280,21 @@ def test_a_folder_is_made_if_files_can_be_written_into_it(tmp_path: Path) -> Non
     for place in (file, file / "below", Path("/proc/1/there")):
         with pytest.raises(InputError, match=f"^{place}: can't be written"):
             make_folder(place)
+
+
+def test_a_file_s_folder_is_made_if_the_file_can_be_written(tmp_path: Path) -> None:
+    prepare_file(tmp_path / "a" / "file")
+    assert list((tmp_path / "a").iterdir()) == []
+    (tmp_path / "link").symlink_to(tmp_path / "b" / "file")
+    prepare_file(tmp_path / "link")
+    assert (tmp_path / "b").is_dir()
+    for place in (tmp_path / "a", Path("/proc/1/there")):
+        with pytest.raises(InputError, match=f"^{place if place.is_dir() else place.parent}: can't be written"):
+            prepare_file(place)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locks
 
 
 def test_a_file_is_locked_until_the_block_or_the_process_ends(tmp_path: Path) -> None:

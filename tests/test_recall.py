@@ -437,14 +437,15 @@ def test_added_documents_never_lower_ef(
     assert saved_ef(tmp_path / "index") == 10
 
 
-@pytest.mark.parametrize("option", ["--index_dir", "--recall_result_dir"])
+@pytest.mark.parametrize("option", ["--index_dir", "--recall_result_dir", "--recall_result_file"])
 def test_a_place_that_cannot_be_written_is_found_before_anything_is_encoded(
     checkpoint: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
     monkeypatch.setattr(recall, "encode_queries", lambda *_: pytest.fail("encoded"))
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=f"^{tmp_path}/file.*: can't be written"):
-        recall.main([*options(checkpoint, recall_data, tmp_path), option, str(tmp_path / "file" / "below")])
+    place = tmp_path if option.endswith("file") else tmp_path / "file" / "below"
+    with pytest.raises(InputError, match=f"^{tmp_path}.*: can't be written"):
+        recall.main([*options(checkpoint, recall_data, tmp_path), option, str(place)])
 
 
 def test_of_two_runs_that_change_an_index_one_is_refused(

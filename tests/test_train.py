@@ -255,15 +255,16 @@ def test_a_batch_larger_than_the_data(model_folder: Path, recall_data: Path, tmp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", ["--save_dir", "--recall_result_dir"])
+@pytest.mark.parametrize("option", ["--save_dir", "--recall_result_dir", "--recall_result_file", "--evaluate_result"])
 def test_a_place_that_cannot_be_written_is_found_before_any_model_loads(
     recall_data: Path, tmp_path: Path, option: str
 ) -> None:
-    (tmp_path / "file").touch()
+    place = tmp_path / "place"
+    place.mkdir() if option in ("--recall_result_file", "--evaluate_result") else place.touch()
     files = ["--similar_text_pair_file", str(recall_data / "dev.csv"), "--corpus_file", str(recall_data / "corpus.csv")]
     options = train_options(tmp_path / "nowhere", recall_data, tmp_path / "new", "--evaluate", *files)
-    with pytest.raises(InputError, match=f"^{tmp_path}/file: can't be written"):
-        train_batch_neg.main([*options, option, str(tmp_path / "file")])
+    with pytest.raises(InputError, match=f"^{place}: can't be written"):
+        train_batch_neg.main([*options, "--recall_result_dir", str(tmp_path / "results"), option, str(place)])
 
 
 def test_bad_data_is_found_before_any_model_loads(tmp_path: Path) -> None:

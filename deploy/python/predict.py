@@ -22,8 +22,8 @@ from data import (
     read_texts,
     text_argument,
 )
-from files import atomic_write, write_json
-from runtime import ArgumentParser, at_least, run, set_up_paddle
+from files import atomic_write, prepare_file, write_json
+from runtime import ArgumentParser, InputError, at_least, progress_bar, run, set_up_paddle
 
 if __name__ == "__main__":
     set_up_paddle()
@@ -41,10 +41,15 @@ PERCENTILES = (50, 90, 95, 99)
 BENCHMARK_FILE = "benchmark.json"
 
 
+def encode(model: Exported, texts: Sequence[str], batch_size: int) -> np.ndarray:
+    """The vectors of the texts, float32 [N, D], in order."""
+    with progress_bar(len(texts), "texts", "text") as progress:
+        return encode_texts(model.encoder.embed, texts, model.collator, batch_size, progress=progress)
+
+
 def similarities(model: Exported, pairs: Sequence[TextPair], batch_size: int) -> list[float]:
     """The cosine of each pair's query and title, in order."""
-    texts = [pair.query for pair in pairs] + [pair.title for pair in pairs]
-    vectors = encode_texts(model.encoder.embed, texts, model.collator, batch_size)
+    vectors = encode(model, [pair.query for pair in pairs] + [pair.title for pair in pairs], batch_size)
     return (vectors[: len(pairs)] * vectors[len(pairs) :]).sum(axis=1).tolist()
 
 
@@ -110,6 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         pairs = [line.row for line in read_lines(args.text_pair_file, parse_pair, args.skip_bad_lines)]
     if not texts and not pairs:
         texts, pairs = [SAMPLE_TEXT], [*SAMPLE_PAIRS]
+    if args.output and (args.benchmark or not texts):
+        why = "with --benchmark" if args.benchmark else "without --text or --text_file"
+        raise InputError(f"--output {args.output}: {why} there are no vectors to write; leave it out")
     good_pairs = [pair for pair in pairs if pair is not None]
 
     model = load_exported(
@@ -121,14 +129,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         tensorrt_batch_size=args.batch_size if args.use_tensorrt else None,
         max_seq_length=args.max_seq_length,
     )
+    log_file = Path(args.save_log_path) / BENCHMARK_FILE if args.benchmark and args.save_log_path else None
+    for file in (log_file, args.output):
+        if file:
+            prepare_file(file)
     if args.benchmark:
         figures = measure(model, texts or [text for pair in good_pairs for text in pair[:2]], args.batch_size)
         print("\n".join(f"{name}={round(value, 2)}" for name, value in figures.items()))
-        if args.save_log_path:
-            write_json(Path(args.save_log_path) / BENCHMARK_FILE, figures)
+        if log_file:
+            write_json(log_file, figures)
         return 0
     if texts:
-        vectors = encode_texts(model.encoder.embed, texts, model.collator, args.batch_size)
+        vectors = encode(model, texts, args.batch_size)
         print(vectors.shape)
         if args.output:
             with atomic_write(args.output, "wb") as file:
