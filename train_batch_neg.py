@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,14 @@ SHAPING_OPTIONS = (  # without the same values a training can't go on exactly
     "skip_bad_lines",
 )
 STARTING_OPTIONS = ("model_name_or_path", "from_scratch", "init_from_ckpt")  # tell trainings apart that go on alike
-EVALUATION_OPTIONS = ("eval_steps", "best_metric", "early_stop_patience")  # without --evaluate they would do nothing
+NEEDED_OPTIONS = {  # without the second the first would do nothing
+    "eval_steps": "evaluate",
+    "best_metric": "evaluate",
+    "early_stop_patience": "evaluate",
+    "chunk_numbers": "use_gradient_cache",
+    "amp_dtype": "use_amp",
+    "amp_loss_scale": "use_amp",
+}
 
 
 class Session:
@@ -195,8 +202,15 @@ def lines_of_rows(train_set_file: str, rows: Sequence[int]) -> list[int]:
     return sorted(good_lines[row] for row in rows)
 
 
-def check_batch_size(batch_size: int, world_size: int, pairs: Sequence[TextPair], train_set_file: str) -> None:
-    """Raises InputError where a step would need more pairs than there are."""
+def check_batch_size(
+    batch_size: int, world_size: int, scored: int, pairs: Sequence[TextPair], train_set_file: str
+) -> None:
+    """Raises InputError where a step would need more pairs than there are, or would have no negatives.
+
+    scored: pairs that are scored together.
+    """
+    if scored == 1 and not any(pair.hard_negative for pair in pairs):
+        raise InputError(f"--batch_size {batch_size}: leaves no other title as a negative; use 2 or more")
     if batch_size * world_size > len(pairs):
         remedy = f"{train_set_file} has {len(pairs)} pairs; use at most --batch_size {len(pairs) // world_size}"
         raise InputError(f"--batch_size {batch_size} on {world_size} process(es): {remedy}")
@@ -333,11 +347,14 @@ def choose_metric(best_metric: str | None, recall_num: int) -> str:
     return best_metric or [name for name in ("recall@1", "recall@5") if name in names][-1]
 
 
-def check_evaluation_options(given: Sequence[str]) -> None:
-    """Raises InputError if there are options that do nothing without --evaluate."""
-    if given:
-        names = ", ".join(f"--{name}" for name in given)
-        raise InputError(f"{names}: without --evaluate nothing is evaluated; add --evaluate")
+def check_options(given: Container[str]) -> None:
+    """Raises InputError for an option without effect; given: those that differ from their defaults."""
+    for name, needed in NEEDED_OPTIONS.items():
+        if name in given and needed not in given:
+            raise InputError(f"--{name}: does nothing without --{needed}; add that, or leave it out")
+    for name, other in (("model_name_or_path", "from_scratch"), ("use_gradient_cache", "grad_cache_chunk")):
+        if name in given and other in given:
+            raise InputError(f"--{name}: --{other} takes its place; leave one of them out")
 
 
 def check_amp(use_amp: bool, amp_dtype: str) -> None:
@@ -360,13 +377,13 @@ def cache_chunk(grad_cache_chunk: int | None, use_cache: bool, chunk_numbers: in
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, saves and evaluates."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check_options({name for name, value in vars(args).items() if value != parser.get_default(name)})
     save_dir = Path(args.save_dir)
     pairs = read_text_pairs(args.train_set_file, skip_bad_lines=args.skip_bad_lines)
     evaluator = None
-    if not args.evaluate:
-        check_evaluation_options([name for name in EVALUATION_OPTIONS if getattr(args, name) is not None])
-    else:
+    if args.evaluate:
         dev_pairs = read_text_pairs(args.similar_text_pair_file, skip_bad_lines=args.skip_bad_lines)
         corpus = read_corpus(args.corpus_file, skip_bad_lines=args.skip_bad_lines)
         index_options = IndexOptions(**{name: getattr(args, name) for name in IndexOptions._fields})
@@ -387,7 +404,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_device(args.device)
     check_amp(args.use_amp, args.amp_dtype)
     rank, world_size = init_ranks()
-    check_batch_size(args.batch_size, world_size, pairs, args.train_set_file)
+    scored = args.batch_size * (1 if args.no_cross_device_negatives else world_size)
+    check_batch_size(args.batch_size, world_size, scored, pairs, args.train_set_file)
     shape = {name: getattr(args, name) for name in SHAPING_OPTIONS}
     shape |= {name: getattr(args, name) and os.path.normpath(getattr(args, name)) for name in STARTING_OPTIONS}
     shape |= {"number of processes": world_size, "SHA-256 of the training file": sha256(args.train_set_file)}
@@ -468,7 +486,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if evaluator and state.progress["evaluator"]:
             evaluator.restore(state.progress["evaluator"])
 
-    scored = args.batch_size * (1 if args.no_cross_device_negatives else world_size)
     log(
         f"training on {len(pairs)} pairs: steps {first + 1} to {plan.total_steps} of {args.batch_size} pairs on each "
         f"of {world_size} process(es); a query has {scored - 1} other titles as negatives"

@@ -405,14 +405,23 @@ def test_another_metric_than_the_one_that_chose_model_best_is_refused(
 
 
 @pytest.mark.parametrize(
-    "option", [("--best_metric", "recall@1"), ("--eval_steps", "1"), ("--early_stop_patience", "1")]
+    ("options", "reason"),
+    [
+        (("--best_metric", "recall@1"), "does nothing without --evaluate"),
+        (("--eval_steps", "1"), "does nothing without --evaluate"),
+        (("--early_stop_patience", "1"), "does nothing without --evaluate"),
+        (("--chunk_numbers", "2"), "does nothing without --use_gradient_cache"),
+        (("--amp_dtype", "bfloat16"), "does nothing without --use_amp"),
+        (("--amp_loss_scale", "4"), "does nothing without --use_amp"),
+        (("--model_name_or_path", "ernie-3.0-base-zh"), "--from_scratch takes its place"),
+        (("--use_gradient_cache", "--grad_cache_chunk", "2"), "--grad_cache_chunk takes its place"),
+    ],
 )
-def test_an_option_that_does_nothing_without_evaluations_is_refused(
-    model_folder: Path, recall_data: Path, tmp_path: Path, option: tuple[str, str]
+def test_an_option_without_effect_is_refused(
+    model_folder: Path, recall_data: Path, tmp_path: Path, options: tuple[str, ...], reason: str
 ) -> None:
-    options = train_options(model_folder, recall_data, tmp_path, "--max_steps", "1", *option)
-    with pytest.raises(InputError, match=rf"^{option[0]}: without --evaluate nothing is evaluated; add --evaluate$"):
-        train_batch_neg.main(options)
+    with pytest.raises(InputError, match=f"^{options[0]}: {reason}; "):
+        train_batch_neg.main(train_options(model_folder, recall_data, tmp_path, "--max_steps", "1", *options))
     assert not list(tmp_path.iterdir())
 
 

@@ -255,6 +255,14 @@ def test_a_batch_larger_than_the_data(model_folder: Path, recall_data: Path, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_batch_without_negatives(model_folder: Path, recall_data: Path, tmp_path: Path) -> None:
+    options = ["--batch_size", "1", "--max_steps", "1"]
+    with pytest.raises(InputError, match=r"--batch_size 1: leaves no other title as a negative; use 2 or more"):
+        train_batch_neg.main(train_options(model_folder, recall_data, tmp_path / "new", *options))
+    options += ["--train_set_file", str(write_pairs(tmp_path / "hard.csv", [("问", "答", "错"), ("题", "解")]))]
+    assert train_batch_neg.main(train_options(model_folder, recall_data, tmp_path / "new", *options)) == 0
+
+
 @pytest.mark.parametrize("option", ["--save_dir", "--recall_result_dir", "--recall_result_file", "--evaluate_result"])
 def test_a_place_that_cannot_be_written_is_found_before_any_model_loads(
     recall_data: Path, tmp_path: Path, option: str
