@@ -152,7 +152,10 @@ class Session:
         return self._plan.total_steps
 
     def _evaluation_ends_it(self, step: int, signals: StopSignals, is_saved: bool) -> bool:
-        """Evaluates if that is due after a step; whether training ends with it, by a signal or for lack of gain."""
+        """Evaluates if that is due after a step; whether training ends with it, by a signal or for lack of gain.
+
+        Raises InputError where the evaluation can't be made, once the step is saved.
+        """
         evaluator = self._evaluator
         if evaluator is None:
             return False
@@ -164,12 +167,15 @@ class Session:
                 with signals.raised():
                     evaluation = evaluator(*self._loaded, step, epoch)
                     meet()  # lest one that is stopped just now leaves the others to the next step
-            except Stopped:
+            except (Stopped, InputError) as error:
                 leave()
                 evaluator.restore(before)  # the resumed training makes all of it again
-                self.is_stopped = True
                 if not is_saved:
                     self._save(step)
+                if isinstance(error, InputError):
+                    log(f"the evaluation after step {step} failed; a training that goes on from it makes it again")
+                    raise
+                self.is_stopped = True
                 return True
             if self._log:
                 self._log.evaluation(evaluation, step)

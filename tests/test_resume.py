@@ -83,22 +83,25 @@ def test_two_ranks_resume_to_the_same_bits(model_folder: Path, recall_data: Path
     assert state["evaluator"]["last_step"] == 8
 
 
+@pytest.mark.parametrize("step", [8, LAST])
 def test_an_evaluation_that_was_cut_short_is_made_up_for(
-    model_folder: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
+    """Its step is saved: that of the first epoch isn't otherwise."""
     options = ["--evaluate", "--similar_text_pair", str(recall_data / "dev.csv")]
     options += ["--corpus_file", str(recall_data / "corpus.csv"), "--ann", "exact", "--recall_result_dir"]
     options = train_options(model_folder, recall_data, tmp_path / "cut", *COMMON, *options, str(tmp_path / "results"))
     evaluator = train_batch_neg.Evaluator.__call__
 
     def fails(self: object, *arguments: object) -> object:
-        if arguments[2] == LAST:
+        if arguments[2] == step:
             raise InputError("the machine is gone")
         return evaluator(self, *arguments)
 
     monkeypatch.setattr(train_batch_neg.Evaluator, "__call__", fails)
     with pytest.raises(InputError, match="the machine is gone"):
         train_batch_neg.main(options)
+    assert step_folders(tmp_path / "cut")[-1].name == f"model_{step}"
     monkeypatch.undo()
     assert train_batch_neg.main([*options, "--resume_from", "latest"]) == 0
     report = (tmp_path / "results" / "evaluate_result.txt").read_text().splitlines()

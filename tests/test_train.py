@@ -138,6 +138,7 @@ def test_model_best_is_the_best(
     monkeypatch.setattr(monitor, "as_hits", lambda *_: [])
     monkeypatch.setattr(monitor, "metrics", lambda _: {"recall@5": next(scores)})
     options = ["--max_steps", "4", "--evaluate", "--eval_steps", "1", "--save_steps", "1"]
+    options += ["--recall_result_dir", str(tmp_path / "results")]
     options += ["--similar_text_pair", str(recall_data / "dev.csv"), "--corpus_file", str(recall_data / "corpus.csv")]
     train_batch_neg.main(train_options(model_folder, recall_data, tmp_path, *options))
     assert_same_weights(tmp_path / "model_best", tmp_path / "model_2")
