@@ -22,8 +22,9 @@ interrupted set-up starts over. .venv belongs to this script: packages that you 
   --cpu          back to the CPU build (with neither option .venv keeps the build that it has; at first the CPU's)
   --onnx         also what export_model.py --format onnx needs
   --serving      also Paddle Serving, which deploy/python/web_service.py needs
-  --tests        also what the tests need, the above included
-  --benchmarks   also .venv-benchmarks: PyTorch and sentence-transformers, which the benchmarks measure against
+  --tests        also what the tests need, --onnx and --serving included
+  --benchmarks   also .venv-benchmarks: PyTorch and sentence-transformers, which the benchmarks measure against; needs
+                 Python 3.11 or 3.12 and 3 GB more
   -h, --help     this text
 
 Environment: PYTHON names the Python to use, otherwise the first of python3.11, python3.12, python3.10 and python3 that
@@ -128,6 +129,9 @@ lock_part() {
 
 install_base() {
     find_python
+    for extra in $all_extras; do # a new environment has what the old one had
+        [ ! -e "$env/setup/$extra" ] || extras="$extras $extra"
+    done
     echo "$device" >"$env/setup/device"
     case $device in cpu) make_env 3 ;; *) make_env 12 ;; esac
     say "installing requirements.lock (minutes; details: $env/setup.log)"

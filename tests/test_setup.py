@@ -275,8 +275,10 @@ def test_changed_lock_and_gpu_build_make_the_environment_anew(ready: Repo) -> No
     lock.write_text(
         re.sub(r"(?s)paddlenlp==.*?# via.*?\n", write_wheel(ready.wheels, "paddlenlp", "2.0"), lock.read_text())
     )
+    assert ready.run("--onnx").returncode == 0
     active = str(ready.path / ".venv/bin/python")  # what an activated .venv puts first on PATH
     assert ready.run("--gpu", PYTHON=active).returncode == 0
+    assert ready.installed("onnxruntime") == "1.0"  # what was added once stays
     gpu_build = ready.path / ".venv/setup/device"
     assert ready.installed("paddlenlp") == "2.0"
     assert gpu_build.read_text() == "cu126\n"
