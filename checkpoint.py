@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -137,21 +137,31 @@ def save_checkpoint(
     """Writes a folder from which `load_checkpoint` needs nothing else; a folder of that name is replaced as a whole.
 
     notes: further text files, name -> content; training: what `read_training_state` gives back. Raises InputError if
-    it can't be written.
+    it can't be written, or a weight isn't finite: nothing could be made of such a model.
     """
+    weights = {name: value.numpy() for name, value in model.state_dict().items()}
+    for name, array in weights.items():
+        if not np.isfinite(array).all():
+            remedy = "lower the learning rate; earlier checkpoints are kept"
+            raise InputError(f"{folder}: isn't written, since {name} holds numbers that aren't finite; {remedy}")
     with atomic_folder(folder) as temporary:
         safetensors_file, pdparams_file = (temporary / name for name in WEIGHTS_FILES)
         paddle.save(model.state_dict(), str(pdparams_file))
-        write_safetensors(safetensors_file, {name: value.numpy() for name, value in model.state_dict().items()})
-        write_json(temporary / BACKBONE_CONFIG_FILE, model.ptm.config.to_dict())
-        write_json(temporary / MODEL_CONFIG_FILE, asdict(model.config))
-        collator.save(temporary)
+        write_safetensors(safetensors_file, weights)
+        write_model_files(temporary, model, collator)
         for name, content in (notes or {}).items():
             (temporary / name).write_text(content, encoding="utf-8")
         if training:
             write_json(temporary / TRAINING_STATE_FILE, training.progress)
             write_safetensors(temporary / OPTIMIZER_FILE, training.optimizer)
         write_manifest(temporary)
+
+
+def write_model_files(folder: Path, model: SemanticIndexBase, collator: TextCollator) -> None:
+    """Writes all that describes a model but its weights: both configs and the vocabulary."""
+    write_json(folder / BACKBONE_CONFIG_FILE, model.ptm.config.to_dict())
+    write_json(folder / MODEL_CONFIG_FILE, asdict(replace(model.config, max_seq_length=collator.max_seq_length)))
+    collator.save(folder)
 
 
 def read_training_state(folder: Path) -> TrainingState:

@@ -36,6 +36,10 @@ BACKBONE_CONFIG_FILE = "config.json"  # of a checkpoint or an exported model, as
 MODEL_CONFIG_FILE = "semantic_index.json"
 VOCABULARY_FILE = "vocab.txt"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+SAMPLE_TEXTS = [  # the document's, encoded where the user gives none
+    "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据",
+    "试论翻译过程中的文化差异与语言空缺翻译过程,文化差异,语言空缺,文化对比",
+]
 PAD, CLS, SEP, MASK, UNK = "[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"
 
 Row = TypeVar("Row")
@@ -52,10 +56,10 @@ class TextPair(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """A line of a recall result: `title` was recalled for `query` with the cosine `score`."""
+    """A line of a recall result: `document` was recalled for `query` with `score`, a cosine."""
 
     query: str
-    title: str
+    document: str
     score: float
 
 
@@ -63,18 +67,22 @@ class Hit(NamedTuple):
 # Options
 
 
-def add_encoding_args(parser: argparse.ArgumentParser, batch_size: int = 32) -> None:
-    """Options of every script that turns texts into vectors."""
-    parser.add_argument(
-        "--batch_size",
-        type=at_least(1),
-        default=batch_size,
-        help="texts a batch, on each process; in encoding, of texts of max_seq_length tokens",
-    )
+def add_encoding_args(
+    parser: argparse.ArgumentParser,
+    batch_size: int = 32,
+    *,
+    batch: str = "texts of max_seq_length tokens, or more that are shorter",
+    length: str = "the checkpoint's",
+) -> None:
+    """Options of every script that turns texts into vectors.
+
+    batch: what `--batch_size` counts; length: what `--max_seq_length` is by default.
+    """
+    parser.add_argument("--batch_size", type=at_least(1), default=batch_size, help=f"in a batch: {batch}")
     parser.add_argument(
         "--max_seq_length",
         type=at_least(3),
-        help="tokens a text, [CLS] and [SEP] included; longer texts are cut (default: the checkpoint's)",
+        help=f"tokens a text, [CLS] and [SEP] included; longer texts are cut (default: {length})",
     )
 
 
@@ -156,8 +164,8 @@ def parse_hit(text: str) -> Hit:
     fields = text.split("\t")
     if len(fields) != 3:
         raise ValueError(f"{len(fields)} column(s), where query<TAB>document<TAB>cosine has 3")
-    query, title = fields[0].strip(), fields[1].strip()
-    if not query or not title:
+    query, document = fields[0].strip(), fields[1].strip()
+    if not query or not document:
         raise ValueError("the query is empty" if not query else "the document is empty")
     try:
         score = float(fields[2])
@@ -165,7 +173,7 @@ def parse_hit(text: str) -> Hit:
         score = math.nan
     if not math.isfinite(score):
         raise ValueError("the third column isn't a finite number")
-    return Hit(query, title, score)
+    return Hit(query, document, score)
 
 
 def read_lines(
@@ -318,7 +326,7 @@ def documents_by_query(hits: Iterable[Hit]) -> dict[str, list[str]]:
     """query -> recalled documents, best first."""
     documents: dict[str, list[str]] = {}
     for hit in hits:
-        documents.setdefault(hit.query, []).append(hit.title)
+        documents.setdefault(hit.query, []).append(hit.document)
     return documents
 
 
@@ -337,7 +345,7 @@ def titles_by_query(pairs: Iterable[TextPair]) -> dict[str, set[str]]:
 def write_hits(path: str | Path, hits: Iterable[Hit]) -> None:
     """Writes a recall result, `query<TAB>document<TAB>cosine` a line. Raises InputError if it can't be written."""
     with atomic_write(path) as file:
-        file.writelines(f"{hit.query}\t{hit.title}\t{hit.score}\n" for hit in hits)
+        file.writelines(f"{hit.query}\t{hit.document}\t{hit.score}\n" for hit in hits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,26 +485,26 @@ def encode_texts(
     texts: Sequence[str],
     collator: TextCollator,
     batch_size: int,
-    out: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Vectors of the texts, float32 [N, D], in their order; `out` may be a memory map of that shape to write to.
+    """Vectors of the texts, float32 [N, D], in their order; [0, 0] of no texts.
 
     Texts are sorted by length in windows, so that batches hold little padding; a batch has `batch_size` texts of
     max_seq_length tokens, or more that are shorter, and ends before its padding exceeds PADDING_TOKENS. progress: is
     told of every batch.
     """
+    out = np.empty((0, 0), dtype=np.float32)
     for start in range(0, len(texts), SORTING_WINDOW):
         ids = collator.tokenize(texts[start : start + SORTING_WINDOW])
         by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         for rows in _batches_of_tokens(by_length, collator.lengths(ids), batch_size * collator.max_seq_length):
             vectors = embed(*collator.pad([ids[row] for row in rows]))
-            if out is None:
+            if not len(out):
                 out = np.empty((len(texts), vectors.shape[1]), dtype=np.float32)
             out[start + np.array(rows)] = vectors
             if progress:
                 progress.update(len(rows))
-    return np.empty((0, 0), dtype=np.float32) if out is None else out
+    return out
 
 
 def _batches_of_tokens(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
@@ -519,11 +527,6 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-def split_evenly(count: int, parts: int, part: int) -> slice:
-    """The rows of one part when `count` rows are cut into contiguous parts whose sizes differ by one at most."""
-    return slice(count * part // parts, count * (part + 1) // parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -672,7 +675,7 @@ def epoch_batches(
     batches = [order[start : start + batch_rows] for start in range(0, count, batch_rows)]
     if lengths is not None:
         batches = [batch for window in batched(batches, LENGTH_WINDOW) for batch in _by_length(window, lengths, random)]
-    return [[rows[split_evenly(len(rows), world_size, rank)] for rank in range(world_size)] for rows in batches]
+    return [np.array_split(rows, world_size) for rows in batches]
 
 
 def _by_length(batches: list[np.ndarray], lengths: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from paddle.base import core
 from runtime import Stopped
 
 SECONDS_BETWEEN_LOOKS = 0.02  # while a rank waits for the others
-_meetings = itertools.count()
+_barriers = itertools.count()
 _RANK_0_IS_THERE = "semantic_index/rank_0_is_there"
 _LEFT = "semantic_index/left"
 
@@ -26,28 +26,28 @@ def init_ranks() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def meet() -> None:
+def barrier() -> None:
     """Returns when all ranks have come here. Raises Stopped if one won't, as `leave` says.
 
     They wait at the launcher's store and not in a collective, which would end after 30 minutes and is deaf to signals.
     """
     if dist.get_world_size() == 1:
         return
-    meeting = f"semantic_index/meeting/{next(_meetings)}"
-    _add(meeting, 1)
-    while _add(meeting, 0) < dist.get_world_size():
+    name = f"semantic_index/barrier/{next(_barriers)}"
+    _add(name, 1)
+    while _add(name, 0) < dist.get_world_size():
         if _add(_LEFT, 0):
             raise Stopped
         time.sleep(SECONDS_BETWEEN_LOOKS)
     # Rank 0 keeps the store, and may end right after this: it lets the others see first that all are here.
     if dist.get_rank():
-        _add(meeting, 1)
-    while dist.get_rank() == 0 and _add(meeting, 0) < 2 * dist.get_world_size() - 1:
+        _add(name, 1)
+    while dist.get_rank() == 0 and _add(name, 0) < 2 * dist.get_world_size() - 1:
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def leave() -> None:
-    """Tells the ranks that wait for this one in `meet` that it won't come any more."""
+    """Tells the ranks that wait for this one in `barrier` that it won't come any more."""
     if dist.get_world_size() > 1:
         _add(_LEFT, 1)
 
@@ -81,7 +81,7 @@ def broadcast_parameters(model: paddle.nn.Layer) -> None:
             dist.broadcast(parameter, src=0)
 
 
-def sum_gradients(parameters: Iterable[paddle.Tensor], numbers: Sequence[float]) -> list[float]:
+def all_reduce_gradients(parameters: Iterable[paddle.Tensor], numbers: Sequence[float]) -> list[float]:
     """Replaces each gradient by its sum over the ranks, and sums `numbers` along; one reduction for all of them.
 
     A parameter without a gradient on any rank, such as the pooler's under mean pooling, is left without.
@@ -117,21 +117,21 @@ def gather_rows(own: paddle.Tensor, counts: Sequence[int], place: int) -> list[p
     return [own if rank == place else rows[: counts[rank]] for rank, rows in enumerate(gathered)]
 
 
-def gather_arrays(own: np.ndarray) -> list[np.ndarray]:
+def all_gather_arrays(own: np.ndarray) -> list[np.ndarray]:
     """The array of every rank, all of one shape and type, on every rank."""
     if dist.get_world_size() == 1:
         return [own]
-    meet()
+    barrier()
     gathered: list[paddle.Tensor] = []
     dist.all_gather(gathered, paddle.to_tensor(own))
     return [array.numpy() for array in gathered]
 
 
-def from_rank_0(own: np.ndarray) -> np.ndarray:
+def broadcast_array(own: np.ndarray) -> np.ndarray:
     """Rank 0's array, on every rank; the others give one of the same shape and type."""
     if dist.get_world_size() == 1:
         return own
-    meet()
+    barrier()
     tensor = paddle.to_tensor(own)
     dist.broadcast(tensor, src=0)
     return tensor.numpy()
@@ -150,4 +150,4 @@ def encode_share(count: int, width: int, encode: Callable[[slice], np.ndarray]) 
     # A collective needs arrays of one shape: shares that are a row shorter are padded for it, and so end last.
     padded = np.zeros((-(-count // world_size), width), dtype=np.float32)
     padded[: len(share)] = share
-    return np.stack(gather_arrays(padded), axis=1).reshape(-1, width)[:count]
+    return np.stack(all_gather_arrays(padded), axis=1).reshape(-1, width)[:count]

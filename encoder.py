@@ -5,6 +5,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from ann_util import ExactIndex, overlap
 from base_model import DEFAULT_MODEL, SemanticIndexBase
 from checkpoint import load_checkpoint, weights_file
 from data import Embed, TextCollator, encode_texts
-from distributed import init_ranks, meet
+from distributed import barrier, init_ranks
 from files import MANIFEST_FILE, atomic_folder, check_manifest, write_manifest
 from runtime import InputError, log, progress_bar
 from static_graph import DTYPES, PRECISIONS, StaticEncoder, check_precision, export_static
@@ -52,22 +53,21 @@ class Encoder(NamedTuple):
     batch_size: int  # texts of full length a batch
     fingerprint: str = ""  # of all that makes its vectors what they are, but the precision
     precision: str = "fp32"
-    fp32: Embed | None = None  # where the precision is another, to compare with
+    embed_fp32: Embed | None = None  # where the precision is another, to compare with
 
     def __call__(self, texts: Sequence[str], desc: str | None = None) -> np.ndarray:
         """Vectors, float32 [N, D], in the texts' order. desc: name of the progress bar, if any."""
-        out = np.empty((len(texts), self.embedding_size), dtype=np.float32)
-        if desc is None:
-            return encode_texts(self.embed, texts, self.collator, self.batch_size, out)
-        with progress_bar(len(texts), desc, "text") as progress:
-            return encode_texts(self.embed, texts, self.collator, self.batch_size, out, progress)
+        if not texts:
+            return np.empty((0, self.embedding_size), dtype=np.float32)
+        with progress_bar(len(texts), desc, "text") if desc else nullcontext() as progress:
+            return encode_texts(self.embed, texts, self.collator, self.batch_size, progress)
 
 
 def load_encoder(
     params_path: str | Path,
     *,
     batch_size: int,
-    texts: int,
+    text_count: int,
     engine: str = "auto",
     precision: str = "fp32",
     model_name_or_path: str = DEFAULT_MODEL,
@@ -76,8 +76,8 @@ def load_encoder(
 ) -> Encoder:
     """The encoder of a checkpoint, on the device that is set; all ranks call it together.
 
-    texts: how many it will be given, which decides on engine "auto"; the other arguments are the scripts' options, or
-    `load_checkpoint`'s. Raises InputError, also for a precision that the device lacks.
+    text_count: texts that it will be given, which decide on engine "auto"; the other arguments are the scripts'
+    options, or `load_checkpoint`'s. Raises InputError, also for a precision that the device lacks.
     """
     device = paddle.get_device().split(":")[0]
     check_precision(precision, device)
@@ -90,15 +90,15 @@ def load_encoder(
     fingerprint = model_fingerprint(model, collator)
     if engine == "dygraph" and precision != "fp32" and device == "cpu":
         raise InputError(f"--precision {precision}: on a CPU the static engine alone has it; use --engine static")
-    worthwhile = device == "cpu" and (precision != "fp32" or texts >= STATIC_FROM_TEXTS)
+    worthwhile = device == "cpu" and (precision != "fp32" or text_count >= STATIC_FROM_TEXTS)
     if engine == "static" or (engine == "auto" and worthwhile):
         embed = _static_embed(model, weights_file(params_path).parent, fingerprint, device, precision)
     elif precision == "fp32":
         embed = model.embed
     else:
         embed = partial(_embed_in, model, DTYPES[precision])
-    fp32 = None if precision == "fp32" else model.embed
-    return Encoder(embed, collator, model.embedding_size, batch_size, fingerprint, precision, fp32)
+    embed_fp32 = None if precision == "fp32" else model.embed
+    return Encoder(embed, collator, model.embedding_size, batch_size, fingerprint, precision, embed_fp32)
 
 
 def model_fingerprint(model: SemanticIndexBase, collator: TextCollator) -> str:
@@ -123,7 +123,7 @@ def _static_embed(model: SemanticIndexBase, folder: Path, fingerprint: str, devi
     load = partial(StaticEncoder, device=device, precision=precision)
     rank, _ = init_ranks()
     encoder = None if rank else _load_compiled(compiled, load) or _compile(model, compiled, load)
-    meet()
+    barrier()
     encoder = encoder or _load_compiled(compiled, load)
     if encoder:
         return encoder.embed
@@ -179,7 +179,7 @@ class Fidelity(NamedTuple):
 def compare_with_fp32(encoder: Encoder, documents: Sequence[str], queries: Sequence[str]) -> Fidelity:
     """Encodes the first of the texts in both precisions. Raises InputError for vectors that aren't unit vectors."""
     documents, queries = documents[:SAMPLE_DOCUMENTS], queries[:SAMPLE_QUERIES]
-    twin = encoder._replace(embed=encoder.fp32)
+    twin = encoder._replace(embed=encoder.embed_fp32)
     vectors, exact_vectors = [np.concatenate([one(documents), one(queries)]) for one in (encoder, twin)]
     found = []
     for rows in (vectors, exact_vectors):

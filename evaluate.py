@@ -105,6 +105,7 @@ def format_lines(evaluation: Evaluation) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
     parser = ArgumentParser(__doc__)
     parser.add_argument(
         "--similar_text_pair_file",
@@ -119,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the metrics, a line each."""
     args = build_parser().parse_args(argv)
     pairs = read_text_pairs(args.similar_text_pair_file, skip_bad_lines=args.skip_bad_lines)
     evaluation = evaluate(titles_by_query(pairs), read_hits(args.recall_result_file), args.recall_num)

@@ -3,12 +3,11 @@
 import argparse
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
-from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, Embed, TextCollator, TokenIds
+from data import Embed, TextCollator, TokenIds
 from files import atomic_folder, check_replaceable, sha256, write_json, write_manifest
 from runtime import ArgumentParser, InputError, at_least, run, set_up_paddle
 
@@ -19,7 +18,7 @@ import paddle
 import paddlenlp
 
 from base_model import add_checkpoint_args, set_device
-from checkpoint import LoadedModel, load_checkpoint, weights_file
+from checkpoint import LoadedModel, load_checkpoint, weights_file, write_model_files
 from encoder import model_fingerprint
 from onnx_graph import OnnxEncoder, export_onnx, onnx_packages
 from static_graph import GRAPH_NAME, INPUT_NAMES, StaticEncoder, export_static
@@ -46,9 +45,7 @@ def export_model(loaded: LoadedModel, checkpoint: Path, folder: Path, onnx: bool
     for name, difference in differences.items():
         if not difference <= LARGEST_DIFFERENCE:  # NaN too
             raise InputError(f"{folder}: the {name} graph is off by {difference:.2g}, more than {LARGEST_DIFFERENCE:g}")
-    write_json(folder / BACKBONE_CONFIG_FILE, model.ptm.config.to_dict())
-    write_json(folder / MODEL_CONFIG_FILE, asdict(replace(model.config, max_seq_length=collator.max_seq_length)))
-    collator.save(folder)
+    write_model_files(folder, model, collator)
     card = {
         "fingerprint": model_fingerprint(model, collator),
         "checkpoint": {"file": f"{checkpoint.parent.name}/{checkpoint.name}", "sha256": sha256(checkpoint)},

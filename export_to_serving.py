@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf import text_format
 
 from files import (
     MANIFEST_FILE,
@@ -20,13 +20,15 @@ from files import (
     whole_folder,
     write_manifest,
 )
-from runtime import ArgumentParser, InputError, run, set_up_paddle
+from runtime import ArgumentParser, InputError, run, set_up_paddle, true_or_false
+from serving.protos import read_proto
 
 if __name__ == "__main__":
     set_up_paddle()
 
 from static_graph import EXPORT_AGAIN, GRAPH_NAME, GRAPH_SUFFIXES, INPUT_NAMES, WEIGHTS_SUFFIX, StaticEncoder
 
+CONFIG_PROTO = Path(__file__).resolve().parent / "deploy" / "C++" / "server" / "model_config.proto"
 SERVER_CONFIG = "serving_server_conf"  # of the files; Serving's loaders look for these names
 CLIENT_CONFIG = "serving_client_conf"
 CONFIG_SUFFIXES = (".prototxt", ".stream.prototxt")  # text and binary
@@ -35,45 +37,9 @@ SERVING_TIME_FILE = "fluid_time_file"  # C++ Serving writes it into the server's
 INT64, FLOAT32 = 0, 1  # of feed_type and fetch_type: `var_type_conversion` of paddle_serving_client 0.9.0
 
 
-def _config_class() -> Any:
-    """GeneralModelConfig of Serving's general_model_config.proto, made here so that converting needs no Serving."""
-    field = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(
-        name="general_model_config.proto", package="baidu.paddle_serving.configure"
-    )
-    for name, kind in (("FeedVar", "feed_type"), ("FetchVar", "fetch_type")):
-        message = file.message_type.add(name=name)
-        for number, (field_name, field_type) in enumerate(
-            [
-                ("name", field.TYPE_STRING),
-                ("alias_name", field.TYPE_STRING),
-                ("is_lod_tensor", field.TYPE_BOOL),
-                (kind, field.TYPE_INT32),
-                ("shape", field.TYPE_INT32),
-            ],
-            start=1,
-        ):
-            label = field.LABEL_REPEATED if field_name == "shape" else field.LABEL_OPTIONAL
-            message.field.add(name=field_name, number=number, type=field_type, label=label)
-    config = file.message_type.add(name="GeneralModelConfig")
-    for number, (field_name, type_name) in enumerate((("feed_var", "FeedVar"), ("fetch_var", "FetchVar")), start=1):
-        config.field.add(
-            name=field_name,
-            number=number,
-            type=field.TYPE_MESSAGE,
-            label=field.LABEL_REPEATED,
-            type_name=f".{file.package}.{type_name}",
-        )
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.MessageFactory(pool).GetPrototype(
-        pool.FindMessageTypeByName(f"{file.package}.GeneralModelConfig")
-    )
-
-
 def serving_config(output_name: str, embedding_size: int, feed_aliases: Sequence[str], fetch_alias: str) -> Any:
     """What Serving must know of a graph's inputs and output: a GeneralModelConfig message."""
-    config = _config_class()()
+    config = read_proto(CONFIG_PROTO)["GeneralModelConfig"]()
     for name, alias in zip(INPUT_NAMES, feed_aliases, strict=True):
         config.feed_var.add(name=name, alias_name=alias, is_lod_tensor=False, feed_type=INT64)
     config.fetch_var.add(
@@ -169,7 +135,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         const=True,
         default=False,
-        type=lambda text: text.lower() in ("true", "1"),
+        type=true_or_false,
+        metavar="True|False",
         help="print what Serving is told of inputs and output, and write nothing",
     )
     return parser

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data import (
+    SAMPLE_TEXTS,
     add_encoding_args,
     add_skip_bad_lines_arg,
     read_texts,
@@ -20,7 +21,6 @@ if __name__ == "__main__":
 from base_model import add_checkpoint_args, add_device_arg, set_device
 from encoder import add_engine_args, compare_with_fp32, load_encoder
 
-SAMPLE_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"
 DEFAULT_PARAMS_PATH = "checkpoints/inbatch/model_40/model_state.pdparams"
 
 
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the shape and the vectors as the document shows them, or writes them and prints the file's name."""
     args = build_parser().parse_args(argv)
-    texts = args.text or [SAMPLE_TEXT]
+    texts = args.text or SAMPLE_TEXTS[:1]
     if args.text_file:
         texts = read_texts(args.text_file, skip_bad_lines=args.skip_bad_lines)
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoder = load_encoder(
         args.params_path,
         batch_size=args.batch_size,
-        texts=len(texts),
+        text_count=len(texts),
         engine=args.engine,
         precision=args.precision,
         model_name_or_path=args.model_name_or_path,
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output:
         prepare_file(args.output)
     vectors = encoder(texts, "texts" if args.output else None)
-    if encoder.fp32:
+    if encoder.embed_fp32:
         log(f"{encoder.precision}: {compare_with_fp32(encoder, texts, texts)}")
     print(list(vectors.shape))
     if args.output:

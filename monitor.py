@@ -142,10 +142,9 @@ class TrainingLog:
 
     def evaluation(self, evaluation: Evaluation, step: int) -> None:
         """Prints and writes the metrics of an evaluation, whose time doesn't count as training time."""
-        for line in format_lines(evaluation):
-            name, value = line.split("=")
-            self._writer.add_scalar(f"evaluate/{name}", float(value), step)
-            print(line, flush=True)
+        for name, value in metrics(evaluation).items():
+            self._writer.add_scalar(f"evaluate/{name}", 100 * value, step)
+        print("\n".join(format_lines(evaluation)), flush=True)
 
     def resume_clock(self, paused: float) -> None:
         """Takes `paused` seconds of saving or evaluating off the training time."""

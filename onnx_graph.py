@@ -2,13 +2,12 @@
 
 import importlib
 import logging
-import os
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
-from runtime import InputError, cpu_count
+from runtime import InputError, cpu_threads
 from static_graph import GRAPH_NAME, INPUT_NAMES, WEIGHTS_SUFFIX, graph_file
 
 ONNX_SUFFIX = ".onnx"
@@ -44,7 +43,7 @@ class OnnxEncoder:
         _, onnxruntime = onnx_packages()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = LOG_ERRORS
-        options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS", cpu_count()))
+        options.intra_op_num_threads = threads or cpu_threads()
         file = Path(folder) / (GRAPH_NAME + ONNX_SUFFIX)
         self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoder = load_encoder(
         args.params_path,
         batch_size=args.batch_size,
-        texts=2 * len(pairs),
+        text_count=2 * len(pairs),
         engine=args.engine,
         precision=args.precision,
         model_name_or_path=args.model_name_or_path,
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     encoder.collator.pad_to_max_seq_len = args.pad_to_max_seq_len
     cosines = predict(encoder, pairs)
-    if encoder.fp32:
+    if encoder.embed_fp32:
         titles, queries = [pair.title for pair in pairs], [pair.query for pair in pairs]
         log(f"{encoder.precision}: {compare_with_fp32(encoder, titles, queries)}")
     if is_main_process():

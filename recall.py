@@ -43,7 +43,7 @@ if __name__ == "__main__":
     set_up_paddle()
 
 from base_model import add_checkpoint_args, add_device_arg, set_device
-from distributed import encode_share, from_rank_0, init_ranks, meet
+from distributed import barrier, broadcast_array, encode_share, init_ranks
 from encoder import Encoder, add_engine_args, compare_with_fp32, load_encoder
 
 SAMPLE = 200  # queries on which the index is compared with exact search: half a point is one hit in 200
@@ -76,10 +76,11 @@ def encode_corpus(encoder: Encoder, corpus: Corpus, folder: str | Path) -> Embed
     with progress_bar(sum(shards[number].stop - shards[number].start for number in own), "corpus", "text") as progress:
         for number in own:
             texts = corpus[shards[number]]
-            vectors = np.empty((len(texts), encoder.embedding_size), dtype=np.float32)
-            encode_texts(encoder.embed, texts, encoder.collator, encoder.batch_size, vectors, progress)
+            vectors = encode_texts(encoder.embed, texts, encoder.collator, encoder.batch_size, progress)
             embeddings.write(number, vectors)
-    meet()
+    barrier()
+    if embeddings.missing():
+        raise InputError(f"{folder}: lacks what other processes encoded; all must see the same folder, on all machines")
     return embeddings
 
 
@@ -96,7 +97,7 @@ def embedding_folder(embedding_dir: str | None, parent: str | Path) -> Iterator[
         return
     parent, number = Path(parent), np.random.default_rng().integers(1 << 32, size=1)
     with temporary_folder(parent, number[0]) if is_main_process() else contextlib.nullcontext():
-        yield temporary_place(parent, from_rank_0(number)[0])
+        yield temporary_place(parent, broadcast_array(number)[0])
 
 
 def sample_of(rows: Sequence[str] | np.ndarray, *, other: bool = False) -> Sequence[str] | np.ndarray:
@@ -136,8 +137,8 @@ def recall(
             index = build_index(options, vectors)
             tune(index, query_vectors, k)
             found = search(index, query_vectors, k)
-        index_overlap = from_rank_0(np.array([found.index_overlap]))[0]
-    return Recall(from_rank_0(found.ids), from_rank_0(found.similarities), float(index_overlap))
+        index_overlap = broadcast_array(np.array([found.index_overlap]))[0]
+    return Recall(broadcast_array(found.ids), broadcast_array(found.similarities), float(index_overlap))
 
 
 def add_documents(encoder: Encoder, saved: SavedIndex, added: Corpus, added_file: str) -> list[str]:
@@ -296,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoder = load_encoder(
         args.params_path,
         batch_size=args.batch_size,
-        texts=len(queries) + (0 if is_saved else len(corpus)) + len(added or ()),
+        text_count=len(queries) + (0 if is_saved else len(corpus)) + len(added or ()),
         engine=args.engine,
         precision=args.precision,
         model_name_or_path=args.model_name_or_path,
@@ -330,13 +331,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             saved = SavedIndex(build_index(options, vectors), corpus, encoder.fingerprint, corpus.sha256)
         new = add_documents(encoder, saved, added, args.add_corpus) if added else []
-        is_tuned = bool(new) or not is_saved or args.tune_ef is not None
-        if is_tuned:
+        if is_changed and isinstance(saved.index, HnswIndex):
             sample = query_vectors if queries else encoder(sample_of(saved.documents))
             # More documents don't make do with less, but this run's --recall_num may be smaller than the one before.
-            is_kept = is_saved and args.tune_ef is None and isinstance(saved.index, HnswIndex)
+            is_kept = is_saved and args.tune_ef is None
             tune(saved.index, sample, args.recall_num, lowest_ef=saved.index.ef if is_kept else 0)
-        if args.index_dir and is_tuned:
+        if args.index_dir and is_changed:
             saved = save_index(args.index_dir, saved, new)
             print(f"wrote {args.index_dir}: {saved.index} of {len(saved.documents)} documents")
         if queries:
@@ -345,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"searched {len(saved.documents)} documents for {len(queries)} queries; {saved.index} found", end=" ")
             print(f"{100 * found.index_overlap:.2f} % of exact search's top {found.ids.shape[1]}")
             print(f"wrote {result_file}")
-        if encoder.fp32:
+        if encoder.embed_fp32:
             texts = queries or saved.documents[:SAMPLE]
             print(f"{encoder.precision}: {compare_with_fp32(encoder, saved.documents, texts)}")
         for query in chain(args.query or (), typed_queries(sys.stdin) if args.interactive else ()):

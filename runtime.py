@@ -36,7 +36,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults that say something: not None, nor a switch that is off."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -66,6 +66,13 @@ def at_least(
 
     parse.__name__ = number.__name__
     return parse
+
+
+def true_or_false(text: str) -> bool:
+    """An argparse type: True or False, as switches of the original's and of Paddle Serving's scripts are given."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
 
 
 class Terminated(KeyboardInterrupt):
@@ -175,6 +182,11 @@ def log(message: str) -> None:
 def cpu_count() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_threads() -> int:
+    """Threads to compute with: what `set_up_paddle` or the user chose, else all cores."""
+    return int(os.environ.get("OMP_NUM_THREADS", cpu_count()))
 
 
 def read_cpuinfo() -> str:

@@ -1,7 +1,6 @@
 """The model as a static graph: its export, and Paddle Inference to run it. Imports no PaddleNLP."""
 
 import contextlib
-import os
 import tempfile
 import threading
 import time
@@ -17,7 +16,7 @@ from paddle.static import InputSpec
 
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, TextCollator, longest_text
 from files import MANIFEST_FILE, check_manifest, read_json, whole_folder
-from runtime import InputError, cpu_count, give_back_freed_memory, has_bf16
+from runtime import InputError, cpu_threads, give_back_freed_memory, has_bf16
 
 GRAPH_NAME = "inference.get_pooled_embedding"  # of the files, as the original's export names them
 GRAPH_SUFFIXES = (".json", ".pdmodel")  # Paddle 3 writes the first; the second comes from Paddle 2
@@ -106,7 +105,7 @@ def graph_file(folder: Path) -> Path:
 
 
 def choose_device(device: str | None) -> str:
-    """ "cpu" or "gpu" (None: a GPU if there is one). Raises InputError if there is no GPU."""
+    """The device to compute on, "cpu" or "gpu": for None a GPU if there is one. Raises InputError if there is none."""
     has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
     if device == "gpu" and not has_gpu:
         why = "no GPU is visible" if paddle.is_compiled_with_cuda() else "this Paddle is built for the CPU"
@@ -219,7 +218,7 @@ class StaticEncoder:
             )
         else:
             config.disable_gpu()
-            config.set_cpu_math_library_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", cpu_count())))
+            config.set_cpu_math_library_num_threads(threads or cpu_threads())
             if onednn:
                 config.enable_mkldnn()
                 self._onednn_cache = _OnednnCache(config)

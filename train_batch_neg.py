@@ -13,7 +13,6 @@ from typing import Any
 from ann_util import IndexOptions, add_index_args, check_index_args
 from data import (
     PairCollator,
-    TextPair,
     add_encoding_args,
     add_evaluation_file_args,
     add_skip_bad_lines_arg,
@@ -45,7 +44,7 @@ import paddle
 from base_model import add_device_arg, add_model_args, set_device, set_seed
 from batch_negative.gradient_cache import cached_backward, direct_backward
 from batch_negative.model import SemanticIndexBatchNeg
-from batch_negative.trainer import NonFiniteLoss, Plan, Trainer, make_optimizer
+from batch_negative.trainer import NonFiniteLoss, Plan, Trainer, check_batch_size, make_optimizer
 from checkpoint import (
     LoadedModel,
     create_model,
@@ -59,7 +58,7 @@ from checkpoint import (
     step_folders,
 )
 from cpu_layers import speed_up_training
-from distributed import broadcast_parameters, init_ranks, leave, meet, wait_for_rank_0
+from distributed import barrier, broadcast_parameters, init_ranks, leave, wait_for_rank_0
 from monitor import Evaluator, TrainingLog
 from recall import report_missing_positives
 
@@ -166,7 +165,7 @@ class Session:
             try:
                 with signals.raised():
                     evaluation = evaluator(*self._loaded, step, epoch)
-                    meet()  # lest one that is stopped just now leaves the others to the next step
+                    barrier()  # lest one that is stopped just now leaves the others to the next step
             except (Stopped, InputError) as error:
                 leave()
                 evaluator.restore(before)  # the resumed training makes all of it again
@@ -208,20 +207,6 @@ def lines_of_rows(train_set_file: str, rows: Sequence[int]) -> list[int]:
     return sorted(good_lines[row] for row in rows)
 
 
-def check_batch_size(
-    batch_size: int, world_size: int, scored: int, pairs: Sequence[TextPair], train_set_file: str
-) -> None:
-    """Raises InputError where a step would need more pairs than there are, or would have no negatives.
-
-    scored: pairs that are scored together.
-    """
-    if scored == 1 and not any(pair.hard_negative for pair in pairs):
-        raise InputError(f"--batch_size {batch_size}: leaves no other title as a negative; use 2 or more")
-    if batch_size * world_size > len(pairs):
-        remedy = f"{train_set_file} has {len(pairs)} pairs; use at most --batch_size {len(pairs) // world_size}"
-        raise InputError(f"--batch_size {batch_size} on {world_size} process(es): {remedy}")
-
-
 def check_same_shape(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raises InputError if the training that wrote `folder` isn't the one that these options describe.
 
@@ -253,7 +238,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_skip_bad_lines_arg(parser)
     parser.add_argument("--save_dir", default="./checkpoints", help="folder of the checkpoints and of VisualDL's logs")
     add_model_args(parser)
-    add_encoding_args(parser)
+    add_encoding_args(parser, batch="pairs, on each process", length="512, or the size of the position table")
     parser.add_argument("--epochs", type=at_least(1), default=10, help="times that each pair is seen")
     parser.add_argument("--max_steps", type=at_least(1), help="stop after so many steps, in place of --epochs")
     parser.add_argument("--learning_rate", type=at_least(0.0, float), default=5e-5, help="highest learning rate")
@@ -266,7 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--gradient_accumulation_steps",
         type=at_least(1),
         default=1,
-        help="batches whose gradients make a step; it adds no negatives (--grad_cache_chunk does)",
+        help="batches whose gradients make a step; unlike a larger --batch_size it adds no negatives",
     )
     parser.add_argument("--margin", type=at_least(0.0, float), default=0.2, help="taken off the positive's cosine")
     parser.add_argument("--scale", type=at_least(0.0, float), default=30.0, help="factor of the cosines")
@@ -283,7 +268,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--grad_cache_chunk",
         type=at_least(1),
-        help="encode so many texts at a time, each twice: memory no longer grows with --batch_size",
+        help="encode so many texts at a time, each twice: memory hardly grows with --batch_size",
     )
     parser.add_argument(
         "--use_gradient_cache", action="store_true", help="the same, with chunks as --chunk_numbers says"
@@ -321,7 +306,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--evaluate", action="store_true", help="evaluate after each epoch and keep model_best")
     parser.add_argument("--eval_steps", type=at_least(1), help="evaluate every so many steps instead, and at the end")
-    parser.add_argument("--best_metric", help="metric that decides on model_best (default: recall@5)")
+    parser.add_argument(
+        "--best_metric",
+        help="metric that decides on model_best (default: recall@5, or recall@1 where --recall_num is less)",
+    )
     parser.add_argument(
         "--early_stop_patience", type=at_least(1), help="end after so many evaluations in a row without a better one"
     )
@@ -410,17 +398,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_device(args.device)
     check_amp(args.use_amp, args.amp_dtype)
     rank, world_size = init_ranks()
-    scored = args.batch_size * (1 if args.no_cross_device_negatives else world_size)
-    check_batch_size(args.batch_size, world_size, scored, pairs, args.train_set_file)
+    cross_device = not args.no_cross_device_negatives
+    check_batch_size(args.batch_size, world_size, pairs, args.train_set_file, cross_device=cross_device)
     shape = {name: getattr(args, name) for name in SHAPING_OPTIONS}
     shape |= {name: getattr(args, name) and os.path.normpath(getattr(args, name)) for name in STARTING_OPTIONS}
     shape |= {"number of processes": world_size, "SHA-256 of the training file": sha256(args.train_set_file)}
-    if rank == 0:
+    if is_main_process():
         make_folder(save_dir)
         if evaluator:
             evaluator.prepare_files()
         clear_leftovers(save_dir)
-    meet()
+    barrier()
 
     checkpoint = find_resumed(args.resume_from, save_dir, shape) if args.resume_from else None
     state = read_training_state(checkpoint) if checkpoint else None
@@ -480,7 +468,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=args.seed,
         margin=args.margin,
         scale=args.scale,
-        cross_device=not args.no_cross_device_negatives,
+        cross_device=cross_device,
         backward=cached_backward if chunk_texts else direct_backward,
         amp_dtype=args.amp_dtype if args.use_amp else None,
         loss_scale=args.amp_loss_scale,
@@ -492,13 +480,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if evaluator and state.progress["evaluator"]:
             evaluator.restore(state.progress["evaluator"])
 
+    scored = args.batch_size * (world_size if cross_device else 1)
     log(
         f"training on {len(pairs)} pairs: steps {first + 1} to {plan.total_steps} of {args.batch_size} pairs on each "
         f"of {world_size} process(es); a query has {scored - 1} other titles as negatives"
     )
     saved = -(-(plan.total_steps - first) // args.save_steps)
     warn_of_small_disk(save_dir, loaded.model, min(saved, args.keep_checkpoints or saved))
-    training_log = TrainingLog(save_dir / "visualdl", args.log_steps, plan.total_steps, first) if rank == 0 else None
+    training_log = (
+        TrainingLog(save_dir / "visualdl", args.log_steps, plan.total_steps, first) if is_main_process() else None
+    )
     session = Session(
         loaded,
         trainer,
@@ -520,7 +511,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = (
                 f"the batch has lines {', '.join(map(str, lines))} of {args.train_set_file}" if lines else "on a rank"
             )
-            remedy = "look at them, or lower --learning_rate; the last checkpoint is kept"
+            remedy = "look at them, or lower --learning_rate, and go on from a checkpoint before it went wrong"
             raise InputError(f"{error}; {where}; {remedy}") from None
         finally:
             if training_log:
@@ -533,7 +524,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             go_on = go_on if session.written else f"; go on with --resume_from {checkpoint}"
             log(f"stopped by {number.name} after step {last}{go_on}")
             return 128 + number
-    if rank == 0:
+    if is_main_process():
         print(f"wrote {session.written}" if session.written else f"{checkpoint}: training is complete, nothing to do")
     return 0
 

@@ -1,7 +1,7 @@
 """Training steps: which pairs each of them sees, and how it changes the model, on one rank or many."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,8 +12,9 @@ from paddlenlp.transformers import LinearDecayWithWarmup
 from batch_negative.gradient_cache import direct_backward
 from batch_negative.model import SemanticIndexBatchNeg, batch_loss
 from checkpoint import TrainingState, optimizer_arrays, restore_optimizer
-from data import PairCollator, batched, epoch_batches
-from distributed import sum_gradients
+from data import PairCollator, TextPair, batched, epoch_batches
+from distributed import all_reduce_gradients
+from runtime import InputError
 
 
 def make_optimizer(
@@ -40,6 +41,18 @@ def make_optimizer(
         grad_clip=paddle.nn.ClipGradByGlobalNorm(max_grad_norm),
     )
     return optimizer, scheduler
+
+
+def check_batch_size(
+    batch_size: int, world_size: int, pairs: Sequence[TextPair], train_set_file: str, *, cross_device: bool = True
+) -> None:
+    """Raises InputError where a step would need more pairs than there are, or would have no negatives."""
+    if batch_size * world_size > len(pairs):
+        remedy = f"{train_set_file} has {len(pairs)} pairs; use at most --batch_size {len(pairs) // world_size}"
+        raise InputError(f"--batch_size {batch_size} on {world_size} process(es): {remedy}")
+    scored = batch_size * (world_size if cross_device else 1)
+    if scored == 1 and not any(pair.hard_negative for pair in pairs):
+        raise InputError("--batch_size 1: leaves no other title as a negative; use 2 or more")
 
 
 class PlannedStep(NamedTuple):
@@ -143,7 +156,7 @@ class Trainer:
             self._add_gradients(rank_rows, pairs, (self._seed, self._rank, planned.number, place))
             for place, rank_rows in enumerate(planned.batches)
         )
-        loss, stops = sum_gradients(self._model.parameters(), [own_loss, float(stop)])
+        loss, stops = all_reduce_gradients(self._model.parameters(), [own_loss, float(stop)])
         if not math.isfinite(loss):
             raise NonFiniteLoss(planned.number, loss, [] if math.isfinite(own_loss) else self._scored(planned.batches))
         learning_rate = self._optimizer.get_lr()

@@ -14,10 +14,10 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ import numpy as np
 
 from base_model import SemanticIndexBase
 from benchmarks.common import (
+    BASE_ERNIE,
     MAX_SEQ_LENGTH,
     MEDIUM_ERNIE,
     add_input_args,
@@ -46,7 +47,6 @@ from export_model import main as export
 from export_to_serving import main as export_to_serving
 from static_graph import Exported, load_exported
 
-BASE_ERNIE = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 TOLERANCE = 1e-5  # of a component
 PERCENTILES = (50, 90, 95, 99)
 DIRECT = "direct"
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
                 ways |= {way: Way(partial(client, cpp_service), None) for way, client in CPP_CLIENTS.items()}
             measured: dict[str, list[Measured]] = {way: [] for way in (DIRECT, *ways)}
-            for number, way in turns(rounds, list(measured)):
+            for number, way in product(range(1, rounds + 1), measured):  # a slow minute of the machine meets all ways
                 if way == DIRECT:
                     measured[way].append(measure_direct(model, texts, args.batch_size, seconds))
                 else:
@@ -225,13 +225,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line)
     print(json.dumps({**result, "batch_size": args.batch_size, "threads": args.threads, "machine": machine}))
     return 0
-
-
-def turns(rounds: int, ways: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(round, way), so that a slow minute of the machine meets all ways."""
-    for number in range(1, rounds + 1):
-        for way in ways:
-            yield number, way
 
 
 if __name__ == "__main__":

@@ -20,17 +20,15 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from data import (
-    VOCABULARY_FILE,
     Corpus,
     TextPair,
     build_vocabulary,
     epoch_batches,
     read_corpus,
     read_text_pairs,
-    write_vocabulary,
 )
 from examples import make_dataset
-from examples.make_tiny_ernie import TINY_ERNIE_CONFIG
+from examples.make_tiny_ernie import TINY_ERNIE_CONFIG, write_model_folder
 from files import atomic_write, read_json, write_json
 from runtime import InputError, at_least, cpu_count, cpu_flags, read_cpuinfo
 
@@ -114,12 +112,17 @@ def timed_steps(step: Callable[[Any], Result], inputs: Iterable[Any]) -> tuple[l
 
 
 def measure_encoding(
-    encode: Callable[[Sequence[str]], np.ndarray], args: argparse.Namespace, packages: Sequence[str]
+    encode: Callable[[Sequence[str]], np.ndarray],
+    corpus_file: str,
+    packages: Sequence[str],
+    *,
+    warm_up: int,
+    passes: int,
 ) -> Encoding:
-    """Encodes the texts as the options of `add_encoder_args` say. encode: gives vectors [N, D] in the texts' order."""
-    texts = list(read_corpus(args.corpus_file))
-    encode(texts[: args.warm_up])
-    seconds, vectors = timed_steps(encode, [texts] * args.passes)
+    """Encodes the first `warm_up` texts, then all of them `passes` times. encode: gives vectors [N, D] in order."""
+    texts = list(read_corpus(corpus_file))
+    encode(texts[:warm_up])
+    seconds, vectors = timed_steps(encode, [texts] * passes)
     return Encoding(seconds, sample_of(vectors[-1], SAMPLE).tolist(), *used(packages))
 
 
@@ -128,10 +131,14 @@ def sample_of(rows: Result, count: int) -> Result:
     return rows[:: max(1, len(rows) // count)][:count]
 
 
+def peak_memory() -> int:
+    """Largest resident memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def used(packages: Sequence[str]) -> tuple[int, dict[str, str]]:
-    """Largest resident memory of this process in bytes, and the versions of the packages."""
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return peak_bytes, {package: version(package) for package in packages}
+    """`peak_memory`, and the versions of the packages."""
+    return peak_memory(), {package: version(package) for package in packages}
 
 
 def write_report(path: str, report: Training | Encoding) -> None:
@@ -196,15 +203,9 @@ def _made_file(folder: str, name: str) -> Path:
 def _given_or_made_model(model: str | None, folder: str, texts: Iterable[str], sizes: Mapping[str, int]) -> Path:
     if model is not None:
         return Path(model)
-    make_model_folder(Path(folder) / "model", texts, sizes)
-    return Path(folder) / "model"
-
-
-def make_model_folder(folder: Path, texts: Iterable[str], sizes: Mapping[str, int]) -> None:
-    """The example's config with other sizes, and a vocabulary made of the texts."""
-    vocabulary = build_vocabulary(texts)
-    write_vocabulary(folder / VOCABULARY_FILE, vocabulary)
-    write_json(folder / "config.json", {**read_json(TINY_ERNIE_CONFIG), **sizes, "vocab_size": len(vocabulary)})
+    made = Path(folder) / "model"
+    write_model_folder(made, {**read_json(TINY_ERNIE_CONFIG), **sizes}, build_vocabulary(texts))
+    return made
 
 
 def write_pairs(path: Path, pairs: Sequence[TextPair]) -> Path:

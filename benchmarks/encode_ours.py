@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoder = load_encoder(
         args.model,
         batch_size=args.batch_size,
-        texts=STATIC_FROM_TEXTS,  # whose engine is chosen, as in a large corpus
+        text_count=STATIC_FROM_TEXTS,  # whose engine is chosen, as in a large corpus
         engine=args.engine,
         precision=args.precision,
         max_seq_length=MAX_SEQ_LENGTH,
@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def encode(texts: Sequence[str]) -> np.ndarray:
         return encode_share(len(texts), encoder.embedding_size, lambda share: encoder(texts[share]))
 
-    report = measure_encoding(encode, args, ["paddlepaddle", "paddlenlp"])
+    report = measure_encoding(
+        encode, args.corpus_file, ["paddlepaddle", "paddlenlp"], warm_up=args.warm_up, passes=args.passes
+    )
     if is_main_process():
         write_report(args.report, report)
     return 0

@@ -148,7 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def encode(texts: Sequence[str]) -> np.ndarray:
         return encode_texts(embed, texts, collator, args.batch_size)
 
-    write_report(args.report, measure_encoding(encode, args, peer.packages))
+    write_report(
+        args.report, measure_encoding(encode, args.corpus_file, peer.packages, warm_up=args.warm_up, passes=args.passes)
+    )
     return 0
 
 

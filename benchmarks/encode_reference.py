@@ -41,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def encode_all(texts: Sequence[str]) -> np.ndarray:
         return encode(model, tokenizer, texts, args.batch_size)
 
-    write_report(args.report, measure_encoding(encode_all, args, ["paddlepaddle", "paddlenlp"]))
+    write_report(
+        args.report,
+        measure_encoding(
+            encode_all, args.corpus_file, ["paddlepaddle", "paddlenlp"], warm_up=args.warm_up, passes=args.passes
+        ),
+    )
     return 0
 
 

@@ -27,11 +27,10 @@ if __name__ == "__main__":
 from base_model import set_device, set_seed
 from batch_negative.gradient_cache import cached_backward, direct_backward
 from batch_negative.model import SemanticIndexBatchNeg
-from batch_negative.trainer import Plan, PlannedStep, Trainer, make_optimizer
+from batch_negative.trainer import Plan, PlannedStep, Trainer, check_batch_size, make_optimizer
 from checkpoint import create_model
 from cpu_layers import speed_up_training
 from distributed import broadcast_parameters, init_ranks
-from train_batch_neg import check_batch_size
 
 
 def build_parser() -> argparse.ArgumentParser:

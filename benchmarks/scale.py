@@ -9,7 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ann_util import IndexOptions, build_index
+from ann_util import HNSW_FILE, IndexOptions, build_index
+from benchmarks.common import peak_memory
 from data import read_corpus
 from files import write_json
 from index_folder import SavedIndex, save_index
@@ -29,11 +30,6 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
@@ -50,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures and reports."""
     args = build_parser().parse_args(argv)
     set_device("cpu")
-    encoder = load_encoder(args.params_path, batch_size=32, texts=0, engine="static")
+    encoder = load_encoder(args.params_path, batch_size=32, text_count=0, engine="static")
     encoder(["a text that takes the computation's own memory" * 40] * 32)
     with_model = resident_bytes()
     start = time.perf_counter()
@@ -62,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         index = build_index(IndexOptions(), embeddings)
         save_index(args.index_dir, SavedIndex(index, corpus, encoder.fingerprint, corpus.sha256))
     seconds = time.perf_counter() - start
-    index_bytes = sum(path.stat().st_size for path in Path(args.index_dir).glob("hnsw.bin"))
+    index_bytes = sum(path.stat().st_size for path in Path(args.index_dir).glob(HNSW_FILE))
     write_json(
         Path(args.report),
-        {"seconds": seconds, "bytes": max(0, peak_bytes() - with_model), "index_bytes": index_bytes},
+        {"seconds": seconds, "bytes": max(0, peak_memory() - with_model), "index_bytes": index_bytes},
     )
     return 0
 

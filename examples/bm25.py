@@ -39,13 +39,15 @@ def bm25_search(queries: list[str], corpus: Sequence[str], k: int) -> Iterator[H
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
     parser = ArgumentParser(__doc__)
     add_evaluation_file_args(parser, required=True)
     parser.add_argument("--recall_num", type=at_least(1), default=50, help="documents recalled for a query")
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the recall result and says how large the search was."""
     args = build_parser().parse_args(argv)
     queries = list(titles_by_query(read_text_pairs(args.similar_text_pair_file)))
     corpus = read_corpus(args.corpus_file)

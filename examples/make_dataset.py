@@ -258,6 +258,7 @@ def read_fields(terms_dir: Path = TERMS_DIR) -> list[Field]:
 
 
 def pick(rng: random.Random, items: Sequence[Item]) -> Item:
+    """An item, each as likely."""
     return items[int(rng.random() * len(items))]
 
 
@@ -267,14 +268,17 @@ def pick_skewed(rng: random.Random, items: Sequence[Item]) -> Item:
 
 
 def shuffled(rng: random.Random, items: Iterable[Item]) -> list[Item]:
+    """The items in random order."""
     return sorted(items, key=lambda _: rng.random())
 
 
 def pick_kind(rng: random.Random, kinds: tuple[Kind, ...]) -> Kind:
+    """A kind of title, as likely as its weight says."""
     return pick(rng, [kind for kind in kinds for _ in range(kind.weight)])
 
 
 def slots_of(kind: Kind) -> list[str]:
+    """The letters of a kind's slots, in the order of its first title."""
     return re.findall(r"{(\w)}", kind.titles[0])
 
 
@@ -285,6 +289,7 @@ def other_spelling(rng: random.Random, word: Word, rate: float) -> str:
 
 
 def as_written(rng: random.Random, term: Term) -> Word:
+    """A term as a title spells it."""
     return Word(term, other_spelling(rng, Word(term, term[0]), TITLE_SYNONYM_RATE))
 
 
@@ -397,6 +402,7 @@ def make_dataset(documents: int, train_pairs: int, dev_pairs: int, test_pairs: i
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True, help="the files go to its folder recall")
     parser.add_argument("--documents", type=at_least(1), default=6000, help="lines of corpus.csv")
@@ -407,7 +413,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the four files and says how long they are."""
     args = build_parser().parse_args(argv)
     dataset = make_dataset(args.documents, args.train_pairs, args.dev_pairs, args.test_pairs, args.seed)
     for name, lines in dataset.items():

@@ -2,12 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import (
+    BACKBONE_CONFIG_FILE,
     VOCABULARY_FILE,
     build_vocabulary,
     read_corpus,
@@ -28,6 +30,12 @@ def texts_of(train_set_file: str, corpus_file: str) -> Iterator[str]:
     yield from read_corpus(corpus_file)
 
 
+def write_model_folder(folder: Path, config: Mapping[str, Any], vocabulary: Sequence[str]) -> None:
+    """Writes what `--from_scratch` takes. config: PaddleNLP's, in which vocab_size becomes the vocabulary's."""
+    write_vocabulary(folder / VOCABULARY_FILE, vocabulary)
+    write_json(folder / BACKBONE_CONFIG_FILE, {**config, "vocab_size": len(vocabulary)})
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
@@ -44,10 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = read_json(args.config)
     vocabulary = build_vocabulary(texts_of(args.train_set_file, args.corpus_file), args.vocab_size)
-    output_dir = Path(args.output_dir)
-    write_vocabulary(output_dir / VOCABULARY_FILE, vocabulary)
-    write_json(output_dir / "config.json", {**config, "vocab_size": len(vocabulary)})
-    print(f"{output_dir}: a model folder with {len(vocabulary)} tokens")
+    write_model_folder(Path(args.output_dir), config, vocabulary)
+    print(f"{args.output_dir}: a model folder with {len(vocabulary)} tokens")
     return 0
 
 

@@ -128,14 +128,13 @@ class EncoderOp(Op):
 
     def set_up(
         self, encoders: Sequence[EncoderProcess], options: ServiceOptions, admission: Admission, metrics: Metrics
-    ):
+    ) -> None:
         """What Serving's constructor has no room for."""
         self._encoders: SimpleQueue[EncoderProcess] = SimpleQueue()
         for encoder in encoders:
             self._encoders.put(encoder)
         self._workers, self._expected = len(encoders), 1
         self._service_options, self._admission, self._metrics = options, admission, metrics
-        return self
 
     def _auto_batching_generator(
         self, input_channel: Any, op_name: str, batch_size: int, timeout: float | None, op_info_prefix: str

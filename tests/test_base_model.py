@@ -241,6 +241,14 @@ def test_what_is_no_checkpoint_is_refused(model_folder: Path, tmp_path: Path, co
         load_checkpoint(path, model_name_or_path=str(model_folder))
 
 
+def test_weights_that_are_no_numbers_are_not_saved(model_folder: Path, tmp_path: Path) -> None:
+    model, collator = new_model(model_folder)
+    model.emb_reduce_linear.bias.set_value(np.array([0.0] * 15 + [np.inf], np.float32))
+    with pytest.raises(InputError, match=r"model_1: isn't written, since emb_reduce_linear.bias holds numbers that"):
+        save_checkpoint(tmp_path / "model_1", model, collator)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("place", ["", "model_40", "model_40/model_state.pdparams"])
 def test_where_there_are_other_checkpoints_the_newest_is_named(model_folder: Path, tmp_path: Path, place: str) -> None:
     for name in ("model_9", "model_10", "model_best"):

@@ -285,9 +285,7 @@ def test_warming_up_is_not_timed(corpus_file: Path) -> None:
         encoded.append(len(texts))
         return np.arange(float(len(texts)))[:, None]
 
-    options = ["--model", "m", "--corpus_file", str(corpus_file), "--report", "r", "--warm_up", "7", "--passes", "3"]
-    parser = encode_reference.build_parser()
-    encoding = common.measure_encoding(encode, parser.parse_args(options), ["paddlepaddle"])
+    encoding = common.measure_encoding(encode, str(corpus_file), ["paddlepaddle"], warm_up=7, passes=3)
     assert encoded == [7, 50, 50, 50]
     assert len(encoding.pass_seconds) == 3
     assert encoding.vectors == [[3.0 * row] for row in range(common.SAMPLE)]

@@ -41,7 +41,6 @@ from data import (
     read_hits,
     read_text_pairs,
     read_vocabulary,
-    split_evenly,
     titles_by_query,
     write_hits,
     write_vocabulary,
@@ -687,19 +686,6 @@ def test_encode_texts_equals_one_text_at_a_time(monkeypatch: pytest.MonkeyPatch,
     assert len(np.unique(twin, axis=0)) > 95  # so that a wrong order shows
 
 
-def test_encode_texts_writes_to_a_memory_map_from_a_corpus_on_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data, "SORTING_WINDOW", 20)
-    texts, collator = random_texts(70), small_collator(64)
-    path = tmp_path / "vectors.npy"
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(70, 3))
-    corpus = read_corpus(written(tmp_path, "\n".join(texts).encode()))
-    assert encode_texts(FakeEmbed(), corpus, collator, 8, out=out) is out
-    out.flush()
-    np.testing.assert_array_equal(np.load(path), encode_texts(FakeEmbed(), texts, collator, 8))
-
-
 @pytest.mark.parametrize(("count", "padded", "batches"), [(200, 1.15, 3.0), (1000, 1.07, 1.6), (5000, 1.02, 1.2)])
 def test_encode_texts_batches_hold_little_padding(count: int, padded: float, batches: float) -> None:
     """Nor do those of few texts, which are smaller for it; those of many are full."""
@@ -721,9 +707,7 @@ def test_encode_texts_batches_hold_little_padding(count: int, padded: float, bat
 
 
 def test_encode_texts_without_texts() -> None:
-    assert encode_texts(FakeEmbed(), [], small_collator(), 8).shape[0] == 0
-    out = np.empty((0, 3), dtype=np.float32)
-    assert encode_texts(FakeEmbed(), [], small_collator(), 8, out=out) is out
+    assert encode_texts(FakeEmbed(), [], small_collator(), 8).shape == (0, 0)
 
 
 def test_encode_texts_reports_every_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -742,14 +726,6 @@ def test_batched() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
-
-
-def test_split_evenly_is_a_partition_into_parts_of_nearly_one_size() -> None:
-    for count in range(30):
-        for parts in range(1, 9):
-            pieces = [list(range(count))[split_evenly(count, parts, part)] for part in range(parts)]
-            assert [row for piece in pieces for row in piece] == list(range(count))
-            assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -130,13 +130,13 @@ def test_bm25_ranks_by_the_formula():
     idf = math.log(1 + (3 - 2 + 0.5) / (2 + 0.5))  # each token of the query is in two documents of three
     norms = {text: 1.2 * (1 - 0.75 + 0.75 * length / mean) for text, length in zip(corpus, lengths, strict=True)}
     expected = {text: 3 * idf * n / (n + norms[text]) for text, n in (("水稻产量", 1), ("小麦产量产量", 2))}
-    assert [hit.title for hit in hits] == sorted(expected, key=expected.get, reverse=True)
+    assert [hit.document for hit in hits] == sorted(expected, key=expected.get, reverse=True)
     assert [hit.score for hit in hits] == pytest.approx(sorted(expected.values(), reverse=True), rel=1e-5)
 
 
 def test_bm25_of_a_tiny_corpus_and_an_unknown_query():
     hits = list(bm25.bm25_search(["水稻", "海洋"], ["水稻产量"], k=50))
-    assert [(hit.query, hit.title) for hit in hits] == [("水稻", "水稻产量")]
+    assert [(hit.query, hit.document) for hit in hits] == [("水稻", "水稻产量")]
 
 
 @pytest.mark.parametrize("options", [["--documents", "800"], ["--documents", "100000000"]])

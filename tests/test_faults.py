@@ -551,7 +551,7 @@ def test_a_disk_that_fills_up_ends_the_training_with_one_line(
 def test_a_loss_that_is_no_number_on_one_rank_stops_all(
     checkpoint: Path, model_folder: Path, tmp_path: Path, shared: bool
 ) -> None:
-    """The vector of [UNK] is NaN, and a line of rank 1's in the third step has an unknown character."""
+    """[UNK] has a vector that overflows, and a line of rank 1's in the third step has an unknown character."""
     steps = epoch_batches(64, 8, seed=1000, epoch=1, world_size=2)
     pairs = all_pairs()[:64]
     pairs[steps[2][1][5]] = ("鑫", pairs[steps[2][1][5]][1])

@@ -178,7 +178,7 @@ def test_engines_agree_and_the_compiled_model_is_kept(
     """A second load compiles nothing; another length isn't the same model."""
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     texts = list(read_corpus(recall_data / "corpus.csv"))
-    options = {"batch_size": 8, "texts": len(texts)}
+    options = {"batch_size": 8, "text_count": len(texts)}
     dygraph = load_encoder(folder, engine="dygraph", **options)
     assert not (folder / encoder_module.STATIC_FOLDER).exists()
     static = load_encoder(folder, engine="static", **options)
@@ -196,13 +196,13 @@ def test_engines_agree_and_the_compiled_model_is_kept(
 def test_a_damaged_or_unwritable_compiled_model_is_made_again(checkpoint: Path, tmp_path: Path) -> None:
     """Beside the checkpoint if it can be, else for this run alone."""
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    expected = load_encoder(folder, engine="static", batch_size=4, texts=1)(["水稻"])
+    expected = load_encoder(folder, engine="static", batch_size=4, text_count=1)(["水稻"])
     (graph,) = (folder / encoder_module.STATIC_FOLDER).rglob(f"{GRAPH_NAME}.json")
     graph.write_text("{}")
-    np.testing.assert_array_equal(load_encoder(folder, engine="static", batch_size=4, texts=1)(["水稻"]), expected)
+    np.testing.assert_array_equal(load_encoder(folder, engine="static", batch_size=4, text_count=1)(["水稻"]), expected)
     shutil.rmtree(folder / encoder_module.STATIC_FOLDER)
     (folder / encoder_module.STATIC_FOLDER).write_text("in the way")
-    np.testing.assert_array_equal(load_encoder(folder, engine="static", batch_size=4, texts=1)(["水稻"]), expected)
+    np.testing.assert_array_equal(load_encoder(folder, engine="static", batch_size=4, text_count=1)(["水稻"]), expected)
 
 
 def test_a_compiled_model_cut_short_is_not_kept(
@@ -218,7 +218,7 @@ def test_a_compiled_model_cut_short_is_not_kept(
             os.truncate(target / (GRAPH_NAME + WEIGHTS_SUFFIX), 1000)
 
     def vectors() -> np.ndarray:
-        return load_encoder(folder, engine="static", batch_size=4, texts=1)(["水稻"])
+        return load_encoder(folder, engine="static", batch_size=4, text_count=1)(["水稻"])
 
     with monkeypatch.context() as patch:
         patch.setattr(encoder_module, "export_static", on_a_full_disk)
@@ -238,9 +238,9 @@ def test_a_compiled_model_cut_short_is_not_kept(
 def test_auto_compiles_for_many_texts(checkpoint: Path, tmp_path: Path) -> None:
     """And not for a few."""
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    load_encoder(folder, batch_size=4, texts=encoder_module.STATIC_FROM_TEXTS - 1)
+    load_encoder(folder, batch_size=4, text_count=encoder_module.STATIC_FROM_TEXTS - 1)
     assert not (folder / encoder_module.STATIC_FOLDER).exists()
-    load_encoder(folder, batch_size=4, texts=encoder_module.STATIC_FROM_TEXTS)
+    load_encoder(folder, batch_size=4, text_count=encoder_module.STATIC_FROM_TEXTS)
     assert (folder / encoder_module.STATIC_FOLDER).exists()
 
 
@@ -257,16 +257,16 @@ def test_fingerprints_tell_models_apart(checkpoint: Path) -> None:
 def test_a_precision_is_compared_with_fp32(checkpoint: Path, recall_data: Path) -> None:
     """Rounded vectors stand in for a precision that this machine may lack."""
     texts = list(read_corpus(recall_data / "corpus.csv"))
-    exact = load_encoder(checkpoint, engine="dygraph", batch_size=8, texts=1)
+    exact = load_encoder(checkpoint, engine="dygraph", batch_size=8, text_count=1)
 
     def rounded(*tokens: np.ndarray) -> np.ndarray:
         vectors = np.round(exact.embed(*tokens), 1)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    same = compare_with_fp32(exact._replace(fp32=exact.embed), texts, texts[:50])
+    same = compare_with_fp32(exact._replace(embed_fp32=exact.embed), texts, texts[:50])
     assert same.overlap == 1
     assert same.lowest_cosine == pytest.approx(1, abs=1e-5)
-    coarse = compare_with_fp32(exact._replace(embed=rounded, fp32=exact.embed), texts, texts[:50])
+    coarse = compare_with_fp32(exact._replace(embed=rounded, embed_fp32=exact.embed), texts, texts[:50])
     assert 0.5 < coarse.lowest_cosine < 0.999
     assert 0.2 < coarse.overlap < 1
 
@@ -446,6 +446,17 @@ def test_a_place_that_cannot_be_written_is_found_before_anything_is_encoded(
     place = tmp_path if option.endswith("file") else tmp_path / "file" / "below"
     with pytest.raises(InputError, match=f"^{tmp_path}.*: can't be written"):
         recall.main([*options(checkpoint, recall_data, tmp_path), option, str(place)])
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_shards_that_another_machine_wrote_elsewhere_are_missed(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with two machines whose folders aren't one: this process encodes its share alone."""
+    monkeypatch.setattr(recall, "init_ranks", lambda: (0, 2))
+    arguments = options(checkpoint, recall_data, tmp_path, "--embedding_dir", str(tmp_path / "vectors"))
+    with pytest.raises(InputError, match=f"^{tmp_path}/vectors: lacks what other processes encoded; all must see"):
+        recall.main(arguments)
 
 
 def test_of_two_runs_that_change_an_index_one_is_refused(
@@ -684,6 +695,7 @@ def test_a_repeated_document_takes_no_other_s_place(
 ) -> None:
     """The result, and so the metrics, are those of the distinct documents, however often a line comes."""
     arguments = options(checkpoint, recall_data, tmp_path, "--ann", ann, "--recall_num", "5")
+    arguments += ["--tune_ef", "0", "--hnsw_ef", "500"]  # with which hnswlib finds all, however its threads build
     assert recall.main(arguments) == 0
     expected = result(tmp_path)
     documents = list(Corpus(recall_data / "corpus.csv"))

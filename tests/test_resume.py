@@ -14,6 +14,7 @@ import monitor
 import train_batch_neg
 from batch_negative.trainer import PlannedStep, Trainer
 from checkpoint import latest_checkpoint, load_checkpoint, read_training_state, step_folders
+from evaluate import evaluate
 from files import write_json, write_manifest
 from runtime import InputError
 from weights import read_weights
@@ -367,10 +368,11 @@ def test_training_ends_when_it_no_longer_gets_better(
     """Evaluated every two steps, with scores of our own: best at 2, worse at 4, best at 8, no better at 10 and 12."""
     scores = dict(zip(range(2, 17, 2), (0.5, 0.4, 0.5, 0.6, 0.6, 0.1, 0.9, 0.2), strict=True))
     scores[6] = 0.55
-    steps = iter(scores.values())
     monkeypatch.setattr(monitor, "recall", lambda *_, **__: None)
     monkeypatch.setattr(monitor, "as_hits", lambda *_: [])
-    monkeypatch.setattr(monitor, "metrics", lambda _: {"mrr@7": next(steps), "recall@5": 0.0})
+    nothing = evaluate({"query": {"title"}}, {}, 7)
+    scored = (nothing._replace(mrr=score) for score in scores.values())
+    monkeypatch.setattr(monitor, "evaluate", lambda *_: next(scored))
     options = ["--evaluate", "--eval_steps", "2", "--best_metric", "mrr@7", "--recall_num", "7", "--save_steps", "1000"]
     options += ["--similar_text_pair", str(recall_data / "dev.csv"), "--corpus_file", str(recall_data / "corpus.csv")]
     options += ["--recall_result_dir", str(tmp_path / "results")]

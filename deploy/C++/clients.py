@@ -2,61 +2,27 @@
 
 import argparse
 import http.client
-import re
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import MODEL_CONFIG_FILE, TextCollator, TokenIds, text_argument
+from data import MODEL_CONFIG_FILE, SAMPLE_TEXTS, TextCollator, TokenIds, text_argument
 from files import read_json
 from runtime import ArgumentParser, InputError, at_least
+from serving.protos import read_proto
 
 PROTOS = Path(__file__).resolve().parent / "server"
-TEXTS = [
-    "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据",
-    "试论翻译过程中的文化差异与语言空缺翻译过程,文化差异,语言空缺,文化对比",
-]
 INT64 = 0  # elem_type
 HTTP_PATH = "/GeneralModelService/inference"
 SERVICE = "baidu.paddle_serving.predictor.general_model.GeneralModelService"
 FRAME_HEADER = struct.Struct(">4sII")  # magic, size of meta data and payload, size of meta data
-
-
-def read_proto(path: Path) -> dict[str, Any]:
-    """The message classes of one of the server's .proto files by name, made without protoc and its generated code.
-
-    It reads what these files hold: messages whose fields stand on a line each, scalars and messages of the same file.
-    """
-    text = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
-    (package,) = re.findall(r"^package ([\w.]+);", text, re.MULTILINE)
-    (syntax,) = re.findall(r'^syntax = "(\w+)";', text, re.MULTILINE)
-    file = descriptor_pb2.FileDescriptorProto(name=path.name, package=package, syntax=syntax)
-    field_type = descriptor_pb2.FieldDescriptorProto
-    for name, body in re.findall(r"^message (\w+) \{(.*?)^\}", text, re.MULTILINE | re.DOTALL):
-        message = file.message_type.add(name=name)
-        for label, kind, field_name, number in re.findall(r"^ *(?:(\w+) )??(\w+) (\w+) = (\d+);", body, re.MULTILINE):
-            scalar = "TYPE_" + kind.upper() in field_type.Type.keys()  # noqa: SIM118
-            message.field.add(
-                name=field_name,
-                number=int(number),
-                label=field_type.Label.Value("LABEL_" + (label or "optional").upper()),
-                type=field_type.Type.Value("TYPE_" + kind.upper()) if scalar else field_type.TYPE_MESSAGE,
-                type_name=None if scalar else f".{package}.{kind}",
-            )
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    factory = message_factory.MessageFactory(pool)
-    return {
-        message.name: factory.GetPrototype(pool.FindMessageTypeByName(f"{package}.{message.name}"))
-        for message in file.message_type
-    }
 
 
 _MESSAGES = read_proto(PROTOS / "general_model_service.proto")
@@ -67,7 +33,7 @@ RpcMeta = read_proto(PROTOS / "baidu_std.proto")["RpcMeta"]
 def build_parser(description: str | None) -> argparse.ArgumentParser:
     """The options of both clients."""
     parser = ArgumentParser(description=description)
-    parser.add_argument("--texts", nargs="+", type=text_argument, default=TEXTS, help="what to get vectors of")
+    parser.add_argument("--texts", nargs="+", type=text_argument, default=SAMPLE_TEXTS, help="what to get vectors of")
     parser.add_argument("--endpoint", type=endpoint, default="127.0.0.1:9393", help="host:port of the server")
     parser.add_argument("--model_dir", default="serving_server", help="folder with the model's vocabulary")
     parser.add_argument("--max_seq_length", type=at_least(3), help="tokens a text (default: the model's)")
@@ -83,18 +49,18 @@ def endpoint(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def tokenize(args: argparse.Namespace) -> TokenIds:
+def tokenize(texts: Sequence[str], model_dir: str, max_seq_length: int | None) -> TokenIds:
     """The texts as int64 [B, max_seq_length], padded to the full length as the document's clients do.
 
-    Raises InputError if the folder isn't a model's.
+    max_seq_length: by default the model's. Raises InputError if the folder isn't a model's.
     """
-    folder = Path(args.model_dir)
+    folder = Path(model_dir)
     if not folder.is_dir():
         raise InputError(f"--model_dir {folder}: no such folder; give the one that the server serves")
-    length = args.max_seq_length or read_json(folder / MODEL_CONFIG_FILE)["max_seq_length"]
+    length = max_seq_length or read_json(folder / MODEL_CONFIG_FILE)["max_seq_length"]
     collator = TextCollator.load(folder, length)
     collator.pad_to_max_seq_len = True
-    return collator(args.texts)
+    return collator(texts)
 
 
 def make_request(tokens: TokenIds, log_id: int = 0, *, as_bytes: bool = False) -> Any:

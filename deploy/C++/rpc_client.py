@@ -10,10 +10,10 @@ from runtime import run
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the seconds that it took, and the vectors."""
     args = build_parser(__doc__).parse_args(argv)
-    request = make_request(tokenize(args), as_bytes=True)
-    start = time.time()
+    request = make_request(tokenize(args.texts, args.model_dir, args.max_seq_length), as_bytes=True)
+    start = time.perf_counter()
     response = rpc_inference(args.endpoint, request, args.timeout)
-    print(f"time to cost :{time.time() - start} seconds")
+    print(f"time to cost :{time.perf_counter() - start} seconds")
     print(outputs(response))
     return 0
 

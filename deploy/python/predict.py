@@ -13,6 +13,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import (
+    SAMPLE_TEXTS,
     TextPair,
     add_encoding_args,
     add_skip_bad_lines_arg,
@@ -23,14 +24,13 @@ from data import (
     text_argument,
 )
 from files import atomic_write, prepare_file, write_json
-from runtime import ArgumentParser, InputError, at_least, progress_bar, run, set_up_paddle
+from runtime import ArgumentParser, InputError, at_least, progress_bar, run, set_up_paddle, true_or_false
 
 if __name__ == "__main__":
     set_up_paddle()
 
 from static_graph import PRECISIONS, Exported, choose_device, load_exported
 
-SAMPLE_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"
 SAMPLE_PAIRS = (
     TextPair("中西方语言与文化的差异", "中西方文化差异以及语言体现中西方文化,差异,语言体现"),
     TextPair("中西方语言与文化的差异", "飞桨致力于让深度学习技术的创新与应用更简单"),
@@ -68,13 +68,6 @@ def measure(model: Exported, texts: Sequence[str], batch_size: int) -> dict[str,
     return {"batch_size": batch_size, **latencies, "texts_per_s": len(seconds) * batch_size / sum(seconds)}
 
 
-def true_or_false(text: str) -> bool:
-    """An argparse type: True or False, as the original script's switches are given."""
-    if text not in ("True", "False"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text == "True"
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
@@ -86,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text_pair_file", help="a file of pairs to compare, query<TAB>title a line")
     parser.add_argument("--output", help="write the vectors, float32 [N, D] in the texts' order, to this .npy file")
     add_skip_bad_lines_arg(parser)
-    add_encoding_args(parser, batch_size=15)
+    add_encoding_args(parser, batch_size=15, length="the exported model's")
     parser.add_argument(
         "--device", choices=["cpu", "gpu"], help="where to compute (default: gpu if there is one, else cpu)"
     )
@@ -114,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.text_pair_file:
         pairs = [line.row for line in read_lines(args.text_pair_file, parse_pair, args.skip_bad_lines)]
     if not texts and not pairs:
-        texts, pairs = [SAMPLE_TEXT], [*SAMPLE_PAIRS]
+        texts, pairs = SAMPLE_TEXTS[:1], [*SAMPLE_PAIRS]
     if args.output and (args.benchmark or not texts):
         why = "with --benchmark" if args.benchmark else "without --text or --text_file"
         raise InputError(f"--output {args.output}: {why} there are no vectors to write; leave it out")

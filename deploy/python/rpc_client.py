@@ -11,12 +11,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from data import SAMPLE_TEXTS, text_argument
 from runtime import ArgumentParser, InputError, run
-
-LIST_DATA = [
-    "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据",
-    "试论翻译过程中的文化差异与语言空缺翻译过程,文化差异,语言空缺,文化对比",
-]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,7 +20,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     port = os.environ.get("SERVING_RPC_PORT") or "8080"  # as web_service.py has it
     parser.add_argument("--endpoint", default=f"127.0.0.1:{port}", help="address and gRPC port of the service")
-    parser.add_argument("--text", action="append", help="a text; may be given again (default: the document's samples)")
+    parser.add_argument(
+        "--text",
+        action="append",
+        type=text_argument,
+        help="a text; may be given again (default: the document's samples)",
+    )
     return parser
 
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported here, so that a missing Serving ends in a line.
     from serving.adapter import embed_remotely
 
-    feed = {str(number): text for number, text in enumerate(args.text or LIST_DATA)}
+    feed = {str(number): text for number, text in enumerate(args.text or SAMPLE_TEXTS)}
     print(feed)
     answer = embed_remotely(args.endpoint, feed)
     if answer.err_no:

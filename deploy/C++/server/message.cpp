@@ -6,6 +6,7 @@
 #include <google/protobuf/wire_format_lite.h>
 #include <zlib.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 

@@ -15,7 +15,6 @@
 #include <string_view>
 
 #include "error.h"
-#include "message.h"
 #include "model_config.pb.h"
 #include "predictor.h"
 
