@@ -440,3 +440,30 @@ def test_overlap_takes_any_of_several_equal_documents() -> None:
 def test_imports_neither_paddle_nor_hnswlib() -> None:
     code = "import sys, ann_util; sys.exit(bool({'paddle', 'paddlenlp', 'hnswlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ).returncode == 0
+
+
+@pytest.mark.parametrize(("norm", "is_fine"), [(0.996, True), (1.004, True), (0.98, False), (1.02, False)])
+def test_norms_may_be_rounded_but_not_wrong(norm: float, is_fine: bool) -> None:
+    """bfloat16 has eight bits."""
+    vectors = np.eye(4, dtype=np.float32) * np.float32([[1], [1], [norm], [1]])
+    index = ExactIndex(4)
+    if is_fine:
+        index.add(vectors)
+    else:
+        with pytest.raises(InputError, match="corpus vector 2 "):
+            index.add(vectors)
+    assert len(index) == 4 * is_fine
+
+
+def test_ef_is_enough_when_it_is_tuned() -> None:
+    rng = np.random.default_rng(0)
+    vectors, queries = (rng.standard_normal((count, 32)).astype(np.float32) for count in (3000, 100))
+    vectors, queries = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (vectors, queries))
+    index = HnswIndex(32, len(vectors), m=4, ef_construction=20, threads=1)
+    index.add(vectors)
+    exact = index.search_exactly(queries, 10)[1]
+    for share in np.linspace(0.3, 0.95, 14):
+        index.tune_ef(queries, 10, share)
+        assert overlap(index.search(queries, 10)[1], exact) >= share
+        index.ef -= 1
+        assert index.ef < 10 or overlap(index.search(queries, 10)[1], exact) < share

@@ -15,6 +15,7 @@ from paddlenlp.transformers.ernie.modeling import ErnieModel as ErnieBackbone
 
 from backbone import FirstTokenLayer, compute_first_token
 from base_model import ModelConfig, SemanticIndexBase, set_device, set_seed
+from batch_negative.model import SemanticIndexBatchNeg
 from checkpoint import create_model, load_checkpoint, save_checkpoint
 from cpu_layers import speed_up_training
 from data import TextCollator
@@ -129,6 +130,19 @@ def test_embed_leaves_the_mode_as_it_was(model_folder: Path) -> None:
     np.testing.assert_array_equal(first, second)  # no dropout
 
 
+@pytest.mark.parametrize("name", ["dropout", "dropout1", "dropout2"])
+def test_the_last_layer_drops_what_paddles_does(name: str) -> None:
+    set_seed(2)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)
+    x, mask = paddle.randn([3, 5, 16]), paddle.zeros([3, 1, 1, 5])
+    everything = layer(x, mask)[:, :1].numpy()
+    getattr(layer, name).p = 1.0
+    expected = layer(x, mask)[:, :1].numpy()
+    assert np.abs(everything - expected).max() > 0.01
+    layer.__class__ = FirstTokenLayer
+    np.testing.assert_allclose(layer(x, mask).numpy(), expected, atol=1e-5)
+
+
 def test_cosine_sim(model_folder: Path) -> None:
     model, collator = new_model(model_folder)
     model.eval()
@@ -221,6 +235,15 @@ def test_parameters_that_do_not_fit_are_named(model_folder: Path, tmp_path: Path
     assert "1 unexpected: classifier.weight" in message
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_weights_of_other_types_become_float32(model_folder: Path, tmp_path: Path, dtype: str) -> None:
+    path, _ = original_checkpoint(tmp_path / "model_40", model_folder)
+    expected = read_weights(path)
+    paddle.save({name: paddle.to_tensor(array).astype(dtype) for name, array in expected.items()}, str(path))
+    for name, parameter in load_checkpoint(path, model_name_or_path=str(model_folder)).model.state_dict().items():
+        np.testing.assert_allclose(parameter.numpy(), expected[name], rtol=0.01, atol=1e-4, err_msg=name)
+
+
 def test_unexpected_parameters_alone_are_reported(model_folder: Path, tmp_path: Path, capsys) -> None:
     path, _ = original_checkpoint(tmp_path / "model_40", model_folder)
     paddle.save({**read_weights(path), "classifier.weight": np.zeros((2, 2), np.float32)}, str(path))
@@ -239,6 +262,12 @@ def test_what_is_no_checkpoint_is_refused(model_folder: Path, tmp_path: Path, co
         (path / "model_state.pdparams").write_bytes(b"hello")
     with pytest.raises(InputError, match="model_40"):
         load_checkpoint(path, model_name_or_path=str(model_folder))
+
+
+def test_a_file_in_a_folder_whose_replacement_was_cut_short_is_found(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / ".model.replaced")
+    for name in ("model", "model/model_state.pdparams"):
+        assert load_checkpoint(tmp_path / name)
 
 
 def test_weights_that_are_no_numbers_are_not_saved(model_folder: Path, tmp_path: Path) -> None:
@@ -269,6 +298,15 @@ def test_a_broken_model_config_is_refused(model_folder: Path, tmp_path: Path, ch
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Starting a training
+
+
+def test_a_new_model_is_in_training_mode(model_folder: Path) -> None:
+    """All of it: the backbone has dropout too."""
+    model, _ = create_model(SemanticIndexBatchNeg, from_scratch=str(model_folder), dropout=0.0)
+    assert all(layer.training for layer in model.sublayers(include_self=True))
+    ids = paddle.to_tensor([[1, 5, 6, 7, 2]])
+    first, second = (model.get_pooled_embedding(ids, paddle.zeros_like(ids)).numpy() for _ in range(2))
+    assert np.abs(first - second).max() > 1e-3
 
 
 def test_random_weights_only_on_request(model_folder: Path, tmp_path: Path) -> None:

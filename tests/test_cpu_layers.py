@@ -151,3 +151,24 @@ def test_all_layers_of_the_encoder_are_fast(model_folder: Path) -> None:
     assert types.count(CpuMultiHeadAttention) == 2
     assert not {nn.Linear, nn.LayerNorm, nn.Dropout, nn.MultiHeadAttention} & set(types)
     assert [name for name, _ in model.named_parameters()] == names
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(16, 6, bias_attr=False),
+        lambda: nn.LayerNorm([5, 16]),
+        lambda: nn.LayerNorm(16, weight_attr=False, bias_attr=False),
+        lambda: nn.Dropout(0.3, axis=0),
+        lambda: nn.Dropout(0.3, mode="downscale_in_infer"),
+    ],
+)
+def test_layers_of_other_kinds_stay(make) -> None:
+    model = nn.Sequential(random_parameters(make()))
+    x = np.random.default_rng(0).standard_normal((3, 5, 16)).astype(np.float32)
+    results = []
+    for _ in range(2):
+        set_seed(2)
+        results.append(passes(model, x))
+        speed_up_training(model)
+    assert_same(results[1], results[0])

@@ -11,7 +11,7 @@ import tempfile
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import data
 import runtime
 from data import (
     CLS,
+    LENGTH_WINDOW,
     MASK,
     MAX_LINE_BYTES,
     PAD,
@@ -33,6 +34,7 @@ from data import (
     PositivesMask,
     TextCollator,
     TextPair,
+    TokenisedTexts,
     batched,
     build_vocabulary,
     encode_texts,
@@ -92,6 +94,15 @@ def test_bom_crlf_and_missing_final_newline_read_like_a_clean_file(
     clean = content(read(written(tmp_path, CLEAN[reader])))
     assert len(clean) == 2
     assert content(read(written(tmp_path, unclean(CLEAN[reader])))) == clean
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_byte_order_marks_that_joining_files_left_are_not_part_of_a_text(tmp_path: Path, reader: str) -> None:
+    """Written at the beginning of a file, such a text would lose it."""
+    read = READERS[reader]
+    clean = content(read(written(tmp_path, CLEAN[reader])))
+    joined = BOM + BOM + CLEAN[reader].replace(b"\n", b"\n " + BOM, 1)
+    assert content(read(written(tmp_path, joined))) == clean
 
 
 def test_pairs_keep_order_duplicates_and_the_hard_negative(tmp_path: Path) -> None:
@@ -287,14 +298,23 @@ def twin_lines(raw: bytes) -> list[str | None]:
     return lines
 
 
+def bare(text: str) -> str:
+    """Less white space and byte order marks at its ends, a character at a time."""
+    while text and (text[0].isspace() or text[0] == "\ufeff"):
+        text = text[1:]
+    while text and (text[-1].isspace() or text[-1] == "\ufeff"):
+        text = text[:-1]
+    return text
+
+
 def twin_corpus(raw: bytes) -> list[str | None]:
-    return [line.strip() if line and line.strip() and "\t" not in line else None for line in twin_lines(raw)]
+    return [bare(line) if line and bare(line) and "\t" not in line else None for line in twin_lines(raw)]
 
 
 def twin_pairs(raw: bytes) -> list[TextPair | None]:
     rows: list[TextPair | None] = []
     for line in twin_lines(raw):
-        fields = [] if line is None else [field.strip() for field in line.split("\t")]
+        fields = [] if line is None else [bare(field) for field in line.split("\t")]
         if len(fields) == 2 and all(fields):
             rows.append(TextPair(fields[0], fields[1], None))
         elif len(fields) == 3 and all(fields[:2]):
@@ -314,7 +334,7 @@ def is_finite_number(text: str) -> bool:
 def twin_hits(raw: bytes) -> list[tuple[str, str] | None]:
     rows: list[tuple[str, str] | None] = []
     for line in twin_lines(raw):
-        fields = [] if line is None else [field.strip() for field in line.split("\t")]
+        fields = [] if line is None else [bare(field) for field in line.split("\t")]
         good = len(fields) == 3 and all(fields) and is_finite_number(fields[2])
         rows.append((fields[0], fields[1]) if good else None)
     return rows
@@ -747,10 +767,52 @@ def test_fewer_rows_than_ranks_leave_ranks_without_any() -> None:
     assert all(rows.dtype == np.int64 for rows in step)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_pairs_of_like_length_come_together_in_random_order(world_size: int) -> None:
+    lengths = np.random.default_rng(0).integers(4, 100, 805)
+    options = {"seed": 1, "epoch": 1, "world_size": world_size}
+    plain, grouped = (
+        [np.concatenate(ranks) for ranks in epoch_batches(805, 10, lengths=given, **options)]
+        for given in (None, lengths)
+    )
+    assert sorted(np.concatenate(grouped)) == list(range(805))
+
+    def padding(batches: list[np.ndarray]) -> int:
+        return sum(int((lengths[rows].max() - lengths[rows]).sum()) for rows in batches)
+
+    assert padding(grouped) < padding(plain) / 2
+    windows = [grouped[start : start + LENGTH_WINDOW] for start in range(0, len(grouped), LENGTH_WINDOW)]
+    means = [[lengths[rows].mean() for rows in window] for window in windows[:-1]]
+    assert any(window != sorted(window) for window in means)
+
+
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_ranks_get_pairs_of_like_length(world_size: int) -> None:
+    """In a collective all wait for the one with the longest."""
+    lengths = np.random.default_rng(0).integers(4, 64, 4096)
+    steps = epoch_batches(4096, 64 // world_size, seed=0, epoch=0, world_size=world_size, lengths=lengths)
+    slowest = sum(max(lengths[rows].sum() for rows in step) for step in steps)
+    assert slowest * world_size < 1.05 * lengths.sum()
+
+
+def test_a_pair_s_length_is_that_of_its_texts() -> None:
+    collator = small_collator(64)
+    expected = [sum(map(len, collator.tokenize([text for text in pair if text]))) for pair in PAIRS]
+    assert PairCollator(collator, PAIRS).lengths.tolist() == expected
+
+
+def test_a_vocabulary_beyond_16_bits() -> None:
+    words = [f"w{number}" for number in range(70_000)]
+    collator = TextCollator(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *words], 8)
+    texts = ["w1 w69999", "w65533"]
+    assert [ids.tolist() for ids in TokenisedTexts(collator, texts)] == collator.tokenize(texts)
+
+
 def test_the_shuffle_depends_on_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int, batch_size: int = 10, world_size: int = 1) -> list[int]:
         steps = epoch_batches(200, batch_size, seed=seed, epoch=epoch, world_size=world_size)
-        return np.concatenate([rows for step in steps for rows in step]).tolist()
+        in_turns = [row for step in steps for rows in zip_longest(*step) for row in rows]
+        return [row for row in in_turns if row is not None]
 
     first = order(7, 0)
     np.random.seed(99)

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, file_size_limit
 
 from files import (
     HASHED_BYTES,
+    LOCK_FILE,
     MANIFEST_FILE,
     atomic_folder,
     atomic_write,
@@ -121,6 +122,35 @@ def test_a_place_that_can_t_be_written_is_an_input_error(
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize(("mode", "content"), [("w", "一" * 100), ("wb", b"x" * 300)])
+def test_what_is_buffered_is_written_before_the_old_file_goes(tmp_path: Path, mode: str, content: str | bytes) -> None:
+    """A disk that is full is found when the file is closed."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    with file_size_limit(100), pytest.raises(InputError, match="can't be written"), atomic_write(path, mode) as file:
+        file.write(content)
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut could leave empty files under its name; and its name is, before the old one is removed."""
+    flushed: list[tuple[int, bool]] = []
+    fsync, path = os.fsync, tmp_path / "folder"
+
+    def spy(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.append((os.fstat(descriptor).st_ino, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", spy)
+    with atomic_folder(path) as temporary:
+        (temporary / "below").mkdir()
+        (temporary / "below" / "file").write_text("content")
+    written = {place.stat().st_ino for place in (path, path / "below", path / "below" / "file")}
+    assert {number for number, is_there in flushed if not is_there} == written
+    assert [number for number, is_there in flushed if is_there] == [tmp_path.stat().st_ino]
+
+
 def test_the_longest_file_names_can_be_written(tmp_path: Path) -> None:
     names = ["n" * 255, "名" * 85]
     write_file(tmp_path / names[0])
@@ -208,6 +238,16 @@ def test_a_replacement_cut_short_between_its_renames_is_read_and_undone(tmp_path
     assert whole_folder(place) == place
 
 
+def test_a_replacement_behind_a_link_is_read_too(tmp_path: Path) -> None:
+    folder_with(tmp_path / "disk" / ".index.replaced", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "index")
+    assert (whole_folder(tmp_path / "link") / "weights").read_text() == "old"
+    with atomic_folder(tmp_path / "link") as folder:
+        written(folder, b"new", "weights")
+    assert os.listdir(tmp_path / "disk") == ["index"]
+    assert (whole_folder(tmp_path / "link") / "weights").read_text() == "new"
+
+
 def test_a_replacement_cut_short_after_its_renames_is_ended(tmp_path: Path) -> None:
     place = folder_with(tmp_path / "model_best", "new")
     folder_with(tmp_path / ".model_best.replaced", "old")
@@ -232,12 +272,26 @@ def test_a_new_replacement_starts_from_the_one_cut_short(tmp_path: Path) -> None
     assert (tmp_path / "model_best" / "weights").read_text() == "new"
 
 
+def test_a_new_replacement_ends_the_one_before(tmp_path: Path) -> None:
+    """Which a kill cut short after its renames."""
+    (tmp_path / ".folder.replaced").mkdir()
+    (tmp_path / ".folder.replaced" / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("new")
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").write_text("newest")
+    assert (tmp_path / "folder" / "file").read_text() == "newest"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_only_leftovers_of_ours_are_cleared(tmp_path: Path) -> None:
     folder_with(tmp_path / ".model_4.0123abcd.tmp", "half")
     written(tmp_path, b"half", ".result.txt.ffffffff.tmp")
     others = ["model_3", ".notes.tmp", ".hidden", "0123abcd.tmp"]
     for name in others:
         written(tmp_path, b"", name)
+    others.append(".embeddings.0123abcd.tmp")  # has an owner
+    written(folder_with(tmp_path / others[-1], "half"), b"", LOCK_FILE)
     clear_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted(others)
     clear_leftovers(tmp_path / "nowhere")

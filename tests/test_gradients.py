@@ -10,7 +10,7 @@ from conftest import all_pairs, assert_close
 from base_model import STRIDE_FLAG, set_device, set_seed
 from batch_negative.gradient_cache import cached_backward, direct_backward
 from batch_negative.model import SemanticIndexBatchNeg
-from batch_negative.trainer import PlannedStep, Trainer, make_optimizer
+from batch_negative.trainer import NonFiniteLoss, PlannedStep, Trainer, make_optimizer
 from checkpoint import create_model
 from cpu_layers import speed_up_training
 from data import PairCollator, TextPair
@@ -40,17 +40,17 @@ class GradientsOnly:
         self._model.clear_gradients()
 
 
-def gradients(
+def make_trainer(
     folder: Path,
-    batches: list[np.ndarray],
     *,
     chunk_texts: int | None = None,
     recompute: bool = False,
     fast_layers: bool = False,
     dropout: float = 0.1,
-    **trainer_options: object,
-) -> tuple[float, dict[str, np.ndarray | None]]:
-    """The loss and the gradient of a step on PAIRS, from the same weights each time."""
+    rank: int = 0,
+    **options: object,
+) -> Trainer:
+    """Trains on PAIRS, with the same weights each time, which stay as they are."""
     set_seed(3)
     model, collator = create_model(
         SemanticIndexBatchNeg,
@@ -64,23 +64,19 @@ def gradients(
         model.ptm.recompute_enable()
     if fast_layers:
         speed_up_training(model)
-    optimizer = GradientsOnly(model)
     _, scheduler = make_optimizer(
         model, learning_rate=0.1, total_steps=9, warmup_proportion=0.0, weight_decay=0.0, max_grad_norm=1.0
     )
-    trainer = Trainer(
-        model,
-        PairCollator(collator, PAIRS, chunk_texts=chunk_texts),
-        optimizer,
-        scheduler,
-        rank=0,
-        seed=5,
-        margin=0.2,
-        scale=30.0,
-        **trainer_options,
-    )
+    collate = PairCollator(collator, PAIRS, chunk_texts=chunk_texts)
+    common = {"rank": rank, "seed": 5, "margin": 0.2, "scale": 30.0}
+    return Trainer(model, collate, GradientsOnly(model), scheduler, **common, **options)
+
+
+def gradients(folder: Path, batches: list[np.ndarray], **options: object) -> tuple[float, dict[str, np.ndarray | None]]:
+    """The loss and the gradient of a step of `make_trainer`."""
+    trainer = make_trainer(folder, **options)
     step = trainer.step(PlannedStep(1, 1, [[rows] for rows in batches]))
-    return step.loss, optimizer.gradients
+    return step.loss, trainer._optimizer.gradients
 
 
 def assert_same(
@@ -104,11 +100,28 @@ def test_the_gradient_cache_changes_nothing(model_folder: Path, chunk_texts: int
     assert max(np.abs(value).max() for value in direct[1].values() if value is not None) > 1e-2
 
 
-def test_dropout_is_on_and_differs_between_steps_and_chunks(model_folder: Path, still_model_folder: Path) -> None:
+def test_dropout_is_on_and_differs_between_batches(model_folder: Path, still_model_folder: Path) -> None:
     with_dropout = gradients(model_folder, [ROWS])
     assert with_dropout[0] != gradients(still_model_folder, [ROWS], dropout=0.0)[0]
     twice = gradients(model_folder, [ROWS, ROWS])  # two batches of the same rows
     assert twice[0] != pytest.approx(with_dropout[0], abs=1e-6)
+
+
+def test_dropout_differs_between_steps(model_folder: Path) -> None:
+    trainer = make_trainer(model_folder)  # its optimizer leaves the weights as they are
+    first, again, second = (trainer.step(PlannedStep(number, 1, [[ROWS]])).loss for number in (1, 1, 2))
+    assert first == again
+    assert first != pytest.approx(second, abs=1e-6)
+
+
+def test_dropout_differs_between_ranks(model_folder: Path) -> None:
+    losses = []
+    for rank in (0, 1):
+        rows = [np.array([], np.int64)] * 2
+        rows[rank] = ROWS
+        trainer = make_trainer(model_folder, rank=rank, cross_device=False)
+        losses.append(trainer.step(PlannedStep(1, 1, [rows])).loss)
+    assert losses[0] != pytest.approx(losses[1], abs=1e-6)
 
 
 def test_chunks_change_nothing_without_dropout(still_model_folder: Path) -> None:
@@ -119,9 +132,11 @@ def test_chunks_change_nothing_without_dropout(still_model_folder: Path) -> None
     assert_same(gradients(still_model_folder, dropout=0.0, batches=[ROWS]), whole)
 
 
-def test_accumulated_batches_weigh_by_their_pairs(still_model_folder: Path) -> None:
-    loss, accumulated = gradients(still_model_folder, dropout=0.0, batches=[ROWS[:9], ROWS[9:]])
-    parts = [gradients(still_model_folder, dropout=0.0, batches=[rows]) for rows in (ROWS[:9], ROWS[9:])]
+@pytest.mark.parametrize("backward", [direct_backward, cached_backward])
+def test_accumulated_batches_weigh_by_their_pairs(still_model_folder: Path, backward: object) -> None:
+    options = {"dropout": 0.0, "backward": backward}
+    loss, accumulated = gradients(still_model_folder, batches=[ROWS[:9], ROWS[9:]], **options)
+    parts = [gradients(still_model_folder, batches=[rows], **options) for rows in (ROWS[:9], ROWS[9:])]
     shares = 9 / 13, 4 / 13
     assert loss == pytest.approx(sum(share * part[0] for share, part in zip(shares, parts, strict=True)), abs=1e-6)
     for name, value in accumulated.items():
@@ -167,3 +182,11 @@ def test_the_users_own_setting_of_transpositions_stays(monkeypatch: pytest.Monke
     paddle.set_flags({STRIDE_FLAG: True})
     set_device("cpu")
     assert paddle.get_flags(STRIDE_FLAG)[STRIDE_FLAG]
+
+
+def test_a_loss_that_is_no_number_names_the_rows_of_all_batches(model_folder: Path) -> None:
+    trainer = make_trainer(model_folder)
+    trainer._model.emb_reduce_linear.bias.set_value(paddle.full([16], np.nan))
+    with pytest.raises(NonFiniteLoss) as error:
+        trainer.step(PlannedStep(1, 1, [[ROWS[:4]], [ROWS[4:9]]]))
+    assert error.value.rows == list(range(9))

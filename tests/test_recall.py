@@ -17,13 +17,14 @@ import embeddings
 import encoder as encoder_module
 import recall
 from ann_util import DEFAULT_SHARE, HnswIndex, IndexOptions, build_index
-from base_model import SemanticIndexBase
+from base_model import ModelConfig, SemanticIndexBase
 from checkpoint import load_checkpoint
 from data import Corpus, read_corpus
 from embeddings import Description, Embeddings
 from encoder import compare_with_fp32, load_encoder, model_fingerprint
 from files import read_json, write_manifest
-from index_folder import SavedIndex, load_index, save_index
+from index_folder import SavedIndex, load_index, locked_index, save_index
+from recall import sample_of
 from runtime import InputError
 from static_graph import GRAPH_NAME, WEIGHTS_SUFFIX
 
@@ -459,6 +460,104 @@ def test_shards_that_another_machine_wrote_elsewhere_are_missed(
         recall.main(arguments)
 
 
+def test_an_index_that_appears_while_another_is_built_is_not_replaced(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = options(checkpoint, recall_data, tmp_path, "--ann", "exact")
+    assert recall.main([*arguments, "--index_dir", str(tmp_path / "other")]) == 0
+
+    def build_late(*values: object) -> object:
+        shutil.copytree(tmp_path / "other", tmp_path / "index")
+        return build_index(*values)
+
+    monkeypatch.setattr(recall, "build_index", build_late)
+    with pytest.raises(InputError, match=f"^{tmp_path}/index: another run has written it meanwhile"):
+        recall.main([*arguments, "--index_dir", str(tmp_path / "index")])
+    assert load_index(tmp_path / "index")
+
+
+def test_a_closed_stdin_has_no_queries() -> None:
+    assert list(recall.typed_queries(None)) == []
+
+
+def test_a_corpus_file_with_what_was_added_fits_the_index(checkpoint: Path, recall_data: Path, tmp_path: Path) -> None:
+    documents = list(read_corpus(recall_data / "corpus.csv"))
+    part = write_pairs(tmp_path / "part.csv", [(text,) for text in documents[:100]])
+    more = write_pairs(tmp_path / "more.csv", [(text,) for text in documents[100:]])
+    arguments = options(checkpoint, recall_data, tmp_path, "--ann", "exact", "--index_dir", str(tmp_path / "index"))
+    assert recall.main([*arguments, "--corpus_file", str(part), "--add_corpus", str(more)]) == 0
+    for corpus in (part, recall_data / "corpus.csv"):
+        assert recall.main([*arguments, "--corpus_file", str(corpus)]) == 0
+    with pytest.raises(InputError, match="was built from another corpus"):
+        recall.main([*arguments, "--corpus_file", str(more)])
+
+
+def test_an_index_that_a_kill_left_beside_its_place_is_searched_and_added_to(
+    checkpoint: Path, recall_data: Path, tmp_path: Path
+) -> None:
+    arguments = options(checkpoint, recall_data, tmp_path, "--ann", "exact", "--index_dir", str(tmp_path / "index"))
+    assert recall.main(arguments) == 0
+    first, without_corpus = result(tmp_path), arguments.index("--corpus_file")
+    del arguments[without_corpus : without_corpus + 2]
+    (tmp_path / "index").rename(tmp_path / ".index.replaced")
+    assert recall.main(arguments) == 0
+    assert result(tmp_path) == first
+    more = write_pairs(tmp_path / "more.csv", [("新的文献",)])
+    assert recall.main([*arguments, "--add_corpus", str(more)]) == 0
+    assert list(load_index(tmp_path / "index").documents)[-1] == "新的文献"
+
+
+@pytest.mark.parametrize("count", [1, 200, 400, 1000, 12_345])
+def test_ef_is_tuned_on_other_queries_than_it_is_judged_by(count: int) -> None:
+    judged, tuned = (sample_of(np.arange(count), other=other) for other in (False, True))
+    assert min(count, recall.SAMPLE) <= len(judged) <= 2 * recall.SAMPLE
+    if count >= 2 * recall.SAMPLE:
+        assert not set(judged) & set(tuned)
+
+
+def test_the_index_is_judged_by_a_sample_of_many_queries() -> None:
+    """Each of the sample by its own answer."""
+    rng = np.random.default_rng(0)
+    vectors, queries = (rng.standard_normal((count, 8), np.float32) for count in (500, 1500))
+    vectors, queries = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (vectors, queries))
+    index = recall.build_index(recall.IndexOptions(ann="exact"), vectors)
+    assert recall.search(index, queries, 10).index_overlap == 1
+
+
+def test_many_added_documents_are_encoded_by_the_static_engine(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    arguments = options(folder, recall_data, tmp_path, "--ann", "exact", "--index_dir", str(tmp_path / "index"))
+    assert recall.main(arguments) == 0
+    monkeypatch.setattr("encoder.STATIC_FROM_TEXTS", 50)  # 40 queries
+    assert recall.main(arguments) == 0
+    assert not (folder / "static").exists()
+    more = write_pairs(tmp_path / "more.csv", [(f"新的文献{number}",) for number in range(10)])
+    assert recall.main([*arguments, "--add_corpus", str(more)]) == 0
+    assert (folder / "static").exists()
+
+
+def test_fingerprints_tell_settings_apart(checkpoint: Path) -> None:
+    model, collator = load_checkpoint(checkpoint)
+    first = model_fingerprint(model, collator)
+    model.config = ModelConfig(model.config.output_emb_size, "cls")
+    assert first != model_fingerprint(model, collator)
+
+
+def test_the_lowest_cosine_is_that_of_the_worst_text(checkpoint: Path, recall_data: Path) -> None:
+    texts = list(read_corpus(recall_data / "corpus.csv"))
+    exact = load_encoder(checkpoint, engine="dygraph", batch_size=8, text_count=1)
+
+    def rounded(*tokens: np.ndarray) -> np.ndarray:
+        vectors = np.round(exact.embed(*tokens), 1)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    coarse = exact._replace(embed=rounded, embed_fp32=exact.embed)
+    lowest = (coarse(texts) * exact(texts)).sum(axis=1).min()
+    assert compare_with_fp32(coarse, texts, texts[:50]).lowest_cosine == pytest.approx(lowest, abs=1e-6)
+
+
 def test_of_two_runs_that_change_an_index_one_is_refused(
     checkpoint: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -704,3 +803,19 @@ def test_a_repeated_document_takes_no_other_s_place(
     assert f"{repeated}: left out 504 line(s) of 672 that repeat another one" in capsys.readouterr().err
     assert same_hits(result(tmp_path), expected)
     assert len(load_index(tmp_path / "index").documents) == len(documents)
+
+
+def test_an_index_is_locked_before_it_is_loaded(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what another run adds in between would be lost."""
+    arguments = options(checkpoint, recall_data, tmp_path, "--ann", "exact", "--index_dir", str(tmp_path / "index"))
+    assert recall.main(arguments) == 0
+
+    def load_locked(folder: str) -> SavedIndex:
+        with pytest.raises(InputError, match="another run is changing it"), locked_index(folder):
+            pass
+        return load_index(folder)
+
+    monkeypatch.setattr(recall, "load_index", load_locked)
+    assert recall.main([*arguments, "--add_corpus", str(write_pairs(tmp_path / "more.csv", [("新的文献",)]))]) == 0

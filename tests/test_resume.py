@@ -395,9 +395,10 @@ def test_a_metric_that_is_not_computed_is_refused(recall_data: Path, tmp_path: P
         train_batch_neg.main(options)
 
 
-def test_another_metric_than_the_one_that_chose_model_best_is_refused(
+def test_scores_of_other_conditions_than_those_that_chose_model_best_are_refused(
     model_folder: Path, recall_data: Path, tmp_path: Path
 ) -> None:
+    """They can't be compared."""
     options = ["--evaluate", "--similar_text_pair", str(recall_data / "dev.csv"), "--ann", "exact"]
     options += ["--corpus_file", str(recall_data / "corpus.csv"), "--recall_result_dir", str(tmp_path / "results")]
     options = train_options(model_folder, recall_data, tmp_path, "--max_steps", "2", "--save_steps", "1", *options)
@@ -406,6 +407,14 @@ def test_another_metric_than_the_one_that_chose_model_best_is_refused(
     options += ["--resume_from", "latest"]
     with pytest.raises(InputError, match=r"model_1: was trained with best_metric recall@5, not recall@1; go on with"):
         train_batch_neg.main([*options, "--best_metric", "recall@1"])
+    fewer = write_pairs(tmp_path / "fewer.csv", all_pairs()[150:])
+    for changed, condition in (
+        (["--recall_num", "20"], "recall_num 50, not 20"),
+        (["--similar_text_pair", str(fewer)], "SHA-256 of the evaluation pairs"),
+        (["--corpus_file", str(write_pairs(tmp_path / "c.csv", [("文献",)]))], "SHA-256 of the corpus"),
+    ):
+        with pytest.raises(InputError, match=f"model_1: was trained with {condition}"):
+            train_batch_neg.main([*options, *changed])
     assert train_batch_neg.main([*options, "--best_metric", "recall@5"]) == 0
 
 

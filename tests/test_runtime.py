@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import math
 import os
 import signal
@@ -127,6 +128,23 @@ def test_ctrl_c_while_modules_are_imported_prints_no_traceback(tmp_path: Path, p
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
     said = "" if place == "paddle" else "interrupted\n"
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", said)
+
+
+def test_a_locale_that_lacks_a_character_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "gbk"))
+    assert exit_code(lambda: print("水稻🌾") or 0) == 0
+    assert raw.getvalue().decode("gbk") == "水稻\\U0001f33e\n"
+
+
+def test_a_closed_stderr_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+
+    def main() -> int:
+        with runtime.progress_bar(1, "corpus", "text"):
+            return 0
+
+    assert exit_code(main) == 0
 
 
 def test_other_errors_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:

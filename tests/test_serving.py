@@ -537,6 +537,7 @@ def test_more_connections_at_work_are_refused(gateway: HttpGateway, monkeypatch:
     slow = [socket.create_connection((HOST, gateway.server_port)) for _ in range(6)]
     for connection in slow:
         connection.sendall(b"GET /")
+    until(lambda: get(service, "/health")[0] == 503)  # when it has read what they sent
     status, body = get(service, "/health")
     assert status == 503 and json.loads(body)["err_no"] == OVERLOADED and "try again later" in body
     for connection in slow:
@@ -768,13 +769,10 @@ def test_the_client_prints_what_the_document_shows(service: Service) -> None:
 
 
 def test_the_client_says_what_is_wrong(service: Service) -> None:
-    refused = run_script(
-        ROOT / "deploy/python/rpc_client.py", "--endpoint", f"{HOST}:{service.rpc_port}", "--text", " "
-    )
-    assert (refused.returncode, refused.stderr) == (
-        2,
-        f"error: {HOST}:{service.rpc_port} answered: text 0 is empty: send none that is\n",
-    )
+    client, texts = ROOT / "deploy/python/rpc_client.py", ["--text", "水稻"] * 65
+    refused = run_script(client, "--endpoint", f"{HOST}:{service.rpc_port}", *texts)
+    answered = f"error: {HOST}:{service.rpc_port} answered: 65 texts: send at most 64 in a request\n"
+    assert (refused.returncode, refused.stderr) == (2, answered)
     with socket.socket() as unused:
         unused.bind((HOST, 0))
         endpoint = f"{HOST}:{unused.getsockname()[1]}"

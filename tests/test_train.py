@@ -1,12 +1,15 @@
 """Training: what it writes, that it learns, and that several ranks train as one process does."""
 
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
 from conftest import all_pairs, make_model_folder, run_script, train_options, write_pairs
+from paddle.amp import grad_scaler
 
 import evaluate
 import monitor
@@ -15,8 +18,8 @@ import recall
 import train_batch_neg
 from base_model import set_seed
 from batch_negative.model import SemanticIndexBatchNeg, in_batch_negatives_loss
-from batch_negative.trainer import make_optimizer
-from checkpoint import create_model, load_checkpoint
+from batch_negative.trainer import Plan, make_optimizer
+from checkpoint import create_model, load_checkpoint, read_training_state, step_folders
 from cpu_layers import speed_up_training
 from data import (
     PairCollator,
@@ -130,6 +133,16 @@ def test_evaluating_does_not_change_the_training(
     assert len((tmp_path / "results" / "evaluate_result.txt").read_text().splitlines()) == 4
 
 
+def test_it_evaluates_every_so_many_steps_and_at_the_end(model_folder: Path, recall_data: Path, tmp_path: Path) -> None:
+    options = ["--max_steps", "5", "--evaluate", "--eval_steps", "2", "--recall_result_dir", str(tmp_path / "results")]
+    options += ["--similar_text_pair", str(recall_data / "dev.csv"), "--corpus_file", str(recall_data / "corpus.csv")]
+    train_batch_neg.main(train_options(model_folder, recall_data, tmp_path, *options, "--ann", "exact"))
+    report = (tmp_path / "results" / "evaluate_result.txt").read_text().splitlines()
+    assert [line.split(",")[0] for line in report] == ["global step 2", "global step 4", "global step 5"]
+    state = read_training_state(step_folders(tmp_path)[-1])
+    assert state.progress["evaluator"]["last_step"] == 5  # going on from it evaluates nothing again
+
+
 def test_model_best_is_the_best(
     model_folder: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,19 +188,92 @@ def test_a_batch_of_chunks_is_one_batch(still_model_folder: Path) -> None:
         np.testing.assert_allclose(gradients[name], parameter.grad.numpy(), atol=1e-5, err_msg=name)
 
 
-def test_masking_duplicates_can_be_turned_off(model_folder: Path, tmp_path: Path) -> None:
-    query, title = all_pairs()[0]
-    data = tmp_path / "data"
-    write_pairs(data / "train.csv", [(query, title)] * 8)  # every other title is a positive: nothing to learn
+def test_masking_duplicates_can_be_turned_off(model_folder: Path, tmp_path: Path, capsys) -> None:
+    write_pairs(tmp_path / "train.csv", [all_pairs()[0]] * 8)  # every other title is a positive: nothing to learn
     losses = []
     for switch in ([], ["--no_mask_duplicates"]):
         options = ["--max_steps", "1", "--batch_size", "8", "--log_steps", "1", "--dropout", "0", *switch]
-        model, collator = create_model(SemanticIndexBatchNeg, from_scratch=str(model_folder), dropout=0.0)
-        batch = PairCollator(collator, read_text_pairs(data / "train.csv"), mask_duplicates=not switch)([np.arange(8)])
-        losses.append(float(model(batch, 0.0, 30.0)))
-        assert train_batch_neg.main(train_options(model_folder, data, tmp_path / "out", *options)) == 0
-    assert losses[0] == 0.0
-    assert losses[1] > 1.0
+        assert train_batch_neg.main(train_options(model_folder, tmp_path, tmp_path / "out", *options)) == 0
+        losses.append(float(re.search("loss: ([^,]+)", capsys.readouterr().out)[1]))
+    assert losses[0] == 0
+    assert losses[1] > 1
+
+
+def test_every_pair_has_its_step_whatever_the_remainders() -> None:
+    plan = Plan(41, 8, seed=0, epochs=2, accumulation=4)
+    steps = list(plan.steps(0))
+    assert [(step.number, step.epoch, len(step.batches)) for step in steps] == [
+        (1, 1, 4),
+        (2, 1, 2),
+        (3, 2, 4),
+        (4, 2, 2),
+    ]
+    assert [plan.epoch(step.number) for step in steps] == [(1, False), (1, True), (2, False), (2, True)]
+    for part in (steps[:2], steps[2:]):
+        rows = [row for step in part for batch in step.batches for row in batch[0]]
+        assert sorted(rows) == list(range(41))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("--margin", "0.1"),
+        ("--scale", "20"),
+        ("--max_grad_norm", "0.01"),
+        ("--warmup_proportion", "0.5"),
+        ("--weight_decay", "0.1"),
+        ("--dropout", "0.5"),
+        ("--gradient_accumulation_steps", "2"),
+        ("--group_by_length",),
+        ("--no_mask_duplicates",),
+    ],
+)
+def test_an_option_reaches_the_training(model_folder: Path, tmp_path: Path, changed: tuple[str, ...]) -> None:
+    pairs = [(query * (1 + row % 3), title) for row, (query, title) in enumerate(all_pairs()[:40])]
+    write_pairs(tmp_path / "train.csv", [*pairs, *((query, pairs[row - 1][1]) for row, (query, _) in enumerate(pairs))])
+    for name, options in (("plain", ()), ("changed", changed)):
+        common = ["--max_steps", "4", *options]
+        train_batch_neg.main(train_options(model_folder, tmp_path, tmp_path / name, *common))
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "plain" / "model_4", tmp_path / "changed" / "model_4", 1e-6)
+    saved = read_training_state(tmp_path / "changed" / "model_4").progress["shape"]
+    name = changed[0].removeprefix("--")
+    assert saved[name] == getattr(train_batch_neg.build_parser().parse_args(changed), name)  # resuming compares it
+
+
+def test_the_gradient_cache_keeps_the_activations_of_one_chunk(
+    model_folder: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--grad_cache_chunk and --use_gradient_cache: every chunk is encoded without gradients first."""
+    calls: list[tuple[int, bool]] = []
+    encode_chunk = SemanticIndexBatchNeg.encode_chunk
+
+    def spy(model: SemanticIndexBatchNeg, tokens: tuple) -> paddle.Tensor:
+        calls.append((len(tokens[0]), paddle.is_grad_enabled()))
+        return encode_chunk(model, tokens)
+
+    monkeypatch.setattr(SemanticIndexBatchNeg, "encode_chunk", spy)
+    for options in (["--grad_cache_chunk", "8"], ["--use_gradient_cache", "--chunk_numbers", "2"]):
+        calls.clear()
+        train_batch_neg.main(train_options(model_folder, recall_data, tmp_path, "--max_steps", "1", *options))
+        assert calls == [(8, False)] * 4 + [(8, True)] * 4  # 16 queries and 16 titles
+
+
+def test_recomputation_is_turned_on(
+    model_folder: Path, recall_data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    encode_chunk = SemanticIndexBatchNeg.encode_chunk
+
+    def spy(model: SemanticIndexBatchNeg, tokens: tuple) -> paddle.Tensor:
+        seen.append(any(getattr(layer, "enable_recompute", False) for layer in model.sublayers()))
+        return encode_chunk(model, tokens)
+
+    monkeypatch.setattr(SemanticIndexBatchNeg, "encode_chunk", spy)
+    for switch in ([], ["--use_recompute"]):
+        train_batch_neg.main(train_options(model_folder, recall_data, tmp_path, "--max_steps", "1", *switch))
+    assert set(seen[: len(seen) // 2]) == {False}
+    assert set(seen[len(seen) // 2 :]) == {True}
 
 
 def test_biases_and_norms_do_not_decay(model_folder: Path) -> None:
@@ -214,6 +300,53 @@ def test_the_rate_rises_and_falls_linearly(model_folder: Path) -> None:
         rates.append(optimizer.get_lr())
         scheduler.step()
     np.testing.assert_allclose(rates, [0, 0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+
+
+@pytest.mark.parametrize("norm", [0.0, 1.0])
+def test_gradients_are_clipped_unless_the_norm_is_0(model_folder: Path, norm: float) -> None:
+    model, _ = create_model(SemanticIndexBatchNeg, from_scratch=str(model_folder))
+    before = model.emb_reduce_linear.bias.numpy()
+    optimizer, _ = make_optimizer(
+        model, learning_rate=0.1, total_steps=10, warmup_proportion=0.0, weight_decay=0.0, max_grad_norm=norm
+    )
+    model.emb_reduce_linear.bias.grad = paddle.full_like(model.emb_reduce_linear.bias, 100.0)
+    optimizer.step()
+    moment = next(value for name, value in optimizer.state_dict().items() if name.endswith("moment1_0"))
+    assert not np.array_equal(model.emb_reduce_linear.bias.numpy(), before)
+    assert bool((moment.numpy() > 1).all()) == (norm == 0.0)
+
+
+def test_a_training_clears_away_what_a_killed_one_left(model_folder: Path, recall_data: Path, tmp_path: Path) -> None:
+    (tmp_path / ".model_3.0123abcd.tmp").mkdir()
+    (tmp_path / ".model_4.replaced").mkdir()
+    train_batch_neg.main(train_options(model_folder, recall_data, tmp_path, "--max_steps", "1"))
+    assert {path.name for path in tmp_path.iterdir()} == {"model_1", "model_4", "visualdl"}
+
+
+def test_the_rate_that_is_logged_is_the_steps_own(
+    model_folder: Path, recall_data: Path, tmp_path: Path, capsys
+) -> None:
+    options = ["--max_steps", "4", "--log_steps", "1", "--learning_rate", "0.004"]
+    train_batch_neg.main(train_options(model_folder, recall_data, tmp_path, *options))
+    assert re.findall("lr: ([^,]+)", capsys.readouterr().out) == ["0.004", "0.003", "0.002", "0.001"]
+
+
+def test_loss_scaling_stays_on(
+    model_folder: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GradScaler is made to believe in a GPU; it counts the steps whose gradients are finite."""
+    on_a_gpu = SimpleNamespace(is_gpu_place=lambda: True, is_xpu_place=lambda: False, is_custom_place=lambda: False)
+    monkeypatch.setattr(grad_scaler, "_dygraph_tracer", lambda: SimpleNamespace(_expected_place=on_a_gpu))
+    monkeypatch.setattr(train_batch_neg, "check_amp", lambda *_: None)
+    options = train_options(
+        model_folder, recall_data, tmp_path, "--use_amp", "--amp_loss_scale", "1024", "--save_steps"
+    )
+    assert train_batch_neg.main([*options, "1", "--max_steps", "2"]) == 0
+    scaler = read_training_state(tmp_path / "model_2").progress["loss_scaler"]
+    assert (scaler["scale"], scaler["incr_count"]) == ([1024.0], 2)
+    shutil.rmtree(tmp_path / "model_2")
+    assert train_batch_neg.main([*options, "1", "--max_steps", "2", "--resume_from", "latest"]) == 0
+    assert read_training_state(tmp_path / "model_2").progress["loss_scaler"] == scaler
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,6 +382,19 @@ def test_a_disk_too_small_for_all_checkpoints_is_told(
     options = ["--max_steps", "5", "--save_steps", "1", *options]
     train_batch_neg.main(train_options(model_folder, recall_data, tmp_path / "new", *options))
     assert ("5 checkpoints of 0.0 GB won't fit" in capsys.readouterr().err) == warned
+
+
+def test_lines_that_were_left_out_count_where_a_loss_is_no_number(
+    model_folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    steps = epoch_batches(32, 16, seed=1000, epoch=1)
+    pairs = all_pairs()[:32]
+    pairs[steps[0][0][5]] = ("鑫", pairs[steps[0][0][5]][1])
+    write_pairs(tmp_path / "train.csv", [*pairs[:3], ("one column",), ("another",), *pairs[3:]])
+    options = ["--epochs", "1", "--init_from_ckpt", str(poisoned(checkpoint, tmp_path / "poisoned"))]
+    lines = ", ".join(str(row + 1 if row < 3 else row + 3) for row in sorted(steps[0][0]))
+    with pytest.raises(InputError, match=f"the batch has lines {lines} of "):
+        train_batch_neg.main(train_options(model_folder, tmp_path, tmp_path / "out", "--skip_bad_lines", *options))
 
 
 def test_a_batch_larger_than_the_data(model_folder: Path, recall_data: Path, tmp_path: Path) -> None:
@@ -368,6 +514,29 @@ def test_two_ranks_train_as_one_process(
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5, err_msg=name)
 
 
+def test_two_ranks_log_the_loss_of_one_process(
+    still_model_folder: Path, recall_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    common = ["--max_steps", "2", "--log_steps", "1", "--dropout", "0", "--max_grad_norm", "1000"]
+    options = train_options(still_model_folder, recall_data, tmp_path / "two", *common, "--batch_size", "8")
+    done = run_script("train_batch_neg.py", *options, ranks=2, log_dir=tmp_path / "log")
+    assert done.returncode == 0, done.stdout + done.stderr
+    train_batch_neg.main(
+        train_options(still_model_folder, recall_data, tmp_path / "one", *common, "--batch_size", "16")
+    )
+    logs = (tmp_path / "log" / "workerlog.0").read_text(), capsys.readouterr().out
+    two, one = ([float(loss) for loss in re.findall("loss: ([^,]+)", log)] for log in logs)
+    assert len(one) == 2
+    assert two == pytest.approx(one, abs=1e-3)
+    optimizers = [
+        read_weights(tmp_path / name / "model_2" / "training_optimizer.safetensors") for name in ("two", "one")
+    ]
+    for name, moment in optimizers[1].items():  # AdamW's step hides a factor of the gradient, its moments don't
+        np.testing.assert_allclose(
+            optimizers[0][name], moment, rtol=0, atol=1e-9 + 2e-2 * np.abs(moment).max(), err_msg=name
+        )
+
+
 def test_two_ranks_recall_as_one(checkpoint: Path, recall_data: Path, tmp_path: Path) -> None:
     options = ["--similar_text_pair", recall_data / "dev.csv", "--corpus_file", recall_data / "corpus.csv"]
     options += ["--params_path", checkpoint, "--device", "cpu", "--ann", "exact", "--recall_result_dir"]
@@ -382,7 +551,11 @@ def test_two_ranks_recall_as_one(checkpoint: Path, recall_data: Path, tmp_path: 
     np.testing.assert_allclose([float(line[2]) for line in ours], [float(line[2]) for line in theirs], atol=1e-5)
 
 
-def test_two_ranks_predict_as_one(checkpoint: Path, recall_data: Path, tmp_path: Path, capsys) -> None:
+def test_two_ranks_predict_as_one(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """On the CPU, though the launcher sees GPUs."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     lines = (recall_data / "dev.csv").read_text().splitlines()[:5]
     lines[2] = "one column"
     (tmp_path / "pairs.csv").write_text("\n".join(lines))
