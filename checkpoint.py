@@ -368,7 +368,13 @@ def _set_weights(
     if report or head_is_optional:
         log(f"{file}: took {len(fitting)} of {len(parameters)} parameters" + (f" ({report})" if report else ""))
     for name in fitting:
-        parameters[name].set_value(weights[name])
+        parameters[name].set_value(_as_float32(weights[name]))
+
+
+def _as_float32(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint16:  # as which Paddle saves bfloat16: the upper half of a float32
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32, copy=False)
 
 
 def _with_our_names(weights: Mapping[str, np.ndarray], backbone_prefix: str) -> dict[str, np.ndarray]:

@@ -30,7 +30,8 @@ PADDING_TOKENS = 100  # of a batch, at most: what another batch costs, 20 (base 
 SORTING_WINDOW = 16384  # texts sorted by length at a time: long enough for even batches, small in memory
 LENGTH_CHUNKS = 4  # of a batch: 30 tokens a text are padded to 36 (classical pairs); one chunk pads to 64, 8 to 33
 LENGTH_WINDOW = 4  # batches that --group_by_length sorts together: pads to 32.6 tokens a text, 32 batches to 32.1
-UTF8_BOM = b"\xef\xbb\xbf"
+BOM = "\ufeff"
+UTF8_BOM = BOM.encode()
 
 BACKBONE_CONFIG_FILE = "config.json"  # of a checkpoint or an exported model, as are the next three
 MODEL_CONFIG_FILE = "semantic_index.json"
@@ -137,11 +138,19 @@ class Line(NamedTuple):
     row: Any
 
 
+def _strip(text: str) -> str:
+    """The text without white space at its ends, and without the byte order marks that joined files have within."""
+    text = text.strip()
+    while text.startswith(BOM) or text.endswith(BOM):
+        text = text.strip(BOM).strip()
+    return text
+
+
 def parse_pair(text: str) -> TextPair:
     """`query<TAB>title`, with an optional hard negative after a second tab. Raises ValueError with the reason."""
-    if not text.strip():
+    if not _strip(text):
         raise ValueError("the line is empty")
-    fields = [field.strip() for field in text.split("\t")]
+    fields = [_strip(field) for field in text.split("\t")]
     if len(fields) not in (2, 3):
         raise ValueError(f"{len(fields)} column(s), where query<TAB>title[<TAB>hard negative] has 2 or 3")
     if not fields[0] or not fields[1]:
@@ -153,7 +162,7 @@ def parse_text(text: str) -> str:
     """A line that is one text. Raises ValueError with the reason."""
     if "\t" in text:
         raise ValueError(f"{text.count(chr(9)) + 1} columns, where a line holds one text")
-    text = text.strip()
+    text = _strip(text)
     if not text:
         raise ValueError("the line is empty")
     return text
@@ -164,7 +173,7 @@ def parse_hit(text: str) -> Hit:
     fields = text.split("\t")
     if len(fields) != 3:
         raise ValueError(f"{len(fields)} column(s), where query<TAB>document<TAB>cosine has 3")
-    query, document = fields[0].strip(), fields[1].strip()
+    query, document = _strip(fields[0]), _strip(fields[1])
     if not query or not document:
         raise ValueError("the query is empty" if not query else "the document is empty")
     try:
@@ -665,9 +674,10 @@ def epoch_batches(
 ) -> list[list[np.ndarray]]:
     """Rows of every batch of an epoch for every rank: `[batch][rank]` is int64 [batch_size].
 
-    The order depends on (seed, epoch) alone. No row is dropped: the last batch's are shared out evenly, and where there
-    are fewer of them than ranks, some ranks have none. lengths: int64 [count]; with them, pairs of similar length come
-    together: each LENGTH_WINDOW batches' rows are sorted, cut into batches and these shuffled.
+    The order depends on (seed, epoch) alone. The ranks take a batch's rows in turns, so that lengths are shared out
+    evenly too. No row is dropped: where the last batch has fewer of them than ranks, some ranks have none. lengths:
+    int64 [count]; with them, pairs of similar length come together: each LENGTH_WINDOW batches' rows are sorted, cut
+    into batches and these shuffled.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(count)
@@ -675,7 +685,7 @@ def epoch_batches(
     batches = [order[start : start + batch_rows] for start in range(0, count, batch_rows)]
     if lengths is not None:
         batches = [batch for window in batched(batches, LENGTH_WINDOW) for batch in _by_length(window, lengths, random)]
-    return [np.array_split(rows, world_size) for rows in batches]
+    return [[rows[rank::world_size] for rank in range(world_size)] for rows in batches]
 
 
 def _by_length(batches: list[np.ndarray], lengths: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:

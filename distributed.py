@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,8 @@ _LEFT = "semantic_index/left"
 def init_ranks() -> tuple[int, int]:
     """Joins the other processes, over gloo on the CPU and NCCL on GPUs. Returns (rank, number of ranks)."""
     if dist.get_world_size() > 1 and not dist.is_initialized():
+        if paddle.get_device() == "cpu":  # else Paddle takes NCCL, and the GPU, wherever the launcher saw one
+            os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
         dist.init_parallel_env()
     return dist.get_rank(), dist.get_world_size()
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ann_util import check_unit_vectors
-from files import TEMPORARY_SUFFIX, atomic_write, locked, read_json, sha256, write_json
+from files import LOCK_FILE, TEMPORARY_SUFFIX, atomic_write, locked, read_json, sha256, write_json
 from runtime import InputError
 
 SHARD_ROWS = 8192  # at most what a kill costs: 1 to 3 minutes of a 12-layer ERNIE on 2 cores
 DESCRIPTION_FILE = "embeddings.json"
-TEMPORARY_PREFIX, LOCK_FILE = ".embeddings.", "lock"
+TEMPORARY_PREFIX = ".embeddings."
 
 
 @contextlib.contextmanager

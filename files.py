@@ -19,6 +19,7 @@ MANIFEST_FILE = "manifest.json"
 CHECKPOINT_REMEDY = f"take another checkpoint, or remove {MANIFEST_FILE} if you changed the files on purpose"
 REPLACED_SUFFIX = ".replaced"
 TEMPORARY_SUFFIX = ".tmp"
+LOCK_FILE = "lock"  # in a temporary folder: its owner has it, and others look at that before they remove the folder
 HASHED_BYTES = 1 << 20  # at a time
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,7 +140,8 @@ def _flush_to_disk(path: Path) -> None:
 def whole_folder(path: str | Path) -> Path:
     """`path`, or the folder that it held before a kill cut its replacement short."""
     path = Path(path)
-    replaced = _replaced_name(path) if path.name else path
+    place = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link's target is what is replaced
+    replaced = _replaced_name(place) if place.name else place
     return replaced if replaced.is_dir() and not path.exists() else path
 
 
@@ -161,11 +163,16 @@ def remove_folder(path: Path) -> None:
 
 
 def clear_leftovers(folder: str | Path) -> None:
-    """Removes what killed writers left in a folder that nobody else is writing to. Raises InputError if it can't."""
+    """Removes what killed writers left in a folder that nobody else is writing to. Raises InputError if it can't.
+
+    A folder with a LOCK_FILE is left to those who know what the lock is of.
+    """
     try:
         for path in Path(folder).glob(f".*{REPLACED_SUFFIX}"):
             restore_folder(path.with_name(path.name[1:].removesuffix(REPLACED_SUFFIX)))
         for path in Path(folder).glob(f".*.{'[0-9a-f]' * 8}{TEMPORARY_SUFFIX}"):
+            if (path / LOCK_FILE).exists():
+                continue
             remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{error.filename}: can't be removed ({error.strerror})") from None

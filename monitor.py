@@ -1,5 +1,7 @@
 """What a training says while it runs: its log, and the evaluations that tell which model is the best."""
 
+import hashlib
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,13 @@ class Evaluator:
         self._index_options, self._embedding_parent = index_options, embedding_parent
         self._result_file, self._report_file = result_file, report_file
         self.best_metric = best_metric
+        pairs = json.dumps({query: sorted(titles) for query, titles in positives.items()})
+        self.conditions = {  # without the same ones two scores can't be compared
+            "best_metric": best_metric,
+            "recall_num": recall_num,
+            "SHA-256 of the corpus": corpus.sha256,
+            "SHA-256 of the evaluation pairs": hashlib.sha256(pairs.encode()).hexdigest(),
+        }
         self._reports: list[str] = []
         self._best: float | None = None
         self.last_step = 0
@@ -93,15 +102,15 @@ class Evaluator:
     def state(self) -> dict[str, Any]:
         """What `restore` needs, as JSON can hold it."""
         return {
+            **self.conditions,
             "last_step": self.last_step,
-            "best_metric": self.best_metric,
             "best": self._best,
             "without_gain": self.without_gain,
             "reports": list(self._reports),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was read, of an evaluator with the same best_metric."""
+        """Goes on where `state` was read, of an evaluator under the same conditions."""
         self.last_step, self._best = state["last_step"], state["best"]
         self.without_gain, self._reports = state["without_gain"], list(state["reports"])
 

@@ -177,8 +177,10 @@ def answer(encoder: Encoder, saved: SavedIndex, query: str, recall_num: int) -> 
     return [f"{query} ({milliseconds:.0f} ms)", *lines]
 
 
-def typed_queries(stream: TextIO) -> Iterator[str]:
-    """The queries that are typed, a line each; what can't be one is reported and passed over."""
+def typed_queries(stream: TextIO | None) -> Iterator[str]:
+    """The queries that are typed, a line each; what can't be one is reported and passed over. None: stdin is closed."""
+    if stream is None:
+        return
     if stream.isatty():
         log("type a query and press Enter; Ctrl-D ends")
     for line in stream.buffer:  # the stream itself might fail at bytes of another encoding, or let them pass
@@ -336,6 +338,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # More documents don't make do with less, but this run's --recall_num may be smaller than the one before.
             is_kept = is_saved and args.tune_ef is None
             tune(saved.index, sample, args.recall_num, lowest_ef=saved.index.ef if is_kept else 0)
+        if args.index_dir and not is_saved and has_index(args.index_dir):
+            raise InputError(f"{args.index_dir}: another run has written it meanwhile; start again to search that")
         if args.index_dir and is_changed:
             saved = save_index(args.index_dir, saved, new)
             print(f"wrote {args.index_dir}: {saved.index} of {len(saved.documents)} documents")

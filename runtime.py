@@ -88,6 +88,10 @@ def run(main: Callable[[], int]) -> NoReturn:
 
     Where stdout can't be written: 2 and one line for a full disk, 141 and nothing when its reader has gone.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a locale that lacks a character, such as GBK's
+    if sys.stderr is None:  # it was closed from the start
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     has_peers = int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1
     if not has_peers:  # a rank that waits for others in native code wouldn't get to Python's handler
         signal.signal(signal.SIGTERM, _terminate)

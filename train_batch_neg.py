@@ -246,7 +246,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--warmup_proportion", type=at_least(0.0, float, 1.0), default=0.0, help="share of the steps to warm up"
     )
     parser.add_argument("--weight_decay", type=at_least(0.0, float), default=0.0, help="AdamW's weight decay")
-    parser.add_argument("--max_grad_norm", type=at_least(0.0, float), default=5.0, help="gradients are clipped to it")
+    parser.add_argument(
+        "--max_grad_norm", type=at_least(0.0, float), default=5.0, help="gradients are clipped to it; 0: not at all"
+    )
     parser.add_argument(
         "--gradient_accumulation_steps",
         type=at_least(1),
@@ -415,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if checkpoint:
         check_same_shape(checkpoint, state.progress["shape"], shape)
         if evaluator and state.progress["evaluator"]:
-            check_same_shape(checkpoint, state.progress["evaluator"], {"best_metric": evaluator.best_metric})
+            check_same_shape(checkpoint, state.progress["evaluator"], evaluator.conditions)
         loaded = load_checkpoint(checkpoint, SemanticIndexBatchNeg)
         loaded.model.train()
     else:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,7 +27,10 @@ def make_optimizer(
     weight_decay: float,
     max_grad_norm: float,
 ) -> tuple[paddle.optimizer.AdamW, paddle.optimizer.lr.LRScheduler]:
-    """AdamW without weight decay on biases and norms, and its learning rate: a linear warm-up, then linear decay."""
+    """AdamW without weight decay on biases and norms, and its learning rate: a linear warm-up, then linear decay.
+
+    max_grad_norm: 0 doesn't clip.
+    """
     decayed = {
         parameter.name
         for name, parameter in model.named_parameters()
@@ -38,7 +42,7 @@ def make_optimizer(
         parameters=model.parameters(),
         weight_decay=weight_decay,
         apply_decay_param_fun=decayed.__contains__,
-        grad_clip=paddle.nn.ClipGradByGlobalNorm(max_grad_norm),
+        grad_clip=paddle.nn.ClipGradByGlobalNorm(max_grad_norm) if max_grad_norm else None,
     )
     return optimizer, scheduler
 
@@ -200,16 +204,20 @@ class Trainer:
         def encode(chunk: int) -> paddle.Tensor:
             # Dropout is a function of the step and the chunk: a second pass and a resumed run repeat it.
             paddle.seed(int(np.random.SeedSequence([*seeds, chunk]).generate_state(1)[0]))
-            with paddle.amp.auto_cast(self._amp_dtype is not None, dtype=self._amp_dtype or "float16"):
+            with self._auto_cast():
                 return self._model.encode_chunk(batch.chunks[chunk])
 
         loss_of = partial(batch_loss, batch=batch, margin=self._margin, scale=self._scale)
         if own_pairs:
-            factor = float(self._scaler.scale(paddle.full([], share)))
+            with self._auto_cast():  # outside of one in float16, GradScaler turns itself off for good
+                factor = float(self._scaler.scale(paddle.full([], share)))
             loss = self._backward(encode, len(batch.chunks), loss_of, factor)
         else:  # it has no texts, yet the other ranks wait for it in the gather
             loss = loss_of(paddle.zeros([0, self._model.embedding_size]))
         return loss_share * float(loss)
+
+    def _auto_cast(self) -> AbstractContextManager[None]:
+        return paddle.amp.auto_cast(self._amp_dtype is not None, dtype=self._amp_dtype or "float16")
 
     def _scored(self, batches: list[list[np.ndarray]]) -> list[int]:
         """Rows that this rank's loss is made of."""
