@@ -143,18 +143,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile = io.BufferedReader(self._socket)
 
     def handle_one_request(self) -> None:
-        self._socket.until = time.monotonic() + IDLE_SECONDS
-        try:
-            with self.server.idle(self.connection):
-                waiting = self.rfile.peek(1)
-        except TimeoutError:
-            waiting = b""
-        if not waiting:
+        if not self._wait():
             self.close_connection = True
             return
         self._socket.until = time.monotonic() + REQUEST_SECONDS
         with self.server.handling():
             super().handle_one_request()
+
+    def _wait(self) -> bool:
+        """Whether a request has begun to come, before IDLE_SECONDS are over or the client hangs up."""
+        self._socket.until = 0.0
+        with contextlib.suppress(TimeoutError):
+            return bool(self.rfile.peek(1))  # it came with the one before
+        self.connection.settimeout(IDLE_SECONDS)
+        with contextlib.suppress(TimeoutError), self.server.idle(self.connection):
+            # Nothing is taken off it while it counts as idle: the gateway looks whether something is there.
+            return bool(self.connection.recv(1, socket.MSG_PEEK))
+        return False
 
     def handle_expect_100(self) -> bool:
         # Refuses a large body before it is sent.

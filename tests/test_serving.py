@@ -1,5 +1,6 @@
 """A real Pipeline service: its vectors, its load, and everything that clients and operators can do wrong."""
 
+import contextlib
 import errno
 import http.client
 import io
@@ -531,13 +532,21 @@ def test_idle_connections_make_room(gateway: HttpGateway, encoder: FakeEncoder) 
 
 
 def test_more_connections_at_work_are_refused(gateway: HttpGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once, and taken again when others are gone."""
+    """At once, and taken again when others are gone; also where their threads have only begun to read."""
+    idle = HttpGateway.idle
+
+    @contextlib.contextmanager
+    def slowly(gateway: HttpGateway, connection: socket.socket) -> Iterator[None]:
+        with idle(gateway, connection):
+            yield
+            time.sleep(0.5)
+
+    monkeypatch.setattr(HttpGateway, "idle", slowly)
     monkeypatch.setattr(http_gateway, "REQUEST_SECONDS", 30.0)
     service = Service(None, 0, gateway.server_port, [])
     slow = [socket.create_connection((HOST, gateway.server_port)) for _ in range(6)]
     for connection in slow:
         connection.sendall(b"GET /")
-    until(lambda: get(service, "/health")[0] == 503)  # when it has read what they sent
     status, body = get(service, "/health")
     assert status == 503 and json.loads(body)["err_no"] == OVERLOADED and "try again later" in body
     for connection in slow:
