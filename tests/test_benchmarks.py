@@ -124,7 +124,7 @@ def test_a_trainer_reports_every_step(trainer: object, folder: Path, tmp_path: P
 
 
 def test_all_trainers_take_the_same_batches() -> None:
-    """File order for the reference, and two ranks of half the batch, are the batches of one rank."""
+    """File order for the reference, and two ranks of half the batch, which share it out, are the batches of one rank."""
     one, two = (
         [
             np.concatenate(step.batches[0])
@@ -132,7 +132,7 @@ def test_all_trainers_take_the_same_batches() -> None:
         ]
         for ranks in (1, 2)
     )
-    np.testing.assert_array_equal(np.concatenate(one), np.concatenate(two))
+    assert [sorted(rows) for rows in one] == [sorted(rows) for rows in two]
     assert common.in_training_order(PAIRS, 16, 0) == [PAIRS[row] for row in np.concatenate(one)]
 
 
