@@ -124,7 +124,7 @@ def test_a_trainer_reports_every_step(trainer: object, folder: Path, tmp_path: P
 
 
 def test_all_trainers_take_the_same_batches() -> None:
-    """File order for the reference, and two ranks of half the batch, which share it out, are the batches of one rank."""
+    """File order for the reference, and two ranks that share a batch out, have the batches of one rank."""
     one, two = (
         [
             np.concatenate(step.batches[0])
