@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import embeddings
 import encoder as encoder_module
 import recall
 from ann_util import DEFAULT_SHARE, HnswIndex, IndexOptions, build_index
-from base_model import ModelConfig, SemanticIndexBase
+from base_model import SemanticIndexBase
 from checkpoint import load_checkpoint
 from data import Corpus, read_corpus
 from embeddings import Description, Embeddings
@@ -246,10 +247,13 @@ def test_auto_compiles_for_many_texts(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_fingerprints_tell_models_apart(checkpoint: Path) -> None:
-    """By any weight."""
+    """By any weight, and by the settings."""
     model, collator = load_checkpoint(checkpoint)
     first = model_fingerprint(model, collator)
     assert first == model_fingerprint(*load_checkpoint(checkpoint))
+    config, model.config = model.config, replace(model.config, pooling="cls")
+    assert first != model_fingerprint(model, collator)
+    model.config = config
     bias = model.emb_reduce_linear.bias
     bias.set_value(bias + 1e-6)
     assert first != model_fingerprint(model, collator)
@@ -267,8 +271,11 @@ def test_a_precision_is_compared_with_fp32(checkpoint: Path, recall_data: Path) 
     same = compare_with_fp32(exact._replace(embed_fp32=exact.embed), texts, texts[:50])
     assert same.overlap == 1
     assert same.lowest_cosine == pytest.approx(1, abs=1e-5)
-    coarse = compare_with_fp32(exact._replace(embed=rounded, embed_fp32=exact.embed), texts, texts[:50])
-    assert 0.5 < coarse.lowest_cosine < 0.999
+    encoder = exact._replace(embed=rounded, embed_fp32=exact.embed)
+    coarse = compare_with_fp32(encoder, texts, texts[:50])
+    worst = (encoder(texts) * exact(texts)).sum(axis=1).min()
+    assert 0.5 < worst < 0.999
+    assert coarse.lowest_cosine == pytest.approx(worst, abs=1e-6)
     assert 0.2 < coarse.overlap < 1
 
 
@@ -536,26 +543,6 @@ def test_many_added_documents_are_encoded_by_the_static_engine(
     more = write_pairs(tmp_path / "more.csv", [(f"新的文献{number}",) for number in range(10)])
     assert recall.main([*arguments, "--add_corpus", str(more)]) == 0
     assert (folder / "static").exists()
-
-
-def test_fingerprints_tell_settings_apart(checkpoint: Path) -> None:
-    model, collator = load_checkpoint(checkpoint)
-    first = model_fingerprint(model, collator)
-    model.config = ModelConfig(model.config.output_emb_size, "cls")
-    assert first != model_fingerprint(model, collator)
-
-
-def test_the_lowest_cosine_is_that_of_the_worst_text(checkpoint: Path, recall_data: Path) -> None:
-    texts = list(read_corpus(recall_data / "corpus.csv"))
-    exact = load_encoder(checkpoint, engine="dygraph", batch_size=8, text_count=1)
-
-    def rounded(*tokens: np.ndarray) -> np.ndarray:
-        vectors = np.round(exact.embed(*tokens), 1)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-    coarse = exact._replace(embed=rounded, embed_fp32=exact.embed)
-    lowest = (coarse(texts) * exact(texts)).sum(axis=1).min()
-    assert compare_with_fp32(coarse, texts, texts[:50]).lowest_cosine == pytest.approx(lowest, abs=1e-6)
 
 
 def test_of_two_runs_that_change_an_index_one_is_refused(
