@@ -1,12 +1,15 @@
 """The pretrained encoders of PaddleNLP that the dual tower stands on."""
 
+import contextlib
 import inspect
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import paddle
 from paddle import nn
+from paddle.base import core
 from paddlenlp.transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedModel
 from paddlenlp.transformers.auto.configuration import MODEL_NAMES_MAPPING
 from paddlenlp.utils.download import resolve_file_path
@@ -84,7 +87,7 @@ def build_backbone(backbone: Backbone) -> PretrainedModel:
     config = backbone.config
     padded = paddle.full([1, 3], 0 if config.pad_token_id else 1, "int64")
     padded[0, 2] = config.pad_token_id
-    with paddle.no_grad():
+    with paddle.no_grad(), _without_tf32():
         try:
             alone, outputs = [list(ptm(ids, paddle.zeros_like(ids))) for ids in (padded[:, :2], padded)]
             shapes = [tuple(output.shape) for output in outputs]
@@ -96,6 +99,17 @@ def build_backbone(backbone: Backbone) -> PretrainedModel:
         raise InputError(f"{name} doesn't mask padding, so a text's vector would change with it; {wanted}")
     ptm.train()
     return ptm
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Within it a GPU multiplies in float32: its TF32, Paddle's default, rounds to a thousandth."""
+    is_on = core.get_cublas_switch()
+    core.set_cublas_switch(False)
+    try:
+        yield
+    finally:
+        core.set_cublas_switch(is_on)
 
 
 class FirstTokenLayer(nn.TransformerEncoderLayer):

@@ -148,7 +148,7 @@ def encode_share(count: int, width: int, encode: Callable[[slice], np.ndarray]) 
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     share = encode(slice(rank, None, world_size))
-    if world_size == 1:
+    if world_size == 1 or not count:
         return share
     # A collective needs arrays of one shape: shares that are a row shorter are padded for it, and so end last.
     padded = np.zeros((-(-count // world_size), width), dtype=np.float32)

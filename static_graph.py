@@ -26,6 +26,9 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # Paddle's names
 BF16_COMPUTE_CAPABILITY = 8  # of a GPU: Ampere
 SHAPES_KEPT = 64  # of batches, in oneDNN's cache
+# Of a GPU: where a batch has as many texts as tokens, their kernel (multihead_matmul_kernel.cu of Paddle 3.3) gives all
+# texts the first one's mask.
+ATTENTION_PASSES = [f"multihead_matmul_fuse_pass{version}" for version in ("", "_v2", "_v3")]
 GPU_MEMORY_MIB = 256  # that a predictor reserves at first
 EXPORT_AGAIN = "export the model again with export_model.py"
 
@@ -106,7 +109,12 @@ def graph_file(folder: Path) -> Path:
 
 def choose_device(device: str | None) -> str:
     """The device to compute on, "cpu" or "gpu": for None a GPU if there is one. Raises InputError if there is none."""
-    has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    if device == "cpu":
+        return device
+    try:
+        has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    except Exception:  # of a driver that is missing or too old
+        has_gpu = False
     if device == "gpu" and not has_gpu:
         why = "no GPU is visible" if paddle.is_compiled_with_cuda() else "this Paddle is built for the CPU"
         raise InputError(f"--device gpu: {why}; use --device cpu, or set up with sh scripts/setup.sh --gpu")
@@ -142,11 +150,18 @@ def convert_to_tensorrt(folder: Path, target: Path, *, precision: str, batch_siz
     length: of all texts, which are padded to it. `enable_tensorrt_engine` of a predictor's config would not do: it
     takes the `.pdmodel` graphs of Paddle 2 alone.
     """
-    from paddle.tensorrt import export as tensorrt  # which builds for the CPU lack
+    try:
+        from paddle.tensorrt import export as tensorrt  # which builds for the CPU lack
+    except ImportError as error:
+        raise InputError(f"--use_tensorrt: {error}; install the tensorrt that Paddle was built with") from None
 
     largest = (batch_size, length)
     shapes = {"min_input_shape": (1, length), "optim_input_shape": largest, "max_input_shape": largest}
-    inputs = [tensorrt.Input(**shapes, input_data_type="int64", name=name) for name in INPUT_NAMES]
+    # It runs the graph on random numbers of these ranges; a text has but one segment.
+    inputs = [
+        tensorrt.Input(**shapes, input_data_type="int64", input_range=numbers, name=name)
+        for name, numbers in zip(INPUT_NAMES, ((1, 10), (0, 0)), strict=True)
+    ]
     config = tensorrt.TensorRTConfig(
         inputs, save_model_dir=str(target / GRAPH_NAME), precision_mode=tensorrt.PrecisionMode[precision.upper()]
     )
@@ -216,6 +231,8 @@ class StaticEncoder:
                 int(paddle.device.get_device().removeprefix("gpu:")),
                 low_precision.get(precision, inference.PrecisionType.Float32),
             )
+            for name in ATTENTION_PASSES:
+                config.delete_pass(name)
         else:
             config.disable_gpu()
             config.set_cpu_math_library_num_threads(threads or cpu_threads())
@@ -230,8 +247,8 @@ class StaticEncoder:
             self._predictor = inference.create_predictor(config)
         except RuntimeError as error:  # Paddle doesn't say so when it can't write a file to its end
             reason = str(error).strip().splitlines()[0]
-            remedy = "see whether the disk is full, and write it again"
-            raise InputError(f"{folder}: Paddle can't load the graph ({reason}); {remedy}") from None
+            remedy = "; see whether the disk is full, and write it again" if device == "cpu" else ""
+            raise InputError(f"{folder}: Paddle can't load the graph ({reason}){remedy}") from None
         self._inputs = [self._predictor.get_input_handle(name) for name in INPUT_NAMES]
         self.output_name: str = self._predictor.get_output_names()[0]
         self._output = self._predictor.get_output_handle(self.output_name)
@@ -287,6 +304,7 @@ def load_exported(
     if not tensorrt_batch_size:
         return Exported(StaticEncoder(folder, **options), collator)
     check_tensorrt(device)
+    check_precision(precision, device)
     collator.pad_to_max_seq_len = True
     with tempfile.TemporaryDirectory() as converted:
         batch_size = tensorrt_batch_size

@@ -135,6 +135,9 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
     except InputError as error:
         connection.send(str(error))
         return
+    except Exception as error:  # such as the OSError that Paddle makes of CUDA's errors
+        connection.send(f"{options.model_dir}: {type(error).__name__}: {error}")
+        return
     connection.send(None)
     while True:
         texts = connection.recv()
@@ -142,6 +145,8 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
             vectors = encode_texts(encoder.embed, texts, collator, options.batch_size)
         except Exception as error:
             connection.send(f"{type(error).__name__} in encoding {len(texts)} texts")
+            if options.device == "gpu":  # which CUDA may have lost for as long as this process lives
+                return
         else:
             connection.send(vectors)
 

@@ -10,6 +10,7 @@ import paddle
 import pytest
 from conftest import all_pairs, assert_close, make_model_folder
 from paddle import nn
+from paddle.base import core
 from paddlenlp.transformers import ErnieModel
 from paddlenlp.transformers.ernie.modeling import ErnieModel as ErnieBackbone
 
@@ -128,6 +129,15 @@ def test_embed_leaves_the_mode_as_it_was(model_folder: Path) -> None:
     first, second = (model.embed(*collator(TEXTS)) for _ in range(2))
     assert model.training and model.ptm.training
     np.testing.assert_array_equal(first, second)  # no dropout
+
+
+def test_padding_is_looked_at_in_float32(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 would round to more than the effect that is looked for, in a large model on a GPU."""
+    switched: list[bool] = []
+    monkeypatch.setattr(core, "get_cublas_switch", lambda: True)
+    monkeypatch.setattr(core, "set_cublas_switch", switched.append)
+    new_model(model_folder)
+    assert switched == [False, True]
 
 
 @pytest.mark.parametrize("name", ["dropout", "dropout1", "dropout2"])

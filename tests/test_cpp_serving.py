@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import venv
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -814,6 +815,29 @@ def test_clients_without_a_server_or_a_model(script: str, folder: Path, tmp_path
         done = run_script(CPP / script, *options)
         assert done.returncode == 2
         assert re.match(f"error: .*{named}.*\n$", done.stderr), done.stderr
+
+
+def test_cudas_libraries_are_found_where_pip_puts_them(tmp_path: Path) -> None:
+    """A GPU build of Paddle asks the linker for them by name."""
+    shutil.copytree(CPP, tmp_path / "deploy" / "C++", ignore=shutil.ignore_patterns("build"))
+    venv.create(tmp_path / ".venv", symlinks=True)
+    (site_packages,) = tmp_path.glob(".venv/lib/*/site-packages")
+    folders = [site_packages / "nvidia" / name / "lib" for name in ("cublas", "cudnn")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    program = tmp_path / "serving"
+    program.write_text('#!/bin/sh\necho "$LD_LIBRARY_PATH"\nexit 2\n')
+    program.chmod(0o755)
+    done = subprocess.run(
+        ["sh", tmp_path / "deploy" / "C++" / "start_server.sh"],
+        env={**os.environ, "SERVING_BIN": str(program), "LD_LIBRARY_PATH": "/mine"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    *nvidia, mine = done.stdout.strip().split(":")
+    assert (sorted(nvidia), mine) == (sorted(map(str, folders)), "/mine")
 
 
 def test_missing_packages_are_named(tmp_path: Path) -> None:

@@ -265,3 +265,9 @@ def test_tensorrt_is_asked_for_batches_up_to_the_given_size(
     assert [options["name"] for options in calls["inputs"]] == ["input_ids", "token_type_ids"]
     assert {options["max_input_shape"] for options in calls["inputs"]} == {(4, 24)}
     assert {options["input_data_type"] for options in calls["inputs"]} == {"int64"}
+    assert calls["inputs"][1]["input_range"] == (0, 0)  # there may be no row for another segment
+
+
+def test_tensorrt_that_is_not_installed_is_named(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--use_tensorrt: No module named 'paddle.tensorrt'; install"):
+        convert_to_tensorrt(exported, tmp_path, precision="fp16", batch_size=4, length=24)

@@ -16,8 +16,9 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import grpc
 import numpy as np
@@ -26,6 +27,7 @@ from conftest import ROOT, all_pairs, run_script
 
 import export_model
 import export_to_serving
+import static_graph
 from benchmarks.service import (
     CLIENTS,
     HOST,
@@ -40,7 +42,7 @@ from data import encode_texts
 from runtime import InputError
 from serving import adapter, encoder_process, http_gateway
 from serving.adapter import METHOD, PipelineService, Request, Response, ServiceOptions, embed_remotely
-from serving.encoder_process import EncoderOptions, EncoderProcess, EncoderStopped
+from serving.encoder_process import EncoderOptions, EncoderProcess, EncoderStopped, serve
 from serving.http_gateway import PREDICTION_PATH, HttpGateway
 from serving.limits import BAD_REQUEST, INTERNAL_ERROR, NO_SUCH_SERVICE, OVERLOADED, STOPPING, Limits
 from serving.settings import check_ports, read_settings
@@ -397,6 +399,32 @@ def test_waiting_requests_are_computed_together(fake_service: PipelineService, e
         for text, future in futures.items():
             assert json.loads(future.result().value[0])[0][1] == len(text)
     assert [len(batch) for batch in encoder.batches] == [1, 4, 1]
+
+
+def test_an_encoder_tells_why_it_can_t_load_or_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's errors are OSErrors; after one on a GPU the process ends, since CUDA may be lost to it."""
+
+    def sent(load: Callable[..., Any]) -> list[Any]:
+        monkeypatch.setattr(static_graph, "load_exported", load)
+        answers: list[Any] = []
+        connection = SimpleNamespace(send=answers.append, recv=lambda: ["a"])
+        serve(connection, EncoderOptions("model", "gpu", "fp32", None, None, 1))
+        return answers
+
+    def embed(input_ids: np.ndarray, _: np.ndarray) -> np.ndarray:
+        if input_ids[0, 0] == 1:
+            raise OSError("(External) CUDA error(700)")
+        return np.zeros((len(input_ids), 2), np.float32)
+
+    collator = SimpleNamespace(max_seq_length=8, lengths=lambda ids: list(map(len, ids)))
+    collator.tokenize = lambda texts: [[int(text == "a")] for text in texts]
+    collator.pad = lambda ids: (np.array(ids), np.array(ids))
+    monkeypatch.setattr(static_graph, "choose_device", str)
+    assert sent(MagicMock(side_effect=OSError("(External) CUDA error(803)"))) == [
+        "model: OSError: (External) CUDA error(803)"
+    ]
+    exported = static_graph.Exported(SimpleNamespace(embed=embed), collator)
+    assert sent(lambda *_, **__: exported) == [None, "OSError in encoding 1 texts"]
 
 
 def test_a_lone_client_never_waits(fake_service: PipelineService, encoder: FakeEncoder) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from unittest.mock import MagicMock, call
 
 import numpy as np
 import paddle
@@ -12,7 +13,15 @@ import runtime
 import static_graph
 from checkpoint import load_checkpoint
 from runtime import InputError, has_bf16
-from static_graph import GRAPH_NAME, WEIGHTS_SUFFIX, StaticEncoder, check_precision, export_static, graph_file
+from static_graph import (
+    GRAPH_NAME,
+    WEIGHTS_SUFFIX,
+    StaticEncoder,
+    check_precision,
+    choose_device,
+    export_static,
+    graph_file,
+)
 
 TEXTS = ["水", "水稻的产量", "论水稻产量研究水稻,产量" * 10, "Deep Learning 2.0!"]
 
@@ -107,6 +116,30 @@ def test_missing_files_are_named(exported: Path, tmp_path: Path, missing: str) -
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(InputError, match=f"{missing}.*export_model.py"):
         graph_file(tmp_path)
+
+
+def test_a_gpu_s_own_attention_is_left_out(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives wrong vectors; the configuration is all that a machine without a GPU can see of it."""
+    config = MagicMock()
+    monkeypatch.setattr(static_graph.inference, "Config", lambda *_: config)
+    monkeypatch.setattr(static_graph.inference, "create_predictor", lambda _: MagicMock())
+    monkeypatch.setattr(paddle.device, "get_device", lambda: "gpu:2")
+    StaticEncoder(exported, device="gpu")
+    config.enable_use_gpu.assert_called_once_with(256, 2, static_graph.inference.PrecisionType.Float32)
+    assert call.delete_pass("multihead_matmul_fuse_pass") in config.mock_calls
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu", None])
+def test_a_driver_that_fails_is_no_gpu(monkeypatch: pytest.MonkeyPatch, device: str | None) -> None:
+    """Paddle raises OSError for CUDA's errors; a CPU doesn't ask for it at all."""
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", MagicMock(side_effect=OSError("no driver")))
+    if device == "gpu":
+        with pytest.raises(InputError, match="--device gpu: no GPU is visible"):
+            choose_device(device)
+    else:
+        assert choose_device(device) == "cpu"
+    assert paddle.device.cuda.device_count.called == (device != "cpu")
 
 
 def test_precisions_that_the_machine_lacks_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

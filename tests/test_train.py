@@ -31,6 +31,7 @@ from data import (
     read_text_pairs,
     titles_by_query,
 )
+from index_folder import load_index
 from runtime import InputError
 from weights import read_weights
 
@@ -549,6 +550,14 @@ def test_two_ranks_recall_as_one(checkpoint: Path, recall_data: Path, tmp_path: 
     )
     assert [line[:2] for line in ours] == [line[:2] for line in theirs]
     np.testing.assert_allclose([float(line[2]) for line in ours], [float(line[2]) for line in theirs], atol=1e-5)
+
+
+def test_two_ranks_build_an_index_without_queries(checkpoint: Path, recall_data: Path, tmp_path: Path) -> None:
+    options = ["--corpus_file", recall_data / "corpus.csv", "--params_path", checkpoint, "--device", "cpu"]
+    options += ["--ann", "exact", "--index_dir", tmp_path / "index", "--recall_result_dir", tmp_path / "result"]
+    done = run_script("recall.py", *options, ranks=2, log_dir=tmp_path / "log")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(load_index(tmp_path / "index").documents) == len(all_pairs())
 
 
 def test_two_ranks_predict_as_one(

@@ -25,6 +25,7 @@ struct AnalysisConfig {
   void EnableOnednnBfloat16();
   void SetOnednnCacheCapacity(int shapes);
   void DisableGpu();
+  void DeletePass(const std::string& name);
   void EnableUseGpu(uint64_t memory_mib, int device_id, Precision precision);
   void SetCpuMathLibraryNumThreads(int count);
 

@@ -90,6 +90,8 @@ ServingPredictor* serving_predictor_create(const ServingPredictorOptions* option
                                   : options->precision == SERVING_BF16 ? Precision::kBf16
                                                                        : Precision::kFloat32;
       config.EnableUseGpu(kGpuMemoryMiB, options->gpu_id, precision);
+      // Its kernel gives all texts the first one's mask where a batch has as many texts as tokens.
+      config.DeletePass("multihead_matmul_fuse_pass");
     } else {
       config.DisableGpu();
       config.SetCpuMathLibraryNumThreads(options->cpu_threads);
