@@ -73,6 +73,7 @@ except ImportError as error:
 SERVICE = "ernie"  # name of the service and of its operator, as in the original
 OUTPUT = "output_embedding"
 METHOD = "baidu.paddle_serving.pipeline_serving.PipelineService"
+OTHER_RPC_CONNECTIONS = 256  # beside those whose request is answered
 SHORTEST_WAIT = 1e-4  # seconds; Serving's channels take 0 for no limit
 
 
@@ -249,7 +250,11 @@ class PipelineService(PipelineServicer):
         self._rpc_server = grpc.server(
             ThreadPoolExecutor(self._options.rpc_threads, "rpc"),
             maximum_concurrent_rpcs=self._options.rpc_threads,
-            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", self.limits.bytes)],
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", self.limits.bytes),
+                ("grpc.max_allowed_incoming_connections", self._options.rpc_threads + OTHER_RPC_CONNECTIONS),
+            ],
         )
         # The bytes come here unparsed: gRPC answers what isn't a Request without saying why.
         handler = grpc.unary_unary_rpc_method_handler(

@@ -166,6 +166,10 @@ class _Handler(BaseHTTPRequestHandler):
         return not self._refused_length() and super().handle_expect_100()
 
     def do_GET(self) -> None:
+        if self.headers.defects or "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+            if self._refused_length():
+                return
+            self._discard(int(self.headers["Content-Length"]))  # else it would be the next request
         service = self.server.service
         if self.path == "/health":
             status = "stopping" if service.admission.stopping else "ok" if service.healthy else "no encoder"
@@ -206,6 +210,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _refused_length(self) -> bool:
         """Whether the request was answered because its body's length isn't given, or too large."""
         given = self.headers.get("Content-Length", "")
+        if self.headers.defects or len(self.headers.get_all("Content-Length", [])) > 1:
+            self.close_connection = True  # where the request ends isn't certain
+            self._send_error(HTTPStatus.BAD_REQUEST, "send headers that are whole, and the body's length once")
+            return True
         if not given.isascii() or not given.isdigit() or "Transfer-Encoding" in self.headers:
             self.close_connection = True
             self._send_error(HTTPStatus.LENGTH_REQUIRED, "send the body's length as Content-Length")
@@ -271,6 +279,13 @@ class HttpGateway(ThreadingHTTPServer):
             raise InputError(f"--http_port {port}: can't listen on {host}:{port} ({reason}); name another") from None
         self._thread = threading.Thread(target=self.serve_forever, args=(POLL_SECONDS,), name="http", daemon=True)
         self._thread.start()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(POLL_SECONDS)  # such as too many open files: it is tried again at once
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         free = self._free_connections

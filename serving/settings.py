@@ -47,21 +47,25 @@ SETTINGS = {
     "device": Setting(f"{LOCAL}.device", _choice("cpu", "gpu"), "cpu or gpu"),
     "precision": Setting(f"{LOCAL}.precision", _choice("fp32", "bf16", "fp16"), "fp32, bf16 or fp16 to compute in"),
     "workers": Setting(f"{OPERATOR}.concurrency", at_least(1), "encoders, each a process with the whole model"),
-    "threads": Setting(f"{LOCAL}.thread_num", at_least(0), "CPU threads of an encoder; 0 shares out all cores"),
+    "threads": Setting(
+        f"{LOCAL}.thread_num", at_least(0, below=1025), "CPU threads of an encoder; 0 shares out all cores"
+    ),
     "max_seq_length": Setting(
         f"{LOCAL}.max_seq_length",
         at_least(3, or_zero=True),  # [CLS], a token and [SEP]
         "tokens that texts are cut to; 0 takes the exported model's",
     ),
-    "batch_size": Setting(f"{OPERATOR}.batch_size", at_least(1), "texts that are encoded together"),
+    "batch_size": Setting(f"{OPERATOR}.batch_size", at_least(1, below=65_537), "texts that are encoded together"),
     "batch_wait_ms": Setting(
-        f"{OPERATOR}.auto_batching_timeout", at_least(0), "milliseconds that a batch waits for requests it expects"
+        f"{OPERATOR}.auto_batching_timeout",
+        at_least(0, below=60_001),
+        "milliseconds that a batch waits for requests it expects",
     ),
     "max_requests": Setting("worker_num", at_least(1), "requests at a time, over gRPC and over HTTP each"),
     "max_waiting_texts": Setting("limits.waiting_texts", at_least(1), "texts of all requests that aren't answered yet"),
     "max_texts": Setting("limits.texts", at_least(1), "texts of a request"),
     "max_characters": Setting("limits.characters", at_least(1), "characters of a text"),
-    "max_bytes": Setting("limits.bytes", at_least(1), "bytes of a request"),
+    "max_bytes": Setting("limits.bytes", at_least(1, below=2**31), "bytes of a request"),  # as gRPC counts them
 }
 
 
@@ -107,9 +111,9 @@ def check_ports(settings: Mapping[str, Any]) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, port))
-            except OSError as error:
-                reason = f"can't listen on {host}:{port} ({error.strerror or error})"
-                if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            except (OSError, TypeError) as error:  # the latter for a name that isn't IDNA's
+                reason = f"can't listen on {host}:{port} ({getattr(error, 'strerror', None) or error})"
+                if isinstance(error, (socket.gaierror, TypeError)) or error.errno == errno.EADDRNOTAVAIL:
                     raise InputError(f"--host {host}: {reason}; give an address of this machine") from None
                 raise InputError(f"--{name} {port}: {reason}; name another") from None
 
@@ -118,7 +122,7 @@ def _read_yaml(path: Path) -> Any:
     with open_for_reading(path) as file:
         try:
             return yaml.safe_load(file)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date's 13th month, not UTF-8
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
             raise InputError(f"{path}{line}: isn't YAML; compare it with the config_nlp.yml of this project") from None

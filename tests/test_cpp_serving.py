@@ -517,6 +517,30 @@ def test_random_changes_of_requests(server: Server, answers: None) -> None:
 # Load
 
 
+def test_bad_requests_write_nothing_to_the_log(start_alone: Callable[..., Server]) -> None:
+    """Where nobody reads it, the server would stand still."""
+    server = start_alone()
+    lines = len(server.log)
+    meta = b"\x0a\x00"  # an RpcMeta whose request lacks what it must have
+    frame = FRAME_HEADER.pack(b"PRPC", len(meta), len(meta)) + meta
+    not_utf8 = Request(fetch_var_names=["x"]).SerializeToString().replace(b"x", b"\xff")
+    assert call(server, frame)[0].response.error_code == BAD_REQUEST
+    assert call(server, format_frame(not_utf8))[0].response.error_code == BAD_REQUEST
+    assert post(server, ('{"a' + "水" * 300 + '": 1}').encode(), JSON)[0] == 400
+    stop(server)
+    assert server.log[lines:] == []
+
+
+def test_the_start_of_a_frame_does_not_hold_up_a_stop(start_alone: Callable[..., Server]) -> None:
+    server = start_alone()
+    with socket.create_connection(server.address, 60) as connection:
+        connection.sendall(b"PRPC\0")
+        time.sleep(0.3)
+        server.process.terminate()
+        assert server.process.wait(10) == 0
+    stop(server)
+
+
 def test_slow_and_vanished_clients(server: Server, answers: None) -> None:
     """They hold up nobody."""
     frame = format_frame(GOOD)
@@ -838,6 +862,22 @@ def test_cudas_libraries_are_found_where_pip_puts_them(tmp_path: Path) -> None:
     assert done.returncode == 2
     *nvidia, mine = done.stdout.strip().split(":")
     assert (sorted(nvidia), mine) == (sorted(map(str, folders)), "/mine")
+
+
+def test_builds_take_turns_and_paths_may_hold_spaces(tmp_path: Path) -> None:
+    """CMake's place is taken by a script that fails where another runs."""
+    paddle = tmp_path / "a b*" / "paddle"
+    (paddle / "version").mkdir(parents=True)
+    (paddle / "__init__.py").touch()
+    (paddle / "version" / "__init__.py").write_text("cuda_version = 'False'\n")
+    cmake = tmp_path / "cmake"
+    cmake.write_text('#!/bin/sh\nmkdir "$0.on" || exit\nprintf "%s\\n" "$@" >>"$0.log"\nsleep 0.3\nrmdir "$0.on"\n')
+    cmake.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path / "a b*")}
+    command = ["sh", CPP / "build.sh", "--build-dir", tmp_path / "c d", "--python", sys.executable]
+    builds = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [build.communicate()[0] for build in builds] == [f"{tmp_path}/c d/serving\n"] * 2
+    assert cmake.with_suffix(".log").read_text().splitlines().count(f"-DPADDLE_FOLDER={paddle}") == 2
 
 
 def test_missing_packages_are_named(tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ import io
 import json
 import os
 import random
+import resource
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -513,6 +516,9 @@ def test_stopping_answers_what_is_there(encoder: FakeEncoder) -> None:
     assert encoder.closed
 
 
+INNER = "GET /metrics HTTP/1.1\r\n\r\n"
+
+
 @pytest.fixture
 def gateway(fake_service: PipelineService, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpGateway]:
     """Of the fake service, with little patience, two requests at a time and six connections."""
@@ -522,6 +528,25 @@ def gateway(fake_service: PipelineService, monkeypatch: pytest.MonkeyPatch) -> I
     gateway = HttpGateway(fake_service, HOST, 0, requests=2)
     yield gateway
     gateway.stop()
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        ("GET /health HTTP/1.1\r\nContent-Length: 25", INNER),
+        ("GET /health HTTP/1.1\r\nTransfer-Encoding: chunked", INNER),
+        ("POST /ernie/prediction HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 27", "{}" + INNER),
+        ("POST /ernie/prediction HTTP/1.1\r\nContent-Length: 2\r\nTransfer-Encoding : chunked", "{}" + INNER),
+    ],
+)
+def test_a_body_is_never_another_request(gateway: HttpGateway, head: str, body: str) -> None:
+    """Nor where a proxy may see its end elsewhere."""
+    with socket.create_connection((HOST, gateway.server_port), timeout=10) as connection:
+        connection.sendall(f"{head}\r\n\r\n{body}".encode())
+        answers = b""
+        while block := connection.recv(65536):  # a connection that stays open is closed as idle after a second
+            answers += block
+    assert answers.count(b"HTTP/1.1 ") == 1
 
 
 def test_slow_clients_lose_their_connection(gateway: HttpGateway) -> None:
@@ -765,6 +790,9 @@ def test_settings_come_from_options_then_the_environment_then_the_file(tmp_path:
         ({"SERVING_HTTP_PORT": "70000"}, "SERVING_HTTP_PORT"),
         ({"SERVING_DEVICE": "tpu"}, "SERVING_DEVICE: tpu is none of cpu, gpu"),
         ({"SERVING_MAX_WAITING_TEXTS": "1"}, "--max_waiting_texts"),
+        ({"SERVING_MAX_BYTES": str(2**31)}, "SERVING_MAX_BYTES: 2147483648 is out of range"),
+        ({"SERVING_BATCH_WAIT_MS": str(10**13)}, "SERVING_BATCH_WAIT_MS: 10000000000000 is out of range"),
+        ({"SERVING_THREADS": str(2**31)}, "SERVING_THREADS: 2147483648 is out of range"),
         ({"SERVING_MAX_SEQ_LENGTH": "2"}, "SERVING_MAX_SEQ_LENGTH: 2 is out of range: give 3 or more"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -772,6 +800,8 @@ def test_settings_come_from_options_then_the_environment_then_the_file(tmp_path:
     changed = tmp_path / "config.yml"
     for text, message in [
         ("a: [\nb: c", "line 2: isn't YAML"),
+        ("a: 2026-13-45", "isn't YAML"),
+        ("[" * 3000, "isn't YAML"),
         ("", "op.ernie.local_service_conf.model_config"),
         (config.read_text().replace("rpc_port: 8080", "rpc_port: yes"), "rpc_port"),
         (config.read_text().replace("batch_size: 32", "batch_size: 0"), "op.ernie.batch_size"),
@@ -782,7 +812,33 @@ def test_settings_come_from_options_then_the_environment_then_the_file(tmp_path:
             read_settings({}, {}, changed)
 
 
-@pytest.mark.parametrize("host", ["nowhere.invalid", "192.0.2.1"])
+def test_many_rpc_connections_leave_room_for_http(serving_server: Path) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+    with contextlib.ExitStack() as opened, running_service(serving_server, "--threads", "1") as service:
+        resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE, (600, most))
+        for _ in range(700):
+            connection = opened.enter_context(socket.create_connection((HOST, service.rpc_port), timeout=10))
+            connection.sendall(preface)
+        until(lambda: get(service, "/health")[0] == 200)
+
+
+def test_a_signal_ends_a_start_that_hangs(serving_server: Path) -> None:
+    options = ["--model_dir", serving_server, "--rpc_port", "0", "--http_port", "0"]
+    command = [sys.executable, ROOT / "deploy/python/web_service.py", *options]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        until(lambda: bool(children(process.pid)))
+        (encoder,) = children(process.pid)
+        os.kill(encoder, signal.SIGSTOP)
+        try:
+            process.terminate()
+            assert process.wait(10) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+            os.kill(encoder, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "192.0.2.1", "a..é"])
 def test_a_host_that_is_not_this_machine_is_named(host: str) -> None:
     with pytest.raises(InputError, match=f"^--host {host}: can't listen .*; give an address of this machine$"):
         check_ports({"host": host, "rpc_port": 0, "http_port": 0})

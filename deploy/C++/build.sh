@@ -60,20 +60,30 @@ library = os.path.join(libraries, sysconfig.get_config_var("INSTSONAME") or "")
 if not os.path.isfile(library):
     version = ".".join(map(str, sys.version_info[:2]))
     sys.exit(f"error: {library} is missing: sudo apt-get install libpython{version}")
-print(f"-DPADDLE_FOLDER={folder}", f"-DPADDLE_WITHOUT_GPU={'ON' if cpu else 'OFF'}")
-print(f"-DPYTHON_LIBRARY={library}", f"-DPYTHON_LIBRARY_FOLDER={libraries}")
+print(f"-DPADDLE_FOLDER={folder}", f"-DPADDLE_WITHOUT_GPU={'ON' if cpu else 'OFF'}", sep="\n")
+print(f"-DPYTHON_LIBRARY={library}", f"-DPYTHON_LIBRARY_FOLDER={libraries}", sep="\n")
 PY
 ) || exit 2
+
+# Two builds at a time in one folder spoil each other's files.
+mkdir -p -- "$build"
+if command -v flock >/dev/null; then
+    exec 9>"$build/lock"
+    flock 9
+fi
 
 # CMake refuses what it made before the repository was moved or copied.
 cached=$(sed -n 's/^CMAKE_CACHEFILE_DIR:INTERNAL=//p' "$build/CMakeCache.txt" 2>/dev/null || true)
 [ -z "$cached" ] || [ "$cached" -ef "$build" ] || rm -rf "$build/CMakeCache.txt" "$build/CMakeFiles"
 
+set -f  # the settings are lines, which may hold spaces and asterisks
+IFS='
+'
 compiler=
 [ "$fuzz" = OFF ] || compiler=-DCMAKE_CXX_COMPILER=clang++
 cmake -S "$here/server" -B "$build" -DCMAKE_BUILD_TYPE=$([ $sanitize = ON ] && echo None || echo Release) -DSANITIZE=$sanitize -DFUZZ=$fuzz \
     $compiler $settings >"$build.log" 2>&1 && cmake --build "$build" -j "$(nproc)" >>"$build.log" 2>&1 || {
-    grep -E 'error|Error' "$build.log" | head -n 5 >&2 || true
+    grep -aE 'error|Error' "$build.log" | head -n 5 >&2 || true
     fail "the build failed (details: $build.log)"
 }
 if [ "$fuzz" = ON ]; then echo "$build/fuzz"; else echo "$build/serving"; fi

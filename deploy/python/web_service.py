@@ -50,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_seq_length=settings["max_seq_length"] or None,
         batch_size=settings["batch_size"],
     )
+    # Outside of StopSignals: nothing is lost where a signal ends the process while models are loaded.
+    encoders = [EncoderProcess(encoder_options) for _ in range(settings["workers"])]
     with StopSignals() as signals:
-        encoders = [EncoderProcess(encoder_options) for _ in range(settings["workers"])]
         service = PipelineService(
             encoders,
             ServiceOptions(
@@ -74,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             service_log("stopping: answering the requests that are here")
         finished = service.stop(STOP_SECONDS)
         gateway.stop()
-    if not finished:
-        service_log(f"error: some requests weren't answered within {STOP_SECONDS:g} s")
-        os._exit(1)  # their threads would keep the process
-    return 0
+        if not finished:
+            service_log(f"error: some requests weren't answered within {STOP_SECONDS:g} s")
+        # Their threads would keep the process, and from here on a second signal would end it with an error.
+        os._exit(0 if finished else 1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 // Serves an exported model as Paddle Serving's C++ server does; Paddle Serving starts it as SERVING_BIN.
 
 #include <dlfcn.h>
+#include <google/protobuf/stubs/logging.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -107,6 +108,7 @@ void run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  google::protobuf::SetLogHandler(nullptr);  // whoever sends bad requests would fill the log with its errors
   try {
     run(argc, argv);
   } catch (const InputError& error) {

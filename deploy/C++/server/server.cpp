@@ -273,7 +273,7 @@ class FrameConnection : public Connection {
   void start() override { read_frame(); }
 
  private:
-  bool idle() const override { return in_flight_ == 0 && buffer_.size() == 0 && !reading_body_; }
+  bool idle() const override { return in_flight_ == 0 && buffer_.size() < kFrameHeaderBytes && !reading_body_; }
 
   std::shared_ptr<FrameConnection> self() { return std::static_pointer_cast<FrameConnection>(shared_from_this()); }
 
@@ -292,7 +292,7 @@ class FrameConnection : public Connection {
 
   void read_frame() {
     reading_ = true;
-    stream_.expires_after(kIdleTimeout);
+    stream_.expires_after(buffer_.size() > 0 ? kMessageTimeout : kIdleTimeout);
     fill(kFrameHeaderBytes, [this] { header_read(); });
   }
 
