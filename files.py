@@ -65,13 +65,18 @@ def _replaced_name(path: Path) -> Path:
     return path.with_name(f".{path.name[:60]}{REPLACED_SUFFIX}")
 
 
+def _link_target(path: Path) -> Path:
+    """Where a link leads, since that is what is replaced, or the path itself; in a loop of links it ends at one."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path  # `resolve` fails at a loop
+
+
 def _replaceable(path: str | Path, is_kind: Callable[[Path], bool]) -> Path:
     """The file or folder to write: a link's target. Raises InputError if something of another kind is there."""
     path = Path(path)
     try:
-        target = path.resolve() if path.is_symlink() else path
+        target = _link_target(path)
         # In this order: another rank may write the same file between the two looks.
-        if target.name and (not target.exists() or is_kind(target)):
+        if target.name and not target.is_symlink() and (not target.exists() or is_kind(target)):
             return target
     except OSError as error:
         raise InputError(f"{path}: can't be written ({error.strerror or error})") from None
@@ -140,7 +145,7 @@ def _flush_to_disk(path: Path) -> None:
 def whole_folder(path: str | Path) -> Path:
     """`path`, or the folder that it held before a kill cut its replacement short."""
     path = Path(path)
-    place = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link's target is what is replaced
+    place = _link_target(path)
     replaced = _replaced_name(place) if place.name else place
     return replaced if replaced.is_dir() and not path.exists() else path
 

@@ -187,6 +187,15 @@ def test_a_link_stays_a_link_to_what_was_written(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["file", "folder", "large disk"]
 
 
+def test_a_loop_of_links_is_an_input_error(tmp_path: Path) -> None:
+    for name, target in (("one", "other"), ("other", "one")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    for write in (write_file, write_folder, prepare_file):
+        with pytest.raises(InputError, match=f"^{tmp_path}/one: can't be written"):
+            write(tmp_path / "one")
+    assert sorted(os.listdir(tmp_path)) == ["one", "other"]
+
+
 def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
     """As root, `--output /dev/null` would otherwise turn the device into a file."""
     pipe = tmp_path / "pipe"
