@@ -83,8 +83,11 @@ def _import_hnswlib() -> ModuleType:
 class VectorIndex(ABC):
     """Unit vectors to search; the number of a row, over all batches added, is its id.
 
-    dim: columns of every vector. Vectors are float32, or are converted to it.
+    dim: columns of every vector. Vectors are float32, or are converted to it. share: of exact search's hits, for which
+    an index that approximates is to be tuned when vectors have been added; 0 where there is nothing to tune.
     """
+
+    share = 0.0
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -192,8 +195,7 @@ class HnswIndex(VectorIndex):
     max_elements: vectors that it can hold; m: links a vector; ef_construction, ef: candidates kept while building and
     searching (searching keeps k if that is more); threads: by default one a core. With more than one thread
     the graph differs a little from build to build. Raises InputError if hnswlib is missing or can't reserve the memory.
-
-    share: of exact search's hits, for which `tune_ef` is to be called when vectors have been added; 0 if `ef` is given.
+    `share` is 0 if `ef` is given, else `tune_ef` is to be called for it.
     """
 
     def __init__(
@@ -207,7 +209,6 @@ class HnswIndex(VectorIndex):
     ) -> None:
         super().__init__(dim)
         self.max_elements = max_elements
-        self.share = 0.0
         self._index = _import_hnswlib().Index(space="ip", dim=dim)
         try:
             self._index.init_index(max_elements=max_elements, M=m, ef_construction=ef_construction)

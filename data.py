@@ -148,9 +148,9 @@ def _strip(text: str) -> str:
 
 def parse_pair(text: str) -> TextPair:
     """`query<TAB>title`, with an optional hard negative after a second tab. Raises ValueError with the reason."""
-    if not _strip(text):
-        raise ValueError("the line is empty")
     fields = [_strip(field) for field in text.split("\t")]
+    if not any(fields):
+        raise ValueError("the line is empty")
     if len(fields) not in (2, 3):
         raise ValueError(f"{len(fields)} column(s), where query<TAB>title[<TAB>hard negative] has 2 or 3")
     if not fields[0] or not fields[1]:

@@ -107,8 +107,8 @@ def sample_of(rows: Sequence[str] | np.ndarray, *, other: bool = False) -> Seque
 
 
 def tune(index: VectorIndex, queries: np.ndarray, k: int, lowest_ef: int = 0) -> None:
-    """Tunes `ef` of an HNSW index that has a share, on a sample of the queries, unit vectors [Q, D]."""
-    if isinstance(index, HnswIndex) and index.share and len(queries):
+    """Tunes `ef` of an index that has a share, on a sample of the queries, unit vectors [Q, D]."""
+    if index.share and len(queries):
         index.tune_ef(sample_of(queries, other=True), k, index.share)  # not on those that `search` judges it by
         index.ef = max(index.ef, lowest_ef)
 
@@ -333,14 +333,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             saved = SavedIndex(build_index(options, vectors), corpus, encoder.fingerprint, corpus.sha256)
         new = add_documents(encoder, saved, added, args.add_corpus) if added else []
-        if is_changed and isinstance(saved.index, HnswIndex):
+        if is_changed and saved.index.share:
             sample = query_vectors if queries else encoder(sample_of(saved.documents))
             # More documents don't make do with less, but this run's --recall_num may be smaller than the one before.
             is_kept = is_saved and args.tune_ef is None
             tune(saved.index, sample, args.recall_num, lowest_ef=saved.index.ef if is_kept else 0)
-        if args.index_dir and not is_saved and has_index(args.index_dir):
-            raise InputError(f"{args.index_dir}: another run has written it meanwhile; start again to search that")
         if args.index_dir and is_changed:
+            if not is_saved and has_index(args.index_dir):
+                raise InputError(f"{args.index_dir}: another run has written it meanwhile; start again to search that")
             saved = save_index(args.index_dir, saved, new)
             print(f"wrote {args.index_dir}: {saved.index} of {len(saved.documents)} documents")
         if queries:

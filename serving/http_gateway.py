@@ -163,13 +163,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_expect_100(self) -> bool:
         # Refuses a large body before it is sent.
-        return not self._refused_length() and super().handle_expect_100()
+        return self._body_length() is not None and super().handle_expect_100()
 
     def do_GET(self) -> None:
-        if self.headers.defects or "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
-            if self._refused_length():
-                return
-            self._discard(int(self.headers["Content-Length"]))  # else it would be the next request
+        length = self._body_length()
+        if length is None:
+            return
+        self._discard(length)  # else it would be the next request
         service = self.server.service
         if self.path == "/health":
             status = "stopping" if service.admission.stopping else "ok" if service.healthy else "no encoder"
@@ -182,9 +182,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_error(HTTPStatus.NOT_FOUND, f"try /health, /metrics, or POST {PREDICTION_PATH}")
 
     def do_POST(self) -> None:
-        if self._refused_length():
+        length = self._body_length()
+        if length is None:
             return
-        length = int(self.headers["Content-Length"])
         if self.path != PREDICTION_PATH:
             self._discard(length)
             self._send_error(HTTPStatus.NOT_FOUND, f"send requests to {PREDICTION_PATH}")
@@ -207,24 +207,24 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.free_requests.release()
         self._send(STATUSES[response.err_no], response_json(response))
 
-    def _refused_length(self) -> bool:
-        """Whether the request was answered because its body's length isn't given, or too large."""
-        given = self.headers.get("Content-Length", "")
+    def _body_length(self) -> int | None:
+        """Bytes of the request's body; None where they aren't given or too many, and that was answered."""
+        given = self.headers.get("Content-Length", "0" if self.command == "GET" else "")
         if self.headers.defects or len(self.headers.get_all("Content-Length", [])) > 1:
             self.close_connection = True  # where the request ends isn't certain
             self._send_error(HTTPStatus.BAD_REQUEST, "send headers that are whole, and the body's length once")
-            return True
+            return None
         if not given.isascii() or not given.isdigit() or "Transfer-Encoding" in self.headers:
             self.close_connection = True
             self._send_error(HTTPStatus.LENGTH_REQUIRED, "send the body's length as Content-Length")
-            return True
+            return None
         limit = self.server.service.limits.bytes
         if len(given) > 18 or int(given) > limit:
             self.close_connection = True
             self._send_error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {limit} bytes")
             self._discard(int(given[:18]))
-            return True
-        return False
+            return None
+        return int(given)
 
     def _discard(self, length: int) -> None:
         self._socket.until = time.monotonic() + DISCARD_SECONDS

@@ -17,16 +17,16 @@ def read_proto(path: Path) -> dict[str, Any]:
     (package,) = re.findall(r"^package ([\w.]+);", text, re.MULTILINE)
     (syntax,) = re.findall(r'^syntax = "(\w+)";', text, re.MULTILINE)
     file = descriptor_pb2.FileDescriptorProto(name=path.name, package=package, syntax=syntax)
-    field_type = descriptor_pb2.FieldDescriptorProto
+    field = descriptor_pb2.FieldDescriptorProto  # its constants are the scalar types and the labels
     for name, body in re.findall(r"^message (\w+) \{(.*?)^\}", text, re.MULTILINE | re.DOTALL):
         message = file.message_type.add(name=name)
         for label, kind, field_name, number in re.findall(r"^ *(?:(\w+) )??(\w+) (\w+) = (\d+);", body, re.MULTILINE):
-            scalar = "TYPE_" + kind.upper() in field_type.Type.keys()  # noqa: SIM118
+            scalar = getattr(field, f"TYPE_{kind.upper()}", None)
             message.field.add(
                 name=field_name,
                 number=int(number),
-                label=field_type.Label.Value("LABEL_" + (label or "optional").upper()),
-                type=field_type.Type.Value("TYPE_" + kind.upper()) if scalar else field_type.TYPE_MESSAGE,
+                label=getattr(field, f"LABEL_{(label or 'optional').upper()}"),
+                type=scalar or field.TYPE_MESSAGE,
                 type_name=None if scalar else f".{package}.{kind}",
             )
     pool = descriptor_pool.DescriptorPool()
