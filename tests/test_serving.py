@@ -127,6 +127,12 @@ def children(process: int) -> list[int]:
     return [int(number) for file in files for number in file.read_text().split()]
 
 
+def encoders(process: int) -> list[int]:
+    """Those of its children that run the encoder's program; one not so far yet holds its parent up (vfork)."""
+    commands = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children(process)}
+    return [child for child, command in commands.items() if encoder_process.__name__.encode() in command]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers
 
@@ -827,8 +833,8 @@ def test_a_signal_ends_a_start_that_hangs(serving_server: Path) -> None:
     options = ["--model_dir", serving_server, "--rpc_port", "0", "--http_port", "0"]
     command = [sys.executable, ROOT / "deploy/python/web_service.py", *options]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        until(lambda: bool(children(process.pid)))
-        (encoder,) = children(process.pid)
+        until(lambda: bool(encoders(process.pid)))
+        (encoder,) = encoders(process.pid)
         os.kill(encoder, signal.SIGSTOP)
         try:
             process.terminate()
