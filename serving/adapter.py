@@ -202,7 +202,8 @@ class PipelineService(PipelineServicer):
 
     def __init__(self, encoders: Sequence[EncoderProcess], options: ServiceOptions) -> None:
         self._options, self._encoders = options, encoders
-        self.admission, self.metrics = Admission(options.limits.waiting_texts), Metrics()
+        self.admission = Admission(options.limits.waiting_texts)
+        self.metrics = Metrics(self.admission)
         conf = ServerYamlConfChecker.load_server_yaml_conf(
             yml_dict={"op": {SERVICE: {"concurrency": len(encoders)}}, "dag": {"is_thread_op": True}}
         )

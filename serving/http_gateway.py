@@ -1,19 +1,25 @@
 """The service over HTTP: `POST /ernie/prediction`, `GET /health` and `GET /metrics`."""
 
-import contextlib
-import io
+import asyncio
 import json
-import select
+import logging
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from tornado.http1connection import HTTP1ServerConnection
+from tornado.httpserver import HTTPServer
+from tornado.httputil import HTTPConnection, HTTPMessageDelegate
+from tornado.iostream import IOStream, StreamClosedError
+from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
+
 from runtime import InputError
-from serving import metrics
 from serving.adapter import SERVICE, PipelineService, Request, Response, error_response
 from serving.limits import (
     BAD_REQUEST,
@@ -23,16 +29,16 @@ from serving.limits import (
     OVERLOADED,
     STOPPING,
     RequestError,
+    service_log,
 )
 
 PREDICTION_PATH = f"/{SERVICE}/prediction"
-REQUEST_SECONDS = 10.0  # in which a request must have come in whole, and in which a client must read its answer
-IDLE_SECONDS = 60.0  # that a connection may stay open without a request
-DISCARD_SECONDS = 2.0  # of a body that isn't read: closing at once would lose the answer on its way
-POLL_SECONDS = 0.1  # in which a stop is noticed
+REQUEST_SECONDS = 10.0  # in which a request's body must have come in, and in which a client must read its answer
+IDLE_SECONDS = 60.0  # in which the next request's head must have come in whole
+POLL_SECONDS = 0.02
 SENDING_SECONDS = 2.0  # that a stop leaves for answers on their way
-CLOSING_SECONDS = 1.0  # in which a connection that is closed for another must have ended
 OTHER_CONNECTIONS = 384  # beside those whose request is answered: they are idle, or ask for /health, or are refused
+BACKLOG = 128  # connections that the system opens before they are taken
 STATUSES = {
     OK: HTTPStatus.OK,
     BAD_REQUEST: HTTPStatus.BAD_REQUEST,
@@ -41,8 +47,15 @@ STATUSES = {
     STOPPING: HTTPStatus.SERVICE_UNAVAILABLE,
     INTERNAL_ERROR: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
+ERROR_NUMBERS = {  # else BAD_REQUEST
+    HTTPStatus.NOT_FOUND: NO_SUCH_SERVICE,
+    HTTPStatus.SERVICE_UNAVAILABLE: OVERLOADED,
+    HTTPStatus.INTERNAL_SERVER_ERROR: INTERNAL_ERROR,
+}
 FIELDS = {"key", "value", "tensors", "name", "method", "logid", "clientip"}  # of a Request
-ERROR_NUMBERS = {HTTPStatus.NOT_FOUND: NO_SUCH_SERVICE, HTTPStatus.SERVICE_UNAVAILABLE: OVERLOADED}  # else BAD_REQUEST
+
+# Tornado logs what it can't answer, and a path or an exception's message could hold texts.
+logging.getLogger("tornado").setLevel(logging.CRITICAL + 1)
 
 
 def parse_json_request(body: bytes) -> Request:
@@ -96,256 +109,172 @@ def response_json(response: Response) -> bytes:
     return json.dumps(content, ensure_ascii=False).encode()
 
 
-def format_answer(
-    status: HTTPStatus, body: bytes, content_type: str = "application/json", close: bool = False
-) -> bytes:
-    """An answer as it is sent; close: tell the client that the connection ends with it."""
-    head = [
-        f"HTTP/1.1 {status.value} {status.phrase}",
-        f"Content-Type: {content_type}",
-        f"Content-Length: {len(body)}",
-    ]
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        head.append("Retry-After: 1")
-    if close:
-        head.append("Connection: close")
-    return "\r\n".join([*head, "", ""]).encode() + body
+@stream_request_body
+class _Handler(RequestHandler):
+    """A request. It is answered once its body is there: a client that still sends wouldn't read the answer."""
 
+    def initialize(self) -> None:
+        self._gateway: HttpGateway = self.settings["gateway"]
+        self._service = self._gateway.service
+        self._body = bytearray()
+        self._gateway.server.idle.pop(self.request.server_connection, None)
 
-class _DeadlineSocket(io.RawIOBase):
-    """Reads a socket until a point in time, however slowly the bytes come."""
+    def data_received(self, chunk: bytes) -> None:
+        if len(self._body) <= self._service.limits.bytes:  # what is more will be refused
+            self._body += chunk
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self.until = 0.0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self.until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._connection.settimeout(left)
-        return self._connection.recv_into(buffer)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """A connection."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # it would hold back the end of an answer until the client acknowledges the rest
-    server: "HttpGateway"
-
-    def setup(self) -> None:
-        super().setup()
-        self._socket = _DeadlineSocket(self.connection)
-        self.rfile = io.BufferedReader(self._socket)
-
-    def handle_one_request(self) -> None:
-        if not self._wait():
-            self.close_connection = True
-            return
-        self._socket.until = time.monotonic() + REQUEST_SECONDS
-        with self.server.handling():
-            super().handle_one_request()
-
-    def _wait(self) -> bool:
-        """Whether a request has begun to come, before IDLE_SECONDS are over or the client hangs up."""
-        self._socket.until = 0.0
-        with contextlib.suppress(TimeoutError):
-            return bool(self.rfile.peek(1))  # it came with the one before
-        self.connection.settimeout(IDLE_SECONDS)
-        with contextlib.suppress(TimeoutError), self.server.idle(self.connection):
-            # Nothing is taken off it while it counts as idle: the gateway looks whether something is there.
-            return bool(self.connection.recv(1, socket.MSG_PEEK))
-        return False
-
-    def handle_expect_100(self) -> bool:
-        # Refuses a large body before it is sent.
-        return self._body_length() is not None and super().handle_expect_100()
-
-    def do_GET(self) -> None:
-        length = self._body_length()
-        if length is None:
-            return
-        self._discard(length)  # else it would be the next request
-        service = self.server.service
-        if self.path == "/health":
-            status = "stopping" if service.admission.stopping else "ok" if service.healthy else "no encoder"
+    async def get(self) -> None:
+        if self.request.path == "/health":
+            status = "stopping" if self._service.admission.stopping else "ok" if self._service.healthy else "no encoder"
             code = HTTPStatus.OK if status == "ok" else HTTPStatus.SERVICE_UNAVAILABLE
-            self._send(code, json.dumps({"status": status}).encode())
-        elif self.path == "/metrics":
-            text = service.metrics.text(service.admission.requests, service.admission.texts)
-            self._send(HTTPStatus.OK, text.encode(), metrics.CONTENT_TYPE)
+            await self._send(code, json.dumps({"status": status}).encode())
+        elif self.request.path == "/metrics":
+            await self._send(HTTPStatus.OK, self._service.metrics.text(), CONTENT_TYPE_PLAIN_0_0_4)
         else:
-            self._send_error(HTTPStatus.NOT_FOUND, f"try /health, /metrics, or POST {PREDICTION_PATH}")
+            self._refuse(HTTPStatus.NOT_FOUND, f"try /health, /metrics, or POST {PREDICTION_PATH}")
 
-    def do_POST(self) -> None:
-        length = self._body_length()
-        if length is None:
-            return
-        if self.path != PREDICTION_PATH:
-            self._discard(length)
-            self._send_error(HTTPStatus.NOT_FOUND, f"send requests to {PREDICTION_PATH}")
-            return
-        if not self.server.free_requests.acquire(blocking=False):
-            self._discard(length)
-            self._send_error(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at a time: try again later")
-            return
+    async def post(self) -> None:
+        limit = self._service.limits.bytes
+        if self.request.path != PREDICTION_PATH:
+            self._refuse(HTTPStatus.NOT_FOUND, f"send requests to {PREDICTION_PATH}")
+        elif len(self._body) > limit:
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {limit} bytes")
+        elif not self._gateway.has_room:
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at a time: try again later")
+        else:
+            await self._send(*await self._gateway.answer(bytes(self._body)))
+
+    async def _send(self, status: HTTPStatus, body: bytes, content_type: str = "application/json") -> None:
+        self._set_head(status, content_type)
         try:
-            body = self.rfile.read(length)
-            if len(body) < length:
-                self.close_connection = True
-                return
-            response = self.server.service.answer("http", lambda: parse_json_request(body))
-        except TimeoutError:
-            self.close_connection = True
-            self._send_error(HTTPStatus.REQUEST_TIMEOUT, f"the request took longer than {REQUEST_SECONDS:g} s to come")
-            return
-        finally:  # before the answer is sent: the client's next request may come at once, over another connection
-            self.server.free_requests.release()
-        self._send(STATUSES[response.err_no], response_json(response))
+            await asyncio.wait_for(self.finish(body), REQUEST_SECONDS)
+        except asyncio.TimeoutError:
+            self.request.connection.close()
 
-    def _body_length(self) -> int | None:
-        """Bytes of the request's body; None where they aren't given or too many, and that was answered."""
-        given = self.headers.get("Content-Length", "0" if self.command == "GET" else "")
-        if self.headers.defects or len(self.headers.get_all("Content-Length", [])) > 1:
-            self.close_connection = True  # where the request ends isn't certain
-            self._send_error(HTTPStatus.BAD_REQUEST, "send headers that are whole, and the body's length once")
-            return None
-        if not given.isascii() or not given.isdigit() or "Transfer-Encoding" in self.headers:
-            self.close_connection = True
-            self._send_error(HTTPStatus.LENGTH_REQUIRED, "send the body's length as Content-Length")
-            return None
-        limit = self.server.service.limits.bytes
-        if len(given) > 18 or int(given) > limit:
-            self.close_connection = True
-            self._send_error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {limit} bytes")
-            self._discard(int(given[:18]))
-            return None
-        return int(given)
-
-    def _discard(self, length: int) -> None:
-        self._socket.until = time.monotonic() + DISCARD_SECONDS
-        with contextlib.suppress(OSError):
-            while length > 0 and (block := self.rfile.read1(min(length, 1 << 16))):
-                length -= len(block)
-        if length > 0:
-            self.close_connection = True  # the rest of the body is no request
-
-    def send_error(self, code: int, *_: object) -> None:
-        """What http.server finds wrong; its own pages repeat what the client sent."""
-        self.close_connection = True  # what comes next may be the rest of the bad request
-        self._send_error(HTTPStatus(code), HTTPStatus(code).description or HTTPStatus(code).phrase)
-
-    def _send_error(self, status: HTTPStatus, message: str) -> None:
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
         number = ERROR_NUMBERS.get(status, BAD_REQUEST)
-        self.server.service.metrics.answered("http", number, 0.0)
-        self._send(status, response_json(error_response(number, message)))
+        self._service.metrics.answered("http", number, 0.0)
+        self._set_head(status, "application/json")
+        self.finish(response_json(error_response(number, message)))
 
-    def _send(self, status: HTTPStatus, body: bytes, content_type: str = "application/json") -> None:
-        if self.server.service.admission.stopping:
-            self.close_connection = True
-        self.connection.settimeout(REQUEST_SECONDS)
-        self.wfile.write(format_answer(status, body, content_type, self.close_connection))
+    def write_error(self, status_code: int, **_: Any) -> None:
+        """What Tornado finds wrong; its own pages are HTML."""
+        status = HTTPStatus(status_code)
+        self._refuse(status, status.description or status.phrase)
 
-    def log_message(self, *_: object) -> None:
-        """Nothing: a path or a broken request line could hold texts."""
+    def _set_head(self, status: HTTPStatus, content_type: str) -> None:
+        self.set_status(status)
+        self.set_header("Content-Type", content_type)
+        self.clear_header("Server")
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            self.set_header("Retry-After", "1")
+
+    def log_exception(self, kind: type[BaseException], error: BaseException, _: object) -> None:
+        """Not its message, which could hold texts; nothing of a client that sent or did something wrong."""
+        if not isinstance(error, HTTPError | StreamClosedError):
+            service_log(f"error: {kind.__name__} in answering over HTTP")
+
+    def compute_etag(self) -> None:
+        """None: no answer is asked for twice."""
 
 
-class HttpGateway(ThreadingHTTPServer):
-    """Opens the HTTP port and serves it in threads of its own; port 0 takes any free one. Raises InputError.
+class _Server(HTTPServer):
+    """Where all `connections` are open, the next takes the place of the one that has been idle longest."""
 
-    requests: for vectors, at a time; more are refused. Where OTHER_CONNECTIONS more than that are open, the next takes
-    the place of the one that has been idle longest.
+    def initialize(self, application: Application, connections: int, **options: Any) -> None:
+        super().initialize(application, **options)
+        self._connections_at_most = connections
+        self.open = 0
+        self.idle: dict[HTTP1ServerConnection, None] = {}  # without a request, the longest so first
+
+    def handle_stream(self, stream: IOStream, address: tuple) -> None:
+        if self.open >= self._connections_at_most:
+            if not self.idle:
+                stream.close()
+                return
+            longest_idle = next(iter(self.idle))
+            del self.idle[longest_idle]
+            longest_idle.stream.close()
+        self.open += 1
+        super().handle_stream(stream, address)
+
+    def start_request(self, server_conn: HTTP1ServerConnection, request_conn: HTTPConnection) -> HTTPMessageDelegate:
+        self.idle[server_conn] = None
+        return super().start_request(server_conn, request_conn)
+
+    def on_close(self, server_conn: HTTP1ServerConnection) -> None:
+        self.open -= 1
+        self.idle.pop(server_conn, None)
+        super().on_close(server_conn)
+
+
+class HttpGateway:
+    """Opens the HTTP port and serves it in a thread of its own; port 0 takes any free one. Raises InputError.
+
+    requests: for vectors, at a time; more are refused. OTHER_CONNECTIONS more than that may be open.
     """
-
-    daemon_threads = True
-    request_queue_size = 128
 
     def __init__(self, service: PipelineService, host: str, port: int, requests: int) -> None:
         self.service = service
-        self.free_requests = threading.BoundedSemaphore(requests)
-        self._free_connections = threading.BoundedSemaphore(requests + OTHER_CONNECTIONS)
-        self._idle: dict[socket.socket, None] = {}  # the longest idle first
-        self._handled = 0
-        self._changed = threading.Condition()
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._requests, self._answering = requests, 0
+        self._pool = ThreadPoolExecutor(requests, "http")
+        family, is_v6 = (socket.AF_INET6, True) if ":" in host else (socket.AF_INET, False)
         try:
-            super().__init__((host, port), _Handler)
+            listener = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=is_v6)
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"--http_port {port}: can't listen on {host}:{port} ({reason}); name another") from None
-        self._thread = threading.Thread(target=self.serve_forever, args=(POLL_SECONDS,), name="http", daemon=True)
+        listener.setblocking(False)
+        self.server_port = listener.getsockname()[1]
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(_pass_over)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
         self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._serve(listener), self._loop).result()
 
-    def get_request(self) -> tuple[socket.socket, Any]:
+    async def _serve(self, listener: socket.socket) -> None:
+        self.server = _Server(
+            Application([(".*", _Handler)], gateway=self),
+            connections=self._requests + OTHER_CONNECTIONS,
+            idle_connection_timeout=IDLE_SECONDS,
+            body_timeout=REQUEST_SECONDS,
+            max_body_size=sys.maxsize,  # _Handler keeps no more than it takes, and says what is too much
+        )
+        self.server.add_socket(listener)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another request for vectors is taken."""
+        return self._answering < self._requests
+
+    async def answer(self, body: bytes) -> tuple[HTTPStatus, bytes]:
+        """Status and body of the answer to a request for vectors."""
+        self._answering += 1
         try:
-            return super().get_request()
-        except OSError:
-            time.sleep(POLL_SECONDS)  # such as too many open files: it is tried again at once
-            raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        free = self._free_connections
-        if free.acquire(blocking=False) or (self._close_idle() and free.acquire(timeout=CLOSING_SECONDS)):
-            super().process_request(request, client_address)
-            return
-        response = error_response(OVERLOADED, "too many connections at a time: try again later")
-        with contextlib.suppress(OSError):
-            request.settimeout(0.1)
-            request.sendall(format_answer(STATUSES[OVERLOADED], response_json(response), close=True))
-        super().shutdown_request(request)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Ends a connection that `process_request` took, whether or not its thread could be started."""
-        super().shutdown_request(request)
-        self._free_connections.release()
-
-    def _close_idle(self) -> bool:
-        """Ends the connection that has been idle longest; False if a request has come on every one."""
-        with self._changed:
-            for connection in self._idle:
-                poll = select.poll()
-                poll.register(connection, select.POLLIN)
-                if not poll.poll(0):
-                    del self._idle[connection]
-                    with contextlib.suppress(OSError):
-                        connection.shutdown(socket.SHUT_RDWR)  # its thread reads the end
-                    return True
-        return False
-
-    @contextlib.contextmanager
-    def idle(self, connection: socket.socket) -> Iterator[None]:
-        """While no request comes on a connection."""
-        with self._changed:
-            self._idle[connection] = None
-        try:
-            yield
+            return await self._loop.run_in_executor(self._pool, self._answer, body)
         finally:
-            with self._changed:
-                self._idle.pop(connection, None)
+            self._answering -= 1
 
-    def handle_error(self, *_: object) -> None:
-        """Nothing: a client hung up."""
-
-    @contextlib.contextmanager
-    def handling(self) -> Iterator[None]:
-        """While a request is read and answered."""
-        with self._changed:
-            self._handled += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._handled -= 1
-                self._changed.notify_all()
+    def _answer(self, body: bytes) -> tuple[HTTPStatus, bytes]:
+        response = self.service.answer("http", lambda: parse_json_request(body))
+        return STATUSES[response.err_no], response_json(response)
 
     def stop(self) -> None:
         """Takes no more connections, and ends when the answers that are there have been sent."""
-        self.shutdown()
-        self.server_close()
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        with self._changed:
-            self._changed.wait_for(lambda: self._handled == 0, SENDING_SECONDS)
+        self._loop.close()
+        self._pool.shutdown()
+
+    async def _stop(self) -> None:
+        self.server.stop()
+        end = self._loop.time() + SENDING_SECONDS
+        while len(self.server.idle) < self.server.open and self._loop.time() < end:
+            await asyncio.sleep(POLL_SECONDS)
+        await self.server.close_all_connections()
+
+
+def _pass_over(*_: object) -> None:
+    """An error outside of any request, such as too many open files: accepting is tried again at once."""
+    time.sleep(POLL_SECONDS)

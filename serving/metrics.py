@@ -1,83 +1,47 @@
-"""Counts of requests, errors, batch sizes and latencies, in the text format of Prometheus."""
+"""Counts of requests, errors, batch sizes and latencies, for Prometheus."""
 
-import bisect
-import threading
-from collections import Counter
-from collections.abc import Sequence
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+
+from serving.limits import Admission
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # texts
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-
-class Histogram:
-    """How many values were at most as large as each bound, and their sum."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def add(self, value: float) -> None:
-        self._counts[bisect.bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def lines(self, name: str) -> list[str]:
-        """As Prometheus reads it."""
-        lines, total = [], 0
-        for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
-            total += count
-            lines.append(f'{name}_bucket{{le="{bound}"}} {total}')
-        return [*lines, f"{name}_sum {self._sum:.6g}", f"{name}_count {total}"]
+disable_created_metrics()  # a time beside each count, which says when the service started once more
 
 
 class Metrics:
     """What a service has done since it started; safe to use from several threads."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._requests: Counter[str] = Counter()  # by way in: rpc or http
-        self._errors: Counter[int] = Counter()  # by err_no
-        self._latency = Histogram(LATENCY_BUCKETS)
-        self._batches = Histogram(BATCH_BUCKETS)
-        self._encoding = Histogram(LATENCY_BUCKETS)
+    def __init__(self, admission: Admission) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter("requests", "Requests that were answered, by way in", ["way"], registry=registry)
+        self._errors = Counter("errors", "Answers that were errors, by err_no", ["err_no"], registry=registry)
+        waiting = Gauge("waiting", "Requests and texts that aren't answered yet", ["of"], registry=registry)
+        waiting.labels("requests").set_function(lambda: admission.requests)
+        waiting.labels("texts").set_function(lambda: admission.texts)
+        self._request_seconds = Histogram(
+            "request_seconds", "From a request's arrival to its answer", buckets=LATENCY_BUCKETS, registry=registry
+        )
+        self._batch_texts = Histogram(
+            "batch_texts", "Texts that were encoded together", buckets=BATCH_BUCKETS, registry=registry
+        )
+        self._batch_seconds = Histogram(
+            "batch_seconds", "What encoding them took", buckets=LATENCY_BUCKETS, registry=registry
+        )
 
     def answered(self, way: str, number: int, seconds: float) -> None:
-        """A request was answered; number: its err_no."""
-        with self._lock:
-            self._requests[way] += 1
-            if number:
-                self._errors[number] += 1
-            self._latency.add(seconds)
+        """A request was answered; way: "rpc" or "http"; number: its err_no."""
+        self._requests.labels(way).inc()
+        if number:
+            self._errors.labels(number).inc()
+        self._request_seconds.observe(seconds)
 
     def encoded(self, texts: int, seconds: float) -> None:
         """Texts were encoded together."""
-        with self._lock:
-            self._batches.add(texts)
-            self._encoding.add(seconds)
+        self._batch_texts.observe(texts)
+        self._batch_seconds.observe(seconds)
 
-    def text(self, waiting_requests: int, waiting_texts: int) -> str:
+    def text(self) -> bytes:
         """Everything, with what is being worked on right now."""
-        with self._lock:
-            lines = [
-                "# HELP requests_total Requests that were answered, by way in.",
-                "# TYPE requests_total counter",
-                *(f'requests_total{{way="{way}"}} {count}' for way, count in sorted(self._requests.items())),
-                "# HELP errors_total Answers that were errors, by err_no.",
-                "# TYPE errors_total counter",
-                *(f'errors_total{{err_no="{number}"}} {count}' for number, count in sorted(self._errors.items())),
-                "# HELP waiting Requests and texts that aren't answered yet.",
-                "# TYPE waiting gauge",
-                f'waiting{{of="requests"}} {waiting_requests}',
-                f'waiting{{of="texts"}} {waiting_texts}',
-                "# HELP request_seconds From a request's arrival to its answer.",
-                "# TYPE request_seconds histogram",
-                *self._latency.lines("request_seconds"),
-                "# HELP batch_texts Texts that were encoded together.",
-                "# TYPE batch_texts histogram",
-                *self._batches.lines("batch_texts"),
-                "# HELP batch_seconds What encoding them took.",
-                "# TYPE batch_seconds histogram",
-                *self._encoding.lines("batch_seconds"),
-            ]
-        return "\n".join(lines) + "\n"
+        return generate_latest(self._registry)
