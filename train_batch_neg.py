@@ -47,6 +47,7 @@ from batch_negative.model import SemanticIndexBatchNeg
 from batch_negative.trainer import NonFiniteLoss, Plan, Trainer, check_batch_size, make_optimizer
 from checkpoint import (
     LoadedModel,
+    TrainingState,
     create_model,
     latest_checkpoint,
     load_checkpoint,
@@ -207,6 +208,13 @@ def lines_of_rows(train_set_file: str, rows: Sequence[int]) -> list[int]:
     return sorted(good_lines[row] for row in rows)
 
 
+def explain(error: NonFiniteLoss, train_set_file: str) -> str:
+    """What the user can do about a loss that is no number."""
+    lines = ", ".join(map(str, lines_of_rows(train_set_file, error.rows)))
+    where = f"the batch has lines {lines} of {train_set_file}" if lines else "on a rank"
+    return f"{error}; {where}; look at them, or lower --learning_rate, and go on from a checkpoint before it went wrong"
+
+
 def check_same_shape(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raises InputError if the training that wrote `folder` isn't the one that these options describe.
 
@@ -229,6 +237,17 @@ def find_resumed(resume_from: str, save_dir: Path, shape: dict[str, Any]) -> Pat
     folder = latest_checkpoint(save_dir, shape)
     log(f"going on from {folder}" if folder else f"{save_dir}: no checkpoint to go on from yet; starting at step 0")
     return folder
+
+
+def resume(checkpoint: Path, shape: dict[str, Any], evaluator: Evaluator | None) -> tuple[LoadedModel, TrainingState]:
+    """What `checkpoint` holds. Raises InputError if it is of another training than the options describe."""
+    state = read_training_state(checkpoint)
+    check_same_shape(checkpoint, state.progress["shape"], shape)
+    if evaluator and state.progress["evaluator"]:
+        check_same_shape(checkpoint, state.progress["evaluator"], evaluator.conditions)
+    loaded = load_checkpoint(checkpoint, SemanticIndexBatchNeg)
+    loaded.model.train()
+    return loaded, state
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -413,13 +432,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     barrier()
 
     checkpoint = find_resumed(args.resume_from, save_dir, shape) if args.resume_from else None
-    state = read_training_state(checkpoint) if checkpoint else None
+    state = None
     if checkpoint:
-        check_same_shape(checkpoint, state.progress["shape"], shape)
-        if evaluator and state.progress["evaluator"]:
-            check_same_shape(checkpoint, state.progress["evaluator"], evaluator.conditions)
-        loaded = load_checkpoint(checkpoint, SemanticIndexBatchNeg)
-        loaded.model.train()
+        loaded, state = resume(checkpoint, shape, evaluator)
     else:
         if earlier := step_folders(save_dir):
             kept = "this one's will replace those of the same steps"
@@ -509,12 +524,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             last = session.run(first, signals)
         except NonFiniteLoss as error:
-            lines = lines_of_rows(args.train_set_file, error.rows)
-            where = (
-                f"the batch has lines {', '.join(map(str, lines))} of {args.train_set_file}" if lines else "on a rank"
-            )
-            remedy = "look at them, or lower --learning_rate, and go on from a checkpoint before it went wrong"
-            raise InputError(f"{error}; {where}; {remedy}") from None
+            raise InputError(explain(error, args.train_set_file)) from None
         finally:
             if training_log:
                 training_log.close()
