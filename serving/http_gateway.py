@@ -6,7 +6,6 @@ import logging
 import socket
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
@@ -16,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from tornado.http1connection import HTTP1ServerConnection
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPConnection, HTTPMessageDelegate
-from tornado.iostream import IOStream, StreamClosedError
+from tornado.iostream import IOStream
 from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
 
 from runtime import InputError
@@ -35,7 +34,7 @@ from serving.limits import (
 PREDICTION_PATH = f"/{SERVICE}/prediction"
 REQUEST_SECONDS = 10.0  # in which a request's body must have come in, and in which a client must read its answer
 IDLE_SECONDS = 60.0  # in which the next request's head must have come in whole
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.02  # between looks at what can't be waited for
 SENDING_SECONDS = 2.0  # that a stop leaves for answers on their way
 OTHER_CONNECTIONS = 384  # beside those whose request is answered: they are idle, or ask for /health, or are refused
 BACKLOG = 128  # connections that the system opens before they are taken
@@ -54,8 +53,9 @@ ERROR_NUMBERS = {  # else BAD_REQUEST
 }
 FIELDS = {"key", "value", "tensors", "name", "method", "logid", "clientip"}  # of a Request
 
-# Tornado logs what it can't answer, and a path or an exception's message could hold texts.
-logging.getLogger("tornado").setLevel(logging.CRITICAL + 1)
+# They log what can't be answered, and a path or an exception's message could hold texts.
+for name in ("tornado", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def parse_json_request(body: bytes) -> Request:
@@ -116,62 +116,79 @@ class _Handler(RequestHandler):
     def initialize(self) -> None:
         self._gateway: HttpGateway = self.settings["gateway"]
         self._service = self._gateway.service
-        self._body = bytearray()
+        self._body, self._is_whole = bytearray(), False
         self._gateway.server.idle.pop(self.request.server_connection, None)
 
-    def data_received(self, chunk: bytes) -> None:
-        if len(self._body) <= self._service.limits.bytes:  # what is more will be refused
+    def prepare(self) -> None:
+        if self.request.method == "POST" and self.request.path == PREDICTION_PATH:
+            self._gateway.take(self)
+
+    async def data_received(self, chunk: bytes) -> None:
+        await asyncio.sleep(0)  # else others wait while a client sends as fast as this reads
+        if self in self._gateway.taken and len(self._body) <= self._service.limits.bytes:  # else it will be refused
             self._body += chunk
 
-    async def get(self) -> None:
+    def on_connection_close(self) -> None:
+        super().on_connection_close()
+        if not self._is_whole:  # else it is still being computed
+            self._gateway.taken.discard(self)
+
+    def get(self) -> None:
         if self.request.path == "/health":
             status = "stopping" if self._service.admission.stopping else "ok" if self._service.healthy else "no encoder"
             code = HTTPStatus.OK if status == "ok" else HTTPStatus.SERVICE_UNAVAILABLE
-            await self._send(code, json.dumps({"status": status}).encode())
+            self._send(code, json.dumps({"status": status}).encode())
         elif self.request.path == "/metrics":
-            await self._send(HTTPStatus.OK, self._service.metrics.text(), CONTENT_TYPE_PLAIN_0_0_4)
+            self._send(HTTPStatus.OK, self._service.metrics.text(), CONTENT_TYPE_PLAIN_0_0_4)
         else:
             self._refuse(HTTPStatus.NOT_FOUND, f"try /health, /metrics, or POST {PREDICTION_PATH}")
 
     async def post(self) -> None:
+        self._is_whole = True
         limit = self._service.limits.bytes
-        if self.request.path != PREDICTION_PATH:
-            self._refuse(HTTPStatus.NOT_FOUND, f"send requests to {PREDICTION_PATH}")
-        elif len(self._body) > limit:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {limit} bytes")
-        elif not self._gateway.has_room:
-            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at a time: try again later")
-        else:
-            await self._send(*await self._gateway.answer(bytes(self._body)))
-
-    async def _send(self, status: HTTPStatus, body: bytes, content_type: str = "application/json") -> None:
-        self._set_head(status, content_type)
         try:
-            await asyncio.wait_for(self.finish(body), REQUEST_SECONDS)
-        except asyncio.TimeoutError:
-            self.request.connection.close()
+            if self.request.path != PREDICTION_PATH:
+                self._refuse(HTTPStatus.NOT_FOUND, f"send requests to {PREDICTION_PATH}")
+            elif self not in self._gateway.taken:
+                self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at a time: try again later")
+            elif len(self._body) > limit:
+                self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {limit} bytes")
+            else:
+                self._send(*await self._gateway.answer(bytes(self._body)))
+        finally:
+            self._gateway.taken.discard(self)
+
+    def _send(self, status: HTTPStatus, body: bytes, content_type: str = "application/json") -> None:
+        self.set_status(status)
+        self.set_header("Content-Type", content_type)
+        self.clear_header("Server")
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            self.set_header("Retry-After", "1")
+        connection, is_last = self.request.connection, self._service.admission.stopping
+        if is_last:
+            self.set_header("Connection", "close")
+        unread = asyncio.get_running_loop().call_later(REQUEST_SECONDS, connection.close)
+
+        def sent(_: object) -> None:
+            unread.cancel()
+            if is_last:
+                connection.close()
+
+        self.finish(body).add_done_callback(sent)
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
         number = ERROR_NUMBERS.get(status, BAD_REQUEST)
         self._service.metrics.answered("http", number, 0.0)
-        self._set_head(status, "application/json")
-        self.finish(response_json(error_response(number, message)))
+        self._send(status, response_json(error_response(number, message)))
 
     def write_error(self, status_code: int, **_: Any) -> None:
         """What Tornado finds wrong; its own pages are HTML."""
         status = HTTPStatus(status_code)
         self._refuse(status, status.description or status.phrase)
 
-    def _set_head(self, status: HTTPStatus, content_type: str) -> None:
-        self.set_status(status)
-        self.set_header("Content-Type", content_type)
-        self.clear_header("Server")
-        if status == HTTPStatus.SERVICE_UNAVAILABLE:
-            self.set_header("Retry-After", "1")
-
     def log_exception(self, kind: type[BaseException], error: BaseException, _: object) -> None:
-        """Not its message, which could hold texts; nothing of a client that sent or did something wrong."""
-        if not isinstance(error, HTTPError | StreamClosedError):
+        """Not its message, which could hold texts, and not what a client did wrong."""
+        if not isinstance(error, HTTPError):
             service_log(f"error: {kind.__name__} in answering over HTTP")
 
     def compute_etag(self) -> None:
@@ -179,22 +196,14 @@ class _Handler(RequestHandler):
 
 
 class _Server(HTTPServer):
-    """Where all `connections` are open, the next takes the place of the one that has been idle longest."""
+    """Counts its connections, and knows those that are idle: which wait for a request, until its head is there."""
 
-    def initialize(self, application: Application, connections: int, **options: Any) -> None:
+    def initialize(self, application: Application, **options: Any) -> None:
         super().initialize(application, **options)
-        self._connections_at_most = connections
         self.open = 0
-        self.idle: dict[HTTP1ServerConnection, None] = {}  # without a request, the longest so first
+        self.idle: dict[HTTP1ServerConnection, None] = {}  # the longest idle first
 
     def handle_stream(self, stream: IOStream, address: tuple) -> None:
-        if self.open >= self._connections_at_most:
-            if not self.idle:
-                stream.close()
-                return
-            longest_idle = next(iter(self.idle))
-            del self.idle[longest_idle]
-            longest_idle.stream.close()
         self.open += 1
         super().handle_stream(stream, address)
 
@@ -207,53 +216,74 @@ class _Server(HTTPServer):
         self.idle.pop(server_conn, None)
         super().on_close(server_conn)
 
+    def close_idle(self) -> bool:
+        """Closes the connection that has been idle longest; False if there is none."""
+        for connection in self.idle:
+            if connection.stream.reading():  # else the head is there, and just about to be handled
+                del self.idle[connection]
+                connection.stream.close()
+                return True
+        return False
+
 
 class HttpGateway:
     """Opens the HTTP port and serves it in a thread of its own; port 0 takes any free one. Raises InputError.
 
-    requests: for vectors, at a time; more are refused. OTHER_CONNECTIONS more than that may be open.
+    requests: for vectors, at a time; more are refused. Where OTHER_CONNECTIONS more than that are open, the next takes
+    the place of an idle one.
     """
 
     def __init__(self, service: PipelineService, host: str, port: int, requests: int) -> None:
         self.service = service
-        self._requests, self._answering = requests, 0
+        self.taken: set[_Handler] = set()  # requests for vectors, from their heads to their answers
+        self._requests = requests
         self._pool = ThreadPoolExecutor(requests, "http")
         family, is_v6 = (socket.AF_INET6, True) if ":" in host else (socket.AF_INET, False)
         try:
-            listener = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=is_v6)
+            self._listener = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=is_v6)
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"--http_port {port}: can't listen on {host}:{port} ({reason}); name another") from None
-        listener.setblocking(False)
-        self.server_port = listener.getsockname()[1]
+        self._listener.setblocking(False)
+        self.server_port = self._listener.getsockname()[1]
         self._loop = asyncio.new_event_loop()
-        self._loop.set_exception_handler(_pass_over)
         self._thread = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._serve(listener), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
 
-    async def _serve(self, listener: socket.socket) -> None:
+    async def _start(self) -> None:
         self.server = _Server(
             Application([(".*", _Handler)], gateway=self),
-            connections=self._requests + OTHER_CONNECTIONS,
             idle_connection_timeout=IDLE_SECONDS,
             body_timeout=REQUEST_SECONDS,
             max_body_size=sys.maxsize,  # _Handler keeps no more than it takes, and says what is too much
         )
-        self.server.add_socket(listener)
+        self._listen()
 
-    @property
-    def has_room(self) -> bool:
-        """Whether another request for vectors is taken."""
-        return self._answering < self._requests
+    def _listen(self) -> None:
+        if self._listener.fileno() >= 0:  # else it was stopped
+            self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            connection, address = self._listener.accept()
+        except OSError:  # such as too many open files; the connection still waits
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(POLL_SECONDS, self._listen)
+            return
+        if self.server.open < self._requests + OTHER_CONNECTIONS or self.server.close_idle():
+            self.server.handle_stream(IOStream(connection), address)
+        else:
+            connection.close()
+
+    def take(self, handler: _Handler) -> None:
+        """Counts a request for vectors among those that are answered, if there are fewer than may be."""
+        if len(self.taken) < self._requests:
+            self.taken.add(handler)
 
     async def answer(self, body: bytes) -> tuple[HTTPStatus, bytes]:
         """Status and body of the answer to a request for vectors."""
-        self._answering += 1
-        try:
-            return await self._loop.run_in_executor(self._pool, self._answer, body)
-        finally:
-            self._answering -= 1
+        return await self._loop.run_in_executor(self._pool, self._answer, body)
 
     def _answer(self, body: bytes) -> tuple[HTTPStatus, bytes]:
         response = self.service.answer("http", lambda: parse_json_request(body))
@@ -265,16 +295,12 @@ class HttpGateway:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self._pool.shutdown()
+        self._pool.shutdown(wait=False)  # what isn't answered by now won't be
 
     async def _stop(self) -> None:
-        self.server.stop()
+        self._loop.remove_reader(self._listener)
+        self._listener.close()
         end = self._loop.time() + SENDING_SECONDS
         while len(self.server.idle) < self.server.open and self._loop.time() < end:
             await asyncio.sleep(POLL_SECONDS)
         await self.server.close_all_connections()
-
-
-def _pass_over(*_: object) -> None:
-    """An error outside of any request, such as too many open files: accepting is tried again at once."""
-    time.sleep(POLL_SECONDS)

@@ -1,13 +1,22 @@
 """Counts of requests, errors, batch sizes and latencies, for Prometheus."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    values,
+)
 
 from serving.limits import Admission
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # texts
 
-disable_created_metrics()  # a time beside each count, which says when the service started once more
+values.ValueClass = values.MutexValue  # no files, where PROMETHEUS_MULTIPROC_DIR is set for something else
+disable_created_metrics()  # else there is a time beside each count
 
 
 class Metrics:

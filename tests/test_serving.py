@@ -615,6 +615,66 @@ def test_a_client_that_does_not_read_loses_its_connection(gateway: HttpGateway, 
             assert len(read_all(connection)) < 10_000_000
 
 
+def test_a_client_that_reads_no_refusals_loses_its_connection(gateway: HttpGateway) -> None:
+    with socket.create_connection((HOST, gateway.server_port), timeout=30) as connection:
+        with contextlib.suppress(OSError):  # its requests aren't read any more, then it is reset
+            connection.sendall(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n" * 500_000)
+        until(lambda: gateway.server.open == 0)
+
+
+def test_a_request_that_has_come_is_not_idle(gateway: HttpGateway, encoder: FakeEncoder) -> None:
+    """Though it isn't read yet when its connection would have to make room."""
+    encoder.go.set()
+    connections = [http.client.HTTPConnection(HOST, gateway.server_port, timeout=10) for _ in range(7)]
+    for connection in connections[:6]:
+        connection.connect()
+    until(lambda: len(gateway.server.idle) == 6)
+    gateway._loop.call_soon_threadsafe(time.sleep, 0.2)
+    connections[0].request("GET", "/health")
+    connections[6].request("GET", "/health")
+    assert connections[0].getresponse().status == connections[6].getresponse().status == 200
+    for connection in connections:
+        connection.close()
+
+
+def test_bodies_on_their_way_count_as_requests(gateway: HttpGateway, encoder: FakeEncoder) -> None:
+    """Until they are answered, or their clients have gone."""
+    encoder.go.set()
+    service, body = Service(None, 0, gateway.server_port, []), as_json(key=["0"], value=["a"])
+    slow = [socket.create_connection((HOST, gateway.server_port)) for _ in range(2)]
+    for connection in slow:
+        connection.sendall(f"POST {PREDICTION_PATH} HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n".encode())
+    until(lambda: len(gateway.taken) == 2)
+    assert post(service, body)[1]["err_no"] == OVERLOADED
+    for connection in slow:
+        connection.close()
+    until(lambda: not gateway.taken)
+    assert post(service, body)[1]["err_no"] == 0
+
+
+def test_a_stop_tells_clients_and_does_not_wait_for_ever(
+    fake_service: PipelineService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer after the stop is its connection's last; what isn't answered then is left."""
+    monkeypatch.setattr(http_gateway, "SENDING_SECONDS", 0.1)
+    gateway = HttpGateway(fake_service, HOST, 0, requests=2)
+    connections = [http.client.HTTPConnection(HOST, gateway.server_port, timeout=30) for _ in range(2)]
+    for number, connection in enumerate(connections, 1):
+        connection.request("POST", PREDICTION_PATH, as_json(key=["0"], value=["a"]))
+        until(lambda number=number: fake_service.admission.requests == number)
+    assert not fake_service.admission.stop(0.0)
+    with socket.create_connection((HOST, gateway.server_port), timeout=30) as late:
+        late.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        answer = read_all(late)
+    assert b"503 Service Unavailable" in answer and b"Connection: close" in answer
+    gateway.stop()
+    assert fake_service.admission.requests == 2
+    for connection in connections:
+        with pytest.raises(OSError):
+            connection.getresponse()
+        connection.close()
+
+
 def test_idle_connections_make_room(gateway: HttpGateway, encoder: FakeEncoder) -> None:
     """The longest idle one is closed for the next; those that stay go on."""
     encoder.go.set()
@@ -860,6 +920,31 @@ def test_many_rpc_connections_leave_room_for_http(serving_server: Path) -> None:
             connection = opened.enter_context(socket.create_connection((HOST, service.rpc_port), timeout=10))
             connection.sendall(preface)
         until(lambda: get(service, "/health")[0] == 200)
+
+
+def test_no_descriptors_left(serving_server: Path) -> None:
+    """New connections wait, those that are open go on."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with running_service(serving_server, "--threads", "1") as service, http_client(service) as embed:
+        assert embed(["水稻"]).shape == (1, 16)
+        used = len(list(Path(f"/proc/{service.process.pid}/fd").iterdir()))
+        resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE, (used, limits[1]))
+        with socket.create_connection((HOST, service.http_port), timeout=30) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            connection.settimeout(1)
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+            assert embed(["水稻"]).shape == (1, 16)
+            resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE, limits)
+            connection.settimeout(30)
+            assert read_all(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_metrics_leave_another_service_s_folder_alone(tmp_path: Path) -> None:
+    """That of Prometheus for several processes, even where it isn't there."""
+    code = "from serving.limits import Admission; from serving.metrics import Metrics; Metrics(Admission(1)).text()"
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "none")}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
 
 def test_a_signal_ends_a_start_that_hangs(serving_server: Path) -> None:
