@@ -452,6 +452,21 @@ def test_bad_http(server: Server, answers: None, request_bytes: bytes, status: i
     assert answer.startswith(f"HTTP/1.1 {status} ".encode())
 
 
+def test_http_1_0_keeps_a_connection_where_it_asks_to(server: Server, model: Any) -> None:
+    """As `ab -k` and older proxies do, who look for the header."""
+    body = make_request(model[1](TEXTS)).SerializeToString()
+    head = f"POST /GeneralModelService/inference HTTP/1.0\r\nContent-Length: {len(body)}\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in PROTO.items())
+    with socket.create_connection(server.address, 60) as connection, connection.makefile("rb") as answers:
+        for kept in (True, True, False):
+            connection.sendall(f"{head}{'Connection: keep-alive' if kept else 'a: b'}\r\n\r\n".encode() + body)
+            assert answers.readline() == b"HTTP/1.0 200 OK\r\n"
+            headers = http.client.parse_headers(answers)
+            assert headers["Connection"] == ("keep-alive" if kept else None)
+            assert Response.FromString(answers.read(int(headers["Content-Length"]))).err_no == 0
+        assert answers.read() == b""
+
+
 META = RpcMeta(request={"service_name": clients.SERVICE, "method_name": "inference"}, correlation_id=3)
 BAD_FRAMES = {
     "another service": (RpcMeta(request={"service_name": "x", "method_name": "inference"}), NO_SERVICE),

@@ -162,6 +162,7 @@ class HttpConnection : public Connection {
     if (error == http::error::end_of_stream || (error && error.category() != http_errors)) return close();
     busy_ = true;
     keep_alive_ = false;
+    version_ = 11;
     try {
       if (error) throw RequestError::bad("the request isn't HTTP: " + error.message());
       const auto& request = parser_->get();
@@ -169,6 +170,7 @@ class HttpConnection : public Connection {
       gzip_ = request[http::field::accept_encoding].find("gzip") != beast::string_view::npos;
       check_header(request);
       keep_alive_ = request.keep_alive();
+      version_ = request.version();
       reservation_.emplace(shared_, *parser_->content_length());
     } catch (const RequestError& refused) {
       return respond_error(refused);
@@ -238,7 +240,7 @@ class HttpConnection : public Connection {
   void respond(int status, std::string body) {
     response_ = {};
     response_.result(static_cast<unsigned>(status));
-    response_.version(11);
+    response_.version(version_);  // for HTTP/1.0 keep_alive sets the header that it needs
     response_.keep_alive(keep_alive_ && !shared_.draining);
     // Paddle Serving's client compares this text.
     response_.set(http::field::content_type, format_ == Format::kJson ? "application/json" : "application/proto");
@@ -261,6 +263,7 @@ class HttpConnection : public Connection {
   std::optional<Reservation> reservation_;
   Format format_ = Format::kProto;
   bool busy_ = false, keep_alive_ = false, gzip_ = false;
+  unsigned version_ = 11;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
