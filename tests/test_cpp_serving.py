@@ -4,6 +4,7 @@ A build of these sources takes a minute or more, so all tests share one.
 """
 
 import collections
+import contextlib
 import gzip
 import http.client
 import json
@@ -546,13 +547,22 @@ def test_bad_requests_write_nothing_to_the_log(start_alone: Callable[..., Server
     assert server.log[lines:] == []
 
 
-def test_the_start_of_a_frame_does_not_hold_up_a_stop(start_alone: Callable[..., Server]) -> None:
+def test_the_start_of_a_request_does_not_hold_up_a_stop(start_alone: Callable[..., Server]) -> None:
+    """Nor one behind a request that is still computed."""
     server = start_alone()
-    with socket.create_connection(server.address, 60) as connection:
-        connection.sendall(b"PRPC\0")
+    frame = format_frame(GOOD)
+    head = f"POST {clients.HTTP_PATH} HTTP/1.1\r\nContent-Type: application/proto\r\nContent-Length: 9\r\n\r\n".encode()
+    starts = [b"PRPC\0", frame[:7], frame[:20], b"POST /Gen", head, head + b"x"]
+    with contextlib.ExitStack() as opened:
+        for start in starts:
+            connection = opened.enter_context(socket.create_connection(server.address, 60))
+            connection.sendall(start)
+        busy = opened.enter_context(socket.create_connection(server.address, 60))
+        busy.sendall(format_frame(make_request(many_texts(512)).SerializeToString()) + frame[:20])
         time.sleep(0.3)
         server.process.terminate()
-        assert server.process.wait(10) == 0
+        assert read_frame(busy.makefile("rb"))[0].response.error_code == 0
+        assert server.process.wait(20) == 0  # it would be 1 for requests that were given up
     stop(server)
 
 

@@ -29,7 +29,8 @@ using std::chrono::seconds;
 
 constexpr seconds kIdleTimeout{300};    // between requests
 constexpr seconds kMessageTimeout{30};  // for a request to come in, or a response to be taken
-constexpr seconds kDrainTimeout{30};    // for all that goes on when the server is told to end
+constexpr seconds kDrainTimeout{25};    // for all that goes on when the server is told to end: Kubernetes kills after 30
+constexpr seconds kLateTimeout{2};      // for requests that are coming in then
 constexpr seconds kDiscardTimeout{2};   // for more of a request that was refused
 constexpr std::chrono::milliseconds kDrainCheckInterval{20};
 constexpr size_t kMaxConnections = 1024;
@@ -49,6 +50,7 @@ struct Shared {
   const size_t max_body_bytes;
   std::atomic<size_t> bytes_in_flight{0};
   std::atomic<bool> draining{false};
+  std::atomic<bool> late{false};  // draining, and no request is waited for any more
 };
 
 // A part of the memory that bodies may take.
@@ -78,15 +80,18 @@ class Connection : public std::enable_shared_from_this<Connection> {
   virtual ~Connection() = default;
   virtual void start() = 0;
 
-  // Ends the connection once it has nothing to answer.
+  // Ends the connection if it has nothing to answer.
   void drain() {
     asio::post(stream_.get_executor(), [self = shared_from_this()] {
-      if (self->idle()) self->close();
+      if (self->idle() || (self->shared_.late && self->receiving())) self->close();
     });
   }
 
  protected:
+  // Whether no part of a request is here.
   virtual bool idle() const = 0;
+  // Whether there is nothing to answer but the request that is coming in.
+  virtual bool receiving() const = 0;
 
   void close() {
     error_code ignored;
@@ -142,11 +147,13 @@ class HttpConnection : public Connection {
   using Parser = http::request_parser<http::string_body>;
 
   bool idle() const override { return !busy_; }
+  bool receiving() const override { return receiving_; }
 
   std::shared_ptr<HttpConnection> self() { return std::static_pointer_cast<HttpConnection>(shared_from_this()); }
 
   void read_header() {
     busy_ = buffer_.size() > 0;
+    receiving_ = true;
     if (shared_.draining && !busy_) return close();
     reservation_.reset();
     parser_.emplace();
@@ -215,6 +222,7 @@ class HttpConnection : public Connection {
 
   void body_read(error_code error) {
     if (error) return close();
+    receiving_ = false;
     stream_.expires_never();
     try {
       const auto& request = parser_->get();
@@ -238,6 +246,7 @@ class HttpConnection : public Connection {
   void respond_error(const RequestError& error) { respond(error.http_status, format_error(error, format_)); }
 
   void respond(int status, std::string body) {
+    receiving_ = false;
     response_ = {};
     response_.result(static_cast<unsigned>(status));
     response_.version(version_);  // for HTTP/1.0 keep_alive sets the header that it needs
@@ -262,7 +271,7 @@ class HttpConnection : public Connection {
   http::response<http::string_body> response_;
   std::optional<Reservation> reservation_;
   Format format_ = Format::kProto;
-  bool busy_ = false, keep_alive_ = false, gzip_ = false;
+  bool busy_ = false, receiving_ = false, keep_alive_ = false, gzip_ = false;
   unsigned version_ = 11;
 };
 
@@ -277,6 +286,7 @@ class FrameConnection : public Connection {
 
  private:
   bool idle() const override { return in_flight_ == 0 && buffer_.size() < kFrameHeaderBytes && !reading_body_; }
+  bool receiving() const override { return in_flight_ == 0; }
 
   std::shared_ptr<FrameConnection> self() { return std::static_pointer_cast<FrameConnection>(shared_from_this()); }
 
@@ -378,7 +388,7 @@ class FrameConnection : public Connection {
     --in_flight_;
     if (!output_.empty()) write_next();
     if (in_flight_ == 0 && refused_) return finish();
-    if (in_flight_ == 0 && (ending_ || (shared_.draining && idle()))) return close();
+    if (in_flight_ == 0 && (ending_ || shared_.late || (shared_.draining && idle()))) return close();
     read_next();
   }
 
@@ -530,10 +540,12 @@ void serve(const ServerOptions& options, const Model& model, Batcher& batcher,
   // Never destroyed: that would bring the default back, and a second signal would end the process at once.
   static auto& signals = *new asio::signal_set(context, SIGTERM, SIGINT);
   asio::steady_timer check(context);
-  std::chrono::steady_clock::time_point deadline;
+  std::chrono::steady_clock::time_point told;
   const std::function<void()> wait_for_connections = [&] {
     if (listener.open() == 0) return;
-    if (std::chrono::steady_clock::now() > deadline) {
+    const auto elapsed = std::chrono::steady_clock::now() - told;
+    if (elapsed > kLateTimeout && !shared.late.exchange(true)) listener.drain();
+    if (elapsed > kDrainTimeout) {
       std::cerr << "stopped with requests unanswered after " << kDrainTimeout.count() << " s" << std::endl;
       std::_Exit(1);  // threads still use what a return would destroy
     }
@@ -542,7 +554,7 @@ void serve(const ServerOptions& options, const Model& model, Batcher& batcher,
   };
   signals.async_wait([&](error_code, int) {
     shared.draining = true;
-    deadline = std::chrono::steady_clock::now() + kDrainTimeout;
+    told = std::chrono::steady_clock::now();
     listener.drain();
     wait_for_connections();
   });
