@@ -54,8 +54,8 @@ ERROR_NUMBERS = {  # else BAD_REQUEST
 FIELDS = {"key", "value", "tensors", "name", "method", "logid", "clientip"}  # of a Request
 
 # They log what can't be answered, and a path or an exception's message could hold texts.
-for name in ("tornado", "asyncio"):
-    logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+logging.getLogger("tornado").setLevel(logging.CRITICAL + 1)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
 
 
 def parse_json_request(body: bytes) -> Request:
