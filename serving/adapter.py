@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime import InputError
+from serving import installed_packages
 from serving.encoder_process import EncoderProcess, EncoderStopped
 from serving.limits import (
     BAD_REQUEST,
@@ -39,7 +40,6 @@ from serving.limits import (
     check_texts,
     service_log,
 )
-from serving.metrics import Metrics
 
 # Python 3.10 dropped this name; paddle_serving_client.httpclient imports it.
 collections.Iterable = collections.abc.Iterable
@@ -50,7 +50,7 @@ logging.getLogger("paddle_serving_server").setLevel(logging.CRITICAL + 1)
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC says on stderr once more what its exceptions say
 
-try:
+with installed_packages():
     import grpc
     from google.protobuf.message import DecodeError
     from paddle_serving_server.pipeline import (
@@ -67,8 +67,8 @@ try:
     from paddle_serving_server.pipeline.error_catch import CustomExceptionCode
     from paddle_serving_server.pipeline.pipeline_server import PipelineServicer, ServerYamlConfChecker
     from paddle_serving_server.pipeline.proto.pipeline_service_pb2 import Request, Response
-except ImportError as error:
-    raise InputError(f"Paddle Serving isn't installed ({error}); run sh scripts/setup.sh --serving") from None
+
+    from serving.metrics import Metrics
 
 SERVICE = "ernie"  # name of the service and of its operator, as in the original
 OUTPUT = "output_embedding"

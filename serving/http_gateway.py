@@ -11,14 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
-from tornado.http1connection import HTTP1ServerConnection
-from tornado.httpserver import HTTPServer
-from tornado.httputil import HTTPConnection, HTTPMessageDelegate
-from tornado.iostream import IOStream
-from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
-
 from runtime import InputError
+from serving import installed_packages
 from serving.adapter import SERVICE, PipelineService, Request, Response, error_response
 from serving.limits import (
     BAD_REQUEST,
@@ -30,6 +24,14 @@ from serving.limits import (
     RequestError,
     service_log,
 )
+
+with installed_packages():
+    from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+    from tornado.http1connection import HTTP1ServerConnection
+    from tornado.httpserver import HTTPServer
+    from tornado.httputil import HTTPConnection, HTTPMessageDelegate
+    from tornado.iostream import IOStream
+    from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
 
 PREDICTION_PATH = f"/{SERVICE}/prediction"
 REQUEST_SECONDS = 10.0  # in which a request's body must have come in, and in which a client must read its answer

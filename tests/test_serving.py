@@ -866,6 +866,33 @@ def test_models_that_cannot_be_served(serving_server: Path, tmp_path: Path) -> N
         EncoderProcess(EncoderOptions(str(tmp_path), "cpu", "fp32", 1, None, 4))
 
 
+@pytest.mark.parametrize(
+    ("script", "package"),
+    [
+        ("web_service.py", "paddle_serving_server"),
+        ("web_service.py", "prometheus_client"),
+        ("web_service.py", "tornado"),
+        ("rpc_client.py", "paddle_serving_server"),
+        ("rpc_client.py", "prometheus_client"),
+    ],
+)
+def test_missing_packages(serving_server: Path, tmp_path: Path, script: str, package: str) -> None:
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package}')")
+    options = (
+        ["--model_dir", serving_server, "--rpc_port", "0", "--http_port", "0"] if script == "web_service.py" else []
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / "deploy/python" / script, *options],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    reason = f"(No module named {package})"
+    assert done.stderr == f"error: Paddle Serving isn't installed {reason}; run sh scripts/setup.sh --serving\n"
+    assert (done.returncode, done.stdout) == (2, "")
+
+
 @pytest.mark.parametrize("which", ["rpc_port", "http_port"])
 def test_a_port_in_use(service: Service, fake_service: PipelineService, which: str) -> None:
     """Said before the model is loaded, and where another program takes the port in between."""
