@@ -240,7 +240,8 @@ class HttpGateway:
         self.taken: set[_Handler] = set()  # requests for vectors, from their heads to their answers
         self._requests = requests
         self._pool = ThreadPoolExecutor(requests, "http")
-        family, is_v6 = (socket.AF_INET6, True) if ":" in host else (socket.AF_INET, False)
+        is_v6 = ":" in host
+        family = socket.AF_INET6 if is_v6 else socket.AF_INET
         try:
             self._listener = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=is_v6)
         except OSError as error:

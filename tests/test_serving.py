@@ -867,22 +867,20 @@ def test_models_that_cannot_be_served(serving_server: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("script", "package"),
+    ("command", "package"),
     [
-        ("web_service.py", "paddle_serving_server"),
-        ("web_service.py", "prometheus_client"),
-        ("web_service.py", "tornado"),
-        ("rpc_client.py", "paddle_serving_server"),
-        ("rpc_client.py", "prometheus_client"),
+        (["web_service.py", "--rpc_port", "0", "--http_port", "0"], "paddle_serving_server"),
+        (["web_service.py", "--rpc_port", "0", "--http_port", "0"], "prometheus_client"),
+        (["web_service.py", "--rpc_port", "0", "--http_port", "0"], "tornado"),
+        (["rpc_client.py"], "paddle_serving_server"),
+        (["rpc_client.py"], "prometheus_client"),
     ],
 )
-def test_missing_packages(serving_server: Path, tmp_path: Path, script: str, package: str) -> None:
+def test_missing_packages(tmp_path: Path, command: list[str], package: str) -> None:
     (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package}')")
-    options = (
-        ["--model_dir", serving_server, "--rpc_port", "0", "--http_port", "0"] if script == "web_service.py" else []
-    )
     done = subprocess.run(
-        [sys.executable, ROOT / "deploy/python" / script, *options],
+        [sys.executable, *command],
+        cwd=ROOT / "deploy/python",
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -90,7 +90,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
  protected:
   // Whether no part of a request is here.
   virtual bool idle() const = 0;
-  // Whether there is nothing to answer but the request that is coming in.
+  // Whether there is nothing to answer but a request that is coming in, if any.
   virtual bool receiving() const = 0;
 
   void close() {
@@ -145,21 +145,21 @@ class HttpConnection : public Connection {
 
  private:
   using Parser = http::request_parser<http::string_body>;
+  enum class State { kWaiting, kReceiving, kAnswering };
 
-  bool idle() const override { return !busy_; }
-  bool receiving() const override { return receiving_; }
+  bool idle() const override { return state_ == State::kWaiting; }
+  bool receiving() const override { return state_ != State::kAnswering; }
 
   std::shared_ptr<HttpConnection> self() { return std::static_pointer_cast<HttpConnection>(shared_from_this()); }
 
   void read_header() {
-    busy_ = buffer_.size() > 0;
-    receiving_ = true;
-    if (shared_.draining && !busy_) return close();
+    state_ = buffer_.size() > 0 ? State::kReceiving : State::kWaiting;
+    if (shared_.draining && idle()) return close();
     reservation_.reset();
     parser_.emplace();
     parser_->header_limit(kMaxHeaderBytes);
     parser_->body_limit(std::numeric_limits<uint64_t>::max());  // check_header looks at Content-Length
-    stream_.expires_after(busy_ ? kMessageTimeout : kIdleTimeout);
+    stream_.expires_after(idle() ? kIdleTimeout : kMessageTimeout);
     http::async_read_header(stream_, buffer_, *parser_,
                             [self = self()](error_code error, size_t) { self->header_read(error); });
   }
@@ -167,7 +167,7 @@ class HttpConnection : public Connection {
   void header_read(error_code error) {
     static const auto& http_errors = http::make_error_code(http::error::bad_method).category();
     if (error == http::error::end_of_stream || (error && error.category() != http_errors)) return close();
-    busy_ = true;
+    state_ = State::kReceiving;
     keep_alive_ = false;
     version_ = 11;
     try {
@@ -222,7 +222,7 @@ class HttpConnection : public Connection {
 
   void body_read(error_code error) {
     if (error) return close();
-    receiving_ = false;
+    state_ = State::kAnswering;
     stream_.expires_never();
     try {
       const auto& request = parser_->get();
@@ -246,7 +246,7 @@ class HttpConnection : public Connection {
   void respond_error(const RequestError& error) { respond(error.http_status, format_error(error, format_)); }
 
   void respond(int status, std::string body) {
-    receiving_ = false;
+    state_ = State::kAnswering;
     response_ = {};
     response_.result(static_cast<unsigned>(status));
     response_.version(version_);  // for HTTP/1.0 keep_alive sets the header that it needs
@@ -271,7 +271,8 @@ class HttpConnection : public Connection {
   http::response<http::string_body> response_;
   std::optional<Reservation> reservation_;
   Format format_ = Format::kProto;
-  bool busy_ = false, receiving_ = false, keep_alive_ = false, gzip_ = false;
+  State state_ = State::kWaiting;
+  bool keep_alive_ = false, gzip_ = false;
   unsigned version_ = 11;
 };
 
