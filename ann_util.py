@@ -1,4 +1,4 @@
-"""Nearest neighbours of unit vectors: an HNSW index and an exact search behind one contract. Imports no Paddle."""
+"""Nearest neighbours of unit vectors: an HNSW index and exact search with one interface. Imports no Paddle."""
 
 import argparse
 from abc import ABC, abstractmethod
@@ -9,18 +9,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from files import atomic_write
-from runtime import InputError, at_least, cpu_count, progress_bar
+from common.cli import number_in_range
+from common.cpu import cpu_count
+from common.errors import InputError
+from common.files import atomic_write
+from common.logs import progress_bar
 
 ANN_CHOICES = ("hnswlib", "exact")
 HNSW_FILE, VECTORS_FILE = "hnsw.bin", "vectors.npy"
 CORPUS_BLOCK = 16384  # rows and
 QUERY_BLOCK = 256  # queries at a time: their similarities take 16 MB
-HNSW_BLOCK = 1024  # vectors or queries that hnswlib gets at a time: about a second until Ctrl-C is heard
-DEFAULT_SHARE = 0.995  # of exact search's hits on a sample, for 99 % on all queries
-MAX_EF = 1 << 14  # beyond it exact search is as fast
-UNIT_TOLERANCE = 1e-2  # a norm after rounding to bfloat16 is off by up to 4e-3
-TIE_TOLERANCE = 1e-6  # similarities of one pair of float32 vectors differ by less, whichever way they are summed
+HNSW_BLOCK = 1024  # vectors or queries in one call of hnswlib: about a second, in which Ctrl-C has to wait
+DEFAULT_TARGET_RECALL = 0.995  # on a sample of the queries; gives 0.99 on all of them
+MAX_EF = 1 << 14  # with more, exact search is as fast
+UNIT_TOLERANCE = 1e-2  # rounding to bfloat16 changes a norm by up to 4e-3
+TIE_TOLERANCE = 1e-6  # the order of summation changes the inner product of two float32 unit vectors by less
 
 
 class IndexOptions(NamedTuple):
@@ -30,35 +33,36 @@ class IndexOptions(NamedTuple):
     hnsw_m: int = 100
     hnsw_ef: int = 100
     hnsw_max_elements: int | None = None
-    tune_ef: float | None = None
+    target_recall: float | None = None
 
 
 def add_index_args(parser: argparse.ArgumentParser) -> None:
     """Options of every script that searches a corpus."""
     defaults = IndexOptions()
     parser.add_argument("--ann", choices=ANN_CHOICES, default=defaults.ann, help="HNSW index, or exact search")
-    parser.add_argument("--hnsw_m", type=at_least(2), default=defaults.hnsw_m, help="links a vector in the HNSW graph")
+    parser.add_argument(
+        "--hnsw_m", type=number_in_range(2), default=defaults.hnsw_m, help="links a vector in the HNSW graph"
+    )
     parser.add_argument(
         "--hnsw_ef",
-        type=at_least(1),
+        type=number_in_range(1),
         default=defaults.hnsw_ef,
-        help="candidates kept while the HNSW graph is built and, unless --tune_ef says otherwise, searched",
+        help="candidates kept while the HNSW graph is built and, with --target_recall 0, searched",
     )
     parser.add_argument(
-        "--hnsw_max_elements", type=at_least(1), help="vectors to reserve memory for (default: the corpus's)"
+        "--hnsw_max_elements", type=number_in_range(1), help="vectors to reserve memory for (default: the corpus size)"
     )
     parser.add_argument(
+        "--target_recall",
         "--tune_ef",
-        type=at_least(0.0, float, 1.0),
-        metavar="SHARE",
-        help="search with the fewest candidates that find this share of exact search's hits on a sample of the "
-        f"queries; 0: with --hnsw_ef (default: {DEFAULT_SHARE} for a new index; a saved one keeps what it has, and "
-        "what is added to it the share)",
+        type=number_in_range(0.0, float, 1.0),
+        help="search with the fewest candidates that find this share of exact search's hits, measured on some queries; "
+        f"0: with --hnsw_ef candidates (default: {DEFAULT_TARGET_RECALL} for a new index, else the saved one's)",
     )
 
 
 def check_index_args(options: IndexOptions, corpus_size: int) -> None:
-    """Raises the InputError that `build_index` would, before `corpus_size` documents are encoded for it."""
+    """Raises the InputError that `build_index` would raise, before `corpus_size` documents are encoded."""
     if options.ann != "hnswlib":
         return
     _import_hnswlib()
@@ -81,13 +85,13 @@ def _import_hnswlib() -> ModuleType:
 
 
 class VectorIndex(ABC):
-    """Unit vectors to search; the number of a row, over all batches added, is its id.
+    """Unit vectors to search; a vector's id is its row number over everything that was added.
 
-    dim: columns of every vector. Vectors are float32, or are converted to it. share: of exact search's hits, for which
-    an index that approximates is to be tuned when vectors have been added; 0 where there is nothing to tune.
+    dim: length of a vector. Vectors are converted to float32. target_recall: the share of exact search's hits that an
+    approximate index is tuned for after vectors have been added; 0 if it isn't tuned.
     """
 
-    share = 0.0
+    target_recall = 0.0
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -97,9 +101,10 @@ class VectorIndex(ABC):
         return self._size
 
     def add(self, vectors: np.ndarray) -> None:
-        """Adds unit vectors [N, dim], or none of them: InputError for no rows, a wrong shape or a row of another norm.
+        """Adds unit vectors [N, dim].
 
-        Zero rows and those that hold NaN or infinity have another norm as well; the message names the first.
+        Raises InputError, and adds nothing, for no rows, a wrong shape, or a row whose norm isn't 1, such as zeros, NaN
+        or infinity; the message names the first such row.
         """
         check_unit_vectors(vectors, self.dim, "corpus", self._size)
         if not len(vectors):
@@ -111,7 +116,7 @@ class VectorIndex(ABC):
         """The most similar rows of each query, best first.
 
         queries: unit vectors [Q, dim]. Returns ids, int64 [Q, min(k, N)], and their inner products (cosines), float32
-        of the same shape. Raises InputError for k < 1, an empty index and queries that `add` would refuse.
+        of the same shape. Raises InputError for k < 1, an empty index, and queries that `add` would refuse.
         """
         if k < 1:
             raise InputError(f"can't search for {k} documents: give 1 or more")
@@ -124,23 +129,23 @@ class VectorIndex(ABC):
         return self._search(np.asarray(queries, dtype=np.float32), k)
 
     def search_exactly(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """What `search` would give if it compared each query with each vector."""
+        """The result of comparing each query with each vector; arguments and result as for `search`."""
         blocks = _with_progress(self._blocks(), len(self), "exact search", "vector")
         return _exact_top_k(blocks, np.asarray(queries, dtype=np.float32), min(k, len(self)))
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes the vectors, and what finds them, into an existing folder. Raises InputError if it can't."""
+        """Writes the index into an existing folder. Raises InputError if it can't."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `load` needs beside the files."""
+        """What `load` needs in addition to the files."""
         return {"dimension": self.dim, "documents": len(self)}
 
     @classmethod
     @abstractmethod
     def load(cls, folder: Path, settings: Mapping[str, Any]) -> "VectorIndex":
-        """What `save` wrote; the caller has made sure that the files are as they were written."""
+        """Reads what `save` wrote. The caller has checked that the files haven't changed: damaged ones can crash."""
 
     @abstractmethod
     def _blocks(self) -> Iterator[np.ndarray]:
@@ -154,9 +159,9 @@ class VectorIndex(ABC):
 
 
 class ExactIndex(VectorIndex):
-    """Compares each query with each vector; equal similarities come in the order of their ids.
+    """Compares each query with each vector; equal similarities are ordered by id.
 
-    Vectors aren't copied: they may be a memory map, and mustn't change afterwards.
+    Vectors aren't copied: they may be a memory map, and must not change afterwards.
     """
 
     def __init__(self, dim: int) -> None:
@@ -190,18 +195,17 @@ class ExactIndex(VectorIndex):
 
 
 class HnswIndex(VectorIndex):
-    """hnswlib's graph index (Malkov and Yashunin 2016, arXiv:1603.09320): finds nearly all of what is nearest, fast.
+    """hnswlib's graph index: fast, finds nearly all nearest neighbours (Malkov and Yashunin 2016, arXiv:1603.09320).
 
-    max_elements: vectors that it can hold; m: links a vector; ef_construction, ef: candidates kept while building and
-    searching (searching keeps k if that is more); threads: by default one a core. With more than one thread
-    the graph differs a little from build to build. Raises InputError if hnswlib is missing or can't reserve the memory.
-    `share` is 0 if `ef` is given, else `tune_ef` is to be called for it.
+    max_elements: vectors to reserve memory for, grows as needed; m: links of a vector; ef_construction, ef: candidates
+    kept while building and searching (at least k); threads: by default one a core. With several threads the graph
+    differs slightly from build to build. Raises InputError if hnswlib is missing or the memory can't be reserved.
     """
 
     def __init__(
         self,
         dim: int,
-        max_elements: int,
+        max_elements: int = 1,
         m: int = 100,
         ef_construction: int = 100,
         ef: int = 100,
@@ -213,7 +217,7 @@ class HnswIndex(VectorIndex):
         try:
             self._index.init_index(max_elements=max_elements, M=m, ef_construction=ef_construction)
             self.ef = ef
-        except (RuntimeError, MemoryError, ValueError, TypeError):  # the last two: more than 64 bits hold
+        except (RuntimeError, MemoryError, ValueError, TypeError):  # the last two: a number of more than 64 bits
             raise InputError(
                 f"no memory for an HNSW index of {max_elements} vectors with {m} links each and ef {ef_construction}: "
                 "lower --hnsw_max_elements, --hnsw_m or --hnsw_ef"
@@ -232,16 +236,16 @@ class HnswIndex(VectorIndex):
     def ef(self, ef: int) -> None:
         self._index.set_ef(ef)
 
-    def tune_ef(self, queries: np.ndarray, k: int, share: float) -> None:
-        """Sets the smallest `ef` with which `search` finds this share of exact search's k best, at most MAX_EF.
+    def tune_ef(self, queries: np.ndarray, k: int, target_recall: float) -> None:
+        """Sets the smallest `ef`, at most MAX_EF, with which `search` finds this share of exact search's k best.
 
-        queries: unit vectors [Q, dim], a sample of those to come.
+        queries: unit vectors [Q, dim], a sample of the expected ones.
         """
         _, expected = self.search_exactly(queries, k)
 
         def is_enough(ef: int) -> bool:
             self.ef = ef
-            return overlap(self.search(queries, k)[1], expected) >= share
+            return recall_vs_exact(self.search(queries, k)[1], expected) >= target_recall
 
         self.ef = smallest_ef(is_enough, min(k, len(self)))
 
@@ -252,25 +256,25 @@ class HnswIndex(VectorIndex):
         except RuntimeError as error:
             raise InputError(f"{file}: can't be written ({error})") from None
         written, size = file.stat().st_size, self._index.index_file_size()
-        if written != size:  # it says nothing of a write that fails
+        if written != size:  # hnswlib doesn't report a failed write
             raise InputError(f"{file}: can't be written (the disk took {written} of {size} bytes)")
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**super().settings, "ef": self.ef, "share": self.share}
+        return {**super().settings, "ef": self.ef, "target_recall": self.target_recall}
 
     @classmethod
     def load(cls, folder: Path, settings: Mapping[str, Any]) -> "HnswIndex":
         size = settings["documents"]
         index = cls(settings["dimension"], max_elements=1)
-        index._index = _import_hnswlib().Index(space="ip", dim=index.dim)  # it warns where it would replace a graph
+        index._index = _import_hnswlib().Index(space="ip", dim=index.dim)  # a new one: it warns if it replaces a graph
         index._index.set_num_threads(cpu_count())
         try:
             index._index.load_index(str(folder / HNSW_FILE), max_elements=size)
         except (RuntimeError, MemoryError) as error:
             raise InputError(f"{folder / HNSW_FILE}: can't be loaded ({error}); build the index anew") from None
         index.ef = settings["ef"]  # hnswlib sets it to 10
-        index.share = settings.get("share", 0.0)  # which earlier versions didn't save
+        index.target_recall = settings.get("target_recall", settings.get("share", 0.0))  # version 1 called it share
         index._size = index.max_elements = size
         return index
 
@@ -298,13 +302,13 @@ class HnswIndex(VectorIndex):
 
     def _knn_query(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         ids, distances = self._index.knn_query(queries, k)
-        return ids.astype(np.int64), 1 - distances  # the distance of its space "ip" is 1 - inner product
+        return ids.astype(np.int64), 1 - distances  # the distance in its space "ip" is 1 - inner product
 
     def _search_one_by_one(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Answers exactly where the graph gives fewer than k rows, for which hnswlib fails the whole batch.
+        """Searches exactly for the queries for which the graph gives fewer than k rows.
 
-        It happens where parts of the graph have no link to each other, as with many equal vectors; a larger ef
-        doesn't help.
+        hnswlib fails the whole batch if there is one. It happens if parts of the graph aren't connected, for example
+        with many equal vectors; a larger ef doesn't help.
         """
         ids, similarities = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         unanswered = []
@@ -323,7 +327,7 @@ class HnswIndex(VectorIndex):
 
 
 def build_index(options: IndexOptions, vectors: np.ndarray) -> VectorIndex:
-    """The index that the options name, over unit vectors [N, D], which may be `Embeddings`. Raises InputError."""
+    """The index that the options describe, over unit vectors [N, D], an array or `Embeddings`. Raises InputError."""
     if vectors.ndim != 2:
         raise InputError(f"the corpus vectors have the shape {vectors.shape}, where [rows, columns] is needed")
     rows, dim = vectors.shape
@@ -333,15 +337,15 @@ def build_index(options: IndexOptions, vectors: np.ndarray) -> VectorIndex:
     else:
         ef = options.hnsw_ef
         index = HnswIndex(dim, options.hnsw_max_elements or max(1, rows), options.hnsw_m, ef_construction=ef, ef=ef)
-        index.share = DEFAULT_SHARE if options.tune_ef is None else options.tune_ef
+        index.target_recall = DEFAULT_TARGET_RECALL if options.target_recall is None else options.target_recall
     index.add(vectors)
     return index
 
 
 def smallest_ef(is_enough: Callable[[int], bool], lowest: int) -> int:
-    """The smallest `ef` from `lowest` on that is enough, at most the larger of `lowest` and MAX_EF.
+    """The smallest `ef` >= lowest for which `is_enough` holds, at most max(lowest, MAX_EF).
 
-    Whatever is beyond one that is enough, is too.
+    If `is_enough` holds for an ef, it must hold for every larger one.
     """
     low = high = lowest
     while not is_enough(high) and high < MAX_EF:
@@ -352,10 +356,10 @@ def smallest_ef(is_enough: Callable[[int], bool], lowest: int) -> int:
     return high
 
 
-def overlap(found: np.ndarray, exact: np.ndarray) -> float:
-    """The share of exact search's hits that an index found, 0 to 1; both are similarities [Q, k], best first.
+def recall_vs_exact(found: np.ndarray, exact: np.ndarray) -> float:
+    """The share of exact search's hits that an index found, from 0 to 1; both are similarities [Q, k], best first.
 
-    An answer counts if it is as similar as the exact k-th: which of several equal documents it is doesn't matter.
+    A hit counts if it is as similar as the exact k-th hit: which of several equal documents it is doesn't matter.
     """
     return float(np.mean(found >= exact[:, -1:] - TIE_TOLERANCE))
 
@@ -367,7 +371,7 @@ def _blocks(vectors: np.ndarray, rows: int) -> Iterator[np.ndarray]:
 
 
 def _with_progress(blocks: Iterable[np.ndarray], rows: int, desc: str, unit: str) -> Iterator[np.ndarray]:
-    """The blocks, and a progress bar of all their rows."""
+    """The blocks, with a progress bar over all their rows."""
     with progress_bar(rows, desc, unit) as progress:
         for block in blocks:
             yield block
@@ -375,15 +379,15 @@ def _with_progress(blocks: Iterable[np.ndarray], rows: int, desc: str, unit: str
 
 
 def check_unit_vectors(vectors: np.ndarray, dim: int, name: str, first_row: int) -> None:
-    """Raises InputError for a shape other than [rows, dim] and for a row that isn't finite and of norm 1.
+    """Raises InputError for a shape other than [rows, dim], and for a row that isn't finite or whose norm isn't 1.
 
-    name: of what the vectors are, and first_row: the number of the first one, for the message.
+    name: what the vectors belong to; first_row: the number of the first vector, both for the message.
     """
     if vectors.ndim != 2 or vectors.shape[1] != dim:
         raise InputError(f"the {name} vectors have the shape {vectors.shape}, where [rows, {dim}] is needed")
     for block in _blocks(vectors, CORPUS_BLOCK):
         norms = np.sqrt(np.einsum("nd,nd->n", block, block))
-        bad = np.flatnonzero(~(np.abs(norms - 1) <= UNIT_TOLERANCE))  # "not <=", since NaN is neither
+        bad = np.flatnonzero(~(np.abs(norms - 1) <= UNIT_TOLERANCE))  # "not <=" is true for NaN
         if len(bad):
             row = bad[0]
             raise InputError(
@@ -394,7 +398,7 @@ def check_unit_vectors(vectors: np.ndarray, dim: int, name: str, first_row: int)
 
 
 def _exact_top_k(blocks: Iterable[np.ndarray], queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [Q, k] and similarities [Q, k] of the k best rows of all `blocks`, which hold at least k."""
+    """Ids [Q, k] and similarities [Q, k] of the k best rows of all `blocks`, which have at least k rows."""
     ids = np.zeros((len(queries), k), np.int64)
     similarities = np.full((len(queries), k), -np.inf, np.float32)
     first_id = 0
@@ -410,9 +414,9 @@ def _exact_top_k(blocks: Iterable[np.ndarray], queries: np.ndarray, k: int) -> t
 def _merge(
     ids: np.ndarray, similarities: np.ndarray, scores: np.ndarray, first_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best k of the k so far (ids and similarities [Q, k]) and a block (scores [Q, B]) whose ids are all higher."""
+    """The best k of the k so far (ids, similarities [Q, k]) and of a block with larger ids (scores [Q, B])."""
     q, k = ids.shape
-    # What a score must reach: more than the worst so far or, where more than k do so, the k-th best of the block.
+    # The least score that can be among the best: above the worst so far or, if more than k are, the block's k-th best.
     floor = np.nextafter(similarities[:, -1], np.float32(np.inf))
     crowded = np.count_nonzero(scores >= floor[:, None], axis=1) > k
     if crowded.any():

@@ -1,107 +1,13 @@
 """Recall@K, MRR and nDCG of a recall result. Imports no Paddle."""
 
 import argparse
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, chain
-from typing import NamedTuple
+from collections.abc import Sequence
 
-from data import add_skip_bad_lines_arg, read_hits, read_text_pairs, titles_by_query
-from runtime import ArgumentParser, InputError, at_least, log, run
-
-RECALL_CUTOFFS = (1, 5, 10, 20, 50)
-
-
-class Evaluation(NamedTuple):
-    """Metrics from 0 to 1, averaged over the distinct queries of the pairs."""
-
-    recall: dict[int, float]  # K -> Recall@K, for the K of RECALL_CUTOFFS up to recall_num
-    mrr: float  # at recall_num
-    ndcg: float  # at recall_num
-    recall_num: int
-    queries: int
-    queries_without_results: list[str]  # they count 0
-    unknown_queries: list[str]  # of the recall result, but not of the pairs; left out
-
-
-def recall_at_k(ranked: Sequence[Sequence[str]], positives: Sequence[set[str]], k: int) -> float:
-    """Mean over the queries of |first k documents ∩ positives| / |positives|.
-
-    ranked: each query's distinct documents, best first; positives: the right ones, at least one a query.
-    """
-    return _mean(
-        len(relevant.intersection(documents[:k])) / len(relevant)
-        for documents, relevant in zip(ranked, positives, strict=True)
-    )
-
-
-def mrr_at_k(ranked: Sequence[Sequence[str]], positives: Sequence[set[str]], k: int) -> float:
-    """Mean over the queries of 1 / rank of the first positive, 0 if it is none of the first k (Voorhees 1999, TREC-8).
-
-    Arguments as for `recall_at_k`.
-    """
-    return _mean(
-        next((1 / rank for rank, document in enumerate(documents[:k], 1) if document in relevant), 0.0)
-        for documents, relevant in zip(ranked, positives, strict=True)
-    )
-
-
-def ndcg_at_k(ranked: Sequence[Sequence[str]], positives: Sequence[set[str]], k: int) -> float:
-    """Mean over the queries of DCG / ideal DCG, with gain 1 for a positive and discount 1 / log2(rank + 1).
-
-    Järvelin and Kekäläinen 2002, doi:10.1145/582415.582418, in the form that trec_eval computes. Arguments as for
-    `recall_at_k`.
-    """
-    longest = max(len(documents) for documents in chain(ranked, positives))
-    discounts = [1 / math.log2(rank + 1) for rank in range(1, min(k, longest) + 1)]
-    ideal = list(accumulate(discounts))
-    return _mean(
-        sum(discount for document, discount in zip(documents, discounts, strict=False) if document in relevant)
-        / ideal[min(len(relevant), k) - 1]
-        for documents, relevant in zip(ranked, positives, strict=True)
-    )
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return math.fsum(values) / len(values)
-
-
-def evaluate(positives: Mapping[str, set[str]], hits: Mapping[str, Sequence[str]], recall_num: int) -> Evaluation:
-    """Compares what was recalled with what is right.
-
-    positives: query -> its titles; hits: query -> documents, best first, of which the first `recall_num` distinct ones
-    count: a repeated document keeps its first rank and later ones move up. Raises InputError without queries.
-    """
-    if not positives:
-        raise InputError("there are no queries to evaluate: the pair file holds no pairs")
-    ranked = [list(dict.fromkeys(hits.get(query, ())))[:recall_num] for query in positives]
-    titles = list(positives.values())
-    return Evaluation(
-        recall={k: recall_at_k(ranked, titles, k) for k in RECALL_CUTOFFS if k <= recall_num},
-        mrr=mrr_at_k(ranked, titles, recall_num),
-        ndcg=ndcg_at_k(ranked, titles, recall_num),
-        recall_num=recall_num,
-        queries=len(positives),
-        queries_without_results=[query for query in positives if not hits.get(query)],
-        unknown_queries=[query for query in hits if query not in positives],
-    )
-
-
-def metric_names(recall_num: int) -> list[str]:
-    """Names of the metrics of an evaluation at `recall_num`, in the order in which they are printed."""
-    return [*(f"recall@{k}" for k in RECALL_CUTOFFS if k <= recall_num), f"mrr@{recall_num}", f"ndcg@{recall_num}"]
-
-
-def metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Name -> value from 0 to 1."""
-    values = [*evaluation.recall.values(), evaluation.mrr, evaluation.ndcg]
-    return dict(zip(metric_names(evaluation.recall_num), values, strict=True))
-
-
-def format_lines(evaluation: Evaluation) -> list[str]:
-    """`name@K=percent` lines: those of recall as the original prints them, then MRR and nDCG."""
-    return [f"{name}={round(100 * value, 3)}" for name, value in metrics(evaluation).items()]
+from common.cli import ArgumentParser, number_in_range, run
+from common.logs import log
+from common.options import add_skip_bad_lines_arg
+from data import positives_by_query, read_hits, read_text_pairs
+from retrieval.metrics import evaluate, format_lines
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -114,16 +20,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="pairs whose queries were searched and whose titles are the right answers",
     )
     parser.add_argument("--recall_result_file", required=True, help="the recall result that recall.py wrote")
-    parser.add_argument("--recall_num", type=at_least(1), default=10, help="documents a query that count")
+    parser.add_argument("--recall_num", type=number_in_range(1), default=10, help="documents of a query that count")
     add_skip_bad_lines_arg(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the metrics, a line each."""
+    """Prints the metrics, one a line."""
     args = build_parser().parse_args(argv)
     pairs = read_text_pairs(args.similar_text_pair_file, skip_bad_lines=args.skip_bad_lines)
-    evaluation = evaluate(titles_by_query(pairs), read_hits(args.recall_result_file), args.recall_num)
+    evaluation = evaluate(positives_by_query(pairs), read_hits(args.recall_result_file), args.recall_num)
     if missing := evaluation.queries_without_results:
         log(
             f"{args.recall_result_file}: {len(missing)} of {evaluation.queries} queries have no result and count 0, "

@@ -11,22 +11,13 @@ from typing import Any
 import numpy as np
 from google.protobuf import text_format
 
-from files import (
-    MANIFEST_FILE,
-    atomic_folder,
-    check_manifest,
-    check_replaceable,
-    is_within,
-    whole_folder,
-    write_manifest,
-)
-from runtime import ArgumentParser, InputError, run, set_up_paddle, true_or_false
+from common.cli import ArgumentParser, run, true_or_false
+from common.errors import InputError
+from common.files import atomic_folder, is_within, resolve_interrupted_replace
+from common.manifest import MANIFEST_FILE, check_manifest, check_replaceable, write_manifest
+from common.paddle_setup import set_up_paddle
+from encoding.exported_files import EXPORT_AGAIN, GRAPH_NAME, GRAPH_SUFFIXES, INPUT_NAMES, WEIGHTS_SUFFIX
 from serving.protos import read_proto
-
-if __name__ == "__main__":
-    set_up_paddle()
-
-from static_graph import EXPORT_AGAIN, GRAPH_NAME, GRAPH_SUFFIXES, INPUT_NAMES, WEIGHTS_SUFFIX, StaticEncoder
 
 CONFIG_PROTO = Path(__file__).resolve().parent / "deploy" / "C++" / "server" / "model_config.proto"
 SERVER_CONFIG = "serving_server_conf"  # of the files; Serving's loaders look for these names
@@ -38,7 +29,7 @@ INT64, FLOAT32 = 0, 1  # of feed_type and fetch_type: `var_type_conversion` of p
 
 
 def serving_config(output_name: str, embedding_size: int, feed_aliases: Sequence[str], fetch_alias: str) -> Any:
-    """What Serving must know of a graph's inputs and output: a GeneralModelConfig message."""
+    """The names and types of a graph's inputs and output for Serving: a GeneralModelConfig message."""
     config = read_proto(CONFIG_PROTO)["GeneralModelConfig"]()
     for name, alias in zip(INPUT_NAMES, feed_aliases, strict=True):
         config.feed_var.add(name=name, alias_name=alias, is_lod_tensor=False, feed_type=INT64)
@@ -56,9 +47,9 @@ def write_serving_config(folder: Path, name: str, config: Any) -> None:
 
 
 def find_model(folder: Path, model_filename: str, params_filename: str) -> tuple[Path, Path]:
-    """The files of graph and weights; a graph that Paddle 3 wrote where one of Paddle 2 is named. Raises InputError.
+    """The files of graph and weights; if Paddle 2's name for the graph is given, Paddle 3's is accepted too.
 
-    Paddle gives both one name, by which they are told from the folder's other files.
+    Raises InputError if they are missing or don't have the same name without the suffix.
     """
     if not folder.is_dir():
         raise InputError(f"--dirname {folder}: no such folder; export the model with export_model.py")
@@ -79,10 +70,10 @@ def find_model(folder: Path, model_filename: str, params_filename: str) -> tuple
 def convert(
     source: Path, graph: Path, weights: Path, server: Path, feed_aliases: Sequence[str], fetch_alias: str | None
 ) -> Any:
-    """Fills the new folder `server`, runs its graph once, and gives the GeneralModelConfig. Raises InputError.
+    """Fills the new folder `server`, runs its graph once, and returns the GeneralModelConfig. Raises InputError.
 
-    Beside what the original converter writes go the other files of the exported folder: web_service.py tokenises with
-    them.
+    In addition to what the original converter writes, it copies the exported folder's other files, because
+    web_service.py needs them for tokenizing.
     """
     check_manifest(source, remedy=EXPORT_AGAIN)
     shutil.copyfile(graph, server / (GRAPH_NAME + graph.suffix))
@@ -91,6 +82,9 @@ def convert(
         for file in source.iterdir():
             if file.is_file() and file not in (graph, weights) and file.name not in (*MODEL_FILES, MANIFEST_FILE):
                 shutil.copyfile(file, server / file.name)
+    set_up_paddle()
+    from encoding.static_graph import StaticEncoder
+
     encoder = StaticEncoder(server)
     tokens = np.ones((1, 3), dtype=np.int64)
     embedding_size = encoder.embed(tokens, np.zeros_like(tokens)).shape[1]
@@ -102,16 +96,16 @@ def convert(
 
 
 def check_output(path: Path, option: str, config_name: str, others: Iterable[str] = ()) -> None:
-    """Raises InputError if a folder that would be replaced holds something that neither conversion nor Serving wrote.
+    """Raises InputError if replacing a folder would lose a file that neither the conversion nor Serving wrote.
 
-    others: names of files that may be there beside the configs.
+    others: names of files that may exist in addition to the configs.
     """
     configs = [config_name + suffix for suffix in CONFIG_SUFFIXES]
     check_replaceable(path, option, mark=configs[0], others=[*configs, *others])
 
 
 def check_apart(*folders: Path) -> None:
-    """Raises InputError if two folders are the same, or one lies in another: writing one would remove the other."""
+    """Raises InputError if one folder is or lies in another, because replacing it would remove the other."""
     if any(is_within(*pair) for pair in permutations(folders, 2)):
         raise InputError("--dirname, --server_path and --client_path: name three folders, none in another")
 
@@ -143,9 +137,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints which graph it took and what it wrote."""
+    """Prints which graph was taken and what was written."""
     args = build_parser().parse_args(argv)
-    source, server, client = whole_folder(args.dirname), Path(args.server_path), Path(args.client_path)
+    source, server, client = resolve_interrupted_replace(args.dirname), Path(args.server_path), Path(args.client_path)
     feed_aliases = args.feed_alias_names.split(",") if args.feed_alias_names else list(INPUT_NAMES)
     if len(feed_aliases) != len(INPUT_NAMES) or len({*feed_aliases, ""}) != len(INPUT_NAMES) + 1:
         raise InputError(f"--feed_alias_names {args.feed_alias_names}: give {len(INPUT_NAMES)} names, as in a,b")

@@ -3,23 +3,21 @@
 import argparse
 from collections.abc import Sequence
 
-import numpy as np
-
-from data import (
-    SAMPLE_TEXTS,
+from common.cli import ArgumentParser, run, text_argument
+from common.files import prepare_file
+from common.logs import log
+from common.options import (
+    ENCODER_OPTIONS,
+    add_checkpoint_args,
+    add_device_arg,
     add_encoding_args,
+    add_engine_args,
     add_skip_bad_lines_arg,
-    read_texts,
-    text_argument,
+    pick,
 )
-from files import atomic_write, prepare_file
-from runtime import ArgumentParser, log, run, set_up_paddle
-
-if __name__ == "__main__":
-    set_up_paddle()
-
-from base_model import add_checkpoint_args, add_device_arg, set_device
-from encoder import add_engine_args, compare_with_fp32, load_encoder
+from common.paddle_setup import set_up_paddle
+from data import SAMPLE_TEXTS, read_texts, write_vectors
+from modeling.checkpoint_files import check_checkpoint
 
 DEFAULT_PARAMS_PATH = "checkpoints/inbatch/model_40/model_state.pdparams"
 
@@ -32,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--text",
         action="append",
         type=text_argument,
-        help="a text; may be given again (default: the document's sample)",
+        help="a text; may be given several times (default: the document's sample)",
     )
     texts.add_argument("--text_file", help="a file with a text a line")
     parser.add_argument("--output", help="write the vectors, float32 [N, D] in the texts' order, to this .npy file")
@@ -45,32 +43,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the shape and the vectors as the document shows them, or writes them and prints the file's name."""
+    """Prints the shape and the vectors in the document's form, or writes them and prints the file's name."""
     args = build_parser().parse_args(argv)
+    check_checkpoint(args.params_path)
     texts = args.text or SAMPLE_TEXTS[:1]
     if args.text_file:
         texts = read_texts(args.text_file, skip_bad_lines=args.skip_bad_lines)
-
-    set_device(args.device)
-    encoder = load_encoder(
-        args.params_path,
-        batch_size=args.batch_size,
-        text_count=len(texts),
-        engine=args.engine,
-        precision=args.precision,
-        model_name_or_path=args.model_name_or_path,
-        output_emb_size=args.output_emb_size,
-        max_seq_length=args.max_seq_length,
-    )
     if args.output:
         prepare_file(args.output)
-    vectors = encoder(texts, "texts" if args.output else None)
+
+    set_up_paddle()
+    from common.device import set_device
+    from encoding.encoder import compare_with_fp32, load_encoder
+
+    set_device(args.device)
+    encoder = load_encoder(args.params_path, text_count=len(texts), **pick(args, ENCODER_OPTIONS))
+    vectors = encoder.encode(texts, "texts" if args.output else None)
     if encoder.embed_fp32:
         log(f"{encoder.precision}: {compare_with_fp32(encoder, texts, texts)}")
     print(list(vectors.shape))
     if args.output:
-        with atomic_write(args.output, "wb") as file:
-            np.save(file, vectors)
+        write_vectors(args.output, vectors)
         print(f"wrote {args.output}")
     else:
         print(vectors)

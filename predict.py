@@ -2,29 +2,39 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data import TextPair, add_encoding_args, add_skip_bad_lines_arg, parse_pair, read_lines
-from runtime import ArgumentParser, is_main_process, log, run, set_up_paddle
+from common.cli import ArgumentParser, run
+from common.logs import is_main_process, log
+from common.options import (
+    ENCODER_OPTIONS,
+    add_checkpoint_args,
+    add_device_arg,
+    add_encoding_args,
+    add_engine_args,
+    add_skip_bad_lines_arg,
+    pick,
+)
+from common.paddle_setup import set_up_paddle
+from data import TextPair, parse_pair, read_lines
+from modeling.checkpoint_files import check_checkpoint
 
-if __name__ == "__main__":
-    set_up_paddle()
-
-from base_model import add_checkpoint_args, add_device_arg, set_device
-from distributed import encode_share, init_ranks
-from encoder import Encoder, add_engine_args, compare_with_fp32, load_encoder
+if TYPE_CHECKING:
+    from encoding.encoder import Encoder
 
 
-def predict(encoder: Encoder, pairs: Sequence[TextPair]) -> np.ndarray:
-    """Cosines of query and title, float32 [N, 1], in order; each rank computes its share."""
+def predict(encoder: "Encoder", pairs: Sequence[TextPair]) -> np.ndarray:
+    """Cosines of query and title, float32 [N, 1], in order; each rank computes a share."""
+    from common.distributed import encode_on_all_ranks
 
     def cosines(rows: slice) -> np.ndarray:
-        queries = encoder([pair.query for pair in pairs[rows]], "queries")
-        titles = encoder([pair.title for pair in pairs[rows]], "titles")
+        queries = encoder.encode([pair.query for pair in pairs[rows]], "queries")
+        titles = encoder.encode([pair.title for pair in pairs[rows]], "titles")
         return (queries * titles).sum(axis=1, keepdims=True)
 
-    return encode_share(len(pairs), 1, cosines)
+    return encode_on_all_ranks(len(pairs), 1, cosines)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,22 +55,19 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a cosine for each line of the file, and `nan` for a bad line that was skipped."""
     args = build_parser().parse_args(argv)
+    check_checkpoint(args.params_path)
     lines = [line.row for line in read_lines(args.text_pair_file, parse_pair, args.skip_bad_lines)]
+    pairs = [pair for pair in lines if pair is not None]
+
+    set_up_paddle()
+    from common.device import set_device
+    from common.distributed import init_ranks
+    from encoding.encoder import compare_with_fp32, load_encoder
 
     set_device(args.device)
     init_ranks()
-    pairs = [pair for pair in lines if pair is not None]
-    encoder = load_encoder(
-        args.params_path,
-        batch_size=args.batch_size,
-        text_count=2 * len(pairs),
-        engine=args.engine,
-        precision=args.precision,
-        model_name_or_path=args.model_name_or_path,
-        output_emb_size=args.output_emb_size,
-        max_seq_length=args.max_seq_length,
-    )
-    encoder.collator.pad_to_max_seq_len = args.pad_to_max_seq_len
+    encoder = load_encoder(args.params_path, text_count=2 * len(pairs), **pick(args, ENCODER_OPTIONS))
+    encoder.tokenizer.pad_to_max_seq_len = args.pad_to_max_seq_len
     cosines = predict(encoder, pairs)
     if encoder.embed_fp32:
         titles, queries = [pair.title for pair in pairs], [pair.query for pair in pairs]

@@ -1,0 +1,1 @@
+"""Training with in-batch negatives: batches, loss, gradient cache, steps, loop, resume, evaluation."""

@@ -1,12 +1,13 @@
-"""The in-batch negatives loss, and the model that it trains."""
+"""The in-batch negatives loss, and the model that is trained with it."""
 
 import paddle
 
 from base_model import SemanticIndexBase
-from data import PairBatch, TokenIds
-from distributed import gather_rows
+from batch_negative.batches import PairBatch
+from common.distributed import gather_rows
+from data import TokenIds
 
-MASKED_LOGIT = -1e9  # its exponential is 0 beside any other logit, and unlike -inf it has a finite gradient
+MASKED_LOGIT = -1e9  # like -inf it has a probability of 0, but a finite gradient
 
 
 def in_batch_negatives_loss(
@@ -19,35 +20,34 @@ def in_batch_negatives_loss(
 ) -> paddle.Tensor:
     """Mean cross entropy of `scale * (Q T' - margin * I)` against the diagonal, a scalar.
 
-    query_emb: unit vectors [B, D]; title_emb: unit vectors [C, D], of which the first B belong to the queries and the
-    others, if any, are hard negatives; mask: bool [B, C], True where a title is no negative for the query. The diagonal
-    is never masked. In-batch negatives: Karpukhin et al. 2020, https://arxiv.org/abs/2004.04906; the margin on the
-    positive's cosine: Wang et al. 2018 (CosFace), https://arxiv.org/abs/1801.09414.
+    query_emb: unit vectors [B, D]; title_emb: unit vectors [C, D], first the B titles of the queries, then hard
+    negatives; mask: bool [B, C], True where a title is a false negative of the query. The diagonal is never masked.
+    In-batch negatives: Karpukhin et al. 2020, https://arxiv.org/abs/2004.04906; the margin on the positive's cosine:
+    Wang et al. 2018 (CosFace), https://arxiv.org/abs/1801.09414.
     """
     own_title = paddle.eye(query_emb.shape[0], title_emb.shape[0], dtype=query_emb.dtype)
     logits = scale * (paddle.matmul(query_emb, title_emb, transpose_y=True) - margin * own_title)
     if mask is not None:
         masked = paddle.logical_and(mask, own_title == 0)
         logits = paddle.where(masked, paddle.full_like(logits, MASKED_LOGIT), logits)
-    # Not F.cross_entropy: its softmax on the CPU turns NaN into a likely number, and caps a row's loss at 64.
+    # Not F.cross_entropy: its softmax on the CPU turns NaN into a plausible number and limits a row's loss to 64.
     return (paddle.logsumexp(logits, axis=1) - paddle.diagonal(logits)).mean()
 
 
 def batch_loss(vectors: paddle.Tensor, batch: PairBatch, *, margin: float, scale: float) -> paddle.Tensor:
-    """The loss of a batch, a scalar, over the pairs of all ranks that it is scored against.
+    """The loss of a batch over the pairs of all its ranks, a scalar.
 
-    vectors: unit vectors [T, D] of the rows of the batch's chunks. Each rank has the whole loss but only the gradient
-    of its own vectors; the sum over the ranks is the gradient of one process with the whole batch.
+    vectors: unit vectors [T, D], the rows of the batch's chunks. Each rank computes the whole loss, but only the
+    gradient of its own vectors; the sum over the ranks is the gradient of one process with the whole batch.
     """
-    own = paddle.index_select(vectors, paddle.to_tensor(batch.chunk_rows))
-    counts = [2 * pairs + hard_negatives for pairs, hard_negatives in batch.sizes]
-    ranks = list(zip(gather_rows(own, counts, batch.place), batch.sizes, strict=True))
-    queries = [rows[:pairs] for rows, (pairs, _) in ranks]
-    titles = [rows[pairs : 2 * pairs] for rows, (pairs, _) in ranks]
-    hard_negatives = [rows[2 * pairs :] for rows, (pairs, hard) in ranks if hard]
+    own = paddle.index_select(vectors, paddle.to_tensor(batch.row_of_text))
+    rows_of_ranks = gather_rows(own, batch.text_counts, batch.rank)
+    queries, titles, hard_negatives = zip(
+        *(batch.split(rows, rank) for rank, rows in enumerate(rows_of_ranks)), strict=True
+    )
     return in_batch_negatives_loss(
         paddle.concat(queries),
-        paddle.concat(titles + hard_negatives),
+        paddle.concat([*titles, *(rows for rows in hard_negatives if len(rows))]),
         margin=margin,
         scale=scale,
         mask=None if batch.mask is None else paddle.to_tensor(batch.mask),
@@ -63,6 +63,6 @@ class SemanticIndexBatchNeg(SemanticIndexBase):
         return batch_loss(vectors, batch, margin=margin, scale=scale)
 
     def encode_chunk(self, tokens: TokenIds) -> paddle.Tensor:
-        """Unit vectors [N, D] of a chunk's N texts."""
+        """Unit vectors [N, D] of the N texts of a chunk."""
         input_ids, token_type_ids = tokens
         return self.get_pooled_embedding(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids))

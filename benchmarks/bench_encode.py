@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from benchmarks.common import (
+from benchmarks.harness import (
     BASE_ERNIE,
     BENCHMARKS_PYTHON,
     MEDIUM_ERNIE,
@@ -33,8 +33,10 @@ from benchmarks.common import (
     run_checked,
     sample_of,
 )
-from files import atomic_write
-from runtime import ArgumentParser, InputError, at_least, has_bf16, run
+from common.cli import ArgumentParser, number_in_range, run
+from common.cpu import has_bf16
+from common.errors import InputError
+from common.files import atomic_write
 
 FOLDER = Path(__file__).parent
 REFERENCE, OURS, DYGRAPH, TWO_RANKS = "reference", "ours", "ours, --engine dygraph", "ours, two ranks"
@@ -153,10 +155,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", help="folder with a config.json and a vocab.txt (default: a vocabulary made of the texts)"
     )
-    parser.add_argument("--batch_size", type=at_least(1), default=32, help="texts of full length a batch")
-    parser.add_argument("--texts", type=at_least(2), help=f"texts, from all over the corpus (default: {FULL.texts})")
-    parser.add_argument("--passes", type=at_least(1), help=f"timed passes of a process (default: {FULL.passes})")
-    parser.add_argument("--rounds", type=at_least(1), help=f"processes of each encoder (default: {FULL.rounds})")
+    parser.add_argument("--batch_size", type=number_in_range(1), default=32, help="texts of full length a batch")
+    parser.add_argument(
+        "--texts", type=number_in_range(2), help=f"texts, from all over the corpus (default: {FULL.texts})"
+    )
+    parser.add_argument("--passes", type=number_in_range(1), help=f"timed passes of a process (default: {FULL.passes})")
+    parser.add_argument("--rounds", type=number_in_range(1), help=f"processes of each encoder (default: {FULL.rounds})")
     parser.add_argument("--quick", action="store_true", help="a small model, one round of two passes")
     return parser
 

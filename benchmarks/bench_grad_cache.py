@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import (
+from benchmarks.harness import (
     BASE_ERNIE,
     MAX_SEQ_LENGTH,
     MEDIUM_ERNIE,
@@ -26,8 +26,8 @@ from benchmarks.common import (
     run_process,
     write_pairs,
 )
+from common.cli import ArgumentParser, number_in_range, run
 from data import TextPair
-from runtime import ArgumentParser, at_least, run
 
 CHUNK = 32
 
@@ -58,9 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_input_args(parser)
-    parser.add_argument("--large_batch", type=at_least(CHUNK), help=f"pairs (default: {FULL.large_batch})")
-    parser.add_argument("--small_batch", type=at_least(CHUNK), help=f"pairs (default: {FULL.small_batch})")
-    parser.add_argument("--rounds", type=at_least(1), help=f"timed processes of each kind (default: {FULL.rounds})")
+    parser.add_argument("--large_batch", type=number_in_range(CHUNK), help=f"pairs (default: {FULL.large_batch})")
+    parser.add_argument("--small_batch", type=number_in_range(CHUNK), help=f"pairs (default: {FULL.small_batch})")
+    parser.add_argument(
+        "--rounds", type=number_in_range(1), help=f"timed processes of each kind (default: {FULL.rounds})"
+    )
     parser.add_argument("--quick", action="store_true", help="a small model and small batches, in minutes")
     return parser
 
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train_set_file = write_pairs(inputs.folder / "train.csv", full_length(inputs.pairs, needed))
 
         def command(batch_size: int, steps: int, *options: str) -> list[str | Path]:
-            trainer = [sys.executable, Path(__file__).parent / "ours.py", "--model", inputs.model]
+            trainer = [sys.executable, Path(__file__).parent / "train_ours.py", "--model", inputs.model]
             return [
                 *trainer,
                 "--train_set_file",

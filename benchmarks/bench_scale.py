@@ -14,8 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import describe_machine, run_checked, run_process
-from runtime import ArgumentParser, at_least, run
+from benchmarks.harness import describe_machine, run_checked, run_process
+from common.cli import ArgumentParser, number_in_range, run
 
 FULL_DOCUMENTS, QUICK_DOCUMENTS = [10_000, 100_000, 300_000, 1_000_000], [10_000, 20_000]
 VOCABULARY_DOCUMENTS = 6000  # from which the tiny ERNIE's vocabulary is built
@@ -50,7 +50,7 @@ def measure_size(corpus: Path, checkpoint: Path, documents: int) -> dict[str, An
     with tempfile.TemporaryDirectory(dir=corpus.parent) as name:
         options = ["--params_path", checkpoint, "--corpus_file", first_lines(corpus, documents)]
         options += ["--embedding_dir", f"{name}/vectors", "--index_dir", f"{name}/index"]
-        command = [sys.executable, Path(__file__).parent / "scale.py", *options]
+        command = [sys.executable, Path(__file__).parent / "measure_scale.py", *options]
         encode, index = (
             run_process([*command, "--stage", stage], Path(name) / "report.json", dict) for stage in ("encode", "index")
         )
@@ -67,7 +67,9 @@ def measure_size(corpus: Path, checkpoint: Path, documents: int) -> dict[str, An
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--documents", type=at_least(1), nargs="+", help=f"corpus sizes (default: {FULL_DOCUMENTS})")
+    parser.add_argument(
+        "--documents", type=number_in_range(1), nargs="+", help=f"corpus sizes (default: {FULL_DOCUMENTS})"
+    )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_DOCUMENTS} documents")
     return parser
 

@@ -18,9 +18,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ann_util import ExactIndex
-from benchmarks.common import BENCHMARKS_PYTHON, check_benchmarks_python, describe_machine, run_process
-from benchmarks.search import ENGINES, TUNED_ON
-from runtime import ArgumentParser, InputError, at_least, run
+from benchmarks.harness import BENCHMARKS_PYTHON, check_benchmarks_python, describe_machine, run_process
+from benchmarks.measure_search import ENGINES, TUNED_ON
+from common.cli import ArgumentParser, number_in_range, run
+from common.errors import InputError
 
 FOLDER = Path(__file__).parent
 DIM, CLUSTERS, SPREAD = 256, 2000, 0.7  # of made vectors: a text's neighbours lie around a topic
@@ -85,7 +86,7 @@ def measure_size(vectors: np.ndarray, queries: np.ndarray, rounds: int, share: f
         for number in range(1, rounds + 1):
             for engine in ENGINES:
                 python = BENCHMARKS_PYTHON if engine == "faiss" else sys.executable
-                command = [python, FOLDER / "search.py", "--engine", engine, "--share", str(share), *files]
+                command = [python, FOLDER / "measure_search.py", "--engine", engine, "--share", str(share), *files]
                 measured[engine].append(run_process(command, Path(name) / "report.json", dict))
                 print(f"{len(vectors)} vectors, round {number} of {rounds}: {engine}", file=sys.stderr, flush=True)
     default_share = round(min(one["default_share"] for one in measured["ours"]), 4)
@@ -125,9 +126,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vectors", help="unit vectors: a .npy file, or a folder of them (default: made)")
     parser.add_argument("--queries", help="unit vectors, a .npy file (default: made, or perturbed vectors)")
-    parser.add_argument("--rows", type=at_least(1000), nargs="+", help=f"index sizes (default: {FULL_ROWS})")
-    parser.add_argument("--share", type=at_least(0.0, float, 1.0), default=0.99, help="recall that all engines reach")
-    parser.add_argument("--rounds", type=at_least(1), default=3, help="processes of each engine and size")
+    parser.add_argument("--rows", type=number_in_range(1000), nargs="+", help=f"index sizes (default: {FULL_ROWS})")
+    parser.add_argument(
+        "--share", type=number_in_range(0.0, float, 1.0), default=0.99, help="recall that all engines reach"
+    )
+    parser.add_argument("--rounds", type=number_in_range(1), default=3, help="processes of each engine and size")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROWS} vectors")
     return parser
 

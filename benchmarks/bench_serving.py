@@ -24,7 +24,10 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "deploy" / "C++"))
 
-from runtime import ArgumentParser, InputError, at_least, cpu_count, run, set_up_paddle
+from common.cli import ArgumentParser, number_in_range, run
+from common.cpu import cpu_count
+from common.errors import InputError
+from common.paddle_setup import set_up_paddle
 
 if __name__ == "__main__":
     set_up_paddle()
@@ -32,7 +35,8 @@ if __name__ == "__main__":
 import numpy as np
 
 from base_model import SemanticIndexBase
-from benchmarks.common import (
+from batch_negative.batches import batched
+from benchmarks.harness import (
     BASE_ERNIE,
     MAX_SEQ_LENGTH,
     MEDIUM_ERNIE,
@@ -40,12 +44,12 @@ from benchmarks.common import (
     benchmark_inputs,
     describe_machine,
 )
-from benchmarks.service import CLIENTS, CPP_CLIENTS, Client, read_metrics, running_cpp_service, running_service
-from checkpoint import create_model, save_checkpoint
-from data import batched, encode_texts
+from benchmarks.service_clients import CLIENTS, CPP_CLIENTS, Client, read_metrics, running_cpp_service, running_service
+from data import encode_texts
+from encoding.static_graph import Exported, load_exported
 from export_model import main as export
 from export_to_serving import main as export_to_serving
-from static_graph import Exported, load_exported
+from modeling.checkpoint import create_model, save_checkpoint
 
 TOLERANCE = 1e-5  # of a component
 PERCENTILES = (50, 90, 95, 99)
@@ -75,7 +79,7 @@ def measure_direct(model: Exported, texts: Sequence[str], batch_size: int, secon
     start = time.perf_counter()
     for batch in batched(cycle(texts), batch_size):
         batch_start = time.perf_counter()
-        model.encoder.embed(*model.collator(batch))
+        model.encoder.embed(*model.tokenizer(batch))
         end = time.perf_counter()
         latencies.append(end - batch_start)
         if end - start > seconds:
@@ -161,8 +165,8 @@ def summary(rounds: dict[str, list[Measured]]) -> dict[str, object]:
 
 def exported_model(model: Path, folder: Path) -> Path:
     """Random weights for a config.json and a vocab.txt, exported."""
-    created, collator = create_model(SemanticIndexBase, from_scratch=str(model), max_seq_length=MAX_SEQ_LENGTH)
-    save_checkpoint(folder / "checkpoint", created, collator)
+    created, tokenizer = create_model(SemanticIndexBase, from_scratch=str(model), max_seq_length=MAX_SEQ_LENGTH)
+    save_checkpoint(folder / "checkpoint", created, tokenizer)
     export(["--params_path", str(folder / "checkpoint"), "--output_path", str(folder / "output")])
     return folder / "output"
 
@@ -173,11 +177,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_input_args(parser)
     parser.add_argument("--model_dir", type=Path, help="exported model to serve (default: base ERNIE, random weights)")
     parser.add_argument("--serving_bin", type=Path, help="also the C++ server: what deploy/C++/build.sh prints")
-    parser.add_argument("--batch_size", type=at_least(1), default=32, help="texts of a batch, and clients")
-    parser.add_argument("--threads", type=at_least(1), default=cpu_count(), help="CPU threads that encode, either way")
-    parser.add_argument("--texts", type=at_least(1), default=512, help="titles to encode, again and again")
-    parser.add_argument("--seconds", type=at_least(0.1, float), default=20.0, help="of each way in each round")
-    parser.add_argument("--rounds", type=at_least(1), default=3, help="turns of each way")
+    parser.add_argument("--batch_size", type=number_in_range(1), default=32, help="texts of a batch, and clients")
+    parser.add_argument(
+        "--threads", type=number_in_range(1), default=cpu_count(), help="CPU threads that encode, either way"
+    )
+    parser.add_argument("--texts", type=number_in_range(1), default=512, help="titles to encode, again and again")
+    parser.add_argument("--seconds", type=number_in_range(0.1, float), default=20.0, help="of each way in each round")
+    parser.add_argument("--rounds", type=number_in_range(1), default=3, help="turns of each way")
     parser.add_argument("--quick", action="store_true", help="a small model (4 layers of 256), 2 rounds of 8 s")
     return parser
 
@@ -193,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"--batch_size {args.batch_size}: is more than the {len(texts)} texts")
         model_dir = args.model_dir or exported_model(inputs.model, inputs.folder)
         model = load_exported(model_dir, threads=args.threads)
-        vectors = encode_texts(model.encoder.embed, texts, model.collator, args.batch_size)
+        vectors = encode_texts(model.encoder.embed, texts, model.tokenizer, args.batch_size)
         options = ["--batch_size", str(args.batch_size), "--threads", str(args.threads)]
         with ExitStack() as stack:
             service = stack.enter_context(running_service(model_dir, *options))
@@ -204,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 folders = [f"--{name}_path={inputs.folder}/serving_{name}" for name in ("server", "client")]
                 export_to_serving(["--dirname", str(model_dir), *folders])
                 cpp_service = stack.enter_context(
-                    running_cpp_service(args.serving_bin.absolute(), inputs.folder / "serving_server", model.collator)
+                    running_cpp_service(args.serving_bin.absolute(), inputs.folder / "serving_server", model.tokenizer)
                 )
                 ways |= {way: Way(partial(client, cpp_service), None) for way, client in CPP_CLIENTS.items()}
             measured: dict[str, list[Measured]] = {way: [] for way in (DIRECT, *ways)}

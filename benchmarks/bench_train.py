@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import (
+from benchmarks.harness import (
     BENCHMARKS_PYTHON,
     MEDIUM_ERNIE,
     PASSIVE,
@@ -29,7 +29,8 @@ from benchmarks.common import (
     median_step_seconds,
     write_pairs,
 )
-from runtime import ArgumentParser, InputError, at_least, run
+from common.cli import ArgumentParser, number_in_range, run
+from common.errors import InputError
 
 SEED = 0
 FOLDER = Path(__file__).parent
@@ -44,7 +45,7 @@ def trainer_commands(inputs: Inputs, steps: int, batch_size: int) -> dict[str, l
     common = ["--model", inputs.model, "--steps", str(steps), "--seed", str(SEED)]
     one_process = [*common, "--batch_size", str(batch_size)]
     launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", inputs.folder / "log"]
-    ours = [FOLDER / "ours.py", "--train_set_file", train_set_file]
+    ours = [FOLDER / "train_ours.py", "--train_set_file", train_set_file]
     peer_script = FOLDER / "sentence_transformers_train.py"
     peer = [BENCHMARKS_PYTHON, peer_script, *one_process, "--train_set_file", train_set_file]
     return {
@@ -81,10 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_input_args(parser)
-    parser.add_argument("--batch_size", type=at_least(2), default=64, help="pairs a step, over all processes")
-    parser.add_argument("--steps", type=at_least(2), default=12, help="steps of each process, warm-up included")
-    parser.add_argument("--warm_up", type=at_least(1), default=2, help="first steps that aren't counted")
-    parser.add_argument("--rounds", type=at_least(1), default=5, help="processes of each trainer")
+    parser.add_argument("--batch_size", type=number_in_range(2), default=64, help="pairs a step, over all processes")
+    parser.add_argument("--steps", type=number_in_range(2), default=12, help="steps of each process, warm-up included")
+    parser.add_argument("--warm_up", type=number_in_range(1), default=2, help="first steps that aren't counted")
+    parser.add_argument("--rounds", type=number_in_range(1), default=5, help="processes of each trainer")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 3 steps, the first one not counted")
     return parser
 

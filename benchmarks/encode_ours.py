@@ -9,15 +9,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from benchmarks.common import MAX_SEQ_LENGTH, add_encoder_args, measure_encoding, write_report
-from runtime import ArgumentParser, is_main_process, run, set_up_paddle
+from benchmarks.harness import MAX_SEQ_LENGTH, add_encoder_args, measure_encoding, write_report
+from common.cli import ArgumentParser, run
+from common.logs import is_main_process
+from common.paddle_setup import set_up_paddle
 
 if __name__ == "__main__":
     set_up_paddle()
 
-from base_model import set_device
-from distributed import encode_share, init_ranks
-from encoder import STATIC_FROM_TEXTS, add_engine_args, load_encoder
+from common.device import set_device
+from common.distributed import encode_on_all_ranks, init_ranks
+from common.options import STATIC_FROM_TEXTS, add_engine_args
+from encoding.encoder import load_encoder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
     def encode(texts: Sequence[str]) -> np.ndarray:
-        return encode_share(len(texts), encoder.embedding_size, lambda share: encoder(texts[share]))
+        return encode_on_all_ranks(len(texts), encoder.embedding_size, lambda share: encoder(texts[share]))
 
     report = measure_encoding(
         encode, args.corpus_file, ["paddlepaddle", "paddlenlp"], warm_up=args.warm_up, passes=args.passes

@@ -13,10 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from benchmarks.common import MAX_SEQ_LENGTH, add_encoder_args, measure_encoding, write_report
-from data import Embed, TextCollator, encode_texts
-from runtime import ArgumentParser, InputError, cpu_count, run
-from weights import read_weights
+from benchmarks.harness import MAX_SEQ_LENGTH, add_encoder_args, measure_encoding, write_report
+from common.cli import ArgumentParser, run
+from common.cpu import cpu_count
+from common.errors import InputError
+from data import Embed, TextTokenizer, encode_texts
+from modeling.weight_files import read_weights
 
 # A peer's packages are imported where they are used: a process takes one of them, and tests have none.
 LAYER_NAMES = {  # of an encoder layer: ERNIE's in PaddleNLP -> BERT's in transformers
@@ -39,7 +41,7 @@ def onnx_file(folder: Path) -> Path:
     raise InputError(f"{folder}: has no ONNX graph; export the model with export_model.py --format onnx")
 
 
-def onnxruntime_embed(folder: Path, _: TextCollator, __: str) -> Embed:
+def onnxruntime_embed(folder: Path, _: TextTokenizer, __: str) -> Embed:
     """Of an exported model, in float32."""
     import onnxruntime
 
@@ -54,7 +56,7 @@ def onnxruntime_embed(folder: Path, _: TextCollator, __: str) -> Embed:
     return embed
 
 
-def openvino_embed(folder: Path, _: TextCollator, precision: str) -> Embed:
+def openvino_embed(folder: Path, _: TextTokenizer, precision: str) -> Embed:
     """Of an exported model. Raises InputError if OpenVINO takes another precision."""
     import openvino
 
@@ -76,7 +78,7 @@ def openvino_embed(folder: Path, _: TextCollator, precision: str) -> Embed:
     return embed
 
 
-def sentence_transformers_embed(folder: Path, collator: TextCollator, _: str) -> Embed:
+def sentence_transformers_embed(folder: Path, tokenizer: TextTokenizer, _: str) -> Embed:
     """Of a checkpoint with cls pooling, in float32."""
     import torch
     from sentence_transformers.base.modules import Dense
@@ -97,7 +99,7 @@ def sentence_transformers_embed(folder: Path, collator: TextCollator, _: str) ->
     bert = BertModel(bert_config(folder), add_pooling_layer=False)
     bert.load_state_dict({name: weights[name] for name in bert.state_dict() if name in weights})
     pooler = [Pooling(bert.config.hidden_size, "cls"), dense("pooler.dense", torch.nn.Tanh())]
-    return embed_with(as_sentence_transformer(bert, [*pooler, dense("emb_reduce_linear", None)]), collator)
+    return embed_with(as_sentence_transformer(bert, [*pooler, dense("emb_reduce_linear", None)]), tokenizer)
 
 
 def torch_weights(folder: Path) -> dict[str, np.ndarray]:
@@ -117,7 +119,7 @@ def torch_weights(folder: Path) -> dict[str, np.ndarray]:
 class Peer(NamedTuple):
     """What encodes, and the packages that it takes."""
 
-    embed: Callable[[Path, TextCollator, str], Embed]  # (model's folder, collator, precision)
+    embed: Callable[[Path, TextTokenizer, str], Embed]  # (model's folder, tokenizer, precision)
     packages: tuple[str, ...]
 
 
@@ -141,12 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Encodes and reports."""
     args = build_parser().parse_args(argv)
     folder = Path(args.model)
-    collator = TextCollator.load(folder, MAX_SEQ_LENGTH)
+    tokenizer = TextTokenizer.load(folder, MAX_SEQ_LENGTH)
     peer = PEERS[args.peer]
-    embed = peer.embed(folder, collator, args.precision)
+    embed = peer.embed(folder, tokenizer, args.precision)
 
     def encode(texts: Sequence[str]) -> np.ndarray:
-        return encode_texts(embed, texts, collator, args.batch_size)
+        return encode_texts(embed, texts, tokenizer, args.batch_size)
 
     write_report(
         args.report, measure_encoding(encode, args.corpus_file, peer.packages, warm_up=args.warm_up, passes=args.passes)

@@ -11,10 +11,10 @@ import numpy as np
 import paddle
 from paddlenlp.transformers import ErnieConfig, ErnieTokenizer
 
-from benchmarks.common import add_encoder_args, measure_encoding, write_report
+from benchmarks.harness import add_encoder_args, measure_encoding, write_report
 from benchmarks.reference import ReferenceModel, encode
-from runtime import ArgumentParser, run
-from weights import read_weights
+from common.cli import ArgumentParser, run
+from modeling.weight_files import read_weights
 
 
 def load_reference(folder: str) -> ReferenceModel:

@@ -7,15 +7,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import EMBEDDING_SIZE, MAX_SEQ_LENGTH
-from runtime import ArgumentParser, at_least, run, set_up_paddle
+from benchmarks.harness import EMBEDDING_SIZE, MAX_SEQ_LENGTH
+from common.cli import ArgumentParser, number_in_range, run
+from common.paddle_setup import set_up_paddle
 
 if __name__ == "__main__":
     set_up_paddle()
 
 import export_model
-from base_model import SemanticIndexBase, set_device, set_seed
-from checkpoint import create_model, save_checkpoint
+from base_model import SemanticIndexBase
+from common.device import set_device, set_seed
+from modeling.checkpoint import create_model, save_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder with a config.json and a vocab.txt")
     parser.add_argument("--checkpoint", required=True, help="folder to write the checkpoint to")
     parser.add_argument("--exported", required=True, help="folder to export it to")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the weights")
+    parser.add_argument("--seed", type=number_in_range(0), default=0, help="seed of the weights")
     return parser
 
 

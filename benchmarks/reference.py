@@ -18,7 +18,8 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddlenlp.transformers import ErnieConfig, ErnieModel, ErnieTokenizer, LinearDecayWithWarmup
 
-from benchmarks.common import (
+from batch_negative.batches import batched
+from benchmarks.harness import (
     EMBEDDING_SIZE,
     MARGIN,
     MAX_SEQ_LENGTH,
@@ -29,8 +30,8 @@ from benchmarks.common import (
     used,
     write_report,
 )
-from data import TextPair, batched, read_text_pairs
-from runtime import ArgumentParser, run
+from common.cli import ArgumentParser, run
+from data import TextPair, read_text_pairs
 
 Tokens = tuple[paddle.Tensor, paddle.Tensor]  # (input_ids, token_type_ids), int64 [B, L] each
 

@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
-from benchmarks.common import (
+from batch_negative.batches import TokenizedTexts, epoch_batches
+from benchmarks.harness import (
     EMBEDDING_SIZE,
     MAX_SEQ_LENGTH,
     SCALE,
@@ -33,20 +34,10 @@ from benchmarks.common import (
     used,
     write_report,
 )
-from data import (
-    PAD,
-    UNK,
-    Embed,
-    TextCollator,
-    TokenisedTexts,
-    encode_texts,
-    epoch_batches,
-    read_corpus,
-    read_text_pairs,
-    titles_by_query,
-)
-from files import read_json
-from runtime import ArgumentParser, progress_bar, run
+from common.cli import ArgumentParser, run
+from common.files import read_json
+from common.logs import progress_bar
+from data import PAD, UNK, Embed, TextTokenizer, encode_texts, positives_by_query, read_corpus, read_text_pairs
 
 ERNIE_TO_BERT = (  # sizes and rates that both configs name alike
     "vocab_size",
@@ -89,10 +80,10 @@ def create_model(folder: str) -> SentenceTransformer:
     return as_sentence_transformer(BertModel(config), [Pooling(config.hidden_size, "mean"), dense])
 
 
-def features_of(collator: TextCollator, ids: Sequence[Sequence[int]]) -> Features:
+def features_of(tokenizer: TextTokenizer, ids: Sequence[Sequence[int]]) -> Features:
     """The model's input, padded to the longest text."""
-    input_ids, token_type_ids = map(torch.from_numpy, collator.pad(ids))
-    attention_mask = (input_ids != collator.pad_id).long()
+    input_ids, token_type_ids = map(torch.from_numpy, tokenizer.pad(ids))
+    attention_mask = (input_ids != tokenizer.pad_id).long()
     return {"input_ids": input_ids, "token_type_ids": token_type_ids, "attention_mask": attention_mask}
 
 
@@ -116,31 +107,31 @@ def make_step(model: SentenceTransformer, learning_rate: float, steps: int) -> C
 
 
 def batches(
-    collator: TextCollator, columns: Sequence[Sequence[str]], batch_size: int, seed: int
+    tokenizer: TextTokenizer, columns: Sequence[Sequence[str]], batch_size: int, seed: int
 ) -> Iterator[list[Features]]:
     """The same batches in the same order as ours, without end; columns are padded separately."""
-    tokens = [TokenisedTexts(collator, column) for column in columns]
+    tokens = [TokenizedTexts(tokenizer, column) for column in columns]
     for epoch in count(1):
         for (rows,) in epoch_batches(len(tokens[0]), batch_size, seed=seed, epoch=epoch):
-            yield [features_of(collator, [texts[row] for row in rows]) for texts in tokens]
+            yield [features_of(tokenizer, [texts[row] for row in rows]) for texts in tokens]
 
 
-def embed_with(model: SentenceTransformer, collator: TextCollator) -> Embed:
+def embed_with(model: SentenceTransformer, tokenizer: TextTokenizer) -> Embed:
     """What `data.encode_texts` calls: unit vectors, float32 [B, D], of int64 [B, L] token ids."""
 
     @torch.inference_mode()
     def embed(input_ids: np.ndarray, _: np.ndarray) -> np.ndarray:
-        features = features_of(collator, input_ids)
+        features = features_of(tokenizer, input_ids)
         return torch.nn.functional.normalize(model(features)["sentence_embedding"]).numpy()
 
     model.eval()
     return embed
 
 
-def write_vectors(model: SentenceTransformer, collator: TextCollator, texts: Sequence[str], path: Path) -> None:
+def write_vectors(model: SentenceTransformer, tokenizer: TextTokenizer, texts: Sequence[str], path: Path) -> None:
     """Unit vectors of the texts, float32 [N, D], in their order."""
     with progress_bar(len(texts), str(path), "text") as progress:
-        np.save(path, encode_texts(embed_with(model, collator), texts, collator, 64, progress=progress))
+        np.save(path, encode_texts(embed_with(model, tokenizer), texts, tokenizer, 64, progress=progress))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -160,11 +151,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     torch.manual_seed(args.seed)
     pairs = read_text_pairs(args.train_set_file)
-    collator = TextCollator.load(args.model, MAX_SEQ_LENGTH)
+    tokenizer = TextTokenizer.load(args.model, MAX_SEQ_LENGTH)
     model = create_model(args.model)
     step = make_step(model, args.learning_rate, args.steps)
     columns = [[pair.query for pair in pairs], [pair.title for pair in pairs]]
-    training_batches = batches(collator, columns, args.batch_size, args.seed)
+    training_batches = batches(tokenizer, columns, args.batch_size, args.seed)
     seconds, losses = timed_steps(step, islice(training_batches, args.steps))
     if args.report:
         write_report(args.report, Training(seconds, losses, *used(["sentence-transformers", "torch"])))
@@ -172,10 +163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.corpus_file or args.similar_text_pair_file:
         args.output.mkdir(parents=True, exist_ok=True)
     if args.corpus_file:
-        write_vectors(model, collator, read_corpus(args.corpus_file), args.output / "corpus.npy")
+        write_vectors(model, tokenizer, read_corpus(args.corpus_file), args.output / "corpus.npy")
     if args.similar_text_pair_file:
-        queries = list(titles_by_query(read_text_pairs(args.similar_text_pair_file)))
-        write_vectors(model, collator, queries, args.output / "queries.npy")
+        queries = list(positives_by_query(read_text_pairs(args.similar_text_pair_file)))
+        write_vectors(model, tokenizer, queries, args.output / "queries.npy")
     return 0
 
 

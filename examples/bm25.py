@@ -10,8 +10,9 @@ from bm25s.tokenization import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import Hit, add_evaluation_file_args, read_corpus, read_text_pairs, titles_by_query, write_hits
-from runtime import ArgumentParser, at_least, run
+from common.cli import ArgumentParser, number_in_range, run
+from common.options import add_evaluation_file_args
+from data import Hit, positives_by_query, read_corpus, read_text_pairs, write_hits
 
 # The usual values of BM25 (Robertson and Zaragoza 2009, section 3.2; Lucene's defaults).
 K1 = 1.2
@@ -42,14 +43,14 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(__doc__)
     add_evaluation_file_args(parser, required=True)
-    parser.add_argument("--recall_num", type=at_least(1), default=50, help="documents recalled for a query")
+    parser.add_argument("--recall_num", type=number_in_range(1), default=50, help="documents recalled for a query")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the recall result and says how large the search was."""
     args = build_parser().parse_args(argv)
-    queries = list(titles_by_query(read_text_pairs(args.similar_text_pair_file)))
+    queries = list(positives_by_query(read_text_pairs(args.similar_text_pair_file)))
     corpus = read_corpus(args.corpus_file)
     result = Path(args.recall_result_dir) / args.recall_result_file
     write_hits(result, bm25_search(queries, corpus, args.recall_num))

@@ -15,8 +15,9 @@ from typing import NamedTuple, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from files import atomic_write
-from runtime import ArgumentParser, InputError, at_least, run
+from common.cli import ArgumentParser, number_in_range, run
+from common.errors import InputError
+from common.files import atomic_write
 
 TERMS_DIR = Path(__file__).resolve().parent / "terms"
 REGIONS_FILE = "regions.txt"
@@ -405,10 +406,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True, help="the files go to its folder recall")
-    parser.add_argument("--documents", type=at_least(1), default=6000, help="lines of corpus.csv")
-    parser.add_argument("--train_pairs", type=at_least(1), default=6000, help="lines of train.csv")
-    parser.add_argument("--dev_pairs", type=at_least(1), default=300, help="lines of dev.csv")
-    parser.add_argument("--test_pairs", type=at_least(1), default=500, help="lines of test.csv")
+    parser.add_argument("--documents", type=number_in_range(1), default=6000, help="lines of corpus.csv")
+    parser.add_argument("--train_pairs", type=number_in_range(1), default=6000, help="lines of train.csv")
+    parser.add_argument("--dev_pairs", type=number_in_range(1), default=300, help="lines of dev.csv")
+    parser.add_argument("--test_pairs", type=number_in_range(1), default=500, help="lines of test.csv")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives another dataset")
     return parser
 

@@ -8,16 +8,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import (
-    BACKBONE_CONFIG_FILE,
-    VOCABULARY_FILE,
-    build_vocabulary,
-    read_corpus,
-    read_text_pairs,
-    write_vocabulary,
-)
-from files import read_json, write_json
-from runtime import ArgumentParser, at_least, run
+from common.cli import ArgumentParser, number_in_range, run
+from common.files import read_json, write_json
+from data import BACKBONE_CONFIG_FILE, VOCABULARY_FILE, read_corpus, read_text_pairs, write_vocabulary
+from examples.vocabulary import build_vocabulary
 
 TINY_ERNIE_CONFIG = Path(__file__).parent / "tiny_ernie" / "config.json"
 
@@ -42,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train_set_file", required=True, help="training pairs")
     parser.add_argument("--corpus_file", required=True, help="documents, one a line")
     parser.add_argument("--config", default=str(TINY_ERNIE_CONFIG), help="PaddleNLP config of the model")
-    parser.add_argument("--vocab_size", type=at_least(10), default=8000, help="tokens at most")
+    parser.add_argument("--vocab_size", type=number_in_range(10), default=8000, help="tokens at most")
     parser.add_argument("--output_dir", required=True, help="folder to write config.json and vocab.txt to")
     return parser
 

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-from runtime import InputError
+from common.errors import InputError
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime import InputError
+from common.errors import InputError
 from serving import installed_packages
 from serving.encoder_process import EncoderProcess, EncoderStopped
 from serving.limits import (
@@ -92,7 +92,7 @@ class ServiceOptions(NamedTuple):
     """How a service batches, and what it takes."""
 
     batch_size: int  # texts
-    batch_wait: float  # seconds that a batch waits for requests that are expected
+    max_queue_delay: float  # seconds that a batch waits for requests that are expected
     rpc_threads: int  # requests over gRPC at a time
     limits: Limits
 
@@ -147,7 +147,7 @@ class EncoderOp(Op):
         """
         while True:
             batch = [input_channel.front(op_name)]
-            until = time.monotonic() + self._service_options.batch_wait
+            until = time.monotonic() + self._service_options.max_queue_delay
             while sum(map(_texts, batch)) < self._service_options.batch_size:
                 wait = until - time.monotonic() if len(batch) < self._expected else 0.0
                 try:
@@ -202,7 +202,7 @@ class PipelineService(PipelineServicer):
 
     def __init__(self, encoders: Sequence[EncoderProcess], options: ServiceOptions) -> None:
         self._options, self._encoders = options, encoders
-        self.admission = Admission(options.limits.waiting_texts)
+        self.admission = Admission(options.limits.queued_texts)
         self.metrics = Metrics(self.admission)
         conf = ServerYamlConfChecker.load_server_yaml_conf(
             yml_dict={"op": {SERVICE: {"concurrency": len(encoders)}}, "dag": {"is_thread_op": True}}
@@ -223,8 +223,8 @@ class PipelineService(PipelineServicer):
         """Of requests."""
         return self._options.limits
 
-    def answer(self, way: str, read: Callable[[], Request]) -> Response:
-        """The answer to the request that `read` gives; way: "rpc" or "http". Errors of any kind become answers."""
+    def answer(self, protocol: str, read: Callable[[], Request]) -> Response:
+        """The answer to the request that `read` gives; protocol: "grpc" or "http". Any error becomes an answer."""
         start = time.monotonic()
         try:
             response = self._answer(read())
@@ -233,7 +233,7 @@ class PipelineService(PipelineServicer):
         except Exception as error:
             service_log(f"error: {type(error).__name__} in answering a request")  # its message could hold texts
             response = error_response(INTERNAL_ERROR, "the service failed: try again")
-        self.metrics.answered(way, response.err_no, time.monotonic() - start)
+        self.metrics.answered(protocol, response.err_no, time.monotonic() - start)
         return response
 
     def _answer(self, request: Request) -> Response:
@@ -259,7 +259,7 @@ class PipelineService(PipelineServicer):
         )
         # The bytes come here unparsed: gRPC answers what isn't a Request without saying why.
         handler = grpc.unary_unary_rpc_method_handler(
-            lambda data, _: self.answer("rpc", lambda: parse_request(data)),
+            lambda data, _: self.answer("grpc", lambda: parse_request(data)),
             response_serializer=Response.SerializeToString,
         )
         self._rpc_server.add_generic_rpc_handlers(

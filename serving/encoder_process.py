@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from runtime import InputError
+from common.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 STOP_SECONDS = 5.0
@@ -115,23 +115,24 @@ class EncoderProcess:
 
 def serve(connection: Connection, options: EncoderOptions) -> None:
     """Answers lists of texts with their vectors until the other end is closed; a string is an error."""
-    from runtime import set_up_paddle
+    from common.paddle_setup import set_up_paddle
 
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
     set_up_paddle()
+    from common.device import choose_device
     from data import encode_texts
-    from static_graph import choose_device, load_exported
+    from encoding.static_graph import load_exported
 
     try:
-        encoder, collator = load_exported(
+        encoder, tokenizer = load_exported(
             Path(options.model_dir),
             device=choose_device(options.device),
             precision=options.precision,
             threads=options.threads,
             max_seq_length=options.max_seq_length,
         )
-        encode_texts(encoder.embed, ["warm up"] * options.batch_size, collator, options.batch_size)
+        encode_texts(encoder.embed, ["warm up"] * options.batch_size, tokenizer, options.batch_size)
     except InputError as error:
         connection.send(str(error))
         return
@@ -142,7 +143,7 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
     while True:
         texts = connection.recv()
         try:
-            vectors = encode_texts(encoder.embed, texts, collator, options.batch_size)
+            vectors = encode_texts(encoder.embed, texts, tokenizer, options.batch_size)
         except Exception as error:
             connection.send(f"{type(error).__name__} in encoding {len(texts)} texts")
             if options.device == "gpu":  # which CUDA may have lost for as long as this process lives

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
-from runtime import InputError
+from common.errors import InputError
 from serving import installed_packages
 from serving.adapter import SERVICE, PipelineService, Request, Response, error_response
 from serving.limits import (

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from runtime import log
+from common.logs import log
 
 # Numbers of err_no, Serving's own (`CustomExceptionCode` of 0.9.0) where it has one; 51 to 99 are left to products.
 OK = 0
@@ -36,7 +36,7 @@ class Limits(NamedTuple):
     texts: int
     characters: int  # of a text
     bytes: int
-    waiting_texts: int  # of all requests together that aren't answered yet
+    queued_texts: int  # of all requests together that aren't answered yet
 
 
 def check_texts(keys: Sequence[str], values: Sequence[str], limits: Limits) -> list[str]:
@@ -65,8 +65,8 @@ def check_texts(keys: Sequence[str], values: Sequence[str], limits: Limits) -> l
 class Admission:
     """Counts the requests and texts that aren't answered yet, and keeps them within bounds."""
 
-    def __init__(self, waiting_texts: int) -> None:
-        self._limit = waiting_texts
+    def __init__(self, queued_texts: int) -> None:
+        self._limit = queued_texts
         self._changed = threading.Condition()
         self._stopping = False
         self.requests = 0

@@ -1,4 +1,4 @@
-"""The settings of a service: from options, else the environment, else config_nlp.yml."""
+"""The settings of the service: from an option, else the environment, else config_nlp.yml."""
 
 import argparse
 import errno
@@ -9,25 +9,27 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from files import open_for_reading
-from runtime import InputError, at_least
+from common.cli import number_in_range
+from common.errors import InputError
+from common.files import open_for_reading
+from common.options import PRECISIONS
 
 ENVIRONMENT_PREFIX = "SERVING_"
 
 
 class Setting(NamedTuple):
-    """One of them."""
+    """One service setting: its YAML key, parser and help text."""
 
-    place: str  # in config_nlp.yml, with dots
+    key: str  # in config_nlp.yml, with dots
     parse: Callable[[str], Any]
     help: str
+    old_name: str | None = None  # of the option and of the environment variable in version 1
+    old_key: str | None = None  # in config_nlp.yml in version 1
 
 
 OPERATOR = "op.ernie"
 LOCAL = f"{OPERATOR}.local_service_conf"
-
-
-PORT = at_least(0, below=65536)
+PORT = number_in_range(0, below=65536)
 
 
 def _choice(*choices: str) -> Callable[[str], str]:
@@ -45,35 +47,53 @@ SETTINGS = {
     "rpc_port": Setting("rpc_port", PORT, "gRPC port; 0 takes any that is free"),
     "http_port": Setting("http_port", PORT, "HTTP port; 0 takes any that is free"),
     "device": Setting(f"{LOCAL}.device", _choice("cpu", "gpu"), "cpu or gpu"),
-    "precision": Setting(f"{LOCAL}.precision", _choice("fp32", "bf16", "fp16"), "fp32, bf16 or fp16 to compute in"),
-    "workers": Setting(f"{OPERATOR}.concurrency", at_least(1), "encoders, each a process with the whole model"),
+    "precision": Setting(f"{LOCAL}.precision", _choice(*PRECISIONS), "fp32, bf16 or fp16 to compute in"),
+    "workers": Setting(
+        f"{OPERATOR}.concurrency", number_in_range(1), "encoders; each is a process with the whole model"
+    ),
     "threads": Setting(
-        f"{LOCAL}.thread_num", at_least(0, below=1025), "CPU threads of an encoder; 0 shares out all cores"
+        f"{LOCAL}.thread_num",
+        number_in_range(0, below=1025),
+        "CPU threads of an encoder; 0 divides all cores among the encoders",
     ),
     "max_seq_length": Setting(
         f"{LOCAL}.max_seq_length",
-        at_least(3, or_zero=True),  # [CLS], a token and [SEP]
-        "tokens that texts are cut to; 0 takes the exported model's",
+        number_in_range(3, or_zero=True),  # [CLS], a token and [SEP]
+        "tokens that texts are cut to; 0: the exported model's",
     ),
-    "batch_size": Setting(f"{OPERATOR}.batch_size", at_least(1, below=65_537), "texts that are encoded together"),
-    "batch_wait_ms": Setting(
+    "batch_size": Setting(
+        f"{OPERATOR}.batch_size", number_in_range(1, below=65_537), "texts that are encoded together"
+    ),
+    "max_queue_delay_ms": Setting(
         f"{OPERATOR}.auto_batching_timeout",
-        at_least(0, below=60_001),
-        "milliseconds that a batch waits for requests it expects",
+        number_in_range(0, below=60_001),
+        "milliseconds that a batch waits for expected requests",
+        old_name="batch_wait_ms",
     ),
-    "max_requests": Setting("worker_num", at_least(1), "requests at a time, over gRPC and over HTTP each"),
-    "max_waiting_texts": Setting("limits.waiting_texts", at_least(1), "texts of all requests that aren't answered yet"),
-    "max_texts": Setting("limits.texts", at_least(1), "texts of a request"),
-    "max_characters": Setting("limits.characters", at_least(1), "characters of a text"),
-    "max_bytes": Setting("limits.bytes", at_least(1, below=2**31), "bytes of a request"),  # as gRPC counts them
+    "max_requests": Setting("worker_num", number_in_range(1), "requests at a time, over gRPC and over HTTP each"),
+    "max_queued_texts": Setting(
+        "limits.queued_texts",
+        number_in_range(1),
+        "texts of all requests that aren't answered yet",
+        old_name="max_waiting_texts",
+        old_key="limits.waiting_texts",
+    ),
+    "max_texts": Setting("limits.texts", number_in_range(1), "texts of a request"),
+    "max_characters": Setting("limits.characters", number_in_range(1), "characters of a text"),
+    "max_bytes": Setting("limits.bytes", number_in_range(1, below=2**31), "bytes of a request"),  # as gRPC counts them
 }
 
 
 def add_settings_args(parser: argparse.ArgumentParser) -> None:
     """An option for each setting."""
     for name, setting in SETTINGS.items():
-        environment = f"{setting.help} (else ${ENVIRONMENT_PREFIX}{name.upper()}, else {setting.place} in the config)"
-        parser.add_argument(f"--{name}", type=setting.parse, help=environment)
+        options = [f"--{name}"] if setting.old_name is None else [f"--{name}", f"--{setting.old_name}"]
+        environment = f"{setting.help} (else ${_variable(name)}, else {setting.key} in the config)"
+        parser.add_argument(*options, type=setting.parse, help=environment)
+
+
+def _variable(name: str) -> str:
+    return ENVIRONMENT_PREFIX + name.upper()
 
 
 def read_settings(options: Mapping[str, Any], environ: Mapping[str, str], config_file: Path) -> dict[str, Any]:
@@ -81,30 +101,38 @@ def read_settings(options: Mapping[str, Any], environ: Mapping[str, str], config
     config = _read_yaml(config_file)
     settings = {}
     for name, setting in SETTINGS.items():
-        variable = ENVIRONMENT_PREFIX + name.upper()
-        value = options.get(name)
-        if value is None:
-            where, given = (variable, environ[variable]) if environ.get(variable) else (None, None)
-            if where is None:
-                where, given = f"{config_file}: {setting.place}", _look_up(config, setting.place)
-            if given is None or isinstance(given, (dict, list, bool)):
-                raise InputError(f"{where}: give {setting.help}")
-            try:
-                value = setting.parse(str(given))
-            except argparse.ArgumentTypeError as error:
-                raise InputError(f"{where}: {error}") from None
-            except ValueError:
-                raise InputError(f"{where}: {given} isn't a number; give {setting.help}") from None
-            if name == "model_dir" and where != variable:
-                value = str(config_file.parent / value)
-        settings[name] = value
-    if settings["max_texts"] > settings["max_waiting_texts"]:
-        raise InputError("--max_waiting_texts: is less than --max_texts; raise it")
+        settings[name] = options.get(name)
+        if settings[name] is None:
+            settings[name] = _read_setting(name, setting, environ, config, config_file)
+    if settings["max_texts"] > settings["max_queued_texts"]:
+        raise InputError("--max_queued_texts: is less than --max_texts; raise it")
     return settings
 
 
+def _read_setting(name: str, setting: Setting, environ: Mapping[str, str], config: Any, config_file: Path) -> Any:
+    """A setting's value in the environment, else in the config."""
+    variables = [_variable(name), _variable(setting.old_name or name)]
+    keys = [setting.key, setting.old_key or setting.key]
+    variable = next((variable for variable in variables if environ.get(variable)), None)
+    if variable:
+        source, given = variable, environ[variable]
+    else:
+        values = {key: value for key in keys if (value := _look_up(config, key)) is not None}
+        key, given = next(iter(values.items()), (setting.key, None))
+        source = f"{config_file}: {key}"
+    if given is None or isinstance(given, (dict, list, bool)):
+        raise InputError(f"{source}: give {setting.help}")
+    try:
+        value = setting.parse(str(given))
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"{source}: {error}") from None
+    except ValueError:
+        raise InputError(f"{source}: {given} isn't a number; give {setting.help}") from None
+    return str(config_file.parent / value) if name == "model_dir" and not variable else value
+
+
 def check_ports(settings: Mapping[str, Any]) -> None:
-    """Raises InputError if it can't listen on a port: loading the model first would only delay that."""
+    """Raises InputError if a port can't be opened, before a model is loaded."""
     for name in ("rpc_port", "http_port"):
         host, port = settings["host"], settings[name]
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -128,7 +156,7 @@ def _read_yaml(path: Path) -> Any:
             raise InputError(f"{path}{line}: isn't YAML; compare it with the config_nlp.yml of this project") from None
 
 
-def _look_up(config: Any, place: str) -> Any:
-    for key in place.split("."):
+def _look_up(config: Any, dotted_key: str) -> Any:
+    for key in dotted_key.split("."):
         config = config.get(key) if isinstance(config, dict) else None
     return config

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from common.files import write_json
+from common.paddle_setup import set_up_paddle
 
-from data import build_vocabulary, write_vocabulary
-from files import write_json
-from runtime import set_up_paddle
+from examples.vocabulary import build_vocabulary
+from data import write_vocabulary
 
 set_up_paddle()
 

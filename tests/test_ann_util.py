@@ -8,22 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runtime
 from conftest import file_size_limit
+from common.errors import InputError
+from common.cpu import cpu_count
 
 import ann_util
-import runtime
-from ann_util import (
-    ExactIndex,
-    HnswIndex,
-    IndexOptions,
-    VectorIndex,
-    add_index_args,
-    build_index,
-    check_index_args,
-    overlap,
-    smallest_ef,
-)
-from runtime import InputError, cpu_count
+from ann_util import ExactIndex, HnswIndex, IndexOptions, VectorIndex, add_index_args, build_index, check_index_args, recall_vs_exact, smallest_ef
 
 ROOT = Path(__file__).resolve().parent.parent
 DIM = 16
@@ -32,7 +23,7 @@ DIM = 16
 def overlap_with_exact(index: VectorIndex, vectors: np.ndarray, queries: np.ndarray, k: int) -> float:
     _, found = index.search(queries, k)
     _, exact = build_index(IndexOptions("exact"), vectors).search(queries, k)
-    return overlap(found, exact)
+    return recall_vs_exact(found, exact)
 
 
 @pytest.fixture(params=["hnswlib", "exact"])
@@ -314,7 +305,7 @@ def test_a_saved_index_answers_as_before_and_takes_more(ann: str, tmp_path: Path
     expected = ExactIndex(DIM)
     expected.add(np.concatenate([vectors, more]))
     np.testing.assert_array_equal(loaded.search_exactly(queries, 9)[0], expected.search(queries, 9)[0])
-    assert overlap(loaded.search(queries, 9)[1], expected.search(queries, 9)[1]) > 0.99
+    assert recall_vs_exact(loaded.search(queries, 9)[1], expected.search(queries, 9)[1]) > 0.99
 
 
 @pytest.mark.parametrize("limit", [0, 5_000, 100_000])
@@ -350,7 +341,7 @@ def test_tuned_ef_is_the_smallest_that_is_enough() -> None:
 
     def found(ef: int) -> float:
         index.ef = ef
-        return overlap(index.search(queries, 10)[1], expected)
+        return recall_vs_exact(index.search(queries, 10)[1], expected)
 
     index.tune_ef(queries, 10, 0.9)
     tuned = index.ef
@@ -464,6 +455,6 @@ def test_ef_is_enough_when_it_is_tuned() -> None:
     exact = index.search_exactly(queries, 10)[1]
     for share in np.linspace(0.3, 0.95, 14):
         index.tune_ef(queries, 10, share)
-        assert overlap(index.search(queries, 10)[1], exact) >= share
+        assert recall_vs_exact(index.search(queries, 10)[1], exact) >= share
         index.ef -= 1
-        assert index.ef < 10 or overlap(index.search(queries, 10)[1], exact) < share
+        assert index.ef < 10 or recall_vs_exact(index.search(queries, 10)[1], exact) < share

@@ -8,21 +8,22 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from base_model import ClsOnlyLayer, use_cls_only_last_layer
+from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
 from conftest import all_pairs, assert_close, make_model_folder
+from modeling.cpu_training_layers import speed_up_training
+from common.files import read_json, write_json
 from paddle import nn
 from paddle.base import core
 from paddlenlp.transformers import ErnieModel
 from paddlenlp.transformers.ernie.modeling import ErnieModel as ErnieBackbone
+from common.errors import InputError
+from modeling.weight_files import read_weights
 
-from backbone import FirstTokenLayer, compute_first_token
-from base_model import ModelConfig, SemanticIndexBase, set_device, set_seed
+from base_model import ModelConfig, SemanticIndexBase
+from common.device import set_device, set_seed
 from batch_negative.model import SemanticIndexBatchNeg
-from checkpoint import create_model, load_checkpoint, save_checkpoint
-from cpu_layers import speed_up_training
-from data import TextCollator
-from files import read_json, write_json
-from runtime import InputError
-from weights import read_weights
+from data import TextTokenizer
 
 TEXTS = ["水稻的产量", "桥", "论糖尿病影响因素研究糖尿病,影响因素", "a" * 200, ""]
 
@@ -34,10 +35,10 @@ def new_model(folder: Path, **options: object):
 
 def original_checkpoint(folder: Path, model_folder: Path, output_emb_size: int = 16) -> tuple[Path, SemanticIndexBase]:
     """What the original scripts write: weights, a vocabulary and a tokenizer config, but no model config."""
-    model, collator = new_model(model_folder, output_emb_size=output_emb_size)
+    model, tokenizer = new_model(model_folder, output_emb_size=output_emb_size)
     folder.mkdir(parents=True)
     paddle.save(model.state_dict(), str(folder / "model_state.pdparams"))
-    collator.save(folder)
+    tokenizer.save(folder)
     return folder / "model_state.pdparams", model
 
 
@@ -48,17 +49,17 @@ def original_checkpoint(folder: Path, model_folder: Path, output_emb_size: int =
 @pytest.mark.parametrize("output_emb_size", [0, 16])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_vectors_follow_their_definition(still_model_folder: Path, pooling: str, output_emb_size: int) -> None:
-    model, collator = new_model(still_model_folder, pooling=pooling, output_emb_size=output_emb_size, dropout=0.0)
+    model, tokenizer = new_model(still_model_folder, pooling=pooling, output_emb_size=output_emb_size, dropout=0.0)
     model.eval()
     for text in TEXTS:
-        input_ids, token_type_ids = map(paddle.to_tensor, collator([text]))
+        input_ids, token_type_ids = map(paddle.to_tensor, tokenizer([text]))
         sequence, pooled = model.ptm(input_ids, token_type_ids)
         vector = sequence[0].mean(axis=0).numpy() if pooling == "mean" else pooled[0].numpy()
         if output_emb_size:
             vector = vector @ model.emb_reduce_linear.weight.numpy() + model.emb_reduce_linear.bias.numpy()
         vector /= np.linalg.norm(vector)
         assert len(vector) == model.embedding_size
-        np.testing.assert_allclose(model.embed(*collator([text]))[0], vector, atol=1e-6)
+        np.testing.assert_allclose(model.embed(*tokenizer([text]))[0], vector, atol=1e-6)
 
 
 @pytest.mark.parametrize("fast_layers", [False, True])
@@ -66,12 +67,12 @@ def test_the_last_layer_computes_the_first_token_alone(still_model_folder: Path,
     """With the vectors and gradients of a last layer that computes all tokens."""
 
     def vectors_and_gradients(all_tokens: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        model, collator = new_model(still_model_folder, dropout=0.0)
+        model, tokenizer = new_model(still_model_folder, dropout=0.0)
         if all_tokens:
             model.ptm.encoder.layers[-1].__class__ = nn.TransformerEncoderLayer
         if fast_layers:
             speed_up_training(model)
-        input_ids, token_type_ids = map(paddle.to_tensor, collator(TEXTS))
+        input_ids, token_type_ids = map(paddle.to_tensor, tokenizer(TEXTS))
         length = model.ptm(input_ids, token_type_ids)[0].shape[1]
         assert length == (input_ids.shape[1] if all_tokens else 1)
         vectors = model.get_pooled_embedding(input_ids, token_type_ids)
@@ -92,12 +93,12 @@ def test_where_all_tokens_are_computed(still_model_folder: Path) -> None:
     last = model.ptm.encoder.layers[-1]
     assert type(last) is nn.TransformerEncoderLayer
     last.normalize_before = True
-    compute_first_token(model.ptm)
+    use_cls_only_last_layer(model.ptm)
     assert type(last) is nn.TransformerEncoderLayer
     last.normalize_before = False
-    compute_first_token(model.ptm)
-    assert type(last) is FirstTokenLayer
-    compute_first_token(nn.Linear(2, 2))
+    use_cls_only_last_layer(model.ptm)
+    assert type(last) is ClsOnlyLayer
+    use_cls_only_last_layer(nn.Linear(2, 2))
 
 
 def test_where_the_reduction_starts(model_folder: Path) -> None:
@@ -114,19 +115,19 @@ def test_where_the_reduction_starts(model_folder: Path) -> None:
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_a_text_has_one_vector_whatever_the_padding(model_folder: Path, pooling: str) -> None:
-    model, collator = new_model(model_folder, pooling=pooling, max_seq_length=32)
-    alone = np.concatenate([model.embed(*collator([text])) for text in TEXTS])
-    together = model.embed(*collator(TEXTS))
-    collator.pad_to_max_seq_len = True
-    padded = model.embed(*collator(TEXTS))
+    model, tokenizer = new_model(model_folder, pooling=pooling, max_seq_length=32)
+    alone = np.concatenate([model.embed(*tokenizer([text])) for text in TEXTS])
+    together = model.embed(*tokenizer(TEXTS))
+    tokenizer.pad_to_max_seq_len = True
+    padded = model.embed(*tokenizer(TEXTS))
     np.testing.assert_allclose(together, alone, atol=1e-6)
     np.testing.assert_allclose(padded, alone, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(alone, axis=1), 1, atol=1e-6)
 
 
 def test_embed_leaves_the_mode_as_it_was(model_folder: Path) -> None:
-    model, collator = new_model(model_folder)
-    first, second = (model.embed(*collator(TEXTS)) for _ in range(2))
+    model, tokenizer = new_model(model_folder)
+    first, second = (model.embed(*tokenizer(TEXTS)) for _ in range(2))
     assert model.training and model.ptm.training
     np.testing.assert_array_equal(first, second)  # no dropout
 
@@ -149,14 +150,14 @@ def test_the_last_layer_drops_what_paddles_does(name: str) -> None:
     getattr(layer, name).p = 1.0
     expected = layer(x, mask)[:, :1].numpy()
     assert np.abs(everything - expected).max() > 0.01
-    layer.__class__ = FirstTokenLayer
+    layer.__class__ = ClsOnlyLayer
     np.testing.assert_allclose(layer(x, mask).numpy(), expected, atol=1e-5)
 
 
 def test_cosine_sim(model_folder: Path) -> None:
-    model, collator = new_model(model_folder)
+    model, tokenizer = new_model(model_folder)
     model.eval()
-    queries, titles = collator(TEXTS[:2]), collator(TEXTS[2:4])
+    queries, titles = tokenizer(TEXTS[:2]), tokenizer(TEXTS[2:4])
     cosines = model.cosine_sim(*map(paddle.to_tensor, (*queries, *titles))).numpy()
     np.testing.assert_allclose(cosines, (model.embed(*queries) * model.embed(*titles)).sum(axis=1), atol=1e-6)
 
@@ -167,21 +168,21 @@ def test_cosine_sim(model_folder: Path) -> None:
 
 @pytest.mark.parametrize("as_file", [False, True])
 def test_a_checkpoint_says_everything_about_itself(model_folder: Path, tmp_path: Path, as_file: bool) -> None:
-    model, collator = new_model(model_folder, pooling="mean", max_seq_length=20, dropout=0.3)
-    save_checkpoint(tmp_path / "model_1", model, collator)
+    model, tokenizer = new_model(model_folder, pooling="mean", max_seq_length=20, dropout=0.3)
+    save_checkpoint(tmp_path / "model_1", model, tokenizer)
     path = tmp_path / "model_1" / "model_state.pdparams" if as_file else tmp_path / "model_1"
     loaded, loaded_collator = load_checkpoint(path)
     assert loaded.config == ModelConfig(16, "mean", 0.3, 20)
     assert not loaded.training
-    assert loaded_collator.tokenize(TEXTS) == collator.tokenize(TEXTS)
-    np.testing.assert_array_equal(loaded.embed(*loaded_collator(TEXTS)), model.embed(*collator(TEXTS)))
+    assert loaded_collator.tokenize(TEXTS) == tokenizer.tokenize(TEXTS)
+    np.testing.assert_array_equal(loaded.embed(*loaded_collator(TEXTS)), model.embed(*tokenizer(TEXTS)))
     assert [file.name for file in tmp_path.iterdir()] == ["model_1"]
 
 
 def test_a_checkpoint_is_replaced_as_a_whole(model_folder: Path, tmp_path: Path) -> None:
-    model, collator = new_model(model_folder)
-    save_checkpoint(tmp_path / "model_best", model, collator, notes={"train_result.txt": "old"})
-    save_checkpoint(tmp_path / "model_best", model, collator)
+    model, tokenizer = new_model(model_folder)
+    save_checkpoint(tmp_path / "model_best", model, tokenizer, notes={"train_result.txt": "old"})
+    save_checkpoint(tmp_path / "model_best", model, tokenizer)
     assert not (tmp_path / "model_best" / "train_result.txt").exists()
     assert [file.name for file in tmp_path.iterdir()] == ["model_best"]
 
@@ -189,10 +190,10 @@ def test_a_checkpoint_is_replaced_as_a_whole(model_folder: Path, tmp_path: Path)
 @pytest.mark.parametrize("output_emb_size", [0, 16])
 def test_the_originals_checkpoints_load(model_folder: Path, tmp_path: Path, output_emb_size: int) -> None:
     path, model = original_checkpoint(tmp_path / "model_40", model_folder, output_emb_size)
-    loaded, collator = load_checkpoint(path, model_name_or_path=str(model_folder), max_seq_length=30)
+    loaded, tokenizer = load_checkpoint(path, model_name_or_path=str(model_folder), max_seq_length=30)
     assert loaded.config == ModelConfig(output_emb_size, "cls", 0.1, 64)
-    assert collator.max_seq_length == 30
-    np.testing.assert_array_equal(loaded.embed(*collator(TEXTS)), model.embed(*collator(TEXTS)))
+    assert tokenizer.max_seq_length == 30
+    np.testing.assert_array_equal(loaded.embed(*tokenizer(TEXTS)), model.embed(*tokenizer(TEXTS)))
 
 
 def test_the_originals_checkpoints_need_no_network(tmp_path: Path) -> None:
@@ -206,24 +207,24 @@ def test_the_originals_checkpoints_need_no_network(tmp_path: Path) -> None:
     shutil.copy(folder / "vocab.txt", folder / "model_40")
     model = SemanticIndexBase(ErnieModel(config), ModelConfig(output_emb_size=256))
     paddle.save(model.state_dict(), str(folder / "model_40" / "model_state.pdparams"))
-    loaded, collator = load_checkpoint(folder / "model_40", output_emb_size=256)
-    assert (loaded.embedding_size, collator.max_seq_length) == (256, 64)
+    loaded, tokenizer = load_checkpoint(folder / "model_40", output_emb_size=256)
+    assert (loaded.embedding_size, tokenizer.max_seq_length) == (256, 64)
     assert loaded.ptm.config.vocab_size == 18000  # more rows than the vocabulary has lines is no error
 
 
 def test_a_contradicting_embedding_size_is_an_error(model_folder: Path, tmp_path: Path) -> None:
-    model, collator = new_model(model_folder)
-    save_checkpoint(tmp_path / "model_1", model, collator)
+    model, tokenizer = new_model(model_folder)
+    save_checkpoint(tmp_path / "model_1", model, tokenizer)
     assert load_checkpoint(tmp_path / "model_1", output_emb_size=16).model.embedding_size == 16
     with pytest.raises(InputError, match=r"--output_emb_size 256: .* has 16"):
         load_checkpoint(tmp_path / "model_1", output_emb_size=256)
 
 
 def test_more_than_the_position_table_is_an_error(model_folder: Path, tmp_path: Path) -> None:
-    model, collator = new_model(model_folder)
-    assert collator.max_seq_length == 40  # 512, cut to the table
-    save_checkpoint(tmp_path / "model_1", model, collator)
-    assert load_checkpoint(tmp_path / "model_1", max_seq_length=40).collator.max_seq_length == 40
+    model, tokenizer = new_model(model_folder)
+    assert tokenizer.max_seq_length == 40  # 512, cut to the table
+    save_checkpoint(tmp_path / "model_1", model, tokenizer)
+    assert load_checkpoint(tmp_path / "model_1", max_seq_length=40).tokenizer.max_seq_length == 40
     with pytest.raises(InputError, match=r"--max_seq_length 41: .* 40 rows"):
         load_checkpoint(tmp_path / "model_1", max_seq_length=41)
     with pytest.raises(InputError, match=r"--max_seq_length 41: .* 40 rows"):
@@ -281,10 +282,10 @@ def test_a_file_in_a_folder_whose_replacement_was_cut_short_is_found(checkpoint:
 
 
 def test_weights_that_are_no_numbers_are_not_saved(model_folder: Path, tmp_path: Path) -> None:
-    model, collator = new_model(model_folder)
+    model, tokenizer = new_model(model_folder)
     model.emb_reduce_linear.bias.set_value(np.array([0.0] * 15 + [np.inf], np.float32))
     with pytest.raises(InputError, match=r"model_1: isn't written, since emb_reduce_linear.bias holds numbers that"):
-        save_checkpoint(tmp_path / "model_1", model, collator)
+        save_checkpoint(tmp_path / "model_1", model, tokenizer)
     assert not list(tmp_path.iterdir())
 
 
@@ -298,8 +299,8 @@ def test_where_there_are_other_checkpoints_the_newest_is_named(model_folder: Pat
 
 @pytest.mark.parametrize("changed", [{"pooling": "max"}, {"output_emb_size": "many"}, {"output_emb_size": None}])
 def test_a_broken_model_config_is_refused(model_folder: Path, tmp_path: Path, changed: dict) -> None:
-    model, collator = new_model(model_folder)
-    save_checkpoint(tmp_path / "model_1", model, collator)
+    model, tokenizer = new_model(model_folder)
+    save_checkpoint(tmp_path / "model_1", model, tokenizer)
     file = tmp_path / "model_1" / "semantic_index.json"
     write_json(file, {**read_json(file), **changed})
     with pytest.raises(InputError, match=r"semantic_index\.json"):
@@ -376,8 +377,8 @@ def test_a_name_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_init_from_ckpt_takes_what_fits(model_folder: Path, tmp_path: Path, capsys) -> None:
-    model, collator = new_model(model_folder, output_emb_size=0)
-    save_checkpoint(tmp_path / "simcse", model, collator)
+    model, tokenizer = new_model(model_folder, output_emb_size=0)
+    save_checkpoint(tmp_path / "simcse", model, tokenizer)
     set_seed(2)
     started, _ = create_model(SemanticIndexBase, init_from_ckpt=str(tmp_path / "simcse"), output_emb_size=8)
     assert "2 missing: emb_reduce_linear.weight, emb_reduce_linear.bias" in capsys.readouterr().err
@@ -413,9 +414,9 @@ def test_an_encoder_that_does_not_mask_padding_is_refused_by_name(tmp_path: Path
 def test_robertas_longest_text_has_fewer_tokens_than_its_position_table_rows(tmp_path: Path, pooling: str) -> None:
     """Its positions start after the padding's."""
     folder = make_model_folder(tmp_path / "model", model_type="roberta")
-    model, collator = new_model(folder, pooling=pooling)
-    assert collator.max_seq_length == 39
-    alone, padded = model.embed(*collator(TEXTS[:1])), model.embed(*collator([TEXTS[0], TEXTS[2] * 10]))
+    model, tokenizer = new_model(folder, pooling=pooling)
+    assert tokenizer.max_seq_length == 39
+    alone, padded = model.embed(*tokenizer(TEXTS[:1])), model.embed(*tokenizer([TEXTS[0], TEXTS[2] * 10]))
     np.testing.assert_allclose(padded[:1], alone, atol=1e-6)
     with pytest.raises(InputError, match=r"--max_seq_length 40: .* 39 rows"):
         new_model(folder, max_seq_length=40)
@@ -430,10 +431,10 @@ def test_a_number_of_the_config_that_is_none_is_named(tmp_path: Path, key: str, 
 
 def test_bert_is_an_encoder_as_well(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "model", architectures=["BertModel"], model_type="bert")
-    model, collator = create_model(SemanticIndexBase, from_scratch=str(folder), output_emb_size=16)
-    save_checkpoint(tmp_path / "model_1", model, collator)
+    model, tokenizer = create_model(SemanticIndexBase, from_scratch=str(folder), output_emb_size=16)
+    save_checkpoint(tmp_path / "model_1", model, tokenizer)
     loaded, _ = load_checkpoint(tmp_path / "model_1")
-    np.testing.assert_array_equal(loaded.embed(*collator(TEXTS)), model.embed(*collator(TEXTS)))
+    np.testing.assert_array_equal(loaded.embed(*tokenizer(TEXTS)), model.embed(*tokenizer(TEXTS)))
 
 
 @pytest.mark.parametrize("changed", [{"vocab_size": 5}, {"pad_token_id": 7}])
@@ -459,9 +460,9 @@ def test_no_gpu_names_the_cpu() -> None:
 def test_the_saved_tokenizer_is_paddlenlps_too(model_folder: Path, tmp_path: Path) -> None:
     from paddlenlp.transformers import ErnieTokenizer
 
-    TextCollator.load(model_folder, 24).save(tmp_path)
+    TextTokenizer.load(model_folder, 24).save(tmp_path)
     texts = [text for pair in all_pairs()[:20] for text in pair]
     theirs = ErnieTokenizer.from_pretrained(str(tmp_path))
     expected = [theirs(text, max_seq_len=24)["input_ids"] for text in texts]
-    assert TextCollator.load(tmp_path, 24).tokenize(texts) == expected
+    assert TextTokenizer.load(tmp_path, 24).tokenize(texts) == expected
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["do_lower_case"] is True

@@ -9,12 +9,17 @@ from types import ModuleType
 import numpy as np
 import paddle
 import pytest
+from modeling.checkpoint import create_model
 from conftest import all_pairs, make_model_folder, write_pairs
 from paddlenlp.transformers import ErnieConfig, ErnieTokenizer
+from common.errors import InputError
+from common.cli import run
+from modeling.weight_files import read_weights
 
-from base_model import SemanticIndexBase, set_seed
+from base_model import SemanticIndexBase
+from common.device import set_seed
 from batch_negative.model import SemanticIndexBatchNeg
-from batch_negative.trainer import Plan
+from batch_negative.batches import BatchSchedule
 from benchmarks import (
     bench_encode,
     bench_grad_cache,
@@ -31,10 +36,8 @@ from benchmarks import (
     reference,
     search,
 )
-from checkpoint import create_model
-from data import UNK, PairCollator, TextCollator, TextPair, read_text_pairs, read_vocabulary
-from runtime import InputError, run
-from weights import read_weights
+from data import UNK, TextPair, TextTokenizer, read_text_pairs, read_vocabulary
+from batch_negative.batches import PairBatcher
 
 PAIRS = [TextPair(*pair) for pair in all_pairs()]
 
@@ -71,7 +74,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
         commands.append(list(map(str, command)))
         steps = int(commands[-1][commands[-1].index("--steps") + 1])
         slowness = 1 + next(
-            place for place, name in enumerate(["ours.py", "sentence", "reference"]) if name in " ".join(commands[-1])
+            place
+            for place, name in enumerate(["train_ours.py", "sentence", "reference"])
+            if name in " ".join(commands[-1])
         )
         return common.Training([9.0] + [float(slowness)] * (steps - 1), [0.5] * steps, 1 << 20, {"paddle": "3"})
 
@@ -84,7 +89,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
 def test_the_reference_computes_what_ours_does(still_model_folder: Path) -> None:
     """Tokens, loss and gradients, on a batch without duplicates."""
     set_seed(1)
-    model, collator = create_model(
+    model, tokenizer = create_model(
         SemanticIndexBatchNeg, from_scratch=str(still_model_folder), output_emb_size=16, dropout=0.0, max_seq_length=24
     )
     plain = reference.ReferenceModel(ErnieConfig.from_pretrained(str(still_model_folder)), 16)
@@ -95,11 +100,11 @@ def test_the_reference_computes_what_ours_does(still_model_folder: Path) -> None
     columns = [[pair.query for pair in PAIRS[:12]], [pair.title for pair in PAIRS[:12]]]
     tokens = [reference.tokenize(tokenizer, column, 24) for column in columns]
     for column, (input_ids, token_type_ids) in zip(columns, tokens, strict=True):
-        np.testing.assert_array_equal(input_ids.numpy(), collator(column)[0])
+        np.testing.assert_array_equal(input_ids.numpy(), tokenizer(column)[0])
         assert token_type_ids.shape == input_ids.shape
     loss = plain(*tokens, 0.2, 30.0)
     loss.backward()
-    ours_loss = model(PairCollator(collator, PAIRS)([np.arange(12)]), 0.2, 30.0)
+    ours_loss = model(PairBatcher(tokenizer, PAIRS)([np.arange(12)]), 0.2, 30.0)
     ours_loss.backward()
     assert float(loss) == pytest.approx(float(ours_loss), abs=1e-5)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -128,7 +133,7 @@ def test_all_trainers_take_the_same_batches() -> None:
     one, two = (
         [
             np.concatenate(step.batches[0])
-            for step in Plan(len(PAIRS), 16 // ranks, seed=0, epochs=1, world_size=ranks).steps(0)
+            for step in BatchSchedule(len(PAIRS), 16 // ranks, seed=0, epochs=1, world_size=ranks).steps(0)
         ]
         for ranks in (1, 2)
     )
@@ -194,8 +199,8 @@ def test_the_benchmark_of_the_gradient_cache(
 def test_its_texts_are_different_and_fill_the_length(folder: Path) -> None:
     pairs = bench_grad_cache.full_length(PAIRS, 400)
     assert len({text for pair in pairs for text in pair[:2]}) == 800
-    collator = TextCollator.load(folder, common.MAX_SEQ_LENGTH)
-    assert collator([text for pair in pairs for text in pair[:2]])[0].min() != collator.pad_id
+    tokenizer = TextTokenizer.load(folder, common.MAX_SEQ_LENGTH)
+    assert tokenizer([text for pair in pairs for text in pair[:2]])[0].min() != tokenizer.pad_id
 
 
 def test_inputs_that_are_not_given_are_made(tmp_path: Path) -> None:
@@ -203,7 +208,7 @@ def test_inputs_that_are_not_given_are_made(tmp_path: Path) -> None:
         model, _ = create_model(SemanticIndexBatchNeg, from_scratch=str(inputs.model))
         assert (model.ptm.config.num_hidden_layers, model.ptm.config.hidden_size) == (4, 256)
         assert inputs.pairs[0] == read_text_pairs(inputs.folder / "recall" / "train.csv")[0]
-        tokens = TextCollator.load(inputs.model, 64).tokenize([pair.title for pair in inputs.pairs[:100]])
+        tokens = TextTokenizer.load(inputs.model, 64).tokenize([pair.title for pair in inputs.pairs[:100]])
         unknown = read_vocabulary(inputs.model / "vocab.txt").index(UNK)
         assert not any(unknown in ids for ids in tokens)
 
@@ -240,9 +245,9 @@ def test_all_encoders_give_the_same_vectors(
         assert len(encodings[name][0].vectors) == common.SAMPLE
     differences = bench_encode.largest_differences(encodings)
     assert max(differences.values()) < 1e-5
-    model, collator = create_model(SemanticIndexBase, init_from_ckpt=checkpoint)
+    model, tokenizer = create_model(SemanticIndexBase, init_from_ckpt=checkpoint)
     texts = common.sample_of(corpus_file.read_text(encoding="utf-8").splitlines(), common.SAMPLE)
-    expected = model.embed(*collator(texts))
+    expected = model.embed(*tokenizer(texts))
     np.testing.assert_allclose(encodings[bench_encode.OURS][0].vectors, expected, rtol=0, atol=1e-5)
 
 
@@ -388,8 +393,8 @@ def test_a_corpus_that_is_too_small(folder: Path, corpus_file: Path, monkeypatch
 def test_the_made_texts_have_vectors_that_a_comparison_tells_apart() -> None:
     set_seed(0)
     with common.benchmark_corpus(None, None, bench_encode.QUICK.model) as inputs:
-        model, collator = create_model(SemanticIndexBase, from_scratch=str(inputs.model))
-        vectors = model.embed(*collator(common.sample_of(inputs.corpus, common.SAMPLE)))
+        model, tokenizer = create_model(SemanticIndexBase, from_scratch=str(inputs.model))
+        vectors = model.embed(*tokenizer(common.sample_of(inputs.corpus, common.SAMPLE)))
     cosines = (vectors @ vectors.T)[~np.eye(common.SAMPLE, dtype=bool)]
     assert cosines.max() < bench_encode.LOWEST_BF16_COSINE
 

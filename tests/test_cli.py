@@ -7,6 +7,9 @@ from types import ModuleType
 import paddle
 import pytest
 from conftest import run_script, train_options, write_pairs
+from encoding.encoder import Encoder
+from common.errors import InputError
+from common.cli import run
 
 import evaluate
 import export_model
@@ -14,8 +17,6 @@ import inference
 import predict
 import recall
 import train_batch_neg
-from encoder import Encoder
-from runtime import InputError, run
 
 SCRIPTS = {module.__name__: module for module in (train_batch_neg, recall, evaluate, predict, inference, export_model)}
 

@@ -30,17 +30,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
 from conftest import ROOT, all_pairs, cpp_environment, make_model_folder, run_script
 from google.protobuf import json_format, text_format
+from common.errors import InputError
+from common.cpu import has_bf16
 
 import clients
 import export_model
 import export_to_serving
 from base_model import SemanticIndexBase
-from checkpoint import create_model, load_checkpoint, save_checkpoint
 from clients import FRAME_HEADER, Request, Response, RpcMeta, format_frame, make_request, outputs, read_frame
-from data import TextCollator, TokenIds
-from runtime import InputError, has_bf16
+from data import TextTokenizer, TokenIds
 
 pytestmark = pytest.mark.cpp
 CPP = ROOT / "deploy" / "C++"
@@ -118,18 +119,18 @@ def server(cpp_program: Path, folder: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint: Path) -> tuple[Callable[..., np.ndarray], TextCollator]:
+def model(checkpoint: Path) -> tuple[Callable[..., np.ndarray], TextTokenizer]:
     """What the server's vectors must equal."""
-    model, collator = load_checkpoint(checkpoint)
-    return model.embed, collator
+    model, tokenizer = load_checkpoint(checkpoint)
+    return model.embed, tokenizer
 
 
 @pytest.fixture
 def answers(server: Server, model: Any) -> Iterator[None]:
     """Whatever a test did, the next requests get the right vectors."""
     yield
-    embed, collator = model
-    tokens = collator(["水稻"])
+    embed, tokenizer = model
+    tokens = tokenizer(["水稻"])
     for send in (clients.http_inference, clients.rpc_inference):
         vectors = outputs(send(server.address, make_request(tokens), 60))["output_embedding"]
         np.testing.assert_allclose(vectors, embed(*tokens), atol=TOLERANCE)
@@ -163,8 +164,8 @@ def call(server: Server, frame: bytes) -> tuple[Any, bytes]:
 
 def test_the_clients_print_the_models_vectors(server: Server, folder: Path, model: Any) -> None:
     """As the document shows them."""
-    embed, collator = model
-    expected = embed(*collator(TEXTS))
+    embed, tokenizer = model
+    expected = embed(*tokenizer(TEXTS))
     options = ["--endpoint", f"{HOST}:{server.port}", "--model_dir", folder / "serving_server", "--texts", *TEXTS]
     done = run_script(CPP / "rpc_client.py", *options)
     first, _, rest = done.stdout.partition("\n")
@@ -212,8 +213,8 @@ def test_paddle_servings_own_client(server: Server, folder: Path, model: Any, mo
     monkeypatch.setattr(collections, "Iterable", collections.abc.Iterable, raising=False)
     from paddle_serving_client.httpclient import HttpClient
 
-    embed, collator = model
-    tokens = collator(TEXTS * 10)
+    embed, tokenizer = model
+    tokens = tokenizer(TEXTS * 10)
     client = HttpClient()
     client.load_client_config(str(folder / "serving_client"))
     client.connect([f"{HOST}:{server.port}"])
@@ -248,8 +249,8 @@ def as_bytes(request: Any) -> None:
 @pytest.mark.parametrize("change", [lambda request: None, as_int32, as_bytes], ids=["int64", "int32", "bytes"])
 def test_all_ways_to_send_a_request(server: Server, model: Any, change: Callable[[Any], None]) -> None:
     """Over both protocols, in all formats and compressions."""
-    embed, collator = model
-    tokens = collator(TEXTS)
+    embed, tokenizer = model
+    tokens = tokenizer(TEXTS)
     expected = embed(*tokens)
     request = make_request(tokens, log_id=2**63)
     change(request)
@@ -273,11 +274,11 @@ def test_all_ways_to_send_a_request(server: Server, model: Any, change: Callable
 
 def test_compressed_and_attached_frames(server: Server, model: Any) -> None:
     """What brpc's clients may add; several requests of one connection are told apart by their numbers."""
-    embed, collator = model
+    embed, tokenizer = model
     numbers = {}
     with socket.create_connection(server.address, 60) as connection, connection.makefile("rb") as stream:
         for number, (text, compress) in enumerate(zip(TITLES[:40], [0, 2, 3, 0] * 10, strict=True), start=5):
-            tokens = collator([text])
+            tokens = tokenizer([text])
             payload = make_request(tokens).SerializeToString()
             payload = {0: bytes, 2: gzip.compress, 3: zlib.compress}[compress](payload)
             meta = RpcMeta(correlation_id=number, compress_type=compress, attachment_size=3)
@@ -600,15 +601,15 @@ def test_announced_large_requests_leave_room_for_small_ones(server: Server, answ
 
 def test_every_answer_under_load_is_the_right_one(server: Server, model: Any) -> None:
     """32 clients of both protocols, texts of all lengths, a tenth of the requests malformed."""
-    embed, collator = model
-    expected = {title: embed(*collator([title]))[0] for title in [*TITLES, *TEXTS]}
+    embed, tokenizer = model
+    expected = {title: embed(*tokenizer([title]))[0] for title in [*TITLES, *TEXTS]}
 
     def client(seed: int) -> int:
         generator = random.Random(seed)
         wrong = 0
         for _ in range(30):
             texts = generator.sample(sorted(expected), generator.randrange(1, 6))
-            request = make_request(collator(texts))
+            request = make_request(tokenizer(texts))
             send = clients.rpc_inference if generator.random() < 0.5 else clients.http_inference
             if generator.random() < 0.1:
                 request.tensor[0].int64_data[0] = -1
@@ -635,9 +636,9 @@ def start_alone(cpp_program: Path, folder: Path, server: Server) -> Callable[...
     return start_with
 
 
-def make_serving_folder(model: SemanticIndexBase, collator: TextCollator, folder: Path) -> Path:
+def make_serving_folder(model: SemanticIndexBase, tokenizer: TextTokenizer, folder: Path) -> Path:
     """Exports a model to serving_server and serving_client in the folder."""
-    save_checkpoint(folder / "checkpoint", model, collator)
+    save_checkpoint(folder / "checkpoint", model, tokenizer)
     export_model.main(["--params_path", str(folder / "checkpoint"), "--output_path", str(folder / "output")])
     paths = ["--server_path", str(folder / "serving_server"), "--client_path", str(folder / "serving_client")]
     export_to_serving.main(["--dirname", str(folder / "output"), *paths])
@@ -659,10 +660,10 @@ def test_the_host_and_the_cores_that_are_given(cpp_program: Path, folder: Path, 
 def test_predictors_share_the_weights(cpp_program: Path, tmp_path: Path) -> None:
     """Two take hardly more memory than one, which a second copy of 100 MB would show."""
     model_folder = make_model_folder(tmp_path / "ernie", vocab_size=800_000)
-    model, collator = create_model(SemanticIndexBase, from_scratch=str(model_folder))
+    model, tokenizer = create_model(SemanticIndexBase, from_scratch=str(model_folder))
     megabytes = sum(parameter.numpy().nbytes for parameter in model.parameters()) / 1e6
     assert megabytes > 100
-    make_serving_folder(model, collator, tmp_path)
+    make_serving_folder(model, tokenizer, tmp_path)
 
     def resident_megabytes(predictors: int) -> float:
         port = free_port()
@@ -682,13 +683,13 @@ def test_predictors_share_the_weights(cpp_program: Path, tmp_path: Path) -> None
 def test_ernie_3(cpp_program: Path, tmp_path: Path) -> None:
     """Its table of task types says nothing about how long a text may be."""
     model_folder = make_model_folder(tmp_path / "ernie", use_task_id=True, task_type_vocab_size=3)
-    model, collator = create_model(SemanticIndexBase, from_scratch=str(model_folder))
+    model, tokenizer = create_model(SemanticIndexBase, from_scratch=str(model_folder))
     model.eval()
     port = free_port()
-    folder = make_serving_folder(model, collator, tmp_path)
+    folder = make_serving_folder(model, tokenizer, tmp_path)
     command = [sys.executable, "-u", "-m", "paddle_serving_server.serve", "--model", "serving_server", "--port", port]
     server = start(command, port, cwd=folder, env=cpp_environment(SERVING_BIN=f"exec {cpp_program}"))
-    tokens = collator(TEXTS)
+    tokens = tokenizer(TEXTS)
     (vectors,) = outputs(clients.rpc_inference(server.address, make_request(tokens), 60)).values()
     np.testing.assert_allclose(vectors, model.embed(*tokens), atol=TOLERANCE)
     with pytest.raises(InputError, match="41 tokens a text, where the model takes 40 at most"):
@@ -713,7 +714,7 @@ def test_how_texts_are_batched(tmp_path: Path) -> None:
 
 def test_too_much_work_is_refused(start_alone: Callable[..., Server], model: Any) -> None:
     """A request that doesn't fit into the queue gets an error at once; smaller ones go on."""
-    server = start_alone("-max_waiting_texts", 8)
+    server = start_alone("-max_queued_texts", 8)
     refused = make_request(many_texts(9))
     with pytest.raises(InputError, match="too many texts are waiting; try again later"):
         clients.http_inference(server.address, refused, 60)

@@ -16,39 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runtime
+from common.files import read_json, write_json
+from common.errors import InputError
 
 import data
-import runtime
-from data import (
-    CLS,
-    LENGTH_WINDOW,
-    MASK,
-    MAX_LINE_BYTES,
-    PAD,
-    SEP,
-    UNK,
-    Corpus,
-    Hit,
-    PairBatch,
-    PairCollator,
-    PositivesMask,
-    TextCollator,
-    TextPair,
-    TokenisedTexts,
-    batched,
-    build_vocabulary,
-    encode_texts,
-    epoch_batches,
-    read_corpus,
-    read_hits,
-    read_text_pairs,
-    read_vocabulary,
-    titles_by_query,
-    write_hits,
-    write_vocabulary,
-)
-from files import read_json, write_json
-from runtime import InputError
+from data import CLS, MASK, MAX_LINE_BYTES, PAD, SEP, UNK, Corpus, Hit, TextPair, TextTokenizer, encode_texts, positives_by_query, read_corpus, read_hits, read_text_pairs, read_vocabulary, write_hits, write_vocabulary
+from batch_negative.batches import LENGTH_WINDOW, FalseNegativeMask, PairBatch, PairBatcher, TokenizedTexts, batched, epoch_batches
+from examples.vocabulary import build_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 BOM = b"\xef\xbb\xbf"
@@ -136,7 +111,7 @@ def test_hits_keep_the_order_of_each_query(tmp_path: Path) -> None:
 
 
 def test_titles_by_query_keeps_the_order_of_first_lines() -> None:
-    titles = titles_by_query([TextPair("b", "1"), TextPair("a", "2"), TextPair("b", "3"), TextPair("b", "1")])
+    titles = positives_by_query([TextPair("b", "1"), TextPair("a", "2"), TextPair("b", "3"), TextPair("b", "1")])
     assert list(titles.items()) == [("b", {"1", "3"}), ("a", {"2"})]
 
 
@@ -495,8 +470,8 @@ TEXTS = [
 SPECIAL_TOKENS = [PAD, CLS, SEP, MASK, UNK]
 
 
-def small_collator(max_seq_length: int = 16, config: dict | None = None) -> TextCollator:
-    return TextCollator(build_vocabulary(TEXTS), max_seq_length, config)
+def small_collator(max_seq_length: int = 16, config: dict | None = None) -> TextTokenizer:
+    return TextTokenizer(build_vocabulary(TEXTS), max_seq_length, config)
 
 
 @pytest.fixture(scope="module")
@@ -524,10 +499,10 @@ def ernie_tokenizers(vocabulary: list[str], tmp_path_factory: pytest.TempPathFac
 def test_token_ids_equal_paddlenlp_s(
     vocabulary: list[str], ernie_tokenizers: dict[bool, Callable], do_lower_case: bool, max_seq_length: int
 ) -> None:
-    collator = TextCollator(vocabulary, max_seq_length, {"do_lower_case": do_lower_case})
+    tokenizer = TextTokenizer(vocabulary, max_seq_length, {"do_lower_case": do_lower_case})
     tokenizer = ernie_tokenizers[do_lower_case]
     lengths = set()
-    for text, ids in zip(TEXTS, collator.tokenize(TEXTS), strict=True):
+    for text, ids in zip(TEXTS, tokenizer.tokenize(TEXTS), strict=True):
         expected = tokenizer(text, max_seq_len=max_seq_length)
         assert ids == expected["input_ids"], text
         assert not any(expected["token_type_ids"])
@@ -542,48 +517,48 @@ def test_token_ids_equal_paddlenlp_s_on_random_mixtures(
     rng = random.Random(5)
     characters = sorted(set("".join(TEXTS)))
     texts = ["".join(rng.choices(characters, k=rng.randrange(1, 40))) for _ in range(300)]
-    ids = TextCollator(vocabulary, 64).tokenize(texts)
+    ids = TextTokenizer(vocabulary, 64).tokenize(texts)
     assert ids == [ernie_tokenizers[True](text, max_seq_len=64)["input_ids"] for text in texts]
 
 
 def test_special_tokens_typed_in_a_text_are_ordinary_text() -> None:
     vocabulary = [*SPECIAL_TOKENS, *"[]", "sep", "cls", "pad", "unk", "mask", "a"]
     ids = {token: row for row, token in enumerate(vocabulary)}
-    collator = TextCollator(vocabulary, 32)
+    tokenizer = TextTokenizer(vocabulary, 32)
     for token in SPECIAL_TOKENS:
         inside = [ids["["], ids[token[1:-1].lower()], ids["]"]]
-        assert collator.tokenize([f"a{token}a"]) == [[ids[CLS], ids["a"], *inside, ids["a"], ids[SEP]]]
+        assert tokenizer.tokenize([f"a{token}a"]) == [[ids[CLS], ids["a"], *inside, ids["a"], ids[SEP]]]
 
 
 def test_padding_and_token_types() -> None:
-    collator = small_collator()
+    tokenizer = small_collator()
     texts = ["深度", "医学图像分割方法综述", ""]
-    ids = collator.tokenize(texts)
-    input_ids, token_type_ids = collator(texts)
+    ids = tokenizer.tokenize(texts)
+    input_ids, token_type_ids = tokenizer(texts)
     assert input_ids.dtype == token_type_ids.dtype == np.int64
     assert input_ids.shape == token_type_ids.shape == (3, 12)
     for row, row_ids in enumerate(ids):
         assert input_ids[row].tolist() == row_ids + [0] * (12 - len(row_ids))
     assert not token_type_ids.any()
-    collator.pad_to_max_seq_len = True
-    padded = collator(texts)[0]
+    tokenizer.pad_to_max_seq_len = True
+    padded = tokenizer(texts)[0]
     assert padded.shape == (3, 16)
     np.testing.assert_array_equal(padded[:, :12], input_ids)
     assert not padded[:, 12:].any()
 
 
 def test_padding_takes_the_vocabulary_s_pad_id() -> None:
-    collator = TextCollator(["a", CLS, SEP, UNK, PAD], 8)
-    assert collator.pad_id == 4
-    assert collator(["a", "a a"])[0].tolist() == [[1, 0, 2, 4], [1, 0, 0, 2]]
+    tokenizer = TextTokenizer(["a", CLS, SEP, UNK, PAD], 8)
+    assert tokenizer.pad_id == 4
+    assert tokenizer(["a", "a a"])[0].tolist() == [[1, 0, 2, 4], [1, 0, 0, 2]]
 
 
 @pytest.mark.parametrize("config", [None, {"do_lower_case": False, "model_max_length": 513, "名": "值"}])
 def test_save_and_load_round_trip(tmp_path: Path, vocabulary: list[str], config: dict | None) -> None:
-    collator = TextCollator(vocabulary, 32, config)
-    collator.save(tmp_path)
-    loaded = TextCollator.load(tmp_path, 32)
-    assert loaded.tokenize(TEXTS) == collator.tokenize(TEXTS)
+    tokenizer = TextTokenizer(vocabulary, 32, config)
+    tokenizer.save(tmp_path)
+    loaded = TextTokenizer.load(tmp_path, 32)
+    assert loaded.tokenize(TEXTS) == tokenizer.tokenize(TEXTS)
     assert loaded.vocabulary_size == len(vocabulary)
     assert read_vocabulary(tmp_path / "vocab.txt") == vocabulary
     assert read_json(tmp_path / "tokenizer_config.json") == (config or {"do_lower_case": True})
@@ -591,9 +566,9 @@ def test_save_and_load_round_trip(tmp_path: Path, vocabulary: list[str], config:
 
 def test_a_folder_without_tokenizer_config_means_lower_case(tmp_path: Path) -> None:
     write_vocabulary(tmp_path / "vocab.txt", [*SPECIAL_TOKENS, "a", "A"])
-    assert TextCollator.load(tmp_path, 8).tokenize(["A"]) == [[1, 5, 2]]
+    assert TextTokenizer.load(tmp_path, 8).tokenize(["A"]) == [[1, 5, 2]]
     write_json(tmp_path / "tokenizer_config.json", {"do_lower_case": False})
-    assert TextCollator.load(tmp_path, 8).tokenize(["A"]) == [[1, 6, 2]]
+    assert TextTokenizer.load(tmp_path, 8).tokenize(["A"]) == [[1, 6, 2]]
 
 
 @pytest.mark.parametrize(("value", "ids"), [(None, [1, 6, 2]), (0, [1, 6, 2]), (1, [1, 5, 2])])
@@ -601,7 +576,7 @@ def test_do_lower_case_need_not_be_a_bool(tmp_path: Path, value: object, ids: li
     """PaddleNLP takes anything for true or false as Python does."""
     write_vocabulary(tmp_path / "vocab.txt", [*SPECIAL_TOKENS, "a", "A"])
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": value}), encoding="utf-8")
-    assert TextCollator.load(tmp_path, 8).tokenize(["A"]) == [ids]
+    assert TextTokenizer.load(tmp_path, 8).tokenize(["A"]) == [ids]
 
 
 @pytest.mark.parametrize("separator", ["\n", "\r\n", "\t0\n", "\t0\r\n"])
@@ -614,10 +589,10 @@ def test_vocabulary_with_repeated_lines_second_column_and_crlf(
     write_vocabulary(tmp_path / "clean.txt", tokens)
     expected = type(ernie_tokenizers[True])(str(tmp_path / "clean.txt"))("深学习")["input_ids"]
     written(tmp_path, (separator.join(tokens) + separator * final).encode(), "vocab.txt")
-    collator = TextCollator.load(tmp_path, 8)
-    assert (collator.vocabulary_size, collator.tokenize(["深学习"])) == (9, [expected])
-    collator.save(tmp_path)
-    saved = TextCollator.load(tmp_path, 8)
+    tokenizer = TextTokenizer.load(tmp_path, 8)
+    assert (tokenizer.vocabulary_size, tokenizer.tokenize(["深学习"])) == (9, [expected])
+    tokenizer.save(tmp_path)
+    saved = TextTokenizer.load(tmp_path, 8)
     assert (saved.vocabulary_size, saved.tokenize(["深学习"])) == (9, [expected])
 
 
@@ -626,7 +601,7 @@ def test_a_vocabulary_without_a_special_token_is_an_input_error(tmp_path: Path, 
     path = tmp_path / "vocab.txt"
     write_vocabulary(path, [token for token in SPECIAL_TOKENS if token != missing])
     with pytest.raises(InputError, match=f"{path}: .*{re.escape(missing)}"):
-        TextCollator.load(tmp_path, 8)
+        TextTokenizer.load(tmp_path, 8)
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xff\xfe", b"\x80\x04}."])
@@ -637,17 +612,17 @@ def test_what_is_no_vocabulary_is_an_input_error(tmp_path: Path, raw: bytes) -> 
 
 def test_a_folder_without_a_vocabulary_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"vocab\.txt: no such file"):
-        TextCollator.load(tmp_path, 8)
+        TextTokenizer.load(tmp_path, 8)
 
 
 def test_build_vocabulary_starts_with_special_tokens_and_covers_all_characters() -> None:
     vocabulary = build_vocabulary(iter(TEXTS))
     assert vocabulary[:5] == SPECIAL_TOKENS
     assert len(set(vocabulary)) == len(vocabulary)
-    collator = TextCollator(vocabulary, 512)
+    tokenizer = TextTokenizer(vocabulary, 512)
     short_words = [text for text in TEXTS if not re.search(r"\w{100}", text)]
     assert len(short_words) > 10
-    assert not any(4 in ids for ids in collator.tokenize(short_words))
+    assert not any(4 in ids for ids in tokenizer.tokenize(short_words))
 
 
 def test_build_vocabulary_is_the_same_in_every_process() -> None:
@@ -698,9 +673,9 @@ def random_texts(count: int, seed: int = 3) -> list[str]:
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
 def test_encode_texts_equals_one_text_at_a_time(monkeypatch: pytest.MonkeyPatch, window: int, batch_size: int) -> None:
     monkeypatch.setattr(data, "SORTING_WINDOW", window)
-    texts, collator, embed = random_texts(100), small_collator(64), FakeEmbed()
-    twin = np.concatenate([embed(*collator([text])) for text in texts])
-    vectors = encode_texts(FakeEmbed(), texts, collator, batch_size)
+    texts, tokenizer, embed = random_texts(100), small_collator(64), FakeEmbed()
+    twin = np.concatenate([embed(*tokenizer([text])) for text in texts])
+    vectors = encode_texts(FakeEmbed(), texts, tokenizer, batch_size)
     assert vectors.dtype == np.float32
     np.testing.assert_array_equal(vectors, twin)
     assert len(np.unique(twin, axis=0)) > 95  # so that a wrong order shows
@@ -709,11 +684,11 @@ def test_encode_texts_equals_one_text_at_a_time(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(("count", "padded", "batches"), [(200, 1.15, 3.0), (1000, 1.07, 1.6), (5000, 1.02, 1.2)])
 def test_encode_texts_batches_hold_little_padding(count: int, padded: float, batches: float) -> None:
     """Nor do those of few texts, which are smaller for it; those of many are full."""
-    texts, collator = random_texts(count), small_collator(64)
+    texts, tokenizer = random_texts(count), small_collator(64)
     embed, unsorted = FakeEmbed(), FakeEmbed()
-    encode_texts(embed, texts, collator, 32)
+    encode_texts(embed, texts, tokenizer, 32)
     for batch in batched(texts, 32):
-        unsorted(*collator(batch))
+        unsorted(*tokenizer(batch))
     ratio, unsorted_ratio = (
         sum(rows * length for rows, length in fake.shapes) / fake.tokens for fake in (embed, unsorted)
     )
@@ -796,16 +771,16 @@ def test_ranks_get_pairs_of_like_length(world_size: int) -> None:
 
 
 def test_a_pair_s_length_is_that_of_its_texts() -> None:
-    collator = small_collator(64)
-    expected = [sum(map(len, collator.tokenize([text for text in pair if text]))) for pair in PAIRS]
-    assert PairCollator(collator, PAIRS).lengths.tolist() == expected
+    tokenizer = small_collator(64)
+    expected = [sum(map(len, tokenizer.tokenize([text for text in pair if text]))) for pair in PAIRS]
+    assert PairBatcher(tokenizer, PAIRS).lengths.tolist() == expected
 
 
 def test_a_vocabulary_beyond_16_bits() -> None:
     words = [f"w{number}" for number in range(70_000)]
-    collator = TextCollator(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *words], 8)
+    tokenizer = TextTokenizer(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *words], 8)
     texts = ["w1 w69999", "w65533"]
-    assert [ids.tolist() for ids in TokenisedTexts(collator, texts)] == collator.tokenize(texts)
+    assert [ids.tolist() for ids in TokenizedTexts(tokenizer, texts)] == tokenizer.tokenize(texts)
 
 
 def test_the_shuffle_depends_on_seed_and_epoch_alone() -> None:
@@ -835,7 +810,7 @@ def random_pairs(rng: random.Random, count: int) -> list[TextPair]:
 def test_positives_mask_equals_a_double_loop(seed: int) -> None:
     rng = random.Random(seed)
     pairs = random_pairs(rng, rng.randrange(1, 40))
-    mask = PositivesMask(pairs)
+    mask = FalseNegativeMask(pairs)
     queries, titles, with_negative = (
         np.array(rng.choices(range(len(pairs)), k=rng.randrange(1, 12)), dtype=np.int64) for _ in range(3)
     )
@@ -861,16 +836,16 @@ PAIRS = [
 def batch_ids(batch: PairBatch) -> list[list[int]]:
     """Token ids of the batch's texts in their order, without padding."""
     padded = [row for input_ids, _ in batch.chunks for row in input_ids.tolist()]
-    return [[token for token in padded[row] if token] for row in batch.chunk_rows]
+    return [[token for token in padded[row] if token] for row in batch.row_of_text]
 
 
 def test_pair_collator_gathers_texts_and_mask() -> None:
-    collator = small_collator()
+    tokenizer = small_collator()
     rows = np.array([2, 1, 0], dtype=np.int64)
-    batch = PairCollator(collator, PAIRS)([rows])
+    batch = PairBatcher(tokenizer, PAIRS)([rows])
     assert (batch.sizes, batch.place) == ([(3, 2)], 0)
     queries, titles = ["深度", "图像", "深度"], ["学习", "医学图像", "学习综述"]
-    assert batch_ids(batch) == collator.tokenize([*queries, *titles, "学习综述", "图像分割方法"])
+    assert batch_ids(batch) == tokenizer.tokenize([*queries, *titles, "学习综述", "图像分割方法"])
     np.testing.assert_array_equal(
         batch.mask,
         [
@@ -882,22 +857,22 @@ def test_pair_collator_gathers_texts_and_mask() -> None:
 
 
 def test_pair_collator_without_hard_negatives_and_without_mask() -> None:
-    collator, rows = small_collator(), np.array([3, 0], dtype=np.int64)
-    batch = PairCollator(collator, PAIRS)([rows])
-    assert batch_ids(batch) == collator.tokenize(["方法", "深度", "综述", "学习综述"])
+    tokenizer, rows = small_collator(), np.array([3, 0], dtype=np.int64)
+    batch = PairBatcher(tokenizer, PAIRS)([rows])
+    assert batch_ids(batch) == tokenizer.tokenize(["方法", "深度", "综述", "学习综述"])
     assert batch.mask.tolist() == [[True, False], [False, True]]
-    assert PairCollator(collator, PAIRS, mask_duplicates=False)([rows]).mask is None
+    assert PairBatcher(tokenizer, PAIRS, mask_false_negatives=False)([rows]).mask is None
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 100])
 def test_pair_collator_s_chunks_hold_every_text_once_with_little_padding(count: int) -> None:
-    collator, texts = small_collator(64), random_texts(3 * count, seed=count)
+    tokenizer, texts = small_collator(64), random_texts(3 * count, seed=count)
     pairs = [TextPair(*texts[3 * row : 3 * row + 2], texts[3 * row + 2] if row % 2 else None) for row in range(count)]
-    batch = PairCollator(collator, pairs)([np.arange(count)])
+    batch = PairBatcher(tokenizer, pairs)([np.arange(count)])
     negatives = [pair.hard_negative for pair in pairs if pair.hard_negative]
-    expected = collator.tokenize([pair.query for pair in pairs] + [pair.title for pair in pairs] + negatives)
+    expected = tokenizer.tokenize([pair.query for pair in pairs] + [pair.title for pair in pairs] + negatives)
     assert batch_ids(batch) == expected
-    assert sorted(batch.chunk_rows) == list(range(len(expected)))
+    assert sorted(batch.row_of_text) == list(range(len(expected)))
     lengths = [input_ids.shape[1] for input_ids, _ in batch.chunks]
     assert lengths == sorted(lengths, reverse=True)
     for input_ids, token_type_ids in batch.chunks:

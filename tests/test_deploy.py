@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from conftest import ROOT, run_script, write_pairs
-
 import static_graph
-from checkpoint import load_checkpoint
+from modeling.checkpoint import load_checkpoint
+from conftest import ROOT, run_script, write_pairs
+from common.errors import InputError
+from static_graph import GRAPH_NAME
+from encoding.static_graph import convert_to_tensorrt, load_exported
+
 from data import encode_texts
-from runtime import InputError
-from static_graph import GRAPH_NAME, convert_to_tensorrt, load_exported
 
 SCRIPT = ROOT / "deploy" / "python" / "predict.py"
 LONG_TEXT = "论水稻产量研究水稻,产量" * 10  # longer than the position table
@@ -74,8 +75,8 @@ def test_vectors_of_options_and_files(
     output = tmp_path / "vectors.npy"
     assert predict.main(["--model_dir", str(exported), "--output", str(output), "--batch_size", "3", *options]) == 0
     assert capsys.readouterr().out == f"(4, 16)\nwrote {output}\n"
-    model, collator = load_checkpoint(checkpoint)
-    expected = encode_texts(model.embed, ["水", LONG_TEXT, "玉米", "土壤的评价"], collator, 1)
+    model, tokenizer = load_checkpoint(checkpoint)
+    expected = encode_texts(model.embed, ["水", LONG_TEXT, "玉米", "土壤的评价"], tokenizer, 1)
     np.testing.assert_allclose(np.load(output), expected, atol=1e-5)
 
 
@@ -87,8 +88,8 @@ def test_similarities_of_a_file(
     file = write_pairs(tmp_path / "pairs.tsv", pairs)
     assert predict.main(["--model_dir", str(exported), "--text_pair_file", str(file), "--skip_bad_lines"]) == 0
     first, bad, last = capsys.readouterr().out.strip().strip("[]").split(", ")
-    model, collator = load_checkpoint(checkpoint)
-    vectors = encode_texts(model.embed, [*pairs[0], *pairs[2]], collator, 1)
+    model, tokenizer = load_checkpoint(checkpoint)
+    vectors = encode_texts(model.embed, [*pairs[0], *pairs[2]], tokenizer, 1)
     assert bad == "nan"
     assert [float(first), float(last)] == pytest.approx([vectors[0] @ vectors[1], vectors[2] @ vectors[3]], abs=1e-5)
 
@@ -102,9 +103,9 @@ def test_max_seq_length_cuts_the_texts(
         output = tmp_path / f"{length}.npy"
         options = ["--text", LONG_TEXT, "--max_seq_length", str(length), "--output", str(output)]
         assert predict.main(["--model_dir", str(exported), *options]) == 0
-        model, collator = load_checkpoint(checkpoint, max_seq_length=length)
+        model, tokenizer = load_checkpoint(checkpoint, max_seq_length=length)
         vectors.append(np.load(output))
-        np.testing.assert_allclose(vectors[-1], model.embed(*collator([LONG_TEXT])), atol=1e-5)
+        np.testing.assert_allclose(vectors[-1], model.embed(*tokenizer([LONG_TEXT])), atol=1e-5)
     assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
 
 
@@ -142,7 +143,7 @@ def test_benchmark_counts_texts(predict: ModuleType, monkeypatch: pytest.MonkeyP
     batches = []
     monkeypatch.setattr(predict.time, "perf_counter", lambda: next(now))
     model = SimpleNamespace(
-        collator=lambda texts: batches.append(texts) or (texts, texts), encoder=SimpleNamespace(embed=lambda *_: None)
+        tokenizer=lambda texts: batches.append(texts) or (texts, texts), encoder=SimpleNamespace(embed=lambda *_: None)
     )
     figures = predict.measure(model, ["a", "b", "c"], 4)
     assert figures["texts_per_s"] == pytest.approx(40) and figures["p50_ms"] == pytest.approx(100)

@@ -4,11 +4,11 @@ import math
 from pathlib import Path
 
 import pytest
+from common.errors import InputError
 
-from data import read_corpus, read_hits, read_text_pairs, titles_by_query
-from evaluate import recall_at_k
+from data import positives_by_query, read_corpus, read_hits, read_text_pairs
+from retrieval.metrics import recall_at_k
 from examples import bm25, make_dataset
-from runtime import InputError
 
 SIZES = {"train.csv": 1500, "dev.csv": 100, "test.csv": 400, "corpus.csv": 3000}
 TINY = ["--documents", "60", "--train_pairs", "80", "--dev_pairs", "5", "--test_pairs", "10"]
@@ -113,7 +113,7 @@ def test_bm25_finds_between_30_and_80_percent_first(dataset, tmp_path):
     options = ["--similar_text_pair", str(dataset / "test.csv"), "--corpus_file", str(dataset / "corpus.csv")]
     options += ["--recall_result_dir", str(tmp_path), "--recall_result_file", "bm25.txt", "--recall_num", "10"]
     assert bm25.main(options) == 0
-    positives = titles_by_query(read_text_pairs(dataset / "test.csv"))
+    positives = positives_by_query(read_text_pairs(dataset / "test.csv"))
     hits = read_hits(tmp_path / "bm25.txt")
     assert set(hits) <= set(positives)
     assert max(map(len, hits.values())) == 10

@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
 from conftest import ROOT, run_script
+from modeling.checkpoint import model_fingerprint
+from common.files import sha256
+from common.errors import InputError
+from static_graph import GRAPH_NAME
+from encoding.static_graph import StaticEncoder, load_exported
 
 import export_model
 from base_model import SemanticIndexBase
-from checkpoint import create_model, load_checkpoint, save_checkpoint
-from encoder import model_fingerprint
-from files import sha256
-from runtime import InputError
-from static_graph import GRAPH_NAME, StaticEncoder, load_exported
 
 FILES = {
     *(f"{GRAPH_NAME}.json", f"{GRAPH_NAME}.pdiparams", "config.json", "semantic_index.json", "vocab.txt"),
@@ -61,7 +62,7 @@ def test_script_prints_the_difference_and_names_the_files(checkpoint: Path, tmp_
 
 def test_exported_length_is_what_serving_cuts_to(checkpoint: Path, tmp_path: Path) -> None:
     assert export(checkpoint, tmp_path / "output", "--max_seq_length", "12") == 0
-    assert load_exported(tmp_path / "output").collator.max_seq_length == 12
+    assert load_exported(tmp_path / "output").tokenizer.max_seq_length == 12
 
 
 def test_original_checkpoint_takes_its_backbone_from_the_option(
@@ -184,19 +185,19 @@ def test_missing_onnx_package_is_named_with_its_command(
 
 def test_check_runs_on_batches_like_the_collators(checkpoint: Path) -> None:
     """Of several sizes and lengths up to the maximum, with padding on the right alone."""
-    collator = load_checkpoint(checkpoint).collator
+    tokenizer = load_checkpoint(checkpoint).tokenizer
     shapes = set()
 
     def embed(input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
         shapes.add(input_ids.shape)
         assert input_ids.dtype == token_type_ids.dtype == np.int64 and not token_type_ids.any()
-        assert input_ids.min() >= 0 and input_ids.max() < collator.vocabulary_size
-        padding = input_ids == collator.pad_id
+        assert input_ids.min() >= 0 and input_ids.max() < tokenizer.vocabulary_size
+        padding = input_ids == tokenizer.pad_id
         assert not padding[:, 0].any() and (np.diff(padding.astype(int), axis=1) >= 0).all()
         return np.zeros((len(input_ids), 2), dtype=np.float32)
 
     def off(input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
         return np.full((len(input_ids), 2), 1e-3 if len(input_ids) == 7 else 0, dtype=np.float32)
 
-    assert export_model.largest_difference(embed, off, collator) == pytest.approx(1e-3)
+    assert export_model.largest_difference(embed, off, tokenizer) == pytest.approx(1e-3)
     assert shapes == {(size, length) for size in (1, 2, 7) for length in (3, 13, 24)}

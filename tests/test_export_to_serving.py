@@ -6,14 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, run_script
+from common.files import read_json
+from common.manifest import write_manifest
 from google.protobuf import text_format
 from paddle_serving_server.proto.general_model_config_pb2 import GeneralModelConfig
+from common.errors import InputError
+from static_graph import GRAPH_NAME
+from encoding.static_graph import load_exported
 
 import export_model
 import export_to_serving
-from files import read_json, write_manifest
-from runtime import InputError
-from static_graph import GRAPH_NAME, load_exported
 
 GRAPH = f"{GRAPH_NAME}.json"
 WEIGHTS = f"{GRAPH_NAME}.pdiparams"
@@ -78,7 +80,7 @@ def test_the_documents_command(exported: Path, tmp_path: Path) -> None:
 
 def test_the_converted_model_gives_the_same_vectors(exported: Path, tmp_path: Path) -> None:
     convert(exported, tmp_path)
-    tokens = load_exported(exported).collator(["水稻的产量", "论小麦品质研究小麦,品质"])
+    tokens = load_exported(exported).tokenizer(["水稻的产量", "论小麦品质研究小麦,品质"])
     vectors = [load_exported(folder).encoder.embed(*tokens) for folder in (exported, tmp_path / "serving_server")]
     np.testing.assert_array_equal(*vectors)
 

@@ -19,26 +19,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import checkpoint as checkpoint_module
+import monitor
 import pytest
+from batch_negative.resume import latest_checkpoint, read_training_state
+from modeling.checkpoint import load_checkpoint, save_checkpoint
+from modeling.checkpoint_files import step_folder, step_folders
 from conftest import ROOT, all_pairs, run_script, train_options, write_pairs
+from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
+from common.files import clear_leftovers
+from common.errors import InputError
 from test_resume import assert_same_bits
 from test_train import assert_same_weights, poisoned
 from test_weights import Calls
 
-import checkpoint as checkpoint_module
-import monitor
 import train_batch_neg
-from checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    read_training_state,
-    save_checkpoint,
-    step_folder,
-    step_folders,
-)
-from data import epoch_batches
-from files import MANIFEST_FILE, check_manifest, clear_leftovers, write_manifest
-from runtime import InputError
+from batch_negative.batches import epoch_batches
 
 RENAMES = frozenset(["os.rename"])  # audit events of Python
 CHANGES = RENAMES | {"os.mkdir", "os.remove", "os.rmdir"}
@@ -180,7 +176,7 @@ def fail_everywhere(
                     break
                 cases[name].append(Failed(folder, ended))
 
-        def save_step(session: train_batch_neg.Session, step: int) -> None:
+        def save_step(session: train_batch_neg.TrainingLoop, step: int) -> None:
             if step == ATTACKED:
                 name = "replaced" if step_folder(Path("checkpoints"), step).exists() else "new"
                 attack(name, partial(plain_save_step, session, step))
@@ -191,9 +187,9 @@ def fail_everywhere(
                 attack("best", partial(save_checkpoint, folder, *arguments, **named))
             save_checkpoint(folder, *arguments, **named)
 
-        plain_save_step = train_batch_neg.Session._save
+        plain_save_step = train_batch_neg.TrainingLoop._save
         with monkeypatch.context() as patched:
-            patched.setattr(train_batch_neg.Session, "_save", save_step)
+            patched.setattr(train_batch_neg.TrainingLoop, "_save", save_step)
             patched.setattr(train_batch_neg, "save_checkpoint", save_best)
             assert train_batch_neg.main(evaluated) == 0
         return cases
@@ -273,7 +269,8 @@ def test_a_full_disk_at_any_operation_of_saving_leaves_the_last_checkpoint(
 
 SCRIPT = """
 import os, signal, sys, time
-from runtime import run, set_up_paddle
+from common.cli import run
+from common.paddle_setup import set_up_paddle
 set_up_paddle()
 import checkpoint, monitor, train_batch_neg
 

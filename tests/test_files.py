@@ -12,27 +12,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, file_size_limit
-
-from files import (
-    HASHED_BYTES,
-    LOCK_FILE,
-    MANIFEST_FILE,
-    atomic_folder,
-    atomic_write,
-    check_manifest,
-    clear_leftovers,
-    locked,
-    make_folder,
-    prepare_file,
-    read_json,
-    remove_folder,
-    restore_folder,
-    sha256,
-    whole_folder,
-    write_json,
-    write_manifest,
-)
-from runtime import InputError
+from common.files import HASHED_BYTES, LOCK_FILE, atomic_folder, atomic_write, clear_leftovers, locked, make_folder, prepare_file, read_json, remove_folder, resolve_interrupted_replace, restore_folder, sha256, write_json
+from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
+from common.errors import InputError
 
 
 def written(folder: Path, raw: bytes, name: str = "file.csv") -> Path:
@@ -240,27 +222,27 @@ def test_a_file_that_another_rank_writes_between_two_looks_is_replaced(
 def test_a_replacement_cut_short_between_its_renames_is_read_and_undone(tmp_path: Path) -> None:
     place = tmp_path / "model_best"
     replaced = folder_with(tmp_path / ".model_best.replaced", "old")
-    assert whole_folder(place) == replaced
+    assert resolve_interrupted_replace(place) == replaced
     clear_leftovers(tmp_path)
     assert os.listdir(tmp_path) == ["model_best"]
     assert (place / "weights").read_text() == "old"
-    assert whole_folder(place) == place
+    assert resolve_interrupted_replace(place) == place
 
 
 def test_a_replacement_behind_a_link_is_read_too(tmp_path: Path) -> None:
     folder_with(tmp_path / "disk" / ".index.replaced", "old")
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "index")
-    assert (whole_folder(tmp_path / "link") / "weights").read_text() == "old"
+    assert (resolve_interrupted_replace(tmp_path / "link") / "weights").read_text() == "old"
     with atomic_folder(tmp_path / "link") as folder:
         written(folder, b"new", "weights")
     assert os.listdir(tmp_path / "disk") == ["index"]
-    assert (whole_folder(tmp_path / "link") / "weights").read_text() == "new"
+    assert (resolve_interrupted_replace(tmp_path / "link") / "weights").read_text() == "new"
 
 
 def test_a_replacement_cut_short_after_its_renames_is_ended(tmp_path: Path) -> None:
     place = folder_with(tmp_path / "model_best", "new")
     folder_with(tmp_path / ".model_best.replaced", "old")
-    assert whole_folder(place) == place
+    assert resolve_interrupted_replace(place) == place
     restore_folder(place)
     assert os.listdir(tmp_path) == ["model_best"]
     assert (place / "weights").read_text() == "new"
@@ -269,7 +251,7 @@ def test_a_replacement_cut_short_after_its_renames_is_ended(tmp_path: Path) -> N
 @pytest.mark.parametrize("place", ["model_best", ".", "/"])
 def test_a_folder_that_nobody_replaced_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.chdir(tmp_path)
-    assert whole_folder(place) == Path(place)
+    assert resolve_interrupted_replace(place) == Path(place)
 
 
 def test_a_new_replacement_starts_from_the_one_cut_short(tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
 from conftest import ROOT, all_pairs, cpp_environment, make_model_folder, run_script
+from encoding.onnx_graph import OnnxEncoder
+from encoding.static_graph import StaticEncoder, load_exported
 
 import export_model
 import export_to_serving
 from base_model import SemanticIndexBase
-from benchmarks.service import (
+from benchmarks.service_clients import (
     cpp_http_client,
     cpp_rpc_client,
     http_client,
@@ -20,10 +23,7 @@ from benchmarks.service import (
     running_cpp_service,
     running_service,
 )
-from checkpoint import create_model, load_checkpoint, save_checkpoint
-from data import Embed, TextCollator, encode_texts
-from onnx_graph import OnnxEncoder
-from static_graph import StaticEncoder, load_exported
+from data import Embed, TextTokenizer, encode_texts
 
 TEXTS = ["水", "水稻的产量与土壤评价" * 6 + "水稻优化", "论水稻产量研究水稻,产量" * 20, "Deep Learning 2.0!", "高血压"]
 OTHERS = [title for _, title in all_pairs()[:40]]
@@ -56,9 +56,9 @@ def forms(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def expected(forms: Path) -> np.ndarray:
     """The vectors of TEXTS from the checkpoint, one at a time."""
     assert [len(text) for text in TEXTS[:3]] == [1, 64, 240]
-    model, collator = load_checkpoint(forms / "checkpoint")
-    assert [len(ids) for ids in collator.tokenize(TEXTS[:3])] == [3, 66, LENGTH]
-    vectors = np.concatenate([model.embed(*collator([text])) for text in TEXTS])
+    model, tokenizer = load_checkpoint(forms / "checkpoint")
+    assert [len(ids) for ids in tokenizer.tokenize(TEXTS[:3])] == [3, 66, LENGTH]
+    vectors = np.concatenate([model.embed(*tokenizer([text])) for text in TEXTS])
     assert np.abs(vectors[0] - vectors[1]).max() > 0.01  # the model tells texts apart
     return vectors
 
@@ -76,19 +76,19 @@ def check(ways: Mapping[str, Encode], expected: np.ndarray) -> None:
             np.testing.assert_allclose(vectors, expected, rtol=0, atol=TOLERANCE, err_msg=f"{name}, {batch}")
 
 
-def padded(collator: TextCollator) -> TextCollator:
+def padded(tokenizer: TextTokenizer) -> TextTokenizer:
     """One that fills every text up to the maximum."""
-    collator = copy.copy(collator)
-    collator.pad_to_max_seq_len = True
-    return collator
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.pad_to_max_seq_len = True
+    return tokenizer
 
 
-def in_process(name: str, embed: Embed, collator: TextCollator) -> dict[str, Encode]:
+def in_process(name: str, embed: Embed, tokenizer: TextTokenizer) -> dict[str, Encode]:
     """A batch as it comes, padded to the maximum, and through the encoder loop."""
     return {
-        name: lambda texts: embed(*collator(texts)),
-        f"{name}, padded": lambda texts: embed(*padded(collator)(texts)),
-        f"{name}, by length": lambda texts: encode_texts(embed, texts, collator, 2),
+        name: lambda texts: embed(*tokenizer(texts)),
+        f"{name}, padded": lambda texts: embed(*padded(tokenizer)(texts)),
+        f"{name}, by length": lambda texts: encode_texts(embed, texts, tokenizer, 2),
     }
 
 
@@ -103,7 +103,7 @@ def predict(model_dir: Path, folder: Path, texts: Sequence[str]) -> np.ndarray:
 
 def test_one_text_has_one_vector(forms: Path, expected: np.ndarray, tmp_path: Path) -> None:
     """From the checkpoint, the static graph, ONNX, predict.py, and Pipeline Serving over gRPC and HTTP."""
-    model, collator = load_checkpoint(forms / "checkpoint")
+    model, tokenizer = load_checkpoint(forms / "checkpoint")
     exported = load_exported(forms / "output")
     with (
         running_service(forms / "serving_server", "--threads", "1") as service,
@@ -111,10 +111,10 @@ def test_one_text_has_one_vector(forms: Path, expected: np.ndarray, tmp_path: Pa
         http_client(service) as http,
     ):
         ways = {
-            **in_process("dygraph", model.embed, collator),
-            **in_process("static graph", exported.encoder.embed, exported.collator),
-            **in_process("static, no oneDNN", StaticEncoder(forms / "output", onednn=False).embed, exported.collator),
-            **in_process("onnx", OnnxEncoder(forms / "output").embed, exported.collator),
+            **in_process("dygraph", model.embed, tokenizer),
+            **in_process("static graph", exported.encoder.embed, exported.tokenizer),
+            **in_process("static, no oneDNN", StaticEncoder(forms / "output", onednn=False).embed, exported.tokenizer),
+            **in_process("onnx", OnnxEncoder(forms / "output").embed, exported.tokenizer),
             "predict.py": partial(predict, forms / "output", tmp_path),
             "gRPC": rpc,
             "HTTP": http,
@@ -129,9 +129,9 @@ def test_one_text_has_one_vector_in_cpp_serving(
     """Over RPC and HTTP."""
     for name, value in cpp_environment().items():
         monkeypatch.setenv(name, value)
-    collator = load_exported(forms / "serving_server").collator
-    with running_cpp_service(cpp_program, forms / "serving_server", collator) as service:
-        filled = service._replace(collator=padded(collator))
+    tokenizer = load_exported(forms / "serving_server").tokenizer
+    with running_cpp_service(cpp_program, forms / "serving_server", tokenizer) as service:
+        filled = service._replace(tokenizer=padded(tokenizer))
         with (
             cpp_rpc_client(service) as rpc,
             cpp_http_client(service) as http,

@@ -5,15 +5,17 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from modeling.checkpoint import create_model
 from conftest import all_pairs, assert_close
+from modeling.cpu_training_layers import speed_up_training
 
-from base_model import STRIDE_FLAG, set_device, set_seed
+from common.device import STRIDE_FLAG, set_device, set_seed
 from batch_negative.gradient_cache import cached_backward, direct_backward
 from batch_negative.model import SemanticIndexBatchNeg
-from batch_negative.trainer import NonFiniteLoss, PlannedStep, Trainer, make_optimizer
-from checkpoint import create_model
-from cpu_layers import speed_up_training
-from data import PairCollator, TextPair
+from batch_negative.trainer import NonFiniteLoss, Trainer, make_optimizer
+from batch_negative.batches import PlannedStep
+from batch_negative.batches import PairBatcher
+from data import TextPair
 
 PAIRS = [
     TextPair(query, title, all_pairs()[row + 20][1] if row % 3 == 0 else None)
@@ -52,7 +54,7 @@ def make_trainer(
 ) -> Trainer:
     """Trains on PAIRS, with the same weights each time, which stay as they are."""
     set_seed(3)
-    model, collator = create_model(
+    model, tokenizer = create_model(
         SemanticIndexBatchNeg,
         from_scratch=str(folder),
         pooling="mean",
@@ -67,7 +69,7 @@ def make_trainer(
     _, scheduler = make_optimizer(
         model, learning_rate=0.1, total_steps=9, warmup_proportion=0.0, weight_decay=0.0, max_grad_norm=1.0
     )
-    collate = PairCollator(collator, PAIRS, chunk_texts=chunk_texts)
+    collate = PairBatcher(tokenizer, PAIRS, chunk_texts=chunk_texts)
     common = {"rank": rank, "seed": 5, "margin": 0.2, "scale": 30.0}
     return Trainer(model, collate, GradientsOnly(model), scheduler, **common, **options)
 

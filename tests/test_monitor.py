@@ -5,14 +5,15 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import monitor
 import pytest
 from conftest import train_options
+from batch_negative.evaluator import Evaluator
+from batch_negative.training_log import TrainingLog
 
-import monitor
 import train_batch_neg
 from ann_util import IndexOptions
 from batch_negative.trainer import Step
-from monitor import Evaluator, TrainingLog
 
 
 def make_evaluator(folder: Path) -> Evaluator:
@@ -38,7 +39,7 @@ def test_an_evaluator_goes_on_where_another_was(tmp_path: Path) -> None:
     assert second.state() == first.state()
     for evaluator in (first, second):
         evaluator._judge(6, 0.5)
-        assert (evaluator.is_best, evaluator.without_gain, evaluator.last_step) == (False, 2, 6)
+        assert (evaluator.is_best, evaluator.evals_without_improvement, evaluator.last_step) == (False, 2, 6)
 
 
 def test_speed_and_time_left_are_those_of_training_alone(

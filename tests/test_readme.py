@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from modeling.checkpoint import create_model, save_checkpoint
 from conftest import ROOT, all_pairs, make_model_folder, write_pairs
 
 from base_model import SemanticIndexBase
-from checkpoint import create_model, save_checkpoint
 
 READMES = (ROOT / "README.md", ROOT / "README_cn.md")
 # They need the network or a GPU, set up what these tests run in, or are run by tests of their own.
@@ -59,9 +59,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pairs(folder / "recall" / "test.csv", pairs[20:24])
     write_pairs(folder / "recall" / "corpus.csv", [(title,) for _, title in pairs])
     ernie = make_model_folder(folder / "ernie-1.0", max_position_embeddings=64)
-    model, collator = create_model(SemanticIndexBase, from_scratch=str(ernie))
+    model, tokenizer = create_model(SemanticIndexBase, from_scratch=str(ernie))
     paddle.save(model.ptm.state_dict(), str(ernie / "model_state.pdparams"))
-    save_checkpoint(folder / "simcse" / "model_20000", model, collator)
+    save_checkpoint(folder / "simcse" / "model_20000", model, tokenizer)
     return folder
 
 

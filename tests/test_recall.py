@@ -10,24 +10,26 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pytest
-from conftest import ROOT, file_size_limit, run_script, write_pairs
-
 import embeddings
 import encoder as encoder_module
-import recall
-from ann_util import DEFAULT_SHARE, HnswIndex, IndexOptions, build_index
-from base_model import SemanticIndexBase
-from checkpoint import load_checkpoint
-from data import Corpus, read_corpus
-from embeddings import Description, Embeddings
-from encoder import compare_with_fp32, load_encoder, model_fingerprint
-from files import read_json, write_manifest
-from index_folder import SavedIndex, load_index, locked_index, save_index
-from recall import sample_of
-from runtime import InputError
+import numpy as np
+import pytest
+from modeling.checkpoint import load_checkpoint
+from conftest import ROOT, file_size_limit, run_script, write_pairs
+from retrieval.embedding_store import Embeddings, EmbeddingsMetadata
+from encoding.encoder import compare_with_fp32, load_encoder
+from modeling.checkpoint import model_fingerprint
+from common.files import read_json
+from common.manifest import write_manifest
+from retrieval.saved_index import SavedIndex, load_index, locked_index, save_index
+from common.errors import InputError
 from static_graph import GRAPH_NAME, WEIGHTS_SUFFIX
+
+import recall
+from ann_util import DEFAULT_TARGET_RECALL, HnswIndex, IndexOptions, build_index
+from base_model import SemanticIndexBase
+from data import Corpus, read_corpus
+from retrieval.pipeline import sample_of
 
 DIM = 8
 
@@ -38,9 +40,9 @@ def unit_vectors(count: int, seed: int = 0) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def description(documents: int, **changes: object) -> Description:
+def description(documents: int, **changes: object) -> EmbeddingsMetadata:
     """Of vectors in shards of 10."""
-    return Description("model", "fp32", "corpus", documents, DIM, 10)._replace(**changes)
+    return EmbeddingsMetadata("model", "fp32", "corpus", documents, DIM, 10)._replace(**changes)
 
 
 def written(folder: Path, vectors: np.ndarray) -> Embeddings:
@@ -248,15 +250,15 @@ def test_auto_compiles_for_many_texts(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_fingerprints_tell_models_apart(checkpoint: Path) -> None:
     """By any weight, and by the settings."""
-    model, collator = load_checkpoint(checkpoint)
-    first = model_fingerprint(model, collator)
+    model, tokenizer = load_checkpoint(checkpoint)
+    first = model_fingerprint(model, tokenizer)
     assert first == model_fingerprint(*load_checkpoint(checkpoint))
     config, model.config = model.config, replace(model.config, pooling="cls")
-    assert first != model_fingerprint(model, collator)
+    assert first != model_fingerprint(model, tokenizer)
     model.config = config
     bias = model.emb_reduce_linear.bias
     bias.set_value(bias + 1e-6)
-    assert first != model_fingerprint(model, collator)
+    assert first != model_fingerprint(model, tokenizer)
 
 
 def test_a_precision_is_compared_with_fp32(checkpoint: Path, recall_data: Path) -> None:
@@ -300,7 +302,7 @@ def result(folder: Path) -> str:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 16 rows, in place of thousands."""
-    monkeypatch.setattr(Description.__new__, "__defaults__", (16,))
+    monkeypatch.setattr(EmbeddingsMetadata.__new__, "__defaults__", (16,))
 
 
 @pytest.fixture
@@ -426,7 +428,7 @@ def test_an_index_keeps_its_ef_or_its_share_when_documents_are_added(
     search()
     add()
     add("--tune_ef", "0.8")
-    assert shares[2:] == [DEFAULT_SHARE, DEFAULT_SHARE, 0.8]
+    assert shares[2:] == [DEFAULT_TARGET_RECALL, DEFAULT_TARGET_RECALL, 0.8]
 
 
 def test_added_documents_never_lower_ef(
@@ -677,11 +679,12 @@ def test_two_ranks_share_the_encoding_and_find_the_same(checkpoint: Path, recall
 
 SLOW_RECALL = """
 import sys, time
-from runtime import run, set_up_paddle
+from common.cli import run
+from common.paddle_setup import set_up_paddle
 set_up_paddle()
 import recall
-from embeddings import Description, Embeddings
-Description.__new__.__defaults__ = (16,)
+from retrieval.embedding_store import EmbeddingsMetadata, Embeddings
+EmbeddingsMetadata.__new__.__defaults__ = (16,)
 write = Embeddings.write
 def slow_write(self, number, vectors):
     write(self, number, vectors)
@@ -704,7 +707,7 @@ def test_a_killed_run_goes_on(checkpoint: Path, recall_data: Path, tmp_path: Pat
         process.send_signal(signal.SIGKILL)
     assert not any((tmp_path / "out").iterdir())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Description.__new__, "__defaults__", (16,))
+        patch.setattr(EmbeddingsMetadata.__new__, "__defaults__", (16,))
         assert recall.main(arguments) == 0
         again = len(encoded)
         assert recall.main(expected) == 0
@@ -742,12 +745,12 @@ def test_a_kill_at_any_write_of_a_shard_leaves_it_missing(tmp_path: Path, place:
         "replace = os.replace\n"
         f"os.replace = lambda a, b: os._exit(9) if str(b).endswith('1.{place}') else replace(a, b)\n"
         "vectors = np.eye(8, dtype=np.float32)\n"
-        "stored = embeddings.Embeddings(sys.argv[1], embeddings.Description('m', 'fp32', 'c', 16, 8, 8))\n"
+        "stored = embeddings.Embeddings(sys.argv[1], embeddings.EmbeddingsMetadata('m', 'fp32', 'c', 16, 8, 8))\n"
         "stored.write(0, vectors)\nstored.write(1, vectors)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=False)
     assert done.returncode == 9
-    stored = Embeddings(tmp_path, Description("m", "fp32", "c", 16, 8, 8))
+    stored = Embeddings(tmp_path, EmbeddingsMetadata("m", "fp32", "c", 16, 8, 8))
     assert stored.missing() == [1]
     np.testing.assert_array_equal(stored[:8], np.eye(8))
 

@@ -6,18 +6,22 @@ import shutil
 import signal
 from pathlib import Path
 
+import monitor
 import numpy as np
 import pytest
+from batch_negative.resume import latest_checkpoint, read_training_state
+from modeling.checkpoint import load_checkpoint
+from modeling.checkpoint_files import step_folders
 from conftest import all_pairs, run_script, train_options, write_pairs
+from common.files import write_json
+from common.manifest import write_manifest
+from common.errors import InputError
+from modeling.weight_files import read_weights
 
-import monitor
 import train_batch_neg
-from batch_negative.trainer import PlannedStep, Trainer
-from checkpoint import latest_checkpoint, load_checkpoint, read_training_state, step_folders
-from evaluate import evaluate
-from files import write_json, write_manifest
-from runtime import InputError
-from weights import read_weights
+from batch_negative.batches import PlannedStep
+from batch_negative.trainer import Trainer
+from retrieval.metrics import evaluate
 
 OPTIONS = ["--epochs", "2", "--batch_size", "8", "--save_steps", "3", "--warmup_proportion", "0.2"]
 LAST = 2 * 16 // 2  # steps: 128 pairs in 16 batches, two a step

@@ -13,20 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tqdm import tqdm
-
 import runtime
-from runtime import (
-    ArgumentParser,
-    InputError,
-    LineProgress,
-    at_least,
-    cpu_count,
-    cpu_environment,
-    log,
-    progress_bar,
-    run,
-)
+from common.cli import ArgumentParser, number_in_range, run
+from common.errors import InputError
+from common.logs import LineProgress, log, progress_bar
+from common.cpu import cpu_count
+from common.paddle_setup import cpu_environment
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -155,8 +148,9 @@ def test_other_errors_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -
 def test_sigterm_clears_away_what_is_being_written(tmp_path: Path) -> None:
     script = f"""
 import os, signal
-from files import atomic_folder
-from runtime import run, set_up_paddle
+from common.files import atomic_folder
+from common.cli import run
+from common.paddle_setup import set_up_paddle
 set_up_paddle()
 import paddle  # has a handler of its own
 
@@ -211,8 +205,8 @@ def test_errors_of_ours_keep_their_traceback() -> None:
 
 def parser() -> ArgumentParser:
     parser = ArgumentParser("Trains.")
-    parser.add_argument("--batch_size", type=at_least(1), default=32, help="pairs a step")
-    parser.add_argument("--margin", type=at_least(0.0, float), help="subtracted from the positives")
+    parser.add_argument("--batch_size", type=number_in_range(1), default=32, help="pairs a step")
+    parser.add_argument("--margin", type=number_in_range(0.0, float), help="subtracted from the positives")
     parser.add_argument("--evaluate", action="store_true", help="evaluate at each epoch")
     return parser
 
@@ -255,7 +249,7 @@ def test_options_are_read_and_help_shows_defaults_that_say_something() -> None:
 
 @pytest.mark.parametrize(("minimum", "number"), [(1, int), (0.0, float)])
 def test_at_least_takes_the_minimum_and_more(minimum: float, number: type) -> None:
-    parse = at_least(minimum, number)
+    parse = number_in_range(minimum, number)
     assert parse(str(minimum)) == minimum
     assert parse("7") == 7
     assert type(parse("7")) is number
@@ -264,7 +258,7 @@ def test_at_least_takes_the_minimum_and_more(minimum: float, number: type) -> No
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "-0.001"])
 def test_at_least_refuses_what_is_too_small_or_not_finite(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is out of range: give 0.0 or more"):
-        at_least(0.0, float)(text)
+        number_in_range(0.0, float)(text)
     assert not math.isfinite(float(text)) or float(text) < 0
 
 
@@ -310,7 +304,7 @@ def test_freed_memory_is_kept_until_it_is_given_back() -> None:
     """In a process of its own, whose heap keeps 200 MB."""
     script = """
 import numpy as np
-from runtime import give_back_freed_memory, keep_freed_memory
+from common.cpu import release_freed_memory, keep_freed_memory
 def resident_mb():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
 keep_freed_memory()
@@ -319,7 +313,7 @@ arrays = [np.ones(1_000_000) for _ in range(25)]
 stays = np.ones(1_000_000)  # at the heap's end, so that no part of it can go by itself
 del arrays
 print(resident_mb() - start > 150)
-give_back_freed_memory()
+release_freed_memory()
 print(resident_mb() - start < 50, stays.sum())
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)

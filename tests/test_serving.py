@@ -26,12 +26,14 @@ from unittest.mock import MagicMock, Mock
 import grpc
 import numpy as np
 import pytest
+import static_graph
 from conftest import ROOT, all_pairs, run_script
+from common.errors import InputError
+from encoding.static_graph import load_exported
 
 import export_model
 import export_to_serving
-import static_graph
-from benchmarks.service import (
+from benchmarks.service_clients import (
     CLIENTS,
     HOST,
     Service,
@@ -42,14 +44,12 @@ from benchmarks.service import (
     running_service,
 )
 from data import encode_texts
-from runtime import InputError
 from serving import adapter, encoder_process, http_gateway
 from serving.adapter import METHOD, PipelineService, Request, Response, ServiceOptions, embed_remotely
 from serving.encoder_process import EncoderOptions, EncoderProcess, EncoderStopped, serve
 from serving.http_gateway import PREDICTION_PATH, HttpGateway
 from serving.limits import BAD_REQUEST, INTERNAL_ERROR, NO_SUCH_SERVICE, OVERLOADED, STOPPING, Limits
 from serving.settings import check_ports, read_settings
-from static_graph import load_exported
 
 TOLERANCE = 1e-5
 TITLES = [title for _, title in all_pairs()]
@@ -150,7 +150,7 @@ def test_the_answer_keeps_the_originals_form(service: Service) -> None:
 def test_every_answer_under_load_is_the_right_one(service: Service, serving_server: Path) -> None:
     """16 clients at a time, both ways in, one to five texts a request; some are computed together."""
     exported = load_exported(serving_server)
-    expected = encode_texts(exported.encoder.embed, TITLES, exported.collator, 32)
+    expected = encode_texts(exported.encoder.embed, TITLES, exported.tokenizer, 32)
 
     def work(seed: int) -> int:
         order = random.Random(seed)
@@ -448,14 +448,14 @@ def test_an_encoder_tells_why_it_can_t_load_or_compute(monkeypatch: pytest.Monke
             raise OSError("(External) CUDA error(700)")
         return np.zeros((len(input_ids), 2), np.float32)
 
-    collator = SimpleNamespace(max_seq_length=8, lengths=lambda ids: list(map(len, ids)))
-    collator.tokenize = lambda texts: [[int(text == "a")] for text in texts]
-    collator.pad = lambda ids: (np.array(ids), np.array(ids))
+    tokenizer = SimpleNamespace(max_seq_length=8, lengths=lambda ids: list(map(len, ids)))
+    tokenizer.tokenize = lambda texts: [[int(text == "a")] for text in texts]
+    tokenizer.pad = lambda ids: (np.array(ids), np.array(ids))
     monkeypatch.setattr(static_graph, "choose_device", str)
     assert sent(MagicMock(side_effect=OSError("(External) CUDA error(803)"))) == [
         "model: OSError: (External) CUDA error(803)"
     ]
-    exported = static_graph.Exported(SimpleNamespace(embed=embed), collator)
+    exported = static_graph.Exported(SimpleNamespace(embed=embed), tokenizer)
     assert sent(lambda *_, **__: exported) == [None, "OSError in encoding 1 texts"]
 
 
@@ -805,7 +805,7 @@ def test_sigterm_answers_what_is_in_flight_and_leaves_no_process(serving_server:
     """Clients that go on get right answers, then errors; no answer is wrong or cut off."""
     exported = load_exported(serving_server)
     texts = TITLES[:64]
-    expected = encode_texts(exported.encoder.embed, texts, exported.collator, 32)
+    expected = encode_texts(exported.encoder.embed, texts, exported.tokenizer, 32)
     with running_service(serving_server, "--threads", "1") as service:
         processes = [service.process.pid, *children(service.process.pid)]
         assert len(processes) == 2
@@ -913,7 +913,7 @@ def test_settings_come_from_options_then_the_environment_then_the_file(tmp_path:
         ({"SERVING_RPC_PORT": "x"}, "SERVING_RPC_PORT"),
         ({"SERVING_HTTP_PORT": "70000"}, "SERVING_HTTP_PORT"),
         ({"SERVING_DEVICE": "tpu"}, "SERVING_DEVICE: tpu is none of cpu, gpu"),
-        ({"SERVING_MAX_WAITING_TEXTS": "1"}, "--max_waiting_texts"),
+        ({"SERVING_MAX_WAITING_TEXTS": "1"}, "--max_queued_texts"),
         ({"SERVING_MAX_BYTES": str(2**31)}, "SERVING_MAX_BYTES: 2147483648 is out of range"),
         ({"SERVING_BATCH_WAIT_MS": str(10**13)}, "SERVING_BATCH_WAIT_MS: 10000000000000 is out of range"),
         ({"SERVING_THREADS": str(2**31)}, "SERVING_THREADS: 2147483648 is out of range"),

@@ -7,21 +7,15 @@ from unittest.mock import MagicMock, call
 import numpy as np
 import paddle
 import pytest
-from paddle import nn
-
 import runtime
 import static_graph
-from checkpoint import load_checkpoint
-from runtime import InputError, has_bf16
-from static_graph import (
-    GRAPH_NAME,
-    WEIGHTS_SUFFIX,
-    StaticEncoder,
-    check_precision,
-    choose_device,
-    export_static,
-    graph_file,
-)
+from modeling.checkpoint import load_checkpoint
+from paddle import nn
+from common.errors import InputError
+from common.cpu import has_bf16
+from static_graph import GRAPH_NAME, WEIGHTS_SUFFIX, graph_file
+from encoding.static_graph import StaticEncoder, export_static
+from common.device import check_precision, choose_device
 
 TEXTS = ["水", "水稻的产量", "论水稻产量研究水稻,产量" * 10, "Deep Learning 2.0!"]
 
@@ -36,10 +30,10 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_graph_gives_the_models_vectors(exported: Path, checkpoint: Path) -> None:
     """For one text and for several, short and cut ones."""
-    model, collator = load_checkpoint(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint)
     encoder = StaticEncoder(exported)
     for texts in (TEXTS, TEXTS[:1], TEXTS[2:3]):
-        tokens = collator(texts)
+        tokens = tokenizer(texts)
         np.testing.assert_allclose(encoder.embed(*tokens), model.embed(*tokens), atol=1e-5)
 
 
@@ -48,11 +42,11 @@ def test_batches_of_all_shapes(exported: Path, checkpoint: Path, monkeypatch: py
     monkeypatch.setattr(static_graph, "SHAPES_KEPT", 6)
     given_back: list[bool] = []
     monkeypatch.setattr(static_graph, "give_back_freed_memory", lambda: given_back.append(True))
-    model, collator = load_checkpoint(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint)
     encoder = StaticEncoder(exported)
     random = np.random.default_rng(0)
     for shape in [(1, 12), (11, 2), (1, 12), *((rows, length) for rows in (1, 2, 11, 12) for length in (1, 2, 3, 12))]:
-        input_ids = random.integers(5, collator.vocabulary_size, shape)
+        input_ids = random.integers(5, tokenizer.vocabulary_size, shape)
         tokens = input_ids, np.zeros_like(input_ids)
         np.testing.assert_allclose(encoder.embed(*tokens), model.embed(*tokens), atol=1e-5)
     assert len(given_back) >= 3  # (1, 12) and (11, 2), back again, and 16 shapes of which 6 are kept
@@ -64,7 +58,7 @@ def test_bf16_rounds_where_the_cpu_has_it(exported: Path, checkpoint: Path) -> N
         with pytest.raises(InputError, match="--precision bf16: this CPU lacks avx512_bf16"):
             StaticEncoder(exported, precision="bf16")
         return
-    tokens = load_checkpoint(checkpoint).collator(TEXTS)
+    tokens = load_checkpoint(checkpoint).tokenizer(TEXTS)
     vectors, exact = [StaticEncoder(exported, precision=precision).embed(*tokens) for precision in ("bf16", "fp32")]
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert ((vectors * exact).sum(axis=1) > 0.999).all()

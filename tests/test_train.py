@@ -5,35 +5,30 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import monitor
 import numpy as np
 import paddle
 import pytest
+from modeling.checkpoint import create_model, load_checkpoint
+from batch_negative.resume import read_training_state
+from modeling.checkpoint_files import step_folders
 from conftest import all_pairs, make_model_folder, run_script, train_options, write_pairs
+from modeling.cpu_training_layers import speed_up_training
+from retrieval.saved_index import load_index
 from paddle.amp import grad_scaler
+from common.errors import InputError
+from modeling.weight_files import read_weights
 
 import evaluate
-import monitor
 import predict
 import recall
 import train_batch_neg
-from base_model import set_seed
+from common.device import set_seed
 from batch_negative.model import SemanticIndexBatchNeg, in_batch_negatives_loss
-from batch_negative.trainer import Plan, make_optimizer
-from checkpoint import create_model, load_checkpoint, read_training_state, step_folders
-from cpu_layers import speed_up_training
-from data import (
-    PairCollator,
-    TextPair,
-    batched,
-    encode_texts,
-    epoch_batches,
-    read_hits,
-    read_text_pairs,
-    titles_by_query,
-)
-from index_folder import load_index
-from runtime import InputError
-from weights import read_weights
+from batch_negative.batches import BatchSchedule
+from batch_negative.trainer import make_optimizer
+from batch_negative.batches import PairBatcher, batched, epoch_batches
+from data import TextPair, encode_texts, positives_by_query, read_hits, read_text_pairs
 
 
 def assert_same_weights(first: Path, second: Path, tolerance: float = 0.0) -> None:
@@ -58,7 +53,7 @@ def recall_at_1(checkpoint: Path, recall_data: Path, folder: Path) -> float:
     options = ["--similar_text_pair", str(recall_data / "dev.csv"), "--corpus_file", str(recall_data / "corpus.csv")]
     options += ["--recall_result_dir", str(folder), "--params_path", str(checkpoint), "--device", "cpu"]
     recall.main(options)
-    positives = titles_by_query(read_text_pairs(recall_data / "dev.csv"))
+    positives = positives_by_query(read_text_pairs(recall_data / "dev.csv"))
     return evaluate.evaluate(positives, read_hits(folder / "recall_result.txt"), 10).recall[1]
 
 
@@ -167,8 +162,8 @@ def test_a_batch_of_chunks_is_one_batch(still_model_folder: Path) -> None:
         TextPair(query, title, texts[row + 20][1] if row % 3 else None) for row, (query, title) in enumerate(texts[:9])
     ]
     pairs.append(TextPair(pairs[0].query, pairs[4].title))  # one query with two titles
-    model, collator = create_model(SemanticIndexBatchNeg, from_scratch=str(still_model_folder), dropout=0.0)
-    batch = PairCollator(collator, pairs)([np.arange(10)])
+    model, tokenizer = create_model(SemanticIndexBatchNeg, from_scratch=str(still_model_folder), dropout=0.0)
+    batch = PairBatcher(tokenizer, pairs)([np.arange(10)])
     assert len(batch.chunks) > 1
     loss = model(batch, 0.2, 30.0)
     loss.backward()
@@ -176,7 +171,7 @@ def test_a_batch_of_chunks_is_one_batch(still_model_folder: Path) -> None:
     model.clear_gradients()
 
     def vectors(texts: list[str]) -> paddle.Tensor:
-        return paddle.concat([model.get_pooled_embedding(*map(paddle.to_tensor, collator([text]))) for text in texts])
+        return paddle.concat([model.get_pooled_embedding(*map(paddle.to_tensor, tokenizer([text]))) for text in texts])
 
     columns = [pair.title for pair in pairs] + [pair.hard_negative for pair in pairs if pair.hard_negative]
     paired = {(pair.query, pair.title) for pair in pairs}
@@ -192,7 +187,7 @@ def test_a_batch_of_chunks_is_one_batch(still_model_folder: Path) -> None:
 def test_masking_duplicates_can_be_turned_off(model_folder: Path, tmp_path: Path, capsys) -> None:
     write_pairs(tmp_path / "train.csv", [all_pairs()[0]] * 8)  # every other title is a positive: nothing to learn
     losses = []
-    for switch in ([], ["--no_mask_duplicates"]):
+    for switch in ([], ["--no_false_negative_mask"]):
         options = ["--max_steps", "1", "--batch_size", "8", "--log_steps", "1", "--dropout", "0", *switch]
         assert train_batch_neg.main(train_options(model_folder, tmp_path, tmp_path / "out", *options)) == 0
         losses.append(float(re.search("loss: ([^,]+)", capsys.readouterr().out)[1]))
@@ -201,7 +196,7 @@ def test_masking_duplicates_can_be_turned_off(model_folder: Path, tmp_path: Path
 
 
 def test_every_pair_has_its_step_whatever_the_remainders() -> None:
-    plan = Plan(41, 8, seed=0, epochs=2, accumulation=4)
+    plan = BatchSchedule(41, 8, seed=0, epochs=2, accumulation=4)
     steps = list(plan.steps(0))
     assert [(step.number, step.epoch, len(step.batches)) for step in steps] == [
         (1, 1, 4),
@@ -226,7 +221,7 @@ def test_every_pair_has_its_step_whatever_the_remainders() -> None:
         ("--dropout", "0.5"),
         ("--gradient_accumulation_steps", "2"),
         ("--group_by_length",),
-        ("--no_mask_duplicates",),
+        ("--no_false_negative_mask",),
     ],
 )
 def test_an_option_reaches_the_training(model_folder: Path, tmp_path: Path, changed: tuple[str, ...]) -> None:
@@ -475,7 +470,7 @@ def test_two_ranks_train_as_one_process(
 
     pairs = read_text_pairs(odd_data / "train.csv")
     set_seed(7)
-    model, collator = create_model(
+    model, tokenizer = create_model(
         SemanticIndexBatchNeg,
         from_scratch=str(folder),
         pooling="mean",
@@ -484,7 +479,7 @@ def test_two_ranks_train_as_one_process(
         max_seq_length=24,
     )
     speed_up_training(model)
-    collate = PairCollator(collator, pairs)
+    collate = PairBatcher(tokenizer, pairs)
     accumulation = 2 if "--gradient_accumulation_steps" in options else 1
     steps = 2 * -(-3 // accumulation)
     rounding = {name: np.zeros(value.shape, dtype=bool) for name, value in model.state_dict().items()}
@@ -579,7 +574,7 @@ def test_two_ranks_predict_as_one(
     expected = capsys.readouterr().out.splitlines()
     assert len(expected) == 5 and expected[2] == "nan"  # line for line, in order
     np.testing.assert_allclose(np.array(numbers, float), np.array(expected, float), atol=1e-5)
-    model, collator = load_checkpoint(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint)
     query, title = lines[3].split("\t")
-    vectors = encode_texts(model.embed, [query, title], collator, 1)
+    vectors = encode_texts(model.embed, [query, title], tokenizer, 1)
     assert float(expected[3]) == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-6)

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from common.errors import InputError
 from safetensors.numpy import save, save_file
-
-from runtime import InputError
-from weights import STRUCTURE_KEY, read_weights
+from modeling.weight_files import STRUCTURE_KEY, read_weights
 
 PROTOCOLS = [2, 3, 4]  # those that paddle.save takes
 

@@ -13,9 +13,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import MODEL_CONFIG_FILE, SAMPLE_TEXTS, TextCollator, TokenIds, text_argument
-from files import read_json
-from runtime import ArgumentParser, InputError, at_least
+from common.cli import ArgumentParser, number_in_range, text_argument
+from common.errors import InputError
+from common.files import read_json
+from data import MODEL_CONFIG_FILE, SAMPLE_TEXTS, TextTokenizer, TokenIds
 from serving.protos import read_proto
 
 PROTOS = Path(__file__).resolve().parent / "server"
@@ -36,8 +37,10 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--texts", nargs="+", type=text_argument, default=SAMPLE_TEXTS, help="what to get vectors of")
     parser.add_argument("--endpoint", type=endpoint, default="127.0.0.1:9393", help="host:port of the server")
     parser.add_argument("--model_dir", default="serving_server", help="folder with the model's vocabulary")
-    parser.add_argument("--max_seq_length", type=at_least(3), help="tokens a text (default: the model's)")
-    parser.add_argument("--timeout", type=at_least(0.001, float), default=20.0, help="seconds to wait for the server")
+    parser.add_argument("--max_seq_length", type=number_in_range(3), help="tokens a text (default: the model's)")
+    parser.add_argument(
+        "--timeout", type=number_in_range(0.001, float), default=20.0, help="seconds to wait for the server"
+    )
     return parser
 
 
@@ -58,9 +61,9 @@ def tokenize(texts: Sequence[str], model_dir: str, max_seq_length: int | None) -
     if not folder.is_dir():
         raise InputError(f"--model_dir {folder}: no such folder; give the one that the server serves")
     length = max_seq_length or read_json(folder / MODEL_CONFIG_FILE)["max_seq_length"]
-    collator = TextCollator.load(folder, length)
-    collator.pad_to_max_seq_len = True
-    return collator(texts)
+    tokenizer = TextTokenizer.load(folder, length)
+    tokenizer.pad_to_max_seq_len = True
+    return tokenizer(texts)
 
 
 def make_request(tokens: TokenIds, log_id: int = 0, *, as_bytes: bool = False) -> Any:

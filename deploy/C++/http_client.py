@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from clients import build_parser, http_inference, make_request, tokenize
-from runtime import run
+from common.cli import run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

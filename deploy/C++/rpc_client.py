@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from clients import build_parser, make_request, outputs, rpc_inference, tokenize
-from runtime import run
+from common.cli import run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,62 +7,56 @@ import time
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import (
-    SAMPLE_TEXTS,
-    TextPair,
-    add_encoding_args,
-    add_skip_bad_lines_arg,
-    encode_texts,
-    parse_pair,
-    read_lines,
-    read_texts,
-    text_argument,
-)
-from files import atomic_write, prepare_file, write_json
-from runtime import ArgumentParser, InputError, at_least, progress_bar, run, set_up_paddle, true_or_false
+from common.cli import ArgumentParser, number_in_range, run, text_argument, true_or_false
+from common.errors import InputError
+from common.files import prepare_file, write_json
+from common.logs import progress_bar
+from common.options import PRECISIONS, add_encoding_args, add_skip_bad_lines_arg
+from common.paddle_setup import set_up_paddle
+from data import SAMPLE_TEXTS, TextPair, encode_texts, parse_pair, read_lines, read_texts, write_vectors
+from encoding.exported_files import find_exported
 
-if __name__ == "__main__":
-    set_up_paddle()
-
-from static_graph import PRECISIONS, Exported, choose_device, load_exported
+if TYPE_CHECKING:
+    from encoding.static_graph import Exported
 
 SAMPLE_PAIRS = (
     TextPair("中西方语言与文化的差异", "中西方文化差异以及语言体现中西方文化,差异,语言体现"),
     TextPair("中西方语言与文化的差异", "飞桨致力于让深度学习技术的创新与应用更简单"),
 )
 WARM_UP_BATCHES = 5
-BENCHMARK_BATCHES, BENCHMARK_SECONDS = 20, 5.0  # a benchmark ends after both
+BENCHMARK_BATCHES, BENCHMARK_SECONDS = 20, 5.0  # a benchmark runs until both are reached
 PERCENTILES = (50, 90, 95, 99)
 BENCHMARK_FILE = "benchmark.json"
 
 
-def encode(model: Exported, texts: Sequence[str], batch_size: int) -> np.ndarray:
+def encode(model: "Exported", texts: Sequence[str], batch_size: int) -> np.ndarray:
     """The vectors of the texts, float32 [N, D], in order."""
     with progress_bar(len(texts), "texts", "text") as progress:
-        return encode_texts(model.encoder.embed, texts, model.collator, batch_size, progress=progress)
+        return encode_texts(model.encoder.embed, texts, model.tokenizer, batch_size, progress=progress)
 
 
-def similarities(model: Exported, pairs: Sequence[TextPair], batch_size: int) -> list[float]:
+def similarities(model: "Exported", pairs: Sequence[TextPair], batch_size: int) -> list[float]:
     """The cosine of each pair's query and title, in order."""
     vectors = encode(model, [pair.query for pair in pairs] + [pair.title for pair in pairs], batch_size)
     return (vectors[: len(pairs)] * vectors[len(pairs) :]).sum(axis=1).tolist()
 
 
-def measure(model: Exported, texts: Sequence[str], batch_size: int) -> dict[str, float]:
-    """Latency of batches in ms, tokenising included, and throughput; the texts are repeated until they fill a batch."""
+def measure(model: "Exported", texts: Sequence[str], batch_size: int) -> dict[str, float]:
+    """Latency of batches in ms, with tokenizing, and throughput; the texts are repeated to fill a batch."""
     endless = cycle(texts)
     seconds: list[float] = []
     for _ in range(WARM_UP_BATCHES):
-        model.encoder.embed(*model.collator(list(islice(endless, batch_size))))
+        model.encoder.embed(*model.tokenizer(list(islice(endless, batch_size))))
     while len(seconds) < BENCHMARK_BATCHES or sum(seconds) < BENCHMARK_SECONDS:
         batch = list(islice(endless, batch_size))
         start = time.perf_counter()
-        model.encoder.embed(*model.collator(batch))
+        model.encoder.embed(*model.tokenizer(batch))
         seconds.append(time.perf_counter() - start)
     latencies = {f"p{percent}_ms": 1000 * float(np.percentile(seconds, percent)) for percent in PERCENTILES}
     return {"batch_size": batch_size, **latencies, "texts_per_s": len(seconds) * batch_size / sum(seconds)}
@@ -73,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model_dir", default="./output", help="folder that export_model.py wrote")
     parser.add_argument(
-        "--text", action="append", type=text_argument, help="a text to turn into a vector; may be given again"
+        "--text", action="append", type=text_argument, help="a text to turn into a vector; may be given several times"
     )
     parser.add_argument("--text_file", help="a file of texts to encode, one a line")
     parser.add_argument("--text_pair_file", help="a file of pairs to compare, query<TAB>title a line")
@@ -84,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--device", choices=["cpu", "gpu"], help="where to compute (default: gpu if there is one, else cpu)"
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="what to compute in")
-    parser.add_argument("--cpu_threads", type=at_least(1), help="threads on the CPU (default: all cores)")
+    parser.add_argument("--cpu_threads", type=number_in_range(1), help="threads on the CPU (default: all cores)")
     for switch, default, help_text in (
         ("--enable_mkldnn", True, "compute with oneDNN on the CPU"),
         ("--use_tensorrt", False, "compute with TensorRT on the GPU"),
@@ -113,8 +107,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--output {args.output}: {why} there are no vectors to write; leave it out")
     good_pairs = [pair for pair in pairs if pair is not None]
 
+    find_exported(args.model_dir)
+    log_file = Path(args.save_log_path) / BENCHMARK_FILE if args.benchmark and args.save_log_path else None
+    for file in (log_file, args.output):
+        if file:
+            prepare_file(file)
+
+    set_up_paddle()
+    from common.device import choose_device
+    from encoding.static_graph import load_exported
+
     model = load_exported(
-        Path(args.model_dir),
+        args.model_dir,
         device=choose_device(args.device),
         precision=args.precision,
         threads=args.cpu_threads,
@@ -122,10 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         tensorrt_batch_size=args.batch_size if args.use_tensorrt else None,
         max_seq_length=args.max_seq_length,
     )
-    log_file = Path(args.save_log_path) / BENCHMARK_FILE if args.benchmark and args.save_log_path else None
-    for file in (log_file, args.output):
-        if file:
-            prepare_file(file)
     if args.benchmark:
         figures = measure(model, texts or [text for pair in good_pairs for text in pair[:2]], args.batch_size)
         print("\n".join(f"{name}={round(value, 2)}" for name, value in figures.items()))
@@ -136,8 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         vectors = encode(model, texts, args.batch_size)
         print(vectors.shape)
         if args.output:
-            with atomic_write(args.output, "wb") as file:
-                np.save(file, vectors)
+            write_vectors(args.output, vectors)
             print(f"wrote {args.output}")
         else:
             print(vectors)

@@ -11,8 +11,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import SAMPLE_TEXTS, text_argument
-from runtime import ArgumentParser, InputError, run
+from common.cli import ArgumentParser, run, text_argument
+from common.errors import InputError
+from data import SAMPLE_TEXTS
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from runtime import ArgumentParser, Stopped, StopSignals, cpu_count, run
+from common.cli import ArgumentParser, run
+from common.cpu import cpu_count
+from common.signals import Stopped, StopSignals
 from serving.encoder_process import EncoderOptions, EncoderProcess
 from serving.limits import Limits, service_log
 from serving.settings import add_settings_args, check_ports, read_settings
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         texts=settings["max_texts"],
         characters=settings["max_characters"],
         bytes=settings["max_bytes"],
-        waiting_texts=settings["max_waiting_texts"],
+        queued_texts=settings["max_queued_texts"],
     )
     encoder_options = EncoderOptions(
         model_dir=str(Path(settings["model_dir"]).absolute()),
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             encoders,
             ServiceOptions(
                 batch_size=settings["batch_size"],
-                batch_wait=settings["batch_wait_ms"] / 1000,
+                max_queue_delay=settings["max_queue_delay_ms"] / 1000,
                 rpc_threads=settings["max_requests"],
                 limits=limits,
             ),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import (
+from batch_negative.batches import PairBatcher
+from benchmarks.harness import (
     EMBEDDING_SIZE,
     MARGIN,
     MAX_SEQ_LENGTH,
@@ -18,26 +19,29 @@ from benchmarks.common import (
     used,
     write_report,
 )
-from data import PairCollator, read_text_pairs
-from runtime import ArgumentParser, at_least, is_main_process, log, run, set_up_paddle
+from common.cli import ArgumentParser, number_in_range, run
+from common.logs import is_main_process, log
+from common.paddle_setup import set_up_paddle
+from data import read_text_pairs
 
 if __name__ == "__main__":
     set_up_paddle()
 
-from base_model import set_device, set_seed
+from batch_negative.batches import BatchSchedule, PlannedStep, check_batch_size
 from batch_negative.gradient_cache import cached_backward, direct_backward
 from batch_negative.model import SemanticIndexBatchNeg
-from batch_negative.trainer import Plan, PlannedStep, Trainer, check_batch_size, make_optimizer
-from checkpoint import create_model
-from cpu_layers import speed_up_training
-from distributed import broadcast_parameters, init_ranks
+from batch_negative.trainer import Trainer, make_optimizer
+from common.device import set_device, set_seed
+from common.distributed import broadcast_parameters, init_ranks
+from modeling.checkpoint import create_model
+from modeling.cpu_training_layers import speed_up_training
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_trainer_args(parser)
-    parser.add_argument("--grad_cache_chunk", type=at_least(1), help="as in train_batch_neg.py")
+    parser.add_argument("--grad_cache_chunk", type=number_in_range(1), help="as in train_batch_neg.py")
     return parser
 
 
@@ -49,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank, world_size = init_ranks()
     check_batch_size(args.batch_size, world_size, pairs, args.train_set_file)
     set_seed(args.seed)
-    model, collator = create_model(
+    model, tokenizer = create_model(
         SemanticIndexBatchNeg,
         from_scratch=args.model,
         output_emb_size=EMBEDDING_SIZE,
@@ -58,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     broadcast_parameters(model)
     speed_up_training(model)
-    plan = Plan(len(pairs), args.batch_size, seed=args.seed, epochs=1, max_steps=args.steps, world_size=world_size)
+    plan = BatchSchedule(
+        len(pairs), args.batch_size, seed=args.seed, epochs=1, max_steps=args.steps, world_size=world_size
+    )
     optimizer, scheduler = make_optimizer(
         model,
         learning_rate=args.learning_rate,
@@ -69,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     trainer = Trainer(
         model,
-        PairCollator(collator, pairs, chunk_texts=args.grad_cache_chunk),
+        PairBatcher(tokenizer, pairs, chunk_texts=args.grad_cache_chunk),
         optimizer,
         scheduler,
         rank=rank,

@@ -1,7 +1,8 @@
-"""The vectors of a corpus on disk, in shards that a stopped run goes on from. Imports no Paddle."""
+"""The vectors of a corpus on disk, in shards, so that an interrupted run can be resumed. Imports no Paddle."""
 
 import contextlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -9,41 +10,46 @@ from typing import NamedTuple
 import numpy as np
 
 from ann_util import check_unit_vectors
-from files import LOCK_FILE, TEMPORARY_SUFFIX, atomic_write, locked, read_json, sha256, write_json
-from runtime import InputError
+from common.errors import InputError
+from common.files import (
+    LOCK_FILE,
+    TEMPORARY_SUFFIX,
+    atomic_write,
+    locked,
+    make_folder,
+    read_json,
+    sha256,
+    write_json,
+)
 
-SHARD_ROWS = 8192  # at most what a kill costs: 1 to 3 minutes of a 12-layer ERNIE on 2 cores
-DESCRIPTION_FILE = "embeddings.json"
+SHARD_ROWS = 8192  # documents that a kill can cost: 1 to 3 minutes with a 12-layer ERNIE on 2 cores
+METADATA_FILE = "embeddings.json"
 TEMPORARY_PREFIX = ".embeddings."
 
 
 @contextlib.contextmanager
-def temporary_folder(parent: Path, number: int) -> Iterator[None]:
-    """Makes `temporary_place(parent, number)` for the block, and removes such folders that killed runs left.
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A folder for vectors that a run doesn't keep; also removes such folders that killed runs left in `parent`.
 
-    Its owner has a lock on a file in it. Where the file system has no locks, what is left stays.
+    Its owner holds a lock on a file in it. On a file system without locks, what killed runs left stays. Raises
+    InputError if the folder can't be created.
     """
+    make_folder(parent)
     for lock in parent.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}/{LOCK_FILE}"):
         with contextlib.suppress(OSError), locked(lock):
             shutil.rmtree(lock.parent)
-    folder = temporary_place(parent, number)
+    folder = Path(tempfile.mkdtemp(TEMPORARY_SUFFIX, TEMPORARY_PREFIX, parent))
     try:
         with contextlib.ExitStack() as held:
-            with contextlib.suppress(OSError):  # if it can't be made, `Embeddings` says so
-                folder.mkdir(parents=True)
+            with contextlib.suppress(OSError):
                 held.enter_context(locked(folder / LOCK_FILE))
-            yield
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def temporary_place(parent: Path, number: int) -> Path:
-    """The folder of the vectors that a run doesn't keep, for its random number below 2**32."""
-    return parent / f"{TEMPORARY_PREFIX}{number:08x}{TEMPORARY_SUFFIX}"
-
-
-class Description(NamedTuple):
-    """What the vectors of a folder are of."""
+class EmbeddingsMetadata(NamedTuple):
+    """Which model, corpus and precision the vectors of a folder belong to."""
 
     model: str  # `Encoder.fingerprint`
     precision: str
@@ -56,22 +62,22 @@ class Description(NamedTuple):
 class Embeddings:
     """Unit vectors, float32 [N, D], of the documents of a corpus, in a folder.
 
-    A shard is a .npy file and, written after it, a JSON file with its first document, their number and the SHA-256
-    of the first; without that it doesn't count. Reads like an array (`shape`, `ndim`, `len` and slices of rows) that
-    isn't in memory. Raises InputError if the folder holds other vectors.
+    A shard is a .npy file and a JSON file with the number of its first document, their count and the SHA-256 of the
+    .npy file. The JSON file is written last: a shard without it counts as missing. Can be read like an array (`shape`,
+    `ndim`, `len` and slices of rows) without being in memory. Raises InputError if the folder holds other vectors.
     """
 
     ndim = 2
 
-    def __init__(self, folder: str | Path, description: Description) -> None:
-        self.folder, self.description = Path(folder), description
-        self.shape = (description.documents, description.dimension)
+    def __init__(self, folder: str | Path, metadata: EmbeddingsMetadata) -> None:
+        self.folder, self.metadata = Path(folder), metadata
+        self.shape = (metadata.documents, metadata.dimension)
         self._checked: set[int] = set()  # shards
-        file = self.folder / DESCRIPTION_FILE
-        if not file.exists():  # several ranks may write it, and the same
-            write_json(file, description._asdict())
+        file = self.folder / METADATA_FILE
+        if not file.exists():  # several ranks may write the same content
+            write_json(file, metadata._asdict())
         saved = read_json(file)
-        for name, ours in description._asdict().items():
+        for name, ours in metadata._asdict().items():
             if saved.get(name) != ours:
                 raise InputError(
                     f"{self.folder}: holds the vectors of another {name} ({saved.get(name)}, not {ours}); "
@@ -84,15 +90,15 @@ class Embeddings:
     @property
     def shards(self) -> list[slice]:
         """The rows of each shard."""
-        size = self.description.shard_rows
+        size = self.metadata.shard_rows
         return [slice(start, min(start + size, len(self))) for start in range(0, len(self), size)]
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that aren't there yet."""
+        """Numbers of the shards that haven't been written yet."""
         return [number for number in range(len(self.shards)) if not self._file(number, "json").is_file()]
 
     def write(self, number: int, vectors: np.ndarray) -> None:
-        """Writes a shard, float32 [its rows, D]. Raises InputError for a row that is no unit vector, or a full disk."""
+        """Writes a shard, float32 [rows, D]. Raises InputError for a row that isn't a unit vector or on a full disk."""
         rows, file = self.shards[number], self._file(number, "npy")
         check_unit_vectors(vectors, self.shape[1], "corpus", rows.start)
         with atomic_write(file, "wb") as opened:
@@ -101,8 +107,8 @@ class Embeddings:
         write_json(self._file(number, "json"), content)
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """float32 [n, D] of the rows from start to stop. Raises InputError for a shard that isn't as it was written."""
-        size = self.description.shard_rows
+        """The rows from start to stop, float32 [n, D]. Raises InputError for a shard that has changed."""
+        size = self.metadata.shard_rows
         start, stop, _ = rows.indices(len(self))
         parts = [
             self._read(number)[max(0, start - number * size) : stop - number * size]

@@ -1,7 +1,7 @@
-"""Layers that compute in float32 what Paddle's do, faster on a CPU: docs/benchmarks.md has the figures.
+"""Faster float32 versions of Paddle's layers for training on a CPU; docs/benchmarks.md has the figures.
 
-Paddle goes through a tensor element by element in one thread for the gradients of biases and of layer norm, and draws a
-dropout mask with a slow generator. Here products do that on all threads, and NumPy's vector instructions the rest.
+Paddle computes the gradients of biases and of layer norm element by element in one thread, and draws dropout masks with
+a slow generator. These layers use matrix products on all threads instead, and NumPy's vector instructions for the rest.
 """
 
 from typing import Any
@@ -14,22 +14,22 @@ from paddle.autograd import PyLayer
 
 
 def _array(tensor: paddle.Tensor) -> np.ndarray:
-    """The tensor's memory, read-only."""
+    """The tensor's memory as an array, without a copy; read-only."""
     return np.from_dlpack(tensor.detach())
 
 
 def _tensor(array: np.ndarray) -> paddle.Tensor:
-    """The array's memory."""
+    """The array's memory as a tensor, without a copy."""
     return paddle.from_dlpack(array)
 
 
 def _row_sum(rows: paddle.Tensor) -> paddle.Tensor:
-    """The sum [C] over the rows [N, C]."""
+    """The sum [C] of the rows [N, C]."""
     return paddle.matmul(paddle.ones([rows.shape[0]]), rows)
 
 
 class _Linear(PyLayer):
-    """`x W + b`."""
+    """`x W + b` and its gradients."""
 
     @staticmethod
     def forward(ctx, x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor) -> paddle.Tensor:
@@ -49,7 +49,7 @@ class _Linear(PyLayer):
 
 
 class CpuLinear(nn.Linear):
-    """nn.Linear."""
+    """nn.Linear with a fast gradient of the bias."""
 
     def forward(self, input: paddle.Tensor) -> paddle.Tensor:
         """float32 [..., in] -> [..., out]."""
@@ -57,7 +57,7 @@ class CpuLinear(nn.Linear):
 
 
 class _LayerNorm(PyLayer):
-    """Normalises over the last axis: `c / s * weight + bias`, c = x - mean(x), s = sqrt(mean(c^2) + epsilon)."""
+    """Normalizes over the last axis: `c / s * weight + bias`, c = x - mean(x), s = sqrt(mean(c^2) + epsilon)."""
 
     @staticmethod
     def forward(ctx, x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor, epsilon: float) -> paddle.Tensor:
@@ -88,7 +88,7 @@ class _LayerNorm(PyLayer):
 
 
 class CpuLayerNorm(nn.LayerNorm):
-    """nn.LayerNorm over the last axis."""
+    """nn.LayerNorm over the last axis, with a fast gradient."""
 
     def forward(self, input: paddle.Tensor) -> paddle.Tensor:
         """float32 [..., size] -> [..., size]."""
@@ -96,10 +96,10 @@ class CpuLayerNorm(nn.LayerNorm):
 
 
 class _Dropout(PyLayer):
-    """Zeroes a share of the elements and scales up the others.
+    """Sets a share of the elements to zero and scales up the others.
 
-    The mask follows from the state of Paddle's generator, as that of F.dropout does. It is made of 16 random bits an
-    element, so the share is rounded to 1 / 65,536; the scale is that of the rounded share.
+    The mask depends on the state of Paddle's generator, like that of F.dropout. It uses 16 random bits for an element,
+    so the share is rounded to a multiple of 1 / 65,536; the scale fits the rounded share.
     """
 
     @staticmethod
@@ -128,7 +128,7 @@ def dropout(x: paddle.Tensor, share: float, training: bool) -> paddle.Tensor:
 
 
 class CpuDropout(nn.Dropout):
-    """nn.Dropout."""
+    """nn.Dropout with a fast generator."""
 
     def forward(self, input: paddle.Tensor) -> paddle.Tensor:
         """float32 of any shape."""
@@ -136,7 +136,7 @@ class CpuDropout(nn.Dropout):
 
 
 class CpuMultiHeadAttention(nn.MultiHeadAttention):
-    """nn.MultiHeadAttention, fast in the way that an encoder calls it."""
+    """nn.MultiHeadAttention, faster for the arguments that an encoder passes."""
 
     def forward(
         self,
@@ -146,7 +146,7 @@ class CpuMultiHeadAttention(nn.MultiHeadAttention):
         attn_mask: paddle.Tensor | None = None,
         cache: Any = None,
     ) -> Any:
-        """float32 [B, L, D] each; attn_mask: float32, is added to the logits [B, heads, L, L]."""
+        """float32 [B, L, D] each; attn_mask: float32, added to the logits [B, heads, L, L]."""
         added = attn_mask is not None and attn_mask.dtype == query.dtype
         if key is None or value is None or not added or cache is not None or self.need_weights:
             return super().forward(query, key, value, attn_mask, cache)
@@ -157,7 +157,7 @@ class CpuMultiHeadAttention(nn.MultiHeadAttention):
 
 
 def speed_up_training(model: nn.Layer) -> None:
-    """Replaces the forward and backward passes of the model's layers; parameters and their names stay."""
+    """Gives the model's layers these forward and backward passes; parameters and their names don't change."""
     for layer in model.sublayers():
         if type(layer) is nn.Linear and layer.bias is not None:
             layer.__class__ = CpuLinear

@@ -10,18 +10,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ann_util import HNSW_FILE, IndexOptions, build_index
-from benchmarks.common import peak_memory
+from benchmarks.harness import peak_memory
+from common.cli import ArgumentParser, run
+from common.files import write_json
+from common.paddle_setup import set_up_paddle
 from data import read_corpus
-from files import write_json
-from index_folder import SavedIndex, save_index
-from runtime import ArgumentParser, run, set_up_paddle
+from retrieval.saved_index import SavedIndex, save_index
 
 if __name__ == "__main__":
     set_up_paddle()
 
-from base_model import set_device
-from encoder import load_encoder
-from recall import encode_corpus
+from common.device import set_device
+from encoding.encoder import load_encoder
+from retrieval.pipeline import encode_corpus
 
 
 def resident_bytes() -> int:

@@ -1,4 +1,4 @@
-"""Reads weight files as NumPy arrays without ever running code from them, and writes them. Imports no Paddle."""
+"""Reading weight files as NumPy arrays without running code from them, and writing them. Imports no Paddle."""
 
 import collections
 import pickle
@@ -9,24 +9,24 @@ from typing import Any, ClassVar
 import numpy as np
 from safetensors.numpy import load_file, save
 
-from runtime import InputError
+from common.errors import InputError
 
 # paddle.save adds this entry, which maps structured names to internal ones, to every state dict.
 STRUCTURE_KEY = "StructuredToParameterName@@"
 
 
 def _latin1_encode(text: str, encoding: str) -> bytes:
-    """What pickles of protocol 2 call to rebuild bytes; `_codecs.encode` itself would take any codec."""
+    """Pickles of protocol 2 call this to rebuild bytes; `_codecs.encode` itself would accept any codec."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"codec {encoding!r}")
     return text.encode("latin1")
 
 
 class _WeightsUnpickler(pickle._Unpickler):
-    """Admits the names that arrays in a dict need and refuses all others.
+    """Admits only the names that arrays in a dict need.
 
-    Python's own implementation, since the one in C fills the memory where a damaged or hostile file names a high place
-    in its table of objects seen so far. Arrays are read in one piece by both.
+    It is Python's own implementation: the one in C fills the memory if a damaged or hostile file uses a large index
+    into the table of objects read so far. Both read an array in one piece.
     """
 
     ADMITTED: ClassVar = {
@@ -47,7 +47,7 @@ class _WeightsUnpickler(pickle._Unpickler):
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
-    """parameter name -> array, from a `.pdparams` or `.safetensors` file.
+    """Parameter name -> array, from a `.pdparams` or `.safetensors` file.
 
     Raises InputError if the file is missing, damaged, holds anything but arrays, or asks to run code.
     """

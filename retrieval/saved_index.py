@@ -1,4 +1,4 @@
-"""A saved index: a folder with the index, its documents and what both were made of. Imports no Paddle."""
+"""A saved index: a folder with the index, its documents, and fingerprints of model and corpus. Imports no Paddle."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -7,44 +7,35 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ann_util import ExactIndex, HnswIndex, VectorIndex
+from common.errors import InputError
+from common.files import atomic_folder, atomic_write, locked, read_json, resolve_interrupted_replace, write_json
+from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from data import Corpus
-from files import (
-    MANIFEST_FILE,
-    atomic_folder,
-    atomic_write,
-    check_manifest,
-    locked,
-    read_json,
-    whole_folder,
-    write_json,
-    write_manifest,
-)
-from runtime import InputError
 
 INDEX_FILE = "index.json"
 DOCUMENTS_FILE = "documents.txt"
 INDEX_CLASSES = {"hnswlib": HnswIndex, "exact": ExactIndex}
-REMEDY = "remove the folder and build the index anew"
+REMEDY = "remove the folder and build the index again"
 
 
 class SavedIndex(NamedTuple):
-    """An index and the documents that its ids number."""
+    """An index and its documents, in the order of their ids."""
 
     index: VectorIndex
     documents: Corpus
-    model: str  # fingerprint of the encoder that made the vectors
-    corpus: str  # SHA-256 of the corpus that it was built from; documents may have been added since
+    model: str  # `Encoder.fingerprint` of its vectors
+    corpus: str  # `Corpus.sha256` of the corpus that it was built from; documents may have been added since
 
 
 def has_index(folder: str | Path) -> bool:
-    """Whether there is a folder for `load_index`."""
-    return whole_folder(folder).exists()
+    """Whether the folder of a saved index exists."""
+    return resolve_interrupted_replace(folder).exists()
 
 
 def save_index(folder: str | Path, saved: SavedIndex, added: Iterable[str] = ()) -> SavedIndex:
-    """Writes what `load_index` reads and gives that; a folder of that name is replaced as a whole.
+    """Writes a saved index and returns it with its documents there; a folder of that name is replaced as a whole.
 
-    added: documents that the index holds beside `saved.documents`. Raises InputError if it can't be written.
+    added: documents in the index that come after `saved.documents`. Raises InputError if it can't be written.
     """
     index = saved.index
     with atomic_folder(folder) as temporary:
@@ -62,9 +53,9 @@ def save_index(folder: str | Path, saved: SavedIndex, added: Iterable[str] = ())
     return saved._replace(documents=Corpus(Path(folder) / DOCUMENTS_FILE))
 
 
-def _index_place(folder: str | Path) -> Path:
-    """The folder itself, or what a kill left of it. Raises InputError if it is no saved index."""
-    folder = whole_folder(folder)
+def _index_folder(folder: str | Path) -> Path:
+    """The folder, or the old one of an interrupted replacement. Raises InputError if it isn't a saved index."""
+    folder = resolve_interrupted_replace(folder)
     for name in (MANIFEST_FILE, INDEX_FILE):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: isn't a saved index, it has no {name}; give another --index_dir")
@@ -73,23 +64,23 @@ def _index_place(folder: str | Path) -> Path:
 
 @contextlib.contextmanager
 def locked_index(folder: str | Path) -> Iterator[None]:
-    """Keeps a saved index, from before it is loaded until it is replaced, from other runs that would change it too.
+    """Keeps other runs from changing a saved index between loading and replacing it.
 
-    Raises InputError if one is at it.
+    Raises InputError if another run is changing it.
     """
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(locked(_index_place(folder) / MANIFEST_FILE))
+            held.enter_context(locked(_index_folder(folder) / MANIFEST_FILE))
         except BlockingIOError:
-            raise InputError(f"{folder}: another run is changing it; run this again when that has ended") from None
+            raise InputError(f"{folder}: another run is changing it; run this again when it has finished") from None
         except OSError as error:
             raise InputError(f"{folder}: can't be locked against other runs ({error.strerror})") from None
         yield
 
 
 def load_index(folder: str | Path) -> SavedIndex:
-    """Reads what `save_index` wrote. Raises InputError if any of it isn't as it was written, before it is used."""
-    folder = _index_place(folder)
+    """Reads a saved index. Raises InputError if one of its files is missing or has changed."""
+    folder = _index_folder(folder)
     check_manifest(folder, remedy=REMEDY)
     content = read_json(folder / INDEX_FILE)
     try:
@@ -104,7 +95,7 @@ def load_index(folder: str | Path) -> SavedIndex:
 
 
 def check_index_fits(folder: str | Path, saved: SavedIndex, model: str, corpus: Corpus | None) -> None:
-    """Raises InputError where a saved index was made with another model, or of another corpus than the given one."""
+    """Raises InputError if a saved index belongs to another model or another corpus; a corpus of None isn't checked."""
     if saved.model != model:
         raise InputError(
             f"{folder}: its vectors come from another model or --max_seq_length; give the --params_path that it was "

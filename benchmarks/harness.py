@@ -19,18 +19,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from data import (
-    Corpus,
-    TextPair,
-    build_vocabulary,
-    epoch_batches,
-    read_corpus,
-    read_text_pairs,
-)
+from batch_negative.batches import epoch_batches
+from common.cli import number_in_range
+from common.cpu import cpu_count, cpu_flags, read_cpuinfo
+from common.errors import InputError
+from common.files import atomic_write, read_json, write_json
+from data import Corpus, TextPair, read_corpus, read_text_pairs
 from examples import make_dataset
 from examples.make_tiny_ernie import TINY_ERNIE_CONFIG, write_model_folder
-from files import atomic_write, read_json, write_json
-from runtime import InputError, at_least, cpu_count, cpu_flags, read_cpuinfo
+from examples.vocabulary import build_vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS_PYTHON = ROOT / ".venv-benchmarks" / "bin" / "python"
@@ -82,10 +79,10 @@ def add_trainer_args(parser: argparse.ArgumentParser) -> None:
     """Options that every trainer takes."""
     parser.add_argument("--model", required=True, help="folder with a config.json and a vocab.txt")
     parser.add_argument("--train_set_file", required=True, help="pairs: query<TAB>title a line")
-    parser.add_argument("--steps", type=at_least(1), required=True, help="training steps")
-    parser.add_argument("--batch_size", type=at_least(1), default=64, help="pairs a step, on each process")
-    parser.add_argument("--learning_rate", type=at_least(0.0, float), default=5e-4, help="highest learning rate")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the weights, dropout and shuffle")
+    parser.add_argument("--steps", type=number_in_range(1), required=True, help="training steps")
+    parser.add_argument("--batch_size", type=number_in_range(1), default=64, help="pairs a step, on each process")
+    parser.add_argument("--learning_rate", type=number_in_range(0.0, float), default=5e-4, help="highest learning rate")
+    parser.add_argument("--seed", type=number_in_range(0), default=0, help="seed of the weights, dropout and shuffle")
     parser.add_argument("--report", help="JSON file to write seconds and loss of each step to")
 
 
@@ -93,9 +90,11 @@ def add_encoder_args(parser: argparse.ArgumentParser) -> None:
     """Options that every encoder takes."""
     parser.add_argument("--model", required=True, help="checkpoint's folder, or the folder that it was exported to")
     parser.add_argument("--corpus_file", required=True, help="texts, one a line")
-    parser.add_argument("--batch_size", type=at_least(1), default=32, help="texts of full length a batch")
-    parser.add_argument("--warm_up", type=at_least(1), required=True, help="first texts, encoded before, not timed")
-    parser.add_argument("--passes", type=at_least(1), default=1, help="how often all texts are encoded")
+    parser.add_argument("--batch_size", type=number_in_range(1), default=32, help="texts of full length a batch")
+    parser.add_argument(
+        "--warm_up", type=number_in_range(1), required=True, help="first texts, encoded before, not timed"
+    )
+    parser.add_argument("--passes", type=number_in_range(1), default=1, help="how often all texts are encoded")
     parser.add_argument("--report", required=True, help="JSON file to write the seconds of each pass to")
 
 

@@ -1,4 +1,4 @@
-"""What the ranks under `paddle.distributed.launch` say to each other; with one process all of it is the identity."""
+"""Collectives and barriers for the ranks under `paddle.distributed.launch`; no-ops on one process."""
 
 import contextlib
 import itertools
@@ -6,57 +6,58 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle.base import core
 
-from runtime import Stopped
+from common.signals import Stopped
 
-SECONDS_BETWEEN_LOOKS = 0.02  # while a rank waits for the others
+SECONDS_BETWEEN_POLLS = 0.02  # while a rank waits for the others
 _barriers = itertools.count()
-_RANK_0_IS_THERE = "semantic_index/rank_0_is_there"
-_LEFT = "semantic_index/left"
+_RANK_0_ARRIVED = "semantic_index/rank_0_arrived"
+_EXITED = "semantic_index/exited"
 
 
 def init_ranks() -> tuple[int, int]:
     """Joins the other processes, over gloo on the CPU and NCCL on GPUs. Returns (rank, number of ranks)."""
     if dist.get_world_size() > 1 and not dist.is_initialized():
-        if paddle.get_device() == "cpu":  # else Paddle takes NCCL, and the GPU, wherever the launcher saw one
+        if paddle.get_device() == "cpu":  # otherwise Paddle takes NCCL, and the GPU, if the launcher saw one
             os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
         dist.init_parallel_env()
     return dist.get_rank(), dist.get_world_size()
 
 
 def barrier() -> None:
-    """Returns when all ranks have come here. Raises Stopped if one won't, as `leave` says.
+    """Returns when all ranks have arrived. Raises Stopped if one has called `announce_exit`.
 
-    They wait at the launcher's store and not in a collective, which would end after 30 minutes and is deaf to signals.
+    The ranks poll the launcher's store: a collective would time out after 30 minutes and ignore signals.
     """
     if dist.get_world_size() == 1:
         return
     name = f"semantic_index/barrier/{next(_barriers)}"
-    _add(name, 1)
-    while _add(name, 0) < dist.get_world_size():
-        if _add(_LEFT, 0):
+    _store_add(name, 1)
+    while _store_add(name, 0) < dist.get_world_size():
+        if _store_add(_EXITED, 0):
             raise Stopped
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    # Rank 0 keeps the store, and may end right after this: it lets the others see first that all are here.
+        time.sleep(SECONDS_BETWEEN_POLLS)
+    # Rank 0 hosts the store and may end right after this, so it waits until the others have seen that all are here.
     if dist.get_rank():
-        _add(name, 1)
-    while dist.get_rank() == 0 and _add(name, 0) < 2 * dist.get_world_size() - 1:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        _store_add(name, 1)
+    while dist.get_rank() == 0 and _store_add(name, 0) < 2 * dist.get_world_size() - 1:
+        time.sleep(SECONDS_BETWEEN_POLLS)
 
 
-def leave() -> None:
-    """Tells the ranks that wait for this one in `barrier` that it won't come any more."""
+def announce_exit() -> None:
+    """Tells the ranks that wait in `barrier` that this one won't arrive."""
     if dist.get_world_size() > 1:
-        _add(_LEFT, 1)
+        _store_add(_EXITED, 1)
 
 
-def _add(key: str, amount: int) -> int:
-    """Adds to a number in the store and returns the sum; a signal, which would break the connection off, waits."""
+def _store_add(key: str, amount: int) -> int:
+    """Adds to a number in the store and returns the sum. Holds signals back, since they would break the connection."""
     held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
         return core.create_or_get_global_tcp_store().add(key, amount)
@@ -65,29 +66,29 @@ def _add(key: str, amount: int) -> int:
 
 
 def wait_for_rank_0(seconds: float) -> None:
-    """Returns when rank 0 has come here too, or after `seconds`; rank 0 itself doesn't wait."""
+    """Returns when rank 0 has arrived too, or after `seconds`; rank 0 itself doesn't wait."""
     if dist.get_world_size() == 1:
         return
     end = time.monotonic() + seconds
     if dist.get_rank() == 0:
-        _add(_RANK_0_IS_THERE, 1)
+        _store_add(_RANK_0_ARRIVED, 1)
         return
-    with contextlib.suppress(RuntimeError, ValueError):  # rank 0, which keeps the store, has left already
-        while time.monotonic() < end and not _add(_RANK_0_IS_THERE, 0):
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+    with contextlib.suppress(RuntimeError, ValueError):  # rank 0, which hosts the store, has ended already
+        while time.monotonic() < end and not _store_add(_RANK_0_ARRIVED, 0):
+            time.sleep(SECONDS_BETWEEN_POLLS)
 
 
 def broadcast_parameters(model: paddle.nn.Layer) -> None:
-    """Gives all ranks the weights of rank 0."""
+    """Copies the weights of rank 0 to all ranks."""
     if dist.get_world_size() > 1:
         for parameter in model.parameters():
             dist.broadcast(parameter, src=0)
 
 
 def all_reduce_gradients(parameters: Iterable[paddle.Tensor], numbers: Sequence[float]) -> list[float]:
-    """Replaces each gradient by its sum over the ranks, and sums `numbers` along; one reduction for all of them.
+    """Replaces each gradient by its sum over the ranks, and returns the sums of `numbers`; uses one collective.
 
-    A parameter without a gradient on any rank, such as the pooler's under mean pooling, is left without.
+    A parameter without a gradient on every rank, such as the pooler's with mean pooling, stays without one.
     """
     if dist.get_world_size() == 1:
         return list(numbers)
@@ -107,21 +108,21 @@ def all_reduce_gradients(parameters: Iterable[paddle.Tensor], numbers: Sequence[
     return first_numbers[: len(numbers)]
 
 
-def gather_rows(own: paddle.Tensor, counts: Sequence[int], place: int) -> list[paddle.Tensor]:
-    """The rows of every rank, [counts[rank], D] each; gradients flow into `own` [counts[place], D] alone.
+def gather_rows(own: paddle.Tensor, counts: Sequence[int], own_rank: int) -> list[paddle.Tensor]:
+    """The rows of every rank, [counts[rank], D] each; gradients flow only into `own` [counts[own_rank], D].
 
-    Ranks whose rows are fewer pad them for the one collective. With one count it is `[own]`.
+    Ranks with fewer rows pad them for the collective. With one count the result is `[own]`.
     """
     if len(counts) == 1:
         return [own]
-    padding = paddle.zeros([max(counts) - counts[place], own.shape[1]], own.dtype)
+    padding = paddle.zeros([max(counts) - counts[own_rank], own.shape[1]], own.dtype)
     gathered: list[paddle.Tensor] = []
     dist.all_gather(gathered, paddle.concat([own.detach(), padding]))
-    return [own if rank == place else rows[: counts[rank]] for rank, rows in enumerate(gathered)]
+    return [own if rank == own_rank else rows[: counts[rank]] for rank, rows in enumerate(gathered)]
 
 
 def all_gather_arrays(own: np.ndarray) -> list[np.ndarray]:
-    """The array of every rank, all of one shape and type, on every rank."""
+    """The arrays of all ranks, on every rank; they must have one shape and type."""
     if dist.get_world_size() == 1:
         return [own]
     barrier()
@@ -130,27 +131,27 @@ def all_gather_arrays(own: np.ndarray) -> list[np.ndarray]:
     return [array.numpy() for array in gathered]
 
 
-def broadcast_array(own: np.ndarray) -> np.ndarray:
-    """Rank 0's array, on every rank; the others give one of the same shape and type."""
+def broadcast_object(own: Any) -> Any:
+    """Rank 0's object, on every rank; it must be picklable."""
     if dist.get_world_size() == 1:
         return own
     barrier()
-    tensor = paddle.to_tensor(own)
-    dist.broadcast(tensor, src=0)
-    return tensor.numpy()
+    objects = [own]
+    dist.broadcast_object_list(objects, src=0)
+    return objects[0]
 
 
-def encode_share(count: int, width: int, encode: Callable[[slice], np.ndarray]) -> np.ndarray:
-    """Has each rank encode its share of `count` rows and gives all of them to every rank.
+def encode_on_all_ranks(count: int, width: int, encode: Callable[[slice], np.ndarray]) -> np.ndarray:
+    """Each rank encodes a share of `count` rows; every rank gets all vectors, float32 [count, width].
 
-    The ranks take rows in turns, since neighbours in a file are often alike in length.
-    encode: gives the float32 [n, width] vectors of a slice of rows. Returns [count, width].
+    encode: gives the vectors [n, width] of a slice of rows. The ranks take rows in turns, because neighbouring lines of
+    a file often have similar lengths.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     share = encode(slice(rank, None, world_size))
     if world_size == 1 or not count:
         return share
-    # A collective needs arrays of one shape: shares that are a row shorter are padded for it, and so end last.
+    # The collective needs arrays of one shape, so shares that are one row shorter are padded at the end.
     padded = np.zeros((-(-count // world_size), width), dtype=np.float32)
     padded[: len(share)] = share
     return np.stack(all_gather_arrays(padded), axis=1).reshape(-1, width)[:count]

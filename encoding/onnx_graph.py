@@ -1,4 +1,4 @@
-"""The exported graph in ONNX: its conversion, and ONNX Runtime to run it. Both come with `setup.sh --onnx`."""
+"""The exported graph in ONNX: its conversion, and running it with ONNX Runtime; needs `setup.sh --onnx`."""
 
 import importlib
 import logging
@@ -7,16 +7,17 @@ from types import ModuleType
 
 import numpy as np
 
-from runtime import InputError, cpu_threads
-from static_graph import GRAPH_NAME, INPUT_NAMES, WEIGHTS_SUFFIX, graph_file
+from common.cpu import cpu_threads
+from common.errors import InputError
+from encoding.exported_files import GRAPH_NAME, INPUT_NAMES, WEIGHTS_SUFFIX, graph_file
 
 ONNX_SUFFIX = ".onnx"
-OPSET = 17  # the first with a layer normalisation of its own
-LOG_ERRORS = 3  # ONNX Runtime's severity; a warning would come for each constant that the graph doesn't use
+OPSET = 17  # the first with a layer normalization operator
+LOG_ERRORS = 3  # ONNX Runtime's log level; at a lower one it warns about each unused constant of the graph
 
 
 def onnx_packages() -> tuple[ModuleType, ModuleType]:
-    """paddle2onnx and onnxruntime. Raises InputError where one is missing."""
+    """paddle2onnx and onnxruntime. Raises InputError if one is missing."""
     try:
         return importlib.import_module("paddle2onnx"), importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -24,14 +25,14 @@ def onnx_packages() -> tuple[ModuleType, ModuleType]:
 
 
 def export_onnx(folder: Path) -> None:
-    """Writes the ONNX graph beside the one that `static_graph.export_static` wrote. Raises InputError if it can't."""
+    """Converts the graph that `static_graph.export_static` wrote into the folder. Raises InputError if that fails."""
     paddle2onnx, _ = onnx_packages()
     logging.getLogger("paddle2onnx").setLevel(logging.ERROR)
     graph, weights = graph_file(folder), folder / (GRAPH_NAME + WEIGHTS_SUFFIX)
     try:
-        # By default it also folds constants with Polygraphy, and lets that install packages from the network.
+        # Its default optimize_tool folds constants with Polygraphy, which installs packages from the network.
         onnx = paddle2onnx.export(str(graph), str(weights), opset_version=OPSET, optimize_tool=None)
-    except UnboundLocalError:  # what its own handling of errors ends in, after it has logged them
+    except UnboundLocalError:  # a bug in its error handling, after it has logged the error
         raise InputError(f"{graph}: paddle2onnx can't convert it (see above)") from None
     (folder / (GRAPH_NAME + ONNX_SUFFIX)).write_bytes(onnx)
 
@@ -48,5 +49,5 @@ class OnnxEncoder:
         self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
-        """Unit vectors, float32 [B, D], of int64 [B, L] token ids: what `data.encode_texts` calls."""
+        """Unit vectors, float32 [B, D], for int64 [B, L] token ids; for `data.encode_texts`."""
         return self._session.run(None, dict(zip(INPUT_NAMES, (input_ids, token_type_ids), strict=True)))[0]

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import clients as cpp_clients
-from data import TextCollator
-from runtime import InputError
+from common.errors import InputError
+from data import TextTokenizer
 from serving import adapter
 from serving.http_gateway import PREDICTION_PATH
 
@@ -156,11 +156,11 @@ class CppService(NamedTuple):
     """A running one, and the tokenising of its model."""
 
     port: int
-    collator: TextCollator
+    tokenizer: TextTokenizer
 
 
 @contextmanager
-def running_cpp_service(program: Path, serving_server: Path, collator: TextCollator) -> Iterator[CppService]:
+def running_cpp_service(program: Path, serving_server: Path, tokenizer: TextTokenizer) -> Iterator[CppService]:
     """Starts `program`, a build of deploy/C++, with Paddle Serving on a free port. Raises InputError if it can't."""
     with socket.create_server((HOST, 0)) as free:
         port = free.getsockname()[1]
@@ -175,15 +175,15 @@ def running_cpp_service(program: Path, serving_server: Path, collator: TextColla
     )
     try:
         _log_until(process.stdout, "serving ")
-        yield CppService(port, collator)
+        yield CppService(port, tokenizer)
     finally:
         process.terminate()
         process.communicate()  # ends with the server, which answers what it has
 
 
-def cpp_request(collator: TextCollator, texts: Sequence[str]) -> bytes:
+def cpp_request(tokenizer: TextTokenizer, texts: Sequence[str]) -> bytes:
     """A Request for the vectors of texts."""
-    return cpp_clients.make_request(collator(texts), as_bytes=True).SerializeToString()
+    return cpp_clients.make_request(tokenizer(texts), as_bytes=True).SerializeToString()
 
 
 def cpp_vectors(response: bytes) -> np.ndarray:
@@ -197,7 +197,7 @@ def cpp_rpc_client(service: CppService) -> Iterator[Client]:
     """Calls over a baidu_std connection of its own."""
 
     def prepare(texts: Sequence[str]) -> bytes:
-        return cpp_clients.format_frame(cpp_request(service.collator, texts))
+        return cpp_clients.format_frame(cpp_request(service.tokenizer, texts))
 
     def vectors(answer: tuple[bytes, bytes]) -> np.ndarray:
         meta_bytes, payload = answer
@@ -227,7 +227,7 @@ def cpp_http_client(service: CppService) -> Iterator[Client]:
         return cpp_vectors(body)
 
     with http_connection(service.port, cpp_clients.HTTP_PATH, "application/proto") as send:
-        yield Client(partial(cpp_request, service.collator), send, vectors)
+        yield Client(partial(cpp_request, service.tokenizer), send, vectors)
 
 
 CPP_CLIENTS = {"cpp_rpc": cpp_rpc_client, "cpp_http": cpp_http_client}

@@ -1,4 +1,4 @@
-"""The pretrained encoders of PaddleNLP that the dual tower stands on."""
+"""The backbone: an encoder of PaddleNLP, its weights and its tokenizer."""
 
 import contextlib
 import inspect
@@ -8,33 +8,36 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import paddle
-from paddle import nn
+import paddlenlp.data  # noqa: F401 - first, as in paddlenlp/__init__.py: it and transformers import each other
 from paddle.base import core
 from paddlenlp.transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedModel
 from paddlenlp.transformers.auto.configuration import MODEL_NAMES_MAPPING
 from paddlenlp.utils.download import resolve_file_path
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
-from data import BACKBONE_CONFIG_FILE, VOCABULARY_FILE, TextCollator
-from files import read_json
-from runtime import InputError
+from common.errors import InputError
+from common.files import read_json
+from data import BACKBONE_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
+from modeling.checkpoint_files import WEIGHTS_FILES
 
-WEIGHTS_FILES = ("model.safetensors", "model_state.pdparams")  # the first is preferred: it holds nothing but weights
-NUMBERS = {"max_position_embeddings": 3, "vocab_size": 1, "pad_token_id": 0}  # that a config must have, and the least
-# On a component of the last layer's output, rounding has an effect of 1e-5, padding that isn't masked one of 0.002.
+SMALLEST_NUMBERS = {"max_position_embeddings": 3, "vocab_size": 1, "pad_token_id": 0}  # required in a config
+# Rounding changes a component of the last layer's output by 1e-5, padding that isn't masked by 0.002.
 LARGEST_EFFECT_OF_PADDING = 1e-3
 
 
 class Backbone(NamedTuple):
-    """A backbone that isn't built yet."""
+    """The class and config of an encoder."""
 
-    source: str  # what the user called it, for messages
+    source: str  # the name or folder that the user gave, for messages
     model_class: type[PretrainedModel]
     config: Any  # a PaddleNLP PretrainedConfig
 
 
 def find_backbone(name_or_path: str | Path) -> Backbone:
-    """Finds the class and config of a folder, or of a name that PaddleNLP knows. Downloads at most a config."""
+    """The class and config for a folder, or for a name that PaddleNLP knows; may download the config.
+
+    Raises InputError if the folder or name isn't that of an encoder.
+    """
     paddlenlp_logger.set_level("ERROR")
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / BACKBONE_CONFIG_FILE).is_file():
@@ -42,7 +45,7 @@ def find_backbone(name_or_path: str | Path) -> Backbone:
     if folder.is_dir():
         read_json(folder / BACKBONE_CONFIG_FILE)
     try:
-        # A folder's full path: PaddleNLP would take its own config for a folder that has one of its names.
+        # The full path, because PaddleNLP uses its own config for a relative folder that has one of its names.
         config = AutoConfig.from_pretrained(str(folder.resolve() if folder.is_dir() else name_or_path))
     except Exception as error:  # PaddleNLP raises anything from KeyError to its own classes
         raise (_unreadable(folder, error) if folder.exists() else _not_found(name_or_path)) from None
@@ -50,9 +53,9 @@ def find_backbone(name_or_path: str | Path) -> Backbone:
     try:
         config.architectures = [MODEL_NAMES_MAPPING[model_type] + "Model"]
         model_class = AutoModel._get_model_class_from_config(None, None, config)
-    except (KeyError, AttributeError):  # the second where PaddleNLP has a config of that type, but no such class
+    except (KeyError, AttributeError):  # AttributeError: PaddleNLP has a config of that type, but no such class
         raise InputError(f"{name_or_path}: PaddleNLP knows no model of type {model_type!r}") from None
-    for key, least in NUMBERS.items():
+    for key, least in SMALLEST_NUMBERS.items():
         value = getattr(config, key, None)
         if not isinstance(value, int) or value < least:
             problem = f"has {key} {value!r}, which must be a whole number, {least} or more"
@@ -61,20 +64,20 @@ def find_backbone(name_or_path: str | Path) -> Backbone:
 
 
 def _unreadable(source: str | Path, error: Exception) -> InputError:
-    """For a model that is there, but not in order."""
+    """The error for a model folder that can't be loaded."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return InputError(f"{source}: isn't a PaddleNLP model that can be read ({reason})")
 
 
 def _not_found(name: str | Path) -> InputError:
-    """For a name that PaddleNLP can't download."""
+    """The error for a name that PaddleNLP can't download."""
     return InputError(
         f"{name}: is no folder here, and can't be downloaded; check the name and the network, or give a local folder"
     )
 
 
 def build_backbone(backbone: Backbone) -> PretrainedModel:
-    """The encoder with random weights. Raises InputError if it isn't one that this project can use."""
+    """The encoder with random weights. Raises InputError if this project can't use it."""
     try:
         ptm = backbone.model_class(backbone.config)
     except Exception as error:
@@ -103,7 +106,7 @@ def build_backbone(backbone: Backbone) -> PretrainedModel:
 
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Within it a GPU multiplies in float32: its TF32, Paddle's default, rounds to a thousandth."""
+    """Inside this block a GPU multiplies in float32: TF32, Paddle's default, has a rounding error of a thousandth."""
     is_on = core.get_cublas_switch()
     core.set_cublas_switch(False)
     try:
@@ -112,45 +115,18 @@ def _without_tf32() -> Iterator[None]:
         core.set_cublas_switch(is_on)
 
 
-class FirstTokenLayer(nn.TransformerEncoderLayer):
-    """An encoder's last layer where nothing but the first token is used: the others are keys and values alone."""
-
-    def forward(
-        self,
-        src: paddle.Tensor,
-        src_mask: paddle.Tensor | None = None,
-        cache: None = None,
-        output_attentions: bool = False,
-    ) -> paddle.Tensor:
-        """[B, L, H] -> [B, 1, H]; src_mask: [B, 1, 1, L]. The other arguments are those of PaddleNLP's encoders."""
-        first = src[:, :1]
-        first = self.norm1(first + self.dropout1(self.self_attn(first, src, src, src_mask)))
-        return self.norm2(first + self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(first))))))
-
-
-def compute_first_token(ptm: PretrainedModel) -> None:
-    """Has the last layer compute what the pooled output takes, the first token; other layouts than BERT's stay.
-
-    The sequence that the encoder gives is then [B, 1, H]; parameters and their names stay.
-    """
-    layers = getattr(getattr(ptm, "encoder", None), "layers", None)
-    if not layers:
-        return
-    last = layers[-1]
-    is_bert = type(last) is nn.TransformerEncoderLayer and type(last.self_attn) is nn.MultiHeadAttention
-    if is_bert and not last.normalize_before:
-        last.__class__ = FirstTokenLayer
-
-
 def pretrained_weights(backbone: Backbone) -> Path:
-    """The weights file of a pretrained backbone: in its folder, or downloaded into PaddleNLP's cache."""
+    """The weights file of a pretrained backbone: in its folder, or downloaded into PaddleNLP's cache.
+
+    Raises InputError if there is none.
+    """
     folder = Path(backbone.source)
     if folder.is_dir():
         for name in WEIGHTS_FILES:
             if (folder / name).is_file():
                 return folder / name
         raise InputError(
-            f"{folder}: has no {WEIGHTS_FILES[-1]}; use --from_scratch {folder} to start from random weights"
+            f"{folder}: has no {WEIGHTS_FILES[0]}; use --from_scratch {folder} to start from random weights"
         )
     url = backbone.model_class.pretrained_resource_files_map.get("model_state", {}).get(backbone.source)
     try:
@@ -162,10 +138,10 @@ def pretrained_weights(backbone: Backbone) -> Path:
     return Path(file)
 
 
-def load_collator(name_or_path: str | Path, max_seq_length: int) -> TextCollator:
-    """The collator of a folder with a vocabulary, or of a name that PaddleNLP knows."""
+def load_tokenizer(name_or_path: str | Path, max_seq_length: int) -> TextTokenizer:
+    """The tokenizer of a folder with a vocabulary, or of a name that PaddleNLP knows. Raises InputError."""
     if Path(name_or_path).is_dir():
-        return TextCollator.load(name_or_path, max_seq_length)
+        return TextTokenizer.load(name_or_path, max_seq_length)
     with tempfile.TemporaryDirectory() as folder:
         try:
             AutoTokenizer.from_pretrained(str(name_or_path)).save_pretrained(folder)
@@ -173,4 +149,4 @@ def load_collator(name_or_path: str | Path, max_seq_length: int) -> TextCollator
             raise _not_found(name_or_path) from None
         if not (Path(folder) / VOCABULARY_FILE).is_file():
             raise InputError(f"{name_or_path}: its tokenizer has no {VOCABULARY_FILE}; need a WordPiece tokenizer")
-        return TextCollator.load(folder, max_seq_length)
+        return TextTokenizer.load(folder, max_seq_length)

@@ -11,9 +11,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ann_util import DEFAULT_SHARE, HnswIndex, IndexOptions, build_index, overlap, smallest_ef
-from files import write_json
-from runtime import ArgumentParser, at_least, cpu_count, run
+from ann_util import DEFAULT_TARGET_RECALL, HnswIndex, IndexOptions, build_index, recall_vs_exact, smallest_ef
+from common.cli import ArgumentParser, number_in_range, run
+from common.cpu import cpu_count
+from common.files import write_json
 
 ENGINES = ("ours", "hnswlib", "faiss")
 REPEATS = 5  # of the timed search
@@ -51,8 +52,8 @@ class Ours(Engine):
     def default_share(self, queries: np.ndarray, exact: np.ndarray) -> float:
         """Share of exact search's hits (cosines [Q, k]) that the default setting finds for queries new to it."""
         k = exact.shape[1]
-        self.index.tune_ef(queries[:TUNED_ON], k, DEFAULT_SHARE)
-        return overlap(self.search(queries[TUNED_ON:], k), exact[TUNED_ON:])
+        self.index.tune_ef(queries[:TUNED_ON], k, DEFAULT_TARGET_RECALL)
+        return recall_vs_exact(self.search(queries[TUNED_ON:], k), exact[TUNED_ON:])
 
 
 class Hnswlib(Engine):
@@ -107,7 +108,7 @@ def measure(make: type[Engine], vectors: np.ndarray, queries: np.ndarray, exact:
 
     def found(ef: int) -> float:
         engine.set_ef(ef)
-        return overlap(engine.search(queries, k), exact)
+        return recall_vs_exact(engine.search(queries, k), exact)
 
     ef = smallest_ef(lambda ef: found(ef) >= share, k)
     measured = {"build_seconds": build_seconds, "ef": ef, "share": found(ef)}
@@ -124,7 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vectors", required=True, help="unit vectors, float32 [N, D], a .npy file")
     parser.add_argument("--queries", required=True, help="unit vectors, float32 [Q, D], a .npy file")
     parser.add_argument("--exact", required=True, help="cosines of exact search's hits, float32 [Q, k], a .npy file")
-    parser.add_argument("--share", type=at_least(0.0, float, 1.0), default=0.99, help="of them that must be found")
+    parser.add_argument(
+        "--share", type=number_in_range(0.0, float, 1.0), default=0.99, help="of them that must be found"
+    )
     parser.add_argument("--report", required=True, help="JSON file to write")
     return parser
 

@@ -1,0 +1,249 @@
+"""Training batches: which pairs a step sees, their token ids, and the false-negative mask. Imports no Paddle."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.errors import InputError
+from common.logs import progress_bar
+from data import SORTING_WINDOW, TextPair, TextTokenizer, TokenIds
+
+# On classical sentences of 30 tokens on average:
+LENGTH_CHUNKS = 4  # chunks per batch; they pad to 36 tokens a text, one chunk to 64, 8 chunks to 33
+LENGTH_WINDOW = 4  # batches that --group_by_length sorts together; this pads to 32.6 tokens a text, 32 batches to 32.1
+
+
+class PairBatch(NamedTuple):
+    """What one rank encodes for a batch.
+
+    A rank's B pairs, H of them with a hard negative, have T = 2 B + H texts in the order queries, titles, hard
+    negatives. Queries are scored against the texts of all ranks in `sizes`.
+    """
+
+    chunks: list[TokenIds]  # this rank's texts, longest first
+    row_of_text: np.ndarray  # int64 [T], the row of each text in the concatenated chunks
+    sizes: list[tuple[int, int]]  # (B, H) of each rank
+    rank: int  # this rank's place in sizes
+    mask: np.ndarray | None  # bool [all B, all B + all H], True where a text isn't a negative of the query
+
+    @property
+    def text_counts(self) -> list[int]:
+        """T of each rank."""
+        return [2 * pairs + hard_negatives for pairs, hard_negatives in self.sizes]
+
+    def split(self, rows: Any, rank: int) -> tuple[Any, Any, Any]:
+        """The rows of a rank's queries, titles and hard negatives, of its T rows in the order of its texts."""
+        pairs, _ = self.sizes[rank]
+        return rows[:pairs], rows[pairs : 2 * pairs], rows[2 * pairs :]
+
+
+class FalseNegativeMask:
+    """Which texts of a batch are false negatives, according to the whole training file.
+
+    A title or hard negative is masked for a query if any line of the file pairs the query with an equal text.
+    """
+
+    def __init__(self, pairs: Sequence[TextPair]) -> None:
+        text_ids: dict[str, int] = {}
+
+        def ids(texts: Iterable[str | None]) -> np.ndarray:
+            return np.array([-1 if text is None else text_ids.setdefault(text, len(text_ids)) for text in texts])
+
+        self._queries = ids(pair.query for pair in pairs)
+        self._titles = ids(pair.title for pair in pairs)
+        self._hard_negatives = ids(pair.hard_negative for pair in pairs)
+        # The file's (query, title) combinations as one sorted array of numbers, for looking up many at once.
+        self._texts = len(text_ids)
+        self._positives = np.unique(self._queries * self._texts + self._titles)
+
+    def __call__(self, query_rows: np.ndarray, title_rows: np.ndarray, hard_negative_rows: np.ndarray) -> np.ndarray:
+        """bool [len(query_rows), len(title_rows) + len(hard_negative_rows)]; arguments are rows of the training file.
+
+        A query's own title is masked too; the loss ignores the mask on the diagonal.
+        """
+        columns = np.concatenate([self._titles[title_rows], self._hard_negatives[hard_negative_rows]])
+        combinations = self._queries[query_rows][:, None] * self._texts + columns[None, :]
+        found = np.searchsorted(self._positives, combinations)
+        return self._positives[np.minimum(found, len(self._positives) - 1)] == combinations
+
+
+class TokenizedTexts(Sequence[np.ndarray]):
+    """The token ids of many texts in one array of the smallest possible type."""
+
+    def __init__(self, tokenizer: TextTokenizer, texts: Sequence[str]) -> None:
+        dtype = np.min_scalar_type(tokenizer.vocabulary_size)
+        tokens, lengths = [], []
+        with progress_bar(len(texts), "tokenizing", "text") as progress:
+            for window in batched(texts, SORTING_WINDOW):
+                ids = tokenizer.tokenize(window)
+                tokens.append(np.fromiter(chain.from_iterable(ids), dtype))
+                lengths.append(np.array([len(text_ids) for text_ids in ids]))
+                progress.update(len(window))
+        self.lengths = np.concatenate(lengths)
+        self._tokens = np.concatenate(tokens)
+        self._ends = np.cumsum(self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: Any) -> np.ndarray:
+        return self._tokens[self._ends[row] - self.lengths[row] : self._ends[row]]
+
+
+class PairBatcher:
+    """Makes a PairBatch from rows of the training file; all texts are tokenized once, at the start.
+
+    chunk_texts: maximum number of texts in a chunk; by default a batch has LENGTH_CHUNKS chunks of equal size.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        pairs: Sequence[TextPair],
+        *,
+        mask_false_negatives: bool = True,
+        chunk_texts: int | None = None,
+    ) -> None:
+        self._tokenizer, self._chunk_texts = tokenizer, chunk_texts
+        self._false_negative_mask = FalseNegativeMask(pairs) if mask_false_negatives else None
+        self._has_hard_negative = np.array([pair.hard_negative is not None for pair in pairs])
+        queries, titles, hard_negatives = zip(*pairs, strict=True)
+        self._texts = TokenizedTexts(
+            tokenizer, [*queries, *titles, *(text for text in hard_negatives if text is not None)]
+        )
+        self._hard_negative_texts = 2 * len(pairs) + np.cumsum(self._has_hard_negative) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each pair, int64 [N], hard negative included."""
+        count, lengths = len(self._has_hard_negative), self._texts.lengths
+        total = lengths[:count] + lengths[count : 2 * count]
+        total[self._has_hard_negative] += lengths[2 * count :]
+        return total
+
+    def __call__(self, rank_rows: Sequence[np.ndarray], rank: int = 0) -> PairBatch:
+        """The batch of `rank_rows[rank]`, scored against the texts of all `rank_rows`: int64 [B] each, may be empty."""
+        hard_negative_rows = [rows[self._has_hard_negative[rows]] for rows in rank_rows]
+        rows = rank_rows[rank]
+        titles = rows + len(self._has_hard_negative)
+        hard_negatives = self._hard_negative_texts[hard_negative_rows[rank]]
+        ids = [self._texts[text] for text in np.concatenate([rows, titles, hard_negatives])]
+        longest_first = np.argsort([-len(text_ids) for text_ids in ids], kind="stable")
+        parts = -(-len(ids) // self._chunk_texts) if self._chunk_texts else LENGTH_CHUNKS
+        chunks = [chunk for chunk in np.array_split(longest_first, max(1, parts)) if len(chunk)]
+        all_rows = np.concatenate(rank_rows)
+        return PairBatch(
+            chunks=[self._tokenizer.pad([ids[text] for text in chunk]) for chunk in chunks],
+            row_of_text=np.argsort(longest_first),
+            sizes=[(len(pairs), len(hard)) for pairs, hard in zip(rank_rows, hard_negative_rows, strict=True)],
+            rank=rank,
+            mask=self._false_negative_mask(all_rows, all_rows, np.concatenate(hard_negative_rows))
+            if self._false_negative_mask
+            else None,
+        )
+
+
+def check_batch_size(
+    batch_size: int, world_size: int, pairs: Sequence[TextPair], train_set_file: str, *, cross_device: bool = True
+) -> None:
+    """Raises InputError if a step needs more pairs than there are, or would have no negatives."""
+    if batch_size * world_size > len(pairs):
+        remedy = f"{train_set_file} has {len(pairs)} pairs; use at most --batch_size {len(pairs) // world_size}"
+        raise InputError(f"--batch_size {batch_size} on {world_size} process(es): {remedy}")
+    scored = batch_size * (world_size if cross_device else 1)
+    if scored == 1 and not any(pair.hard_negative for pair in pairs):
+        raise InputError("--batch_size 1: leaves no other title as a negative; use 2 or more")
+
+
+class PlannedStep(NamedTuple):
+    """A step and the rows of the training file that it trains on: `batches[batch][rank]` is int64 [B]."""
+
+    number: int  # from 1, over all epochs
+    epoch: int  # from 1
+    batches: list[list[np.ndarray]]
+
+
+class BatchSchedule:
+    """Which pairs each step trains on; depends on these arguments only.
+
+    batch_size: pairs on each rank; gradient_accumulation_steps: batches per step; max_steps: replaces epochs; lengths:
+    tokens of the pairs, to group pairs of similar length.
+    """
+
+    def __init__(
+        self,
+        pairs: int,
+        batch_size: int,
+        *,
+        seed: int,
+        epochs: int,
+        max_steps: int | None = None,
+        gradient_accumulation_steps: int = 1,
+        world_size: int = 1,
+        lengths: np.ndarray | None = None,
+    ) -> None:
+        self._batches_per_step = gradient_accumulation_steps
+        self._epoch_batches = partial(
+            epoch_batches, pairs, batch_size, seed=seed, world_size=world_size, lengths=lengths
+        )
+        self.steps_per_epoch = math.ceil(math.ceil(pairs / (batch_size * world_size)) / gradient_accumulation_steps)
+        self.total_steps = max_steps or epochs * self.steps_per_epoch
+
+    def epoch(self, step: int) -> tuple[int, bool]:
+        """(epoch of a step, whether the step ends it)."""
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        return epoch + 1, position == self.steps_per_epoch - 1
+
+    def steps(self, first: int) -> Iterator[PlannedStep]:
+        """The steps after `first`."""
+        epoch_steps: list[list[list[np.ndarray]]] = []
+        for number in range(first + 1, self.total_steps + 1):
+            epoch, position = divmod(number - 1, self.steps_per_epoch)
+            if position == 0 or not epoch_steps:
+                epoch_steps = list(batched(self._epoch_batches(epoch=epoch + 1), self._batches_per_step))
+            yield PlannedStep(number, epoch + 1, epoch_steps[position])
+
+
+def epoch_batches(
+    count: int,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    world_size: int = 1,
+    lengths: np.ndarray | None = None,
+) -> list[list[np.ndarray]]:
+    """Rows of every batch of an epoch for every rank: `[batch][rank]` is int64 [batch_size].
+
+    The order depends on (seed, epoch) only. The ranks take a batch's rows in turns, which also balances lengths. No row
+    is dropped: if the last batch has fewer rows than ranks, some ranks get none.
+    lengths: int64 [count]; if given, the rows of LENGTH_WINDOW batches are sorted by length and cut into batches again,
+    which are shuffled.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(count)
+    batch_rows = batch_size * world_size
+    batches = [order[start : start + batch_rows] for start in range(0, count, batch_rows)]
+    if lengths is not None:
+        batches = [batch for window in batched(batches, LENGTH_WINDOW) for batch in _by_length(window, lengths, random)]
+    return [[rows[rank::world_size] for rank in range(world_size)] for rows in batches]
+
+
+def _by_length(batches: list[np.ndarray], lengths: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:
+    """The rows of `batches` sorted by length and cut into batches of the same sizes, in random order."""
+    rows = np.concatenate(batches)
+    rows = rows[np.argsort(lengths[rows], kind="stable")]
+    cuts = np.cumsum([len(batch) for batch in batches])[:-1]
+    by_length = np.split(rows, cuts)
+    return [by_length[batch] for batch in random.permutation(len(by_length))]
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items, the last one shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

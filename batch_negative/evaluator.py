@@ -1,0 +1,112 @@
+"""Evaluations during training, which decide on the best model."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ann_util import IndexOptions
+from base_model import SemanticIndexBase
+from common.distributed import broadcast_object
+from common.files import atomic_write, prepare_file
+from data import Corpus, TextTokenizer, ranking_by_query, write_hits
+from encoding.encoder import Encoder
+from retrieval.metrics import Evaluation, evaluate, format_lines, metrics
+from retrieval.pipeline import encode_queries, hits_of, open_or_build_index, search
+
+
+class Evaluator:
+    """Recalls and evaluates as recall.py and evaluate.py do, and keeps the score of the best model so far.
+
+    embedding_parent: folder for the corpus's vectors during an evaluation.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        positives: dict[str, set[str]],
+        *,
+        batch_size: int,
+        recall_num: int,
+        index_options: IndexOptions,
+        embedding_parent: Path,
+        result_file: Path,
+        report_file: Path,
+        best_metric: str,
+    ) -> None:
+        self._corpus, self._positives = corpus, positives
+        self._batch_size, self._recall_num = batch_size, recall_num
+        self._index_options, self._embedding_parent = index_options, embedding_parent
+        self._result_file, self._report_file = result_file, report_file
+        self.best_metric = best_metric
+        pairs = json.dumps({query: sorted(titles) for query, titles in positives.items()})
+        self.conditions = {  # scores are comparable only if these are the same
+            "best_metric": best_metric,
+            "recall_num": recall_num,
+            "SHA-256 of the corpus": corpus.sha256,
+            "SHA-256 of the evaluation pairs": hashlib.sha256(pairs.encode()).hexdigest(),
+        }
+        self._reports: list[str] = []
+        self._best: float | None = None
+        self.last_step = 0
+        self.score = 0.0  # of the last evaluation, by `best_metric`
+        self.evals_without_improvement = 0
+
+    def prepare_files(self) -> None:
+        """Creates the folders of both result files, so that a training doesn't fail at its first evaluation."""
+        prepare_file(self._result_file)
+        prepare_file(self._report_file)
+
+    def __call__(self, model: SemanticIndexBase, tokenizer: TextTokenizer, step: int, epoch: int) -> Evaluation:
+        """Evaluates the model on all ranks together; rank 0 writes both result files.
+
+        Changes nothing in this object, so that an evaluation can be interrupted: `record` follows. Raises InputError.
+        """
+        encoder = Encoder(model.embed, tokenizer, model.embedding_size, self._batch_size)
+        queries, k = list(self._positives), self._recall_num
+        vectors = encode_queries(encoder, queries)
+        evaluation = None
+        with open_or_build_index(
+            encoder, vectors, k, corpus=self._corpus, options=self._index_options, parent=self._embedding_parent
+        ) as built:
+            if built:
+                hits = list(hits_of(search(built.index, vectors, k), built.documents, queries))
+                evaluation = evaluate(self._positives, ranking_by_query(hits), k)
+                write_hits(self._result_file, hits)
+                with atomic_write(self._report_file) as file:
+                    file.writelines(line + "\n" for line in [*self._reports, _report(step, epoch, evaluation)])
+        return broadcast_object(evaluation)
+
+    def record(self, evaluation: Evaluation, step: int, epoch: int) -> None:
+        """Adds an evaluation to the history; afterwards `is_best` refers to it."""
+        self._reports.append(_report(step, epoch, evaluation))
+        self.last_step, self.score = step, metrics(evaluation)[self.best_metric]
+        self.evals_without_improvement += 1
+        if self._best is None or self.score > self._best:
+            self._best, self.evals_without_improvement = self.score, 0
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the last evaluation is better than all earlier ones."""
+        return self.evals_without_improvement == 0
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, in a form that JSON can hold."""
+        return {
+            **self.conditions,
+            "last_step": self.last_step,
+            "best": self._best,
+            "evals_without_improvement": self.evals_without_improvement,
+            "reports": list(self._reports),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues from the `state` of an evaluator with the same conditions."""
+        self.last_step, self._best = state["last_step"], state["best"]
+        self._reports = list(state["reports"])
+        # Version 1 called it without_gain.
+        self.evals_without_improvement = state.get("evals_without_improvement", state.get("without_gain", 0))
+
+
+def _report(step: int, epoch: int, evaluation: Evaluation) -> str:
+    return f"global step {step}, epoch {epoch}\t" + "\t".join(format_lines(evaluation))

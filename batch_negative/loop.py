@@ -1,0 +1,168 @@
+"""The training loop: steps, and what is logged, saved and evaluated between them."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from batch_negative.batches import BatchSchedule
+from batch_negative.evaluator import Evaluator
+from batch_negative.resume import EVALUATIONS_FILE, remove_old_checkpoints
+from batch_negative.trainer import NonFiniteLoss, Trainer
+from batch_negative.training_log import TrainingLog
+from common.distributed import announce_exit, barrier
+from common.errors import InputError
+from common.files import write_json
+from common.logs import is_main_process, log
+from common.signals import Stopped, StopSignals
+from data import parse_pair, read_lines
+from modeling.checkpoint import LoadedModel, save_checkpoint
+from modeling.checkpoint_files import step_folder
+
+BEST_FOLDER = "model_best"
+BEST_RESULT_FILE = "train_result.txt"  # in it, the original's form
+
+
+class TrainingLoop:
+    """A training from some step to its end.
+
+    train_set_file: for messages; run_config: what must be equal for a run to be resumed from a checkpoint;
+    keep_checkpoints: how many of the newest ones are kept, None for all; early_stop_patience: evaluations without
+    improvement after which the training ends, None for never.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        trainer: Trainer,
+        schedule: BatchSchedule,
+        evaluator: Evaluator | None,
+        training_log: TrainingLog | None,
+        *,
+        train_set_file: str,
+        save_dir: Path,
+        run_config: dict[str, Any],
+        save_steps: int,
+        eval_steps: int | None,
+        keep_checkpoints: int | None,
+        early_stop_patience: int | None,
+    ) -> None:
+        self._loaded, self._trainer, self._schedule = loaded, trainer, schedule
+        self._evaluator, self._log = evaluator, training_log
+        self._train_set_file, self._save_dir, self._run_config = train_set_file, save_dir, run_config
+        self._save_steps, self._eval_steps = save_steps, eval_steps
+        self._keep_checkpoints, self._patience = keep_checkpoints, early_stop_patience
+        self._saved_step: int | None = None  # whose checkpoint is in save_dir
+        self.written: Path | None = None  # the newest checkpoint that this process has written
+        self.is_stopped = False  # by a signal, to any rank
+
+    def run(self, first: int, signals: StopSignals, *, first_is_saved: bool = True) -> int:
+        """Trains from the step after `first`, and returns the number of the last step.
+
+        A signal ends the training after the current step, which is saved. Raises InputError for a NaN or infinite loss
+        and, after saving the step, for an evaluation that fails. first_is_saved: whether the checkpoint that the
+        training was resumed from is in save_dir.
+        """
+        self._saved_step = first if first_is_saved else None
+        try:
+            return self._run(first, signals)
+        except NonFiniteLoss as error:
+            raise InputError(explain(error, self._train_set_file)) from None
+        finally:
+            if self._log:
+                self._log.close()
+
+    def _run(self, first: int, signals: StopSignals) -> int:
+        if first and self._evaluation_ends_training(first, signals):
+            return first
+        for planned in self._schedule.steps(first):
+            step = self._trainer.step(planned, stop=signals.received is not None)
+            if self._log:
+                self._log.step(step)
+            paused_at = time.monotonic()
+            if step.stop or step.number % self._save_steps == 0 or step.number == self._schedule.total_steps:
+                self._save(step.number)
+            self.is_stopped = step.stop
+            if step.stop or self._evaluation_ends_training(step.number, signals):
+                return step.number
+            if self._log:
+                self._log.resume_clock(time.monotonic() - paused_at)
+        return self._schedule.total_steps
+
+    def _evaluation_ends_training(self, step: int, signals: StopSignals) -> bool:
+        """Evaluates if it is due after this step; whether the training ends, by a signal or for lack of improvement."""
+        evaluator = self._evaluator
+        if evaluator is None:
+            return False
+        if self._evaluation_is_due(step) and evaluator.last_step != step:
+            epoch, _ = self._schedule.epoch(step)
+            try:
+                with signals.raised():
+                    evaluation = evaluator(*self._loaded, step, epoch)
+                    barrier()  # so that a rank stopped during the evaluation is noticed before the next step
+            except (Stopped, InputError) as error:
+                announce_exit()
+                self._save(step)
+                if isinstance(error, InputError):
+                    log(f"the evaluation after step {step} failed; a training that goes on from it makes it again")
+                    raise
+                self.is_stopped = True
+                return True
+            evaluator.record(evaluation, step, epoch)
+            if self._log:
+                self._log.evaluation(evaluation, step)
+            self._keep_evaluation(evaluator, step, epoch)
+        ends = self._patience is not None and evaluator.evals_without_improvement >= self._patience
+        if ends:
+            count = evaluator.evals_without_improvement
+            log(f"no better {evaluator.best_metric} in {count} evaluations: stopping early")
+            self._save(step)
+        return ends
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        _, ends_epoch = self._schedule.epoch(step)
+        is_due = step % self._eval_steps == 0 if self._eval_steps else ends_epoch
+        return is_due or step == self._schedule.total_steps
+
+    def _keep_evaluation(self, evaluator: Evaluator, step: int, epoch: int) -> None:
+        """Saves the best model, and adds the evaluation to the step's checkpoint, if there is one."""
+        if not is_main_process():
+            return
+        if evaluator.is_best:
+            name = evaluator.best_metric.split("@")[0]
+            result = f"epoch={epoch}, global_step: {step}, {name}: {evaluator.score}\n"
+            save_checkpoint(
+                self._save_dir / BEST_FOLDER,
+                *self._loaded,
+                add_files=lambda folder: (folder / BEST_RESULT_FILE).write_text(result, encoding="utf-8"),
+            )
+        if self._saved_step == step:
+            write_json(step_folder(self._save_dir, step) / EVALUATIONS_FILE, evaluator.state())
+
+    def _save(self, step: int) -> None:
+        """Writes the step's checkpoint, unless it is there already."""
+        if self._saved_step == step or not is_main_process():
+            return
+        progress = {
+            "step": step,
+            "run_config": self._run_config,
+            "evaluator": self._evaluator and self._evaluator.state(),
+        }
+        state = self._trainer.state(progress)
+        self._saved_step, self.written = step, step_folder(self._save_dir, step)
+        save_checkpoint(self.written, *self._loaded, add_files=state.write)
+        if self._keep_checkpoints:
+            remove_old_checkpoints(self._save_dir, step, self._keep_checkpoints, self._run_config)
+
+
+def explain(error: NonFiniteLoss, train_set_file: str) -> str:
+    """The error message for a NaN or infinite loss, which names the batch's lines."""
+    lines = ", ".join(map(str, lines_of_rows(train_set_file, error.rows)))
+    where = f"the batch has lines {lines} of {train_set_file}" if lines else "on a rank"
+    return f"{error}; {where}; look at them, or lower --learning_rate, and go on from a checkpoint before it went wrong"
+
+
+def lines_of_rows(train_set_file: str, rows: Sequence[int]) -> list[int]:
+    """Line numbers of pairs in the training file."""
+    good_lines = [line.number for line in read_lines(train_set_file, parse_pair, True) if line.row is not None]
+    return sorted(good_lines[row] for row in rows)

@@ -1,0 +1,211 @@
+"""What a training saves to be resumed exactly, and which checkpoint it resumes from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import paddle
+
+from batch_negative.evaluator import Evaluator
+from batch_negative.model import SemanticIndexBatchNeg
+from common.device import set_seed
+from common.distributed import broadcast_parameters
+from common.errors import InputError
+from common.files import read_json, remove_folder, resolve_interrupted_replace, write_json
+from common.logs import log
+from common.manifest import MANIFEST_FILE, check_manifest
+from modeling.checkpoint import LoadedModel, create_model, load_checkpoint
+from modeling.checkpoint_files import TRAINING_PREFIX, step_folder, step_folders
+from modeling.weight_files import read_weights, write_safetensors
+
+STATE_FILE = TRAINING_PREFIX + "state.json"
+OPTIMIZER_FILE = TRAINING_PREFIX + "optimizer.safetensors"
+EVALUATIONS_FILE = TRAINING_PREFIX + "evaluations.json"  # written after the checkpoint, so not in its manifest
+PROGRESS_KEYS = ("step", "run_config", "evaluator", "loss_scaler")  # in STATE_FILE
+OLD_NAMES = {"shape": "run_config", "no_mask_duplicates": "no_false_negative_mask"}  # of version 1
+NOT_ARRAYS = ("LR_Scheduler", "master_weights")  # of AdamW: the rate follows from the step; parameters are float32
+
+
+class TrainingState(NamedTuple):
+    """What a training needs to be resumed, besides the model and its options."""
+
+    progress: dict[str, Any]  # PROGRESS_KEYS, in a form that JSON can hold
+    optimizer: dict[str, np.ndarray]  # `optimizer_arrays`
+
+    def write(self, folder: Path) -> None:
+        """Writes it into a checkpoint's folder."""
+        write_json(folder / STATE_FILE, self.progress)
+        write_safetensors(folder / OPTIMIZER_FILE, self.optimizer)
+
+
+def read_training_state(folder: Path) -> TrainingState:
+    """The training state in a checkpoint. Raises InputError if it has none, or if one of its files has changed."""
+    for name in (STATE_FILE, MANIFEST_FILE):
+        if not (folder / name).is_file():
+            remedy = "take its weights alone with --init_from_ckpt"
+            raise InputError(f"{folder}: has no {name}, so no training can be resumed from it; {remedy}")
+    check_manifest(folder)
+    progress = _with_new_names(read_json(folder / STATE_FILE))
+    if (folder / EVALUATIONS_FILE).is_file():
+        progress["evaluator"] = read_json(folder / EVALUATIONS_FILE)
+    if missing := [key for key in PROGRESS_KEYS if key not in progress]:
+        raise InputError(f"{folder / STATE_FILE}: isn't a training state, it lacks {', '.join(missing)}")
+    progress["run_config"] = _with_new_names(progress["run_config"])
+    return TrainingState(progress, read_weights(folder / OPTIMIZER_FILE))
+
+
+def _with_new_names(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {OLD_NAMES.get(name, name): value for name, value in content.items()}
+
+
+class Start(NamedTuple):
+    """What a training starts from."""
+
+    loaded: LoadedModel
+    state: TrainingState | None  # None for a new training
+    checkpoint: Path | None  # that it is resumed from
+
+    @property
+    def step(self) -> int:
+        """The last step that has been taken."""
+        return self.state.progress["step"] if self.state else 0
+
+    def is_in(self, save_dir: Path) -> bool:
+        """Whether it is resumed from a checkpoint in this folder."""
+        return self.checkpoint is not None and self.checkpoint.resolve() == step_folder(save_dir, self.step).resolve()
+
+
+def start_or_resume(
+    resume_from: str | None,
+    save_dir: Path,
+    run_config: Mapping[str, Any],
+    evaluator: Evaluator | None,
+    seed: int,
+    model_options: Mapping[str, Any],
+) -> Start:
+    """A new model, or the one that `resume_from` names, with the evaluator's history; all ranks have the same.
+
+    model_options: arguments of `create_model`. Raises InputError, also for a checkpoint of another run.
+    """
+    checkpoint = find_resumed(resume_from, save_dir, run_config) if resume_from else None
+    if checkpoint:
+        state = read_training_state(checkpoint)
+        check_resumable(checkpoint, state.progress["run_config"], run_config)
+        if evaluator and state.progress["evaluator"]:
+            check_resumable(checkpoint, state.progress["evaluator"], evaluator.conditions)
+            evaluator.restore(state.progress["evaluator"])
+        model, tokenizer, _, _ = load_checkpoint(checkpoint, SemanticIndexBatchNeg)
+        model.train()
+        return Start(LoadedModel(model, tokenizer), state, checkpoint)
+    if earlier := step_folders(save_dir):
+        kept = "this one's will replace those of the same steps"
+        log(f"{save_dir}: holds an earlier training's checkpoints, up to {earlier[-1].name}; {kept}")
+    set_seed(seed)
+    loaded = create_model(SemanticIndexBatchNeg, **model_options)
+    broadcast_parameters(loaded.model)
+    return Start(loaded, None, None)
+
+
+def find_resumed(resume_from: str, save_dir: Path, run_config: Mapping[str, Any]) -> Path | None:
+    """The checkpoint that `--resume_from` names; None if it is "latest" and there is none yet. Raises InputError."""
+    if resume_from != "latest":
+        folder = resolve_interrupted_replace(resume_from)
+        if not folder.is_dir():
+            raise InputError(f"--resume_from {resume_from}: no such folder; give a checkpoint's folder or latest")
+        return folder
+    folder = latest_checkpoint(save_dir, run_config)
+    log(f"going on from {folder}" if folder else f"{save_dir}: no checkpoint to go on from yet; starting at step 0")
+    return folder
+
+
+def latest_checkpoint(save_dir: Path, run_config: Mapping[str, Any] | None = None) -> Path | None:
+    """The newest checkpoint that a run can be resumed from, or None; those that are passed over are logged.
+
+    run_config: the configuration of the run, None for any. Raises InputError, about the newest one, if all checkpoints
+    belong to other runs.
+    """
+    others = []
+    for folder in reversed(step_folders(save_dir)):
+        try:
+            saved = read_training_state(folder).progress["run_config"]
+        except InputError as error:
+            log(f"passed over {error}")
+            continue
+        if mismatch := resume_mismatch(folder, saved, run_config or {}):
+            others.append((folder.name, mismatch))
+            continue
+        if others:
+            log(f"passed over {', '.join(name for name, _ in others)}: another training's")
+        return folder
+    if others:
+        raise InputError(others[0][1])
+    return None
+
+
+def resume_mismatch(folder: Path, saved: Mapping[str, Any], run_config: Mapping[str, Any]) -> str | None:
+    """Why the run of `run_config` can't be resumed from `folder`, whose configuration is `saved`; None if it can."""
+    for name, value in run_config.items():
+        if name not in saved:
+            remedy = f"if it is this training's, give --resume_from {folder}"
+            return f"{folder}: doesn't tell its {name}, since an older version wrote it; {remedy}"
+        if saved[name] != value:
+            remedy = "go on with the same, or take its weights alone with --init_from_ckpt into another --save_dir"
+            return f"{folder}: was trained with {name} {saved[name]}, not {value}; {remedy}"
+    return None
+
+
+def check_resumable(folder: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raises InputError if `saved`, read from `folder`, differs from `ours`.
+
+    Values that an older version didn't save are taken to be equal, because the user named the folder.
+    """
+    if mismatch := resume_mismatch(folder, saved, {name: value for name, value in ours.items() if name in saved}):
+        raise InputError(mismatch)
+
+
+def remove_old_checkpoints(save_dir: Path, step: int, keep: int, run_config: Mapping[str, Any]) -> None:
+    """Removes all but the newest `keep` checkpoints of a run up to a step. Raises InputError if it can't.
+
+    Checkpoints of later steps stay and don't count: the run was resumed from an earlier one because they couldn't be
+    used. Checkpoints of other runs stay too.
+    """
+    folders = step_folders(save_dir)
+    folders = folders[: folders.index(step_folder(save_dir, step)) + 1]
+    for folder in [folder for folder in folders if _is_of(folder, run_config)][:-keep]:
+        try:
+            remove_folder(folder)
+        except OSError as error:
+            raise InputError(f"{folder}: can't be removed ({error.strerror})") from None
+
+
+def _is_of(folder: Path, run_config: Mapping[str, Any]) -> bool:
+    """Whether a run of this configuration wrote `folder`, as far as it can be read."""
+    try:
+        saved = _with_new_names(read_json(folder / STATE_FILE))["run_config"]
+        return resume_mismatch(folder, _with_new_names(saved), run_config) is None
+    except (InputError, KeyError):
+        return False
+
+
+def optimizer_arrays(model: paddle.nn.Layer, optimizer: paddle.optimizer.Optimizer) -> dict[str, np.ndarray]:
+    """The optimizer's state as `<parameter>.<accumulator>` -> array."""
+    state = {name: value.numpy() for name, value in optimizer.state_dict().items() if name not in NOT_ARRAYS}
+    return {
+        f"{name}.{key.removeprefix(parameter.name + '_')}": value
+        for name, parameter in model.named_parameters()
+        for key, value in state.items()
+        if key.startswith(parameter.name + "_")
+    }
+
+
+def restore_optimizer(
+    model: paddle.nn.Layer, optimizer: paddle.optimizer.Optimizer, arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Gives an optimizer that has taken no step the state that `optimizer_arrays` returned."""
+    internal_names = {name: parameter.name for name, parameter in model.named_parameters()}
+    state = {}
+    for key, value in arrays.items():
+        name, accumulator = key.rsplit(".", 1)
+        state[f"{internal_names[name]}_{accumulator}"] = paddle.to_tensor(value)
+    optimizer.set_state_dict(state)

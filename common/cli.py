@@ -1,0 +1,126 @@
+"""The command line of every script: its parser, types of options, and how a script ends."""
+
+import argparse
+import errno
+import io
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from common.errors import InputError
+from common.signals import Terminated, terminate
+from common.version import __version__
+
+INPUT_ERROR_EXIT_CODE = 2
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors for a file that can't grow
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default unless it is None or a switch that is off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with --version, without abbreviations, and with one line for a wrong option instead of the usage."""
+
+    def __init__(self, description: str | None = None) -> None:
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+        self.add_argument("--version", action="version", version=__version__)
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with the message."""
+        self.exit(INPUT_ERROR_EXIT_CODE, f"error: {message} (try {self.prog} --help)\n")
+
+
+def number_in_range(
+    minimum: float, number: type = int, below: float = math.inf, or_zero: bool = False
+) -> Callable[[str], float]:
+    """An argparse type: an int or float (`number`) with minimum <= value < below, or also 0 if `or_zero`."""
+
+    def parse(text: str) -> float:
+        value = number(text)
+        if not (minimum <= value < below or (or_zero and value == 0)):
+            limit = "" if below == math.inf else f", and less than {below}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: give {minimum} or more{limit}")
+        return value
+
+    parse.__name__ = number.__name__
+    return parse
+
+
+def true_or_false(text: str) -> bool:
+    """An argparse type: True or False, the form of switches in the original's and in Paddle Serving's scripts."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def text_argument(text: str) -> str:
+    """An argparse type: a text that isn't blank."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the text is empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # Python marks the bytes of an argument that it can't decode
+        raise argparse.ArgumentTypeError("the text isn't UTF-8") from None
+    return text
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Runs a script's `main` and exits: with 2 and the message for an InputError, 130 for Ctrl-C, 143 for SIGTERM.
+
+    If stdout can't be written: 2 and one line for a full disk, 141 and nothing if its reader is gone.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a locale that lacks a character, such as GBK's
+    if sys.stderr is None:  # it was closed before the start
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    has_peers = int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1
+    if not has_peers:  # a rank that waits for others in native code would never reach Python's handler
+        signal.signal(signal.SIGTERM, terminate)
+    code = _exit_code(main)
+    try:
+        if sys.stdout:  # None if it was closed before the start
+            sys.stdout.flush()
+    except OSError as error:
+        code = _report_output_error(error)
+    if has_peers:
+        # Paddle's gloo sometimes aborts when the interpreter shuts it down, after all work is done.
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _exit_code(main: Callable[[], int]) -> int:
+    """Runs `main` and gives the exit code, after a line on stderr if it failed."""
+    try:
+        return main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return INPUT_ERROR_EXIT_CODE
+    except KeyboardInterrupt as interrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)  # the shell's convention
+    except SystemExit as ended:  # argparse's, after --help or a wrong option
+        return int(ended.code or 0)
+    except OSError as error:
+        return _report_output_error(error)
+
+
+def _report_output_error(error: OSError) -> int:
+    """The exit code if stdout can't be written, after a line that says so on a full disk. Raises other errors again."""
+    if isinstance(error, BrokenPipeError):
+        code = 128 + signal.SIGPIPE
+    elif error.errno in NO_SPACE:
+        print(f"error: the output can't be written ({error.strerror})", file=sys.stderr)
+        code = INPUT_ERROR_EXIT_CODE
+    else:
+        raise error
+    # The text still in the buffer would fail once more when the interpreter ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return code

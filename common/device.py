@@ -1,0 +1,64 @@
+"""The device to compute on, the precisions that it has, and seeds."""
+
+import os
+import random
+
+import numpy as np
+import paddle
+
+from common.cpu import has_bf16
+from common.errors import InputError
+
+STRIDE_FLAG = "FLAGS_use_stride_kernel"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # Paddle's names of the precisions
+BF16_COMPUTE_CAPABILITY = 8  # of a GPU: Ampere and later
+
+
+def choose_device(device: str | None) -> str:
+    """The device to compute on, "cpu" or "gpu"; None takes a GPU if there is one.
+
+    Raises InputError if there is no GPU to take.
+    """
+    if device == "cpu":
+        return device
+    try:
+        has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    except Exception:  # the driver is missing or too old
+        has_gpu = False
+    if device == "gpu" and not has_gpu:
+        why = "no GPU is visible" if paddle.is_compiled_with_cuda() else "this Paddle is built for the CPU"
+        raise InputError(f"--device gpu: {why}; use --device cpu, or set up with sh scripts/setup.sh --gpu")
+    return device or ("gpu" if has_gpu else "cpu")
+
+
+def set_device(device: str | None) -> None:
+    """Computes on the device that `choose_device` gives. Raises InputError as that does.
+
+    On a CPU transpositions copy at once, unless the user's environment says otherwise: a training step or an encoded
+    text then takes about a fifth less time (docs/benchmarks.md), with bit-identical results.
+    """
+    device = choose_device(device)
+    # Without a number Paddle takes the GPU that the launcher assigned to this rank.
+    paddle.set_device(device)
+    if device == "cpu" and STRIDE_FLAG not in os.environ:
+        # By default a transposition only changes strides, and each kernel that uses it copies element by element.
+        paddle.set_flags({STRIDE_FLAG: False})
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Raises InputError if `device`, "cpu" or "gpu", can't compute in a precision of DTYPES on this machine."""
+    if device == "cpu" and precision == "fp16":
+        raise InputError("--precision fp16: a CPU doesn't compute in it; use fp32, or bf16 if it has avx512_bf16")
+    if device == "cpu" and precision == "bf16" and not has_bf16():
+        raise InputError("--precision bf16: this CPU lacks avx512_bf16; use fp32")
+    if device == "gpu" and precision == "bf16":
+        major, minor = paddle.device.cuda.get_device_capability()
+        if major < BF16_COMPUTE_CAPABILITY:
+            raise InputError(f"--precision bf16: this GPU's compute capability is {major}.{minor}; use fp16")
+
+
+def set_seed(seed: int) -> None:
+    """Seeds Python, NumPy and Paddle."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    paddle.seed(seed)

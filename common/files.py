@@ -1,0 +1,226 @@
+"""Files and folders that appear whole or not at all, and locks."""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.errors import InputError
+
+REPLACED_SUFFIX = ".replaced"
+TEMPORARY_SUFFIX = ".tmp"
+LOCK_FILE = "lock"  # in a temporary folder: while its owner holds the lock, nobody else removes the folder
+HASHED_BYTES = 1 << 20  # at a time
+
+
+def open_for_reading(path: str | Path) -> io.BufferedReader:
+    """Opens a file for reading bytes. Raises InputError if it is missing, isn't a file, or can't be read."""
+    try:
+        if Path(path).is_fifo():
+            raise InputError(f"{path}: is a pipe; give a file")
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; give the file in it") from None
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror})") from None
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises InputError for anything else."""
+    with open_for_reading(path) as file:
+        try:
+            content = json.loads(file.read())
+        except (ValueError, RecursionError):
+            content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: isn't a JSON object")
+    return content
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hex. Raises InputError if it can't be read."""
+    digest = hashlib.sha256()
+    with open_for_reading(path) as file:
+        try:
+            while block := file.read(HASHED_BYTES):
+                digest.update(block)
+        except OSError as error:
+            raise InputError(f"{path}: can't be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+def _temporary_name(path: Path) -> Path:
+    # Shortened, so that a name of the longest legal length still works.
+    return path.with_name(f".{path.name[:60]}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+
+
+def _replaced_name(path: Path) -> Path:
+    return path.with_name(f".{path.name[:60]}{REPLACED_SUFFIX}")
+
+
+def _link_target(path: Path) -> Path:
+    """The target of a link, which is what gets replaced, or the path itself; a link if links form a loop."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path  # `resolve` fails on a loop
+
+
+def _replaceable(path: str | Path, is_kind: Callable[[Path], bool]) -> Path:
+    """The file or folder to write: a link's target. Raises InputError if something of another kind exists there."""
+    path = Path(path)
+    try:
+        target = _link_target(path)
+        # In this order, because another rank may write the same file between the two checks.
+        if target.name and not target.is_symlink() and (not target.exists() or is_kind(target)):
+            return target
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror or error})") from None
+    raise InputError(f"{path}: can't be written (something else is there)")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
+    """Opens a file that appears under `path` only if the block succeeds. Creates the folder if needed.
+
+    mode: "w" for UTF-8 text with LF, "wb" for bytes. Raises InputError if the file can't be written.
+    """
+    path = _replaceable(path, Path.is_file)
+    temporary = _temporary_name(path)
+    text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, **text_options) as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object for people to read. Raises InputError if it can't be written."""
+    with atomic_write(path) as file:
+        json.dump(content, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Gives a new folder that replaces `path` once the block has succeeded and its files are on disk.
+
+    A kill between the two renames of a replacement leaves the old folder under another name, which
+    `resolve_interrupted_replace` finds. If the folder can't be written, raises InputError and keeps the old one.
+    """
+    path = _replaceable(path, Path.is_dir)
+    temporary = _temporary_name(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            _flush_to_disk(written)
+        restore_folder(path)
+        if path.exists():
+            path.rename(_replaced_name(path))
+        temporary.rename(path)
+        _flush_to_disk(path.parent)
+        remove_folder(_replaced_name(path))
+    except InputError as error:
+        raise InputError(str(error).replace(str(temporary), str(path))) from None
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            restore_folder(path)
+        raise InputError(f"{path}: can't be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def resolve_interrupted_replace(path: str | Path) -> Path:
+    """`path`, or the old folder under its other name if a kill interrupted the replacement of `path`."""
+    path = Path(path)
+    place = _link_target(path)
+    replaced = _replaced_name(place) if place.name else place
+    return replaced if replaced.is_dir() and not path.exists() else path
+
+
+def restore_folder(path: Path) -> None:
+    """Completes an interrupted replacement: puts the old folder back, or removes it if the new one is in place."""
+    if resolve_interrupted_replace(path) != path:
+        _replaced_name(path).rename(path)
+    else:
+        remove_folder(_replaced_name(path))
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder if it exists; a kill never leaves a part of it under its name."""
+    if path.is_dir():
+        temporary = path if path.name.endswith(TEMPORARY_SUFFIX) else _temporary_name(path)
+        if temporary != path:
+            path.rename(temporary)
+        shutil.rmtree(temporary)
+
+
+def clear_leftovers(folder: str | Path) -> None:
+    """Removes what killed writers left in a folder that no one else writes to. Raises InputError if it can't.
+
+    Skips folders with a LOCK_FILE: they belong to `retrieval.embedding_store`.
+    """
+    try:
+        for path in Path(folder).glob(f".*{REPLACED_SUFFIX}"):
+            restore_folder(path.with_name(path.name[1:].removesuffix(REPLACED_SUFFIX)))
+        for path in Path(folder).glob(f".*.{'[0-9a-f]' * 8}{TEMPORARY_SUFFIX}"):
+            if (path / LOCK_FILE).exists():
+                continue
+            remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{error.filename}: can't be removed ({error.strerror})") from None
+
+
+def make_folder(path: str | Path) -> None:
+    """Creates a folder if needed. Raises InputError if files can't be written into it."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror})") from None
+
+
+def prepare_file(path: str | Path) -> None:
+    """Creates the folder of a file before long work. Raises InputError if the file couldn't be written."""
+    make_folder(_replaceable(path, Path.is_file).parent)
+
+
+def is_within(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path is the folder or lies in it, with links resolved; neither needs to exist."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))  # `resolve` fails on a loop of links
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on a file, which is created if needed; the system releases it if the process is killed.
+
+    Raises BlockingIOError if another process holds it, and other kinds of OSError if it can't be locked.
+    """
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise BlockingIOError  # its holder replaced the file between our open and our lock
+        yield

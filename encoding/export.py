@@ -1,0 +1,81 @@
+"""Exporting a model: the static graph, everything that is needed to run it, and a check against the model."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from common.errors import InputError
+from common.files import sha256, write_json
+from common.manifest import write_manifest
+from common.version import __version__
+from data import Embed, TextTokenizer, TokenIds
+from encoding.exported_files import INPUT_NAMES, MODEL_CARD_FILE
+from encoding.onnx_graph import OnnxEncoder, export_onnx, onnx_packages
+from encoding.static_graph import StaticEncoder, export_static
+from modeling.checkpoint import LoadedCheckpoint, write_model_files
+
+LARGEST_DIFFERENCE = 1e-5  # between the components of the model's and of the exported graph's unit vectors
+CHECKED_BATCH_SIZES = (1, 2, 7)
+
+
+def export_model(loaded: LoadedCheckpoint, folder: Path, onnx: bool = False) -> dict[str, float]:
+    """Writes what `static_graph.load_exported` reads into an existing folder; with `onnx` also the graph in ONNX.
+
+    Returns each format's largest difference from the model. Raises InputError if it is too large.
+    """
+    model, tokenizer, fingerprint, checkpoint = loaded
+    export_static(model, folder)
+    encoder = StaticEncoder(folder)
+    encoders: dict[str, Embed] = {"paddle": encoder.embed}
+    if onnx:
+        export_onnx(folder)
+        encoders["onnx"] = OnnxEncoder(folder).embed
+    differences = {name: largest_difference(model.embed, embed, tokenizer) for name, embed in encoders.items()}
+    for name, difference in differences.items():
+        if not difference <= LARGEST_DIFFERENCE:  # NaN too
+            raise InputError(f"{folder}: the {name} graph is off by {difference:.2g}, more than {LARGEST_DIFFERENCE:g}")
+    write_model_files(folder, model, tokenizer)
+    card = {
+        "fingerprint": fingerprint,
+        "checkpoint": {"file": f"{checkpoint.parent.name}/{checkpoint.name}", "sha256": sha256(checkpoint)},
+        "versions": versions(onnx),
+        "inputs": dict.fromkeys(INPUT_NAMES, "int64 [batch, length]"),
+        "outputs": {encoder.output_name: "float32 [batch, embedding_size], unit vectors"},
+        "embedding_size": model.embedding_size,
+        "max_seq_length": tokenizer.max_seq_length,
+        "largest_difference": differences,
+    }
+    write_json(folder / MODEL_CARD_FILE, card)
+    write_manifest(folder)
+    return differences
+
+
+def versions(onnx: bool) -> dict[str, str]:
+    """Versions of this project, Python and the packages that made the graphs."""
+    modules = (paddle, *(onnx_packages() if onnx else ()))
+    return {
+        "semantic_index": __version__,
+        "python": platform.python_version(),
+        "paddlenlp": version("paddlenlp"),
+        **{module.__name__: module.__version__ for module in modules},
+    }
+
+
+def largest_difference(first: Embed, second: Embed, tokenizer: TextTokenizer) -> float:
+    """The largest difference between components of two encoders' vectors, over batches of several sizes and lengths."""
+    lengths = sorted({3, tokenizer.max_seq_length // 2 + 1, tokenizer.max_seq_length})
+    batches = [random_tokens(tokenizer, size, length) for size in CHECKED_BATCH_SIZES for length in lengths]
+    return float(np.max([np.abs(first(*tokens) - second(*tokens)).max() for tokens in batches]))
+
+
+def random_tokens(tokenizer: TextTokenizer, batch_size: int, length: int) -> TokenIds:
+    """A batch of random tokens in the form of TextTokenizer, padded to `length`; reproducible for the same sizes."""
+    random = np.random.default_rng([batch_size, length])
+    real = [token for token in range(tokenizer.vocabulary_size) if token != tokenizer.pad_id]
+    input_ids = random.choice(real, (batch_size, length))
+    for row in range(1, batch_size):
+        input_ids[row, random.integers(1, length + 1) :] = tokenizer.pad_id
+    return input_ids, np.zeros_like(input_ids)

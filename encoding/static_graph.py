@@ -1,0 +1,254 @@
+"""The model as a static graph: its export, and running it with Paddle Inference. Imports no PaddleNLP."""
+
+import contextlib
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+from paddle import inference, nn
+from paddle.static import InputSpec
+
+from common.cpu import cpu_threads, release_freed_memory
+from common.device import check_precision
+from common.errors import InputError
+from common.files import read_json
+from data import MODEL_CONFIG_FILE, TextTokenizer
+from encoding.exported_files import GRAPH_NAME, GRAPH_SUFFIXES, INPUT_NAMES, WEIGHTS_SUFFIX, check_exported, graph_file
+
+SHAPES_KEPT = 64  # shapes of batches in oneDNN's cache
+# Not used on a GPU: if a batch has as many texts as tokens, their kernel (multihead_matmul_kernel.cu of Paddle 3.3)
+# applies the first text's mask to all texts.
+ATTENTION_PASSES = [f"multihead_matmul_fuse_pass{version}" for version in ("", "_v2", "_v3")]
+GPU_MEMORY_MIB = 256  # initial memory of a predictor
+
+
+class _PooledEmbedding(nn.Layer):
+    """`get_pooled_embedding` as a forward pass, which is what Paddle exports."""
+
+    def __init__(self, model: nn.Layer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor) -> paddle.Tensor:
+        """Unit vectors, float32 [B, D]."""
+        return self.model.get_pooled_embedding(input_ids, token_type_ids)
+
+
+@contextlib.contextmanager
+def _without_dropout(model: nn.Layer) -> Iterator[None]:
+    """Inside this block the model is in evaluation mode and has no dropout operators.
+
+    In a graph for inference dropout only copies, but it keeps oneDNN from fusing the operators around it, and in bf16
+    each copy is converted to float32 and back.
+    """
+    training = model.training
+    rates = [
+        (layer, name, getattr(layer, name))
+        for layer in model.sublayers()
+        for kind, name in ((nn.Dropout, "p"), (nn.MultiHeadAttention, "dropout"))
+        if isinstance(layer, kind)
+    ]
+    model.eval()
+    for layer, name, _ in rates:
+        setattr(layer, name, 0.0)
+    try:
+        yield
+    finally:
+        for layer, name, rate in rates:
+            setattr(layer, name, rate)
+        if training:
+            model.train()
+
+
+def export_static(model: nn.Layer, folder: Path) -> None:
+    """Writes graph and weights of a SemanticIndexBase into an existing folder, for any batch size and length.
+
+    Inputs: input_ids and token_type_ids, int64 [B, L]. Output: unit vectors, float32 [B, D]. Raises InputError if the
+    weights were cut short.
+    """
+    spec = [InputSpec([None, None], "int64", name) for name in INPUT_NAMES]
+    with _without_dropout(model):
+        graph = paddle.jit.to_static(_PooledEmbedding(model), input_spec=spec, full_graph=True)
+        paddle.jit.save(graph, str(folder / GRAPH_NAME))
+    # Paddle reports no error if a full disk cuts the file short, and loads it if only the last weights are incomplete.
+    weights = folder / (GRAPH_NAME + WEIGHTS_SUFFIX)
+    ends = [tensor.flatten()[-16:].numpy().tobytes() for tensor in (*model.parameters(), *model.buffers())]
+    if not any(_last_bytes(weights, len(end)) == end for end in ends):
+        raise InputError(f"{weights}: isn't written to its end; see whether the disk is full")
+
+
+def _last_bytes(file: Path, count: int) -> bytes:
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - count))
+        return opened.read()
+
+
+def check_tensorrt(device: str) -> None:
+    """Raises InputError if `device` or this Paddle has no TensorRT."""
+    if device == "cpu":
+        raise InputError("--use_tensorrt: needs --device gpu, and this is the CPU; leave the option out")
+    if inference.get_trt_compile_version() == (0, 0, 0):
+        raise InputError("--use_tensorrt: this Paddle is built without TensorRT; leave the option out")
+
+
+def convert_to_tensorrt(folder: Path, target: Path, *, precision: str, batch_size: int, length: int) -> None:
+    """Writes an exported graph with TensorRT engines, for batches of up to `batch_size`, into an existing folder.
+
+    length: all texts are padded to it. A predictor's own `enable_tensorrt_engine` can't be used: it takes only the
+    `.pdmodel` graphs of Paddle 2. Raises InputError if TensorRT is missing.
+    """
+    try:
+        from paddle.tensorrt import export as tensorrt  # not in builds for the CPU
+    except ImportError as error:
+        raise InputError(f"--use_tensorrt: {error}; install the tensorrt that Paddle was built with") from None
+
+    largest = (batch_size, length)
+    shapes = {"min_input_shape": (1, length), "optim_input_shape": largest, "max_input_shape": largest}
+    # The conversion runs the graph on random numbers in these ranges; all token_type_ids are 0.
+    inputs = [
+        tensorrt.Input(**shapes, input_data_type="int64", input_range=numbers, name=name)
+        for name, numbers in zip(INPUT_NAMES, ((1, 10), (0, 0)), strict=True)
+    ]
+    config = tensorrt.TensorRTConfig(
+        inputs, save_model_dir=str(target / GRAPH_NAME), precision_mode=tensorrt.PrecisionMode[precision.upper()]
+    )
+    tensorrt.convert(str(folder / GRAPH_NAME), config)
+
+
+class _OnednnCache:
+    """Keeps the cache of kernels and reordered weights that Paddle holds for oneDNN small and correct.
+
+    By default there is a cache for each of the last 10 shapes of a batch, 4 GB with base ERNIE, and any other shape
+    reorders the weights again. With a capacity of 0 all shapes share one cache, which grows by 2 MB a shape and is
+    cleared when a thread that has run the predictor ends. Its keys are the concatenated digits of a shape: 5 × 43 and
+    54 × 3 have the same key, and the second of them makes the predictor fail.
+    """
+
+    def __init__(self, config: inference.Config) -> None:
+        config.set_mkldnn_cache_capacity(0)
+        self._shapes: dict[str, tuple[int, ...]] = {}  # the cached shapes by their digits
+
+    def run(self, predictor: inference.Predictor, shape: tuple[int, ...]) -> None:
+        """Runs the predictor on its input of this shape."""
+        digits = "".join(map(str, shape))
+        if self._shapes.setdefault(digits, shape) == shape and len(self._shapes) <= SHAPES_KEPT:
+            predictor.run()
+            return
+        self._shapes.clear()  # before the run, because the thread ends also if the run fails
+        with ThreadPoolExecutor(1) as thread:
+            task = Path("/proc/self/task") / str(thread.submit(threading.get_native_id).result())
+            thread.submit(predictor.run).result()
+        while task.exists():  # Python's join doesn't wait for the thread's destructors, which clear the cache
+            time.sleep(0.001)
+        # Otherwise each thread's heap keeps the copy of the weights that it freed.
+        release_freed_memory()
+
+
+class StaticEncoder:
+    """Runs an exported graph, on a CPU with oneDNN or on a GPU with CUDA.
+
+    threads: CPU threads for everything that this process computes; by default OMP_NUM_THREADS. Only one thread may call
+    it at a time. Raises InputError if the graph can't be loaded or the device lacks the precision.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        device: str = "cpu",
+        precision: str = "fp32",
+        threads: int | None = None,
+        onednn: bool = True,
+    ) -> None:
+        graph = graph_file(Path(folder))
+        check_precision(precision, device)
+        if device == "cpu" and precision == "bf16" and not onednn:
+            raise InputError("--precision bf16: needs oneDNN on a CPU; leave out --enable_mkldnn False")
+        config = inference.Config(str(graph), str(Path(folder) / (GRAPH_NAME + WEIGHTS_SUFFIX)))
+        config.disable_glog_info()
+        if graph.suffix == GRAPH_SUFFIXES[0]:
+            config.enable_new_ir(True)
+            config.enable_new_executor(True)
+        self._onednn_cache: _OnednnCache | None = None
+        config.enable_memory_optim()  # fails on a new-IR graph without the two above
+        if device == "gpu":
+            low_precision = {"bf16": inference.PrecisionType.Bfloat16, "fp16": inference.PrecisionType.Half}
+            config.enable_use_gpu(
+                GPU_MEMORY_MIB,
+                int(paddle.device.get_device().removeprefix("gpu:")),
+                low_precision.get(precision, inference.PrecisionType.Float32),
+            )
+            for name in ATTENTION_PASSES:
+                config.delete_pass(name)
+        else:
+            config.disable_gpu()
+            config.set_cpu_math_library_num_threads(threads or cpu_threads())
+            if onednn:
+                config.enable_mkldnn()
+                self._onednn_cache = _OnednnCache(config)
+            else:
+                config.disable_mkldnn()
+            if precision == "bf16":
+                config.enable_mkldnn_bfloat16()
+        try:
+            self._predictor = inference.create_predictor(config)
+        except RuntimeError as error:  # for example, a full disk cut the file short, which Paddle doesn't report
+            reason = str(error).strip().splitlines()[0]
+            remedy = "; see whether the disk is full, and write it again" if device == "cpu" else ""
+            raise InputError(f"{folder}: Paddle can't load the graph ({reason}){remedy}") from None
+        self._inputs = [self._predictor.get_input_handle(name) for name in INPUT_NAMES]
+        self.output_name: str = self._predictor.get_output_names()[0]
+        self._output = self._predictor.get_output_handle(self.output_name)
+
+    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
+        """Unit vectors, float32 [B, D], for int64 [B, L] token ids; for `data.encode_texts`."""
+        for handle, array in zip(self._inputs, (input_ids, token_type_ids), strict=True):
+            handle.copy_from_cpu(array)
+        if self._onednn_cache:
+            self._onednn_cache.run(self._predictor, input_ids.shape)
+        else:
+            self._predictor.run()
+        return self._output.copy_to_cpu()
+
+
+class Exported(NamedTuple):
+    """An exported model: `data.encode_texts` takes `encoder.embed` and `tokenizer`."""
+
+    encoder: StaticEncoder
+    tokenizer: TextTokenizer
+
+
+def load_exported(
+    model_dir: str | Path,
+    *,
+    device: str = "cpu",
+    precision: str = "fp32",
+    threads: int | None = None,
+    onednn: bool = True,
+    tensorrt_batch_size: int | None = None,
+    max_seq_length: int | None = None,
+) -> Exported:
+    """Loads an exported folder whose files are as its manifest says; the first arguments are StaticEncoder's.
+
+    tensorrt_batch_size: runs the graph in TensorRT, with at most this many texts, each padded to the maximum.
+    max_seq_length: replaces the exported one, up to the size of the model's position table. Raises InputError.
+    """
+    folder = check_exported(model_dir, max_seq_length)
+    length = max_seq_length or read_json(folder / MODEL_CONFIG_FILE)["max_seq_length"]
+    tokenizer = TextTokenizer.load(folder, length)
+    options = {"device": device, "precision": precision, "threads": threads, "onednn": onednn}
+    if not tensorrt_batch_size:
+        return Exported(StaticEncoder(folder, **options), tokenizer)
+    check_tensorrt(device)
+    check_precision(precision, device)
+    tokenizer.pad_to_max_seq_len = True
+    with tempfile.TemporaryDirectory() as converted:
+        batch_size = tensorrt_batch_size
+        convert_to_tensorrt(folder, Path(converted), precision=precision, batch_size=batch_size, length=length)
+        return Exported(StaticEncoder(converted, **options), tokenizer)

@@ -1,0 +1,262 @@
+"""The checkpoint folder, which describes a model completely: how it is created, loaded and saved."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import paddle
+
+from base_model import ModelConfig, SemanticIndexBase
+from common.errors import InputError
+from common.files import atomic_folder, read_json, write_json
+from common.logs import log
+from common.manifest import check_manifest, read_manifest, write_manifest
+from common.options import DEFAULT_EMBEDDING_SIZE, DEFAULT_MODEL
+from common.version import __version__
+from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer, max_position_tokens
+from modeling.backbone import Backbone, build_backbone, find_backbone, load_tokenizer, pretrained_weights
+from modeling.checkpoint_files import WEIGHTS_FILES, check_checkpoint
+from modeling.weight_files import read_weights
+
+DEFAULT_TRAIN_LENGTH = 512  # default of train_batch_neg.py, limited to the position table
+REPORTED_PARAMETERS = 3
+NOT_OF_THE_MODEL = ("_name_or_path", "paddlenlp_version")  # entries of a backbone's config that vectors don't depend on
+
+Model = TypeVar("Model", bound=SemanticIndexBase)
+
+
+class LoadedModel(NamedTuple):
+    """A model and the tokenizer for its input."""
+
+    model: Any  # of the class that was asked for
+    tokenizer: TextTokenizer
+
+
+class LoadedCheckpoint(NamedTuple):
+    """What a checkpoint holds for inference."""
+
+    model: Any  # of the class that was asked for
+    tokenizer: TextTokenizer
+    fingerprint: str  # `model_fingerprint`
+    weights: Path  # the file that they came from
+
+
+def create_model(
+    cls: type[Model],
+    *,
+    model_name_or_path: str = DEFAULT_MODEL,
+    from_scratch: str | None = None,
+    init_from_ckpt: str | None = None,
+    output_emb_size: int = DEFAULT_EMBEDDING_SIZE,
+    pooling: str = "cls",
+    dropout: float = 0.1,
+    max_seq_length: int | None = None,
+) -> LoadedModel:
+    """The model that a training starts from, in training mode.
+
+    Its backbone has pretrained weights, those of `init_from_ckpt`, or random ones with `from_scratch`.
+    max_seq_length: by default 512, or the size of the position table if that is less. Raises InputError.
+    """
+    checkpoint = _checked_weights(init_from_ckpt) if init_from_ckpt else None
+    source = from_scratch or model_name_or_path
+    if checkpoint and not from_scratch and (checkpoint.parent / BACKBONE_CONFIG_FILE).is_file():
+        source = str(checkpoint.parent)
+    if from_scratch and not Path(from_scratch).is_dir():
+        raise InputError(f"--from_scratch {from_scratch}: no such folder")
+    backbone = find_backbone(source)
+    max_seq_length = max_seq_length or min(DEFAULT_TRAIN_LENGTH, _position_tokens(backbone))
+    config = ModelConfig(output_emb_size, pooling, dropout, max_seq_length)
+    tokenizer = _load_tokenizer(checkpoint, source, backbone, max_seq_length)
+    weights_file = checkpoint or (None if from_scratch else pretrained_weights(backbone))
+    model = cls(build_backbone(backbone), config)
+    _check_vocabulary(tokenizer, backbone)
+    if weights_file:
+        _set_weights(model, read_weights(weights_file), weights_file, backbone, head_is_optional=True)
+    return LoadedModel(model, tokenizer)
+
+
+def load_checkpoint(
+    path: str | Path,
+    cls: type[Model] = SemanticIndexBase,
+    *,
+    model_name_or_path: str = DEFAULT_MODEL,
+    output_emb_size: int | None = None,
+    max_seq_length: int | None = None,
+) -> LoadedCheckpoint:
+    """A trained model, in evaluation mode.
+
+    path: the checkpoint's folder, or the weights file in it. A checkpoint of the original scripts has no configs: its
+    backbone is `model_name_or_path`, and its embedding size is read from the weights. output_emb_size is compared with
+    the checkpoint's; max_seq_length replaces the checkpoint's. Raises InputError.
+    """
+    file = check_checkpoint(path)
+    source = file.parent if (file.parent / BACKBONE_CONFIG_FILE).is_file() else model_name_or_path
+    backbone = find_backbone(source)
+    weights = read_weights(file)
+    config = _read_model_config(file, weights)
+    if output_emb_size is not None and output_emb_size != config.output_emb_size:
+        raise InputError(
+            f"--output_emb_size {output_emb_size}: {file} has {config.output_emb_size}; leave the option out"
+        )
+    model = cls(build_backbone(backbone), config)
+    _set_weights(model, weights, file, backbone, head_is_optional=False)
+    model.eval()
+    length = max_seq_length or min(config.max_seq_length, _position_tokens(backbone))
+    tokenizer = _load_tokenizer(file, source, backbone, length)
+    _check_vocabulary(tokenizer, backbone)
+    fingerprint = model_fingerprint(model, tokenizer)
+    # The fingerprint covers the weights. Only if it differs, as with another length, the file is hashed as well.
+    if fingerprint != read_manifest(file.parent).get("fingerprint"):
+        check_manifest(file.parent, only=lambda name: name == file.name)
+    return LoadedCheckpoint(model, tokenizer, fingerprint, file)
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: SemanticIndexBase,
+    tokenizer: TextTokenizer,
+    add_files: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes a folder from which `load_checkpoint` needs nothing else, and replaces one of that name as a whole.
+
+    add_files: writes more files into the folder. Raises InputError if it can't be written, or if a weight isn't finite,
+    since such a model would be useless.
+    """
+    for name, value in model.state_dict().items():
+        if not np.isfinite(value.numpy()).all():
+            remedy = "lower the learning rate; earlier checkpoints are kept"
+            raise InputError(f"{folder}: isn't written, since {name} holds numbers that aren't finite; {remedy}")
+    with atomic_folder(folder) as temporary:
+        paddle.save(model.state_dict(), str(temporary / WEIGHTS_FILES[0]))
+        write_model_files(temporary, model, tokenizer)
+        if add_files:
+            add_files(temporary)
+        write_manifest(temporary, fingerprint=model_fingerprint(model, tokenizer))
+
+
+def write_model_files(folder: Path, model: SemanticIndexBase, tokenizer: TextTokenizer) -> None:
+    """Writes everything that describes a model except its weights: both configs and the vocabulary."""
+    config = replace(model.config, max_seq_length=tokenizer.max_seq_length)
+    write_json(folder / BACKBONE_CONFIG_FILE, model.ptm.config.to_dict())
+    write_json(folder / MODEL_CONFIG_FILE, {**asdict(config), "version": __version__})
+    tokenizer.save(folder)
+
+
+def model_fingerprint(model: SemanticIndexBase, tokenizer: TextTokenizer) -> str:
+    """SHA-256, in hex, of the weights and of all settings that the vectors depend on, except the precision.
+
+    Saved indexes and stored vectors of every version contain it: it must not change.
+    """
+    backbone = model.ptm.config.to_dict()
+    settings = {
+        "backbone": {name: value for name, value in backbone.items() if name not in NOT_OF_THE_MODEL},
+        "pooling": model.config.pooling,
+        "output_emb_size": model.config.output_emb_size,
+        "collator": tokenizer.settings,  # version 1's name for the tokenizer
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(parameter.numpy()))
+    return digest.hexdigest()
+
+
+def _checked_weights(path: str | Path) -> Path:
+    """The weights file of a checkpoint whose files are all as its manifest says."""
+    file = check_checkpoint(path)
+    check_manifest(file.parent, only=lambda name: name == file.name)
+    return file
+
+
+def _read_model_config(file: Path, weights: Mapping[str, np.ndarray]) -> ModelConfig:
+    """The ModelConfig beside a weights file; for a checkpoint of the original scripts, what the weights tell."""
+    config_file = file.parent / MODEL_CONFIG_FILE
+    if not config_file.is_file():
+        reduction = weights.get("emb_reduce_linear.weight")
+        return ModelConfig(output_emb_size=0 if reduction is None else int(reduction.shape[-1]))
+    content = read_json(config_file)
+    try:
+        config = ModelConfig(**{field.name: field.type(content[field.name]) for field in fields(ModelConfig)})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{config_file}: isn't a model config (see {error})") from None
+    if config.pooling not in ("cls", "mean") or config.output_emb_size < 0 or not 0 <= config.dropout < 1:
+        raise InputError(f"{config_file}: has a value out of range")
+    return config
+
+
+def _position_tokens(backbone: Backbone) -> int:
+    """`max_position_tokens` of a backbone."""
+    return max_position_tokens(backbone.config.to_dict())
+
+
+def _load_tokenizer(file: Path | None, source: str | Path, backbone: Backbone, max_seq_length: int) -> TextTokenizer:
+    """The tokenizer of the checkpoint's folder if that has a vocabulary, else the backbone's."""
+    if max_seq_length > _position_tokens(backbone):
+        limit = f"the position table of {backbone.source} has {_position_tokens(backbone)} rows"
+        raise InputError(f"--max_seq_length {max_seq_length}: {limit}; use at most that many tokens")
+    has_vocabulary = file is not None and (file.parent / VOCABULARY_FILE).is_file()
+    return load_tokenizer(file.parent if file and has_vocabulary else source, max_seq_length)
+
+
+def _check_vocabulary(tokenizer: TextTokenizer, backbone: Backbone) -> None:
+    rows = backbone.config.vocab_size
+    if tokenizer.vocabulary_size > rows:
+        raise InputError(f"{backbone.source}: its {VOCABULARY_FILE} has more lines than the model's {rows} embeddings")
+    if tokenizer.pad_id != backbone.config.pad_token_id:
+        raise InputError(f"{backbone.source}: pad_token_id isn't the line number of [PAD] in {VOCABULARY_FILE}")
+
+
+def _set_weights(
+    model: SemanticIndexBase, weights: Mapping[str, np.ndarray], file: Path, backbone: Backbone, head_is_optional: bool
+) -> None:
+    """Copies the weights of `file` into the model, and logs those that don't fit.
+
+    Raises InputError if a parameter is missing or has another shape. With `head_is_optional` the reduction's may.
+    """
+    weights = _with_our_names(weights, backbone.model_class.base_model_prefix)
+    parameters = model.state_dict()
+    fitting = [name for name in parameters if name in weights and weights[name].shape == tuple(parameters[name].shape)]
+    problems = {
+        "missing": [name for name in parameters if name not in weights],
+        "wrong-shaped": [
+            f"{name} {list(weights[name].shape)} instead of {list(parameter.shape)}"
+            for name, parameter in parameters.items()
+            if name in weights and name not in fitting
+        ],
+        "unexpected": [name for name in weights if name not in parameters],
+    }
+    serious = [
+        name
+        for kind in ("missing", "wrong-shaped")
+        for name in problems[kind]
+        if not (head_is_optional and name.startswith("emb_reduce_linear."))
+    ]
+    report = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names)
+    if serious:
+        raise InputError(f"{file}: doesn't fit {backbone.model_class.__name__} of {backbone.source} ({report})")
+    if report or head_is_optional:
+        log(f"{file}: took {len(fitting)} of {len(parameters)} parameters" + (f" ({report})" if report else ""))
+    for name in fitting:
+        parameters[name].set_value(_as_float32(weights[name]))
+
+
+def _as_float32(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint16:  # Paddle saves bfloat16 as uint16: the upper half of a float32
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32, copy=False)
+
+
+def _with_our_names(weights: Mapping[str, np.ndarray], backbone_prefix: str) -> dict[str, np.ndarray]:
+    """Names of a plain PaddleNLP backbone (`embeddings.…` or `ernie.embeddings.…`) become ours (`ptm.embeddings.…`)."""
+    if any(name.startswith("ptm.") for name in weights):
+        return dict(weights)
+    return {"ptm." + name.removeprefix(backbone_prefix + "."): array for name, array in weights.items()}
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - REPORTED_PARAMETERS
+    return ", ".join(names[:REPORTED_PARAMETERS]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,62 @@
+"""Where a checkpoint's files are, and whether they can be used. Imports no Paddle."""
+
+import re
+from pathlib import Path
+
+from common.errors import InputError
+from common.files import read_json, resolve_interrupted_replace
+from common.manifest import check_manifest
+from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, read_vocabulary
+
+WEIGHTS_FILES = ("model_state.pdparams", "model.safetensors")  # the first is preferred; version 1 wrote both
+TRAINING_PREFIX = "training_"  # of the files that only --resume_from reads
+STEP_FOLDER = "model_"  # followed by the step's number
+
+
+def step_folder(save_dir: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return save_dir / f"{STEP_FOLDER}{step}"
+
+
+def step_folders(save_dir: Path) -> list[Path]:
+    """The checkpoints in a training's folder, in the order of their steps."""
+    names = [path.name.removeprefix(STEP_FOLDER) for path in save_dir.glob(f"{STEP_FOLDER}*") if path.is_dir()]
+    return [step_folder(save_dir, step) for step in sorted(int(name) for name in names if re.fullmatch("[0-9]+", name))]
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weights file of a checkpoint, given as a folder or as the file itself. Raises InputError if it is missing."""
+    path = Path(path)
+    folder = resolve_interrupted_replace(path)
+    if folder.is_dir():
+        for name in WEIGHTS_FILES:
+            if (folder / name).is_file():
+                return folder / name
+        raise InputError(f"{path}: has no {' or '.join(WEIGHTS_FILES)}{_newest_in(path)}")
+    file = resolve_interrupted_replace(path.parent) / path.name
+    if not file.is_file():
+        raise InputError(f"{path}: no such checkpoint{_newest_in(path)}")
+    return file
+
+
+def check_checkpoint(path: str | Path) -> Path:
+    """The weights file of a checkpoint, after a check of the files beside it but not of the weights.
+
+    Raises InputError if one of them is missing, can't be read, or differs from the manifest.
+    """
+    weights = find_weights(path)
+    folder = weights.parent
+    check_manifest(folder, only=lambda name: name not in WEIGHTS_FILES and not name.startswith(TRAINING_PREFIX))
+    for name in (BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE):
+        if (folder / name).is_file():
+            read_json(folder / name)
+    if (folder / VOCABULARY_FILE).is_file():
+        read_vocabulary(folder / VOCABULARY_FILE)
+    return weights
+
+
+def _newest_in(path: Path) -> str:
+    """For the message about a missing checkpoint: the newest one of the training that `path` points into."""
+    folder = next((folder for folder in (path, *path.parents) if folder.is_dir()), path)
+    checkpoints = step_folders(folder)
+    return f"; the newest in {folder} is {checkpoints[-1].name}" if checkpoints else ""

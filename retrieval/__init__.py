@@ -1,0 +1,1 @@
+"""From documents and queries to hits: encode, store, index, search, measure."""

@@ -1,0 +1,114 @@
+"""Recall@K, MRR and nDCG of a recall result. Imports no Paddle."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, chain
+from typing import NamedTuple
+
+from common.errors import InputError
+from common.logs import log
+from data import Corpus
+
+RECALL_CUTOFFS = (1, 5, 10, 20, 50)
+
+
+class Evaluation(NamedTuple):
+    """Metrics from 0 to 1, averaged over the distinct queries of the pairs."""
+
+    recall: dict[int, float]  # K -> Recall@K, for the values of RECALL_CUTOFFS up to recall_num
+    mrr: float  # at recall_num
+    ndcg: float  # at recall_num
+    recall_num: int
+    queries: int
+    queries_without_results: list[str]  # they count 0
+    unknown_queries: list[str]  # in the recall result but not in the pairs; left out
+
+
+def recall_at_k(ranked: Sequence[Sequence[str]], positives: Sequence[set[str]], k: int) -> float:
+    """Mean over the queries of |first k documents ∩ positives| / |positives|.
+
+    ranked: each query's distinct documents, best first; positives: the right ones, at least one a query.
+    """
+    return _mean(
+        len(relevant.intersection(documents[:k])) / len(relevant)
+        for documents, relevant in zip(ranked, positives, strict=True)
+    )
+
+
+def mrr_at_k(ranked: Sequence[Sequence[str]], positives: Sequence[set[str]], k: int) -> float:
+    """Mean over the queries of 1 / rank of the first positive, or 0 if the first k have none (Voorhees 1999, TREC-8).
+
+    Arguments as for `recall_at_k`.
+    """
+    return _mean(
+        next((1 / rank for rank, document in enumerate(documents[:k], 1) if document in relevant), 0.0)
+        for documents, relevant in zip(ranked, positives, strict=True)
+    )
+
+
+def ndcg_at_k(ranked: Sequence[Sequence[str]], positives: Sequence[set[str]], k: int) -> float:
+    """Mean over the queries of DCG / ideal DCG, with gain 1 for a positive and discount 1 / log2(rank + 1).
+
+    Järvelin and Kekäläinen 2002, doi:10.1145/582415.582418, as trec_eval computes it. Arguments as for
+    `recall_at_k`.
+    """
+    longest = max(len(documents) for documents in chain(ranked, positives))
+    discounts = [1 / math.log2(rank + 1) for rank in range(1, min(k, longest) + 1)]
+    ideal = list(accumulate(discounts))
+    return _mean(
+        sum(discount for document, discount in zip(documents, discounts, strict=False) if document in relevant)
+        / ideal[min(len(relevant), k) - 1]
+        for documents, relevant in zip(ranked, positives, strict=True)
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values)
+
+
+def evaluate(positives: Mapping[str, set[str]], hits: Mapping[str, Sequence[str]], recall_num: int) -> Evaluation:
+    """Compares recalled documents with the right ones.
+
+    positives: query -> its titles; hits: query -> documents, best first. The first `recall_num` distinct documents
+    count: a repeated document keeps its first rank, and later ones move up. Raises InputError without queries.
+    """
+    if not positives:
+        raise InputError("there are no queries to evaluate: the pair file holds no pairs")
+    ranked = [list(dict.fromkeys(hits.get(query, ())))[:recall_num] for query in positives]
+    titles = list(positives.values())
+    return Evaluation(
+        recall={k: recall_at_k(ranked, titles, k) for k in RECALL_CUTOFFS if k <= recall_num},
+        mrr=mrr_at_k(ranked, titles, recall_num),
+        ndcg=ndcg_at_k(ranked, titles, recall_num),
+        recall_num=recall_num,
+        queries=len(positives),
+        queries_without_results=[query for query in positives if not hits.get(query)],
+        unknown_queries=[query for query in hits if query not in positives],
+    )
+
+
+def metric_names(recall_num: int) -> list[str]:
+    """Names of the metrics of an evaluation at `recall_num`, in the order in which they are printed."""
+    return [*(f"recall@{k}" for k in RECALL_CUTOFFS if k <= recall_num), f"mrr@{recall_num}", f"ndcg@{recall_num}"]
+
+
+def metrics(evaluation: Evaluation) -> dict[str, float]:
+    """Name -> value from 0 to 1."""
+    values = [*evaluation.recall.values(), evaluation.mrr, evaluation.ndcg]
+    return dict(zip(metric_names(evaluation.recall_num), values, strict=True))
+
+
+def format_lines(evaluation: Evaluation) -> list[str]:
+    """`name@K=percent` lines: Recall@K in the original's form, then MRR and nDCG."""
+    return [f"{name}={round(100 * value, 3)}" for name, value in metrics(evaluation).items()]
+
+
+def report_missing_positives(corpus: Corpus, positives: Mapping[str, set[str]]) -> None:
+    """Logs how many right answers of the evaluation pairs the corpus lacks, if any."""
+    missing = {title: None for titles in positives.values() for title in sorted(titles)}
+    for document in corpus:
+        missing.pop(document, None)
+    if missing:
+        first = next(iter(missing))
+        log(f"{corpus.path}: lacks {len(missing)} titles of the pairs, which can't be recalled; first: {first}")

@@ -1,0 +1,205 @@
+"""The one way from a corpus and queries to hits, for recall.py and for the evaluation during training.
+
+With several ranks all of them encode; rank 0 indexes and searches.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ann_util import HnswIndex, IndexOptions, VectorIndex, build_index, recall_vs_exact
+from common.distributed import barrier, broadcast_object, encode_on_all_ranks, init_ranks
+from common.errors import InputError
+from common.logs import is_main_process, log, progress_bar
+from data import Corpus, Hit, encode_texts
+from encoding.encoder import Encoder
+from retrieval.embedding_store import SHARD_ROWS, Embeddings, EmbeddingsMetadata, temporary_folder
+from retrieval.saved_index import SavedIndex, check_index_fits, has_index, load_index, locked_index, save_index
+
+SAMPLE = 200  # queries on which the index is compared with exact search: half a point is one hit in 200
+
+
+class SearchResult(NamedTuple):
+    """The hits of a search; row q of both arrays belongs to the q-th query, best first."""
+
+    ids: np.ndarray  # int64 [Q, k], rows of the corpus
+    similarities: np.ndarray  # float32 [Q, k], cosines
+    recall_vs_exact: float  # share of exact search's hits that the index found, on a sample of the queries
+
+
+def encode_queries(encoder: Encoder, queries: Sequence[str]) -> np.ndarray:
+    """Vectors of the queries, float32 [Q, D], on all ranks; each rank encodes a share."""
+    return encode_on_all_ranks(
+        len(queries), encoder.embedding_size, lambda share: encoder.encode(queries[share], "queries")
+    )
+
+
+def encode_corpus(encoder: Encoder, corpus: Corpus, folder: Path) -> Embeddings:
+    """The vectors of all documents, on disk. Shards that are there already are kept; the ranks share the others.
+
+    Raises InputError if a vector isn't finite, or if the folder holds vectors of another corpus or model.
+    """
+    metadata = EmbeddingsMetadata(
+        encoder.fingerprint, encoder.precision, corpus.sha256, len(corpus), encoder.embedding_size
+    )
+    embeddings = Embeddings(folder, metadata)
+    rank, world_size = init_ranks()
+    own = [number for number in embeddings.missing() if number % world_size == rank]
+    shards = embeddings.shards
+    with progress_bar(sum(shards[number].stop - shards[number].start for number in own), "corpus", "text") as progress:
+        for number in own:
+            texts = corpus[shards[number]]
+            vectors = encode_texts(encoder.embed, texts, encoder.tokenizer, encoder.batch_size, progress)
+            embeddings.write(number, vectors)
+    barrier()
+    if embeddings.missing():
+        raise InputError(f"{folder}: lacks vectors of other processes; all machines must see the same folder")
+    return embeddings
+
+
+@contextlib.contextmanager
+def open_or_build_index(
+    encoder: Encoder,
+    query_vectors: np.ndarray,
+    k: int,
+    *,
+    corpus: Corpus | None,
+    options: IndexOptions,
+    parent: str | Path,
+    added: Corpus | None = None,
+    index_dir: str | Path | None = None,
+    embedding_dir: str | Path | None = None,
+) -> Iterator[SavedIndex | None]:
+    """On rank 0 the index to search: the one saved in `index_dir`, or else a new one of the corpus; None on others.
+
+    A new index is saved if there is an `index_dir`; a saved one is changed if there are documents to add or a target
+    recall. query_vectors, k: the searches that it is tuned for, unit vectors [Q, D]. parent, embedding_dir: for the
+    vectors, see `new_index`. Raises InputError.
+    """
+    if index_dir and has_index(index_dir):
+        if not is_main_process():
+            yield None
+        elif added or options.target_recall is not None:
+            yield update_index(index_dir, encoder, query_vectors, k, corpus=corpus, added=added, options=options)
+        else:
+            yield open_index(index_dir, encoder, corpus)
+        return
+    if corpus is None:
+        raise InputError("there is neither a saved index nor a corpus to search")
+    with new_index(encoder, corpus, options, parent, embedding_dir) as saved:
+        if saved:
+            tune(saved.index, encoder, corpus, query_vectors, k)
+            if index_dir and has_index(index_dir):
+                raise InputError(f"{index_dir}: another run has written it meanwhile; start again to search that")
+            saved = save_index(index_dir, saved) if index_dir else saved
+        yield saved
+
+
+@contextlib.contextmanager
+def new_index(
+    encoder: Encoder, corpus: Corpus, options: IndexOptions, parent: str | Path, embedding_dir: str | Path | None = None
+) -> Iterator[SavedIndex | None]:
+    """Encodes the corpus on all ranks, and indexes it on rank 0; None on the others.
+
+    The vectors are kept in `embedding_dir`, by default in a temporary folder in `parent` until the block ends.
+    """
+    with contextlib.ExitStack() as held:
+        if not embedding_dir:
+            own = held.enter_context(temporary_folder(Path(parent))) if is_main_process() else None
+            embedding_dir = broadcast_object(own)
+        vectors = encode_corpus(encoder, corpus, Path(embedding_dir))
+        if is_main_process():
+            yield SavedIndex(build_index(options, vectors), corpus, encoder.fingerprint, corpus.sha256)
+        else:
+            yield None
+
+
+def open_index(index_dir: str | Path, encoder: Encoder, corpus: Corpus | None) -> SavedIndex:
+    """A saved index. Raises InputError if it belongs to another model or another corpus; None isn't compared."""
+    saved = load_index(index_dir)
+    check_index_fits(index_dir, saved, encoder.fingerprint, corpus)
+    return saved
+
+
+def update_index(
+    index_dir: str | Path,
+    encoder: Encoder,
+    query_vectors: np.ndarray,
+    k: int,
+    *,
+    corpus: Corpus | None,
+    added: Corpus | None,
+    options: IndexOptions,
+) -> SavedIndex:
+    """Adds documents to a saved index, tunes it again and saves it, and keeps other runs from changing it meanwhile.
+
+    Without a target recall in the options the index keeps its own, and its `ef` doesn't decrease. Raises InputError.
+    """
+    with locked_index(index_dir):
+        saved = open_index(index_dir, encoder, corpus)
+        lowest_ef = 0
+        if isinstance(saved.index, HnswIndex):
+            if options.target_recall is None:  # k may be smaller than that of the run before
+                lowest_ef = saved.index.ef
+            else:
+                saved.index.target_recall, saved.index.ef = options.target_recall, options.hnsw_ef
+        new = add_documents(encoder, saved, added) if added else []
+        tune(saved.index, encoder, saved.documents, query_vectors, k, lowest_ef)
+        return save_index(index_dir, saved, new)
+
+
+def add_documents(encoder: Encoder, saved: SavedIndex, added: Corpus) -> list[str]:
+    """Adds the documents that the index doesn't have, and returns them. Raises InputError if it has all of them."""
+    new = dict.fromkeys(added)
+    for document in saved.documents:
+        new.pop(document, None)
+    if not new:
+        raise InputError(f"--add_corpus {added.path}: the index has all of its documents already")
+    if len(new) < len(added):
+        log(f"{added.path}: left out {len(added) - len(new)} documents that the index has")
+    documents = list(new)
+    for start in range(0, len(documents), SHARD_ROWS):
+        saved.index.add(encoder.encode(documents[start : start + SHARD_ROWS], "added"))
+    return documents
+
+
+def sample_of(rows: Sequence[str] | np.ndarray, *, other: bool = False) -> Sequence[str] | np.ndarray:
+    """Up to twice SAMPLE of the rows, spread evenly; `other` gives a different sample if there are enough rows."""
+    step = max(1, len(rows) // SAMPLE)
+    return rows[step // 2 if other else 0 :: step]
+
+
+def tune(
+    index: VectorIndex,
+    encoder: Encoder,
+    documents: Sequence[str],
+    query_vectors: np.ndarray,
+    k: int,
+    lowest_ef: int = 0,
+) -> None:
+    """Tunes `ef` for the index's target recall, if it has one, on a sample of the queries, unit vectors [Q, D].
+
+    The sample isn't the one on which `search` measures the recall. Without queries, documents stand in for them. `ef`
+    doesn't fall below lowest_ef.
+    """
+    if isinstance(index, HnswIndex) and index.target_recall:
+        queries = query_vectors if len(query_vectors) else encoder.encode(sample_of(documents))
+        index.tune_ef(sample_of(queries, other=True), k, index.target_recall)
+        index.ef = max(index.ef, lowest_ef)
+
+
+def search(index: VectorIndex, queries: np.ndarray, k: int) -> SearchResult:
+    """Searches for all queries, unit vectors [Q, D], and compares a sample with exact search."""
+    ids, similarities = index.search(queries, k)
+    _, expected = index.search_exactly(sample_of(queries), k)
+    return SearchResult(ids, similarities, recall_vs_exact(sample_of(similarities), expected))
+
+
+def hits_of(result: SearchResult, documents: Sequence[str], queries: Sequence[str]) -> Iterator[Hit]:
+    """The hits of all queries in their order, best first."""
+    for query, ids, similarities in zip(queries, result.ids, result.similarities, strict=True):
+        for row, similarity in zip(ids, similarities, strict=True):
+            yield Hit(query, documents[row], float(similarity))
