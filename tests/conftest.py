@@ -1,57 +1,29 @@
-"""Tiny models and files that the tests make themselves, the ways to run a script, and how gradients are compared."""
+"""The fixtures that several test files share."""
 
-import contextlib
 import os
-import random
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from common.files import write_json
-from common.paddle_setup import set_up_paddle
 
-from examples.vocabulary import build_vocabulary
-from data import write_vocabulary
+from common.paddle_setup import set_up_paddle
+from helpers import ROOT, all_pairs, make_model_folder, train_options, write_pairs
 
 set_up_paddle()
+FAST = "SEMANTIC_INDEX_FAST_TESTS"  # scripts/test.sh --fast sets it
 
-ROOT = Path(__file__).resolve().parents[1]
-Completed = subprocess.CompletedProcess[str]
-# Paddle's gloo fails this assertion now and then while ranks connect, before a script of ours has done anything.
-GLOO_ABORT = "uv__finish_close: Assertion"
-OBJECTS = [
-    "水稻",
-    "玉米",
-    "小麦",
-    "大豆",
-    "棉花",
-    "苹果",
-    "土壤",
-    "水库",
-    "桥梁",
-    "隧道",
-    "糖尿病",
-    "高血压",
-    "图书馆",
-    "钢材",
-]
-ASPECTS = ["产量", "品质", "现状", "影响因素", "检测方法", "评价", "管理", "对策", "应用", "优化", "模型", "机理"]
-CONFIG = {
-    "architectures": ["ErnieModel"],
-    "model_type": "ernie",
-    "hidden_act": "relu",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 40,
-    "pad_token_id": 0,
-    "type_vocab_size": 2,
-}
+
+@pytest.fixture(autouse=True)
+def _no_processes_in_fast_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps `scripts/test.sh --fast` fast: a test that starts a process has to be marked, and is left out there."""
+    if os.environ.get(FAST):
+
+        def refuse(*arguments: object, **_: object) -> None:
+            raise AssertionError(f"starts {arguments}: mark the test with process, server or cpp")
+
+        monkeypatch.setattr(subprocess, "Popen", refuse)
 
 
 @pytest.fixture(autouse=True)
@@ -61,31 +33,6 @@ def _all_threads() -> Iterator[None]:
     from paddle.base import core
 
     core.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
-
-def all_pairs() -> list[tuple[str, str]]:
-    """168 pairs of distinct queries and titles, shuffled."""
-    pairs = [
-        (f"{thing}的{aspect}", f"论{thing}{aspect}研究{thing},{aspect}") for thing in OBJECTS for aspect in ASPECTS
-    ]
-    random.Random(0).shuffle(pairs)
-    return pairs
-
-
-def write_pairs(path: Path, pairs: list[tuple[str, ...]]) -> Path:
-    """Writes tab-separated lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join("\t".join(pair) + "\n" for pair in pairs), encoding="utf-8")
-    return path
-
-
-def make_model_folder(folder: Path, **config: object) -> Path:
-    """A folder for `--from_scratch`: CONFIG with changes, and a vocabulary that covers `all_pairs`."""
-    vocabulary = build_vocabulary(text for pair in all_pairs() for text in pair)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_vocabulary(folder / "vocab.txt", vocabulary)
-    write_json(folder / "config.json", {**CONFIG, "vocab_size": len(vocabulary), **config})
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -143,55 +90,3 @@ def cpp_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{folder}/serving\n"
     return folder / "serving"
-
-
-def cpp_environment(**variables: str) -> dict[str, str]:
-    """Under AddressSanitizer dlopen doesn't see the wheel's RUNPATH."""
-    import paddle
-
-    libraries = Path(paddle.__file__).parent / "libs"
-    return {**os.environ, "LD_LIBRARY_PATH": str(libraries), "ASAN_OPTIONS": "detect_leaks=1", **variables}
-
-
-def train_options(model_folder: Path, recall_data: Path, save_dir: Path, *options: str) -> list[str]:
-    """Options of a small training from scratch; later ones win."""
-    return [
-        *("--from_scratch", str(model_folder), "--train_set_file", str(recall_data / "train.csv")),
-        *("--save_dir", str(save_dir), "--max_seq_length", "24", "--pooling", "mean", "--output_emb_size", "16"),
-        *("--batch_size", "16", "--learning_rate", "2e-3", *options),
-    ]
-
-
-def run_script(*arguments: str | Path, ranks: int = 1, log_dir: Path | None = None, cwd: Path = ROOT) -> Completed:
-    """Runs `python ARGUMENTS`, or the same on several ranks under paddle.distributed.launch, which logs to log_dir."""
-    launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", ranks, "--log_dir", log_dir] if ranks > 1 else []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, *map(str, launch), *map(str, arguments)],
-            cwd=cwd,
-            env={**os.environ, "PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            timeout=600,
-            check=False,
-        )
-        if GLOO_ABORT not in done.stdout + done.stderr:
-            break
-    return done
-
-
-@contextlib.contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """This process can't write files of more bytes within it, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def assert_close(value: np.ndarray, expected: np.ndarray, name: str) -> None:
-    """To 1e-5 of its largest element, where that is above 1: float32 has seven digits."""
-    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5 * max(1.0, np.abs(expected).max()), err_msg=name)

@@ -9,12 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runtime
-from conftest import file_size_limit
-from common.errors import InputError
-from common.cpu import cpu_count
 
 import ann_util
-from ann_util import ExactIndex, HnswIndex, IndexOptions, VectorIndex, add_index_args, build_index, check_index_args, recall_vs_exact, smallest_ef
+from ann_util import (
+    ExactIndex,
+    HnswIndex,
+    IndexOptions,
+    VectorIndex,
+    add_index_args,
+    build_index,
+    check_index_args,
+    recall_vs_exact,
+    smallest_ef,
+)
+from common.cpu import cpu_count
+from common.errors import InputError
+from helpers import file_size_limit
 
 ROOT = Path(__file__).resolve().parent.parent
 DIM = 16

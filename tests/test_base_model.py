@@ -8,22 +8,21 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from base_model import ClsOnlyLayer, use_cls_only_last_layer
-from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
-from conftest import all_pairs, assert_close, make_model_folder
-from modeling.cpu_training_layers import speed_up_training
-from common.files import read_json, write_json
 from paddle import nn
 from paddle.base import core
 from paddlenlp.transformers import ErnieModel
 from paddlenlp.transformers.ernie.modeling import ErnieModel as ErnieBackbone
-from common.errors import InputError
-from modeling.weight_files import read_weights
 
-from base_model import ModelConfig, SemanticIndexBase
-from common.device import set_device, set_seed
+from base_model import ClsOnlyLayer, ModelConfig, SemanticIndexBase, use_cls_only_last_layer
 from batch_negative.model import SemanticIndexBatchNeg
+from common.device import set_device, set_seed
+from common.errors import InputError
+from common.files import read_json, write_json
 from data import TextTokenizer
+from helpers import all_pairs, assert_close, make_model_folder
+from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
+from modeling.cpu_training_layers import speed_up_training
+from modeling.weight_files import read_weights
 
 TEXTS = ["水稻的产量", "桥", "论糖尿病影响因素研究糖尿病,影响因素", "a" * 200, ""]
 

@@ -9,17 +9,11 @@ from types import ModuleType
 import numpy as np
 import paddle
 import pytest
-from modeling.checkpoint import create_model
-from conftest import all_pairs, make_model_folder, write_pairs
 from paddlenlp.transformers import ErnieConfig, ErnieTokenizer
-from common.errors import InputError
-from common.cli import run
-from modeling.weight_files import read_weights
 
 from base_model import SemanticIndexBase
-from common.device import set_seed
+from batch_negative.batches import BatchSchedule, PairBatcher
 from batch_negative.model import SemanticIndexBatchNeg
-from batch_negative.batches import BatchSchedule
 from benchmarks import (
     bench_encode,
     bench_grad_cache,
@@ -36,8 +30,13 @@ from benchmarks import (
     reference,
     search,
 )
+from common.cli import run
+from common.device import set_seed
+from common.errors import InputError
 from data import UNK, TextPair, TextTokenizer, read_text_pairs, read_vocabulary
-from batch_negative.batches import PairBatcher
+from helpers import all_pairs, make_model_folder, write_pairs
+from modeling.checkpoint import create_model
+from modeling.weight_files import read_weights
 
 PAIRS = [TextPair(*pair) for pair in all_pairs()]
 

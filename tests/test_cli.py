@@ -6,10 +6,6 @@ from types import ModuleType
 
 import paddle
 import pytest
-from conftest import run_script, train_options, write_pairs
-from encoding.encoder import Encoder
-from common.errors import InputError
-from common.cli import run
 
 import evaluate
 import export_model
@@ -17,6 +13,10 @@ import inference
 import predict
 import recall
 import train_batch_neg
+from common.cli import run
+from common.errors import InputError
+from encoding.encoder import Encoder
+from helpers import run_script, train_options, write_pairs
 
 SCRIPTS = {module.__name__: module for module in (train_batch_neg, recall, evaluate, predict, inference, export_model)}
 

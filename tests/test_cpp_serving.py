@@ -30,18 +30,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
-from conftest import ROOT, all_pairs, cpp_environment, make_model_folder, run_script
 from google.protobuf import json_format, text_format
-from common.errors import InputError
-from common.cpu import has_bf16
 
 import clients
 import export_model
 import export_to_serving
 from base_model import SemanticIndexBase
 from clients import FRAME_HEADER, Request, Response, RpcMeta, format_frame, make_request, outputs, read_frame
+from common.cpu import has_bf16
+from common.errors import InputError
 from data import TextTokenizer, TokenIds
+from helpers import ROOT, all_pairs, cpp_environment, make_model_folder, run_script
+from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.cpp
 CPP = ROOT / "deploy" / "C++"

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from modeling.checkpoint import create_model
-from modeling.cpu_training_layers import CpuDropout, CpuLayerNorm, CpuLinear, CpuMultiHeadAttention, speed_up_training
 from paddle import nn
 
-from common.device import set_seed
 from batch_negative.model import SemanticIndexBatchNeg
+from common.device import set_seed
+from modeling.checkpoint import create_model
+from modeling.cpu_training_layers import CpuDropout, CpuLayerNorm, CpuLinear, CpuMultiHeadAttention, speed_up_training
 
 Results = tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]
 

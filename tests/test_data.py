@@ -17,12 +17,39 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runtime
-from common.files import read_json, write_json
-from common.errors import InputError
 
 import data
-from data import CLS, MASK, MAX_LINE_BYTES, PAD, SEP, UNK, Corpus, Hit, TextPair, TextTokenizer, encode_texts, positives_by_query, read_corpus, read_hits, read_text_pairs, read_vocabulary, write_hits, write_vocabulary
-from batch_negative.batches import LENGTH_WINDOW, FalseNegativeMask, PairBatch, PairBatcher, TokenizedTexts, batched, epoch_batches
+from batch_negative.batches import (
+    LENGTH_WINDOW,
+    FalseNegativeMask,
+    PairBatch,
+    PairBatcher,
+    TokenizedTexts,
+    batched,
+    epoch_batches,
+)
+from common.errors import InputError
+from common.files import read_json, write_json
+from data import (
+    CLS,
+    MASK,
+    MAX_LINE_BYTES,
+    PAD,
+    SEP,
+    UNK,
+    Corpus,
+    Hit,
+    TextPair,
+    TextTokenizer,
+    encode_texts,
+    positives_by_query,
+    read_corpus,
+    read_hits,
+    read_text_pairs,
+    read_vocabulary,
+    write_hits,
+    write_vocabulary,
+)
 from examples.vocabulary import build_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,13 +13,13 @@ import numpy as np
 import paddle
 import pytest
 import static_graph
-from modeling.checkpoint import load_checkpoint
-from conftest import ROOT, run_script, write_pairs
-from common.errors import InputError
-from static_graph import GRAPH_NAME
-from encoding.static_graph import convert_to_tensorrt, load_exported
 
+from common.errors import InputError
 from data import encode_texts
+from encoding.exported_files import GRAPH_NAME
+from encoding.static_graph import convert_to_tensorrt, load_exported
+from helpers import ROOT, run_script, write_pairs
+from modeling.checkpoint import load_checkpoint
 
 SCRIPT = ROOT / "deploy" / "python" / "predict.py"
 LONG_TEXT = "论水稻产量研究水稻,产量" * 10  # longer than the position table

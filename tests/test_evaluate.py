@@ -9,8 +9,8 @@ from pathlib import Path
 import ir_measures
 import pytest
 from ir_measures import RR, Qrel, R, ScoredDoc, nDCG
-from common.errors import InputError
 
+from common.errors import InputError
 from data import Hit, write_hits
 from retrieval.metrics import evaluate, format_lines, mrr_at_k, ndcg_at_k, recall_at_k
 

@@ -4,11 +4,11 @@ import math
 from pathlib import Path
 
 import pytest
-from common.errors import InputError
 
+from common.errors import InputError
 from data import positives_by_query, read_corpus, read_hits, read_text_pairs
-from retrieval.metrics import recall_at_k
 from examples import bm25, make_dataset
+from retrieval.metrics import recall_at_k
 
 SIZES = {"train.csv": 1500, "dev.csv": 100, "test.csv": 400, "corpus.csv": 3000}
 TINY = ["--documents", "60", "--train_pairs", "80", "--dev_pairs", "5", "--test_pairs", "10"]

@@ -8,16 +8,15 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
-from conftest import ROOT, run_script
-from modeling.checkpoint import model_fingerprint
-from common.files import sha256
-from common.errors import InputError
-from static_graph import GRAPH_NAME
-from encoding.static_graph import StaticEncoder, load_exported
 
 import export_model
 from base_model import SemanticIndexBase
+from common.errors import InputError
+from common.files import sha256
+from encoding.exported_files import GRAPH_NAME
+from encoding.static_graph import StaticEncoder, load_exported
+from helpers import ROOT, run_script
+from modeling.checkpoint import create_model, load_checkpoint, model_fingerprint, save_checkpoint
 
 FILES = {
     *(f"{GRAPH_NAME}.json", f"{GRAPH_NAME}.pdiparams", "config.json", "semantic_index.json", "vocab.txt"),

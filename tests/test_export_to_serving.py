@@ -5,17 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
-from common.files import read_json
-from common.manifest import write_manifest
 from google.protobuf import text_format
 from paddle_serving_server.proto.general_model_config_pb2 import GeneralModelConfig
-from common.errors import InputError
-from static_graph import GRAPH_NAME
-from encoding.static_graph import load_exported
 
 import export_model
 import export_to_serving
+from common.errors import InputError
+from common.files import read_json
+from common.manifest import write_manifest
+from encoding.exported_files import GRAPH_NAME
+from encoding.static_graph import load_exported
+from helpers import ROOT, run_script
 
 GRAPH = f"{GRAPH_NAME}.json"
 WEIGHTS = f"{GRAPH_NAME}.pdiparams"

@@ -22,19 +22,26 @@ from typing import Any, NamedTuple
 import checkpoint as checkpoint_module
 import monitor
 import pytest
-from batch_negative.resume import latest_checkpoint, read_training_state
-from modeling.checkpoint import load_checkpoint, save_checkpoint
-from modeling.checkpoint_files import step_folder, step_folders
-from conftest import ROOT, all_pairs, run_script, train_options, write_pairs
-from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
-from common.files import clear_leftovers
-from common.errors import InputError
-from test_resume import assert_same_bits
-from test_train import assert_same_weights, poisoned
-from test_weights import Calls
 
 import train_batch_neg
 from batch_negative.batches import epoch_batches
+from batch_negative.resume import latest_checkpoint, read_training_state
+from common.errors import InputError
+from common.files import clear_leftovers
+from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
+from helpers import (
+    ROOT,
+    Calls,
+    all_pairs,
+    assert_same_bits,
+    assert_same_weights,
+    poisoned,
+    run_script,
+    train_options,
+    write_pairs,
+)
+from modeling.checkpoint import load_checkpoint, save_checkpoint
+from modeling.checkpoint_files import step_folder, step_folders
 
 RENAMES = frozenset(["os.rename"])  # audit events of Python
 CHANGES = RENAMES | {"os.mkdir", "os.remove", "os.rmdir"}

@@ -11,10 +11,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, file_size_limit
-from common.files import HASHED_BYTES, LOCK_FILE, atomic_folder, atomic_write, clear_leftovers, locked, make_folder, prepare_file, read_json, remove_folder, resolve_interrupted_replace, restore_folder, sha256, write_json
-from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
+
 from common.errors import InputError
+from common.files import (
+    HASHED_BYTES,
+    LOCK_FILE,
+    atomic_folder,
+    atomic_write,
+    clear_leftovers,
+    locked,
+    make_folder,
+    prepare_file,
+    read_json,
+    remove_folder,
+    resolve_interrupted_replace,
+    restore_folder,
+    sha256,
+    write_json,
+)
+from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
+from helpers import ROOT, file_size_limit
 
 
 def written(folder: Path, raw: bytes, name: str = "file.csv") -> Path:

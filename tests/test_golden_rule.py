@@ -7,10 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
-from conftest import ROOT, all_pairs, cpp_environment, make_model_folder, run_script
-from encoding.onnx_graph import OnnxEncoder
-from encoding.static_graph import StaticEncoder, load_exported
 
 import export_model
 import export_to_serving
@@ -24,6 +20,10 @@ from benchmarks.service_clients import (
     running_service,
 )
 from data import Embed, TextTokenizer, encode_texts
+from encoding.onnx_graph import OnnxEncoder
+from encoding.static_graph import StaticEncoder, load_exported
+from helpers import ROOT, all_pairs, cpp_environment, make_model_folder, run_script
+from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
 
 TEXTS = ["水", "水稻的产量与土壤评价" * 6 + "水稻优化", "论水稻产量研究水稻,产量" * 20, "Deep Learning 2.0!", "高血压"]
 OTHERS = [title for _, title in all_pairs()[:40]]

@@ -5,17 +5,16 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from modeling.checkpoint import create_model
-from conftest import all_pairs, assert_close
-from modeling.cpu_training_layers import speed_up_training
 
-from common.device import STRIDE_FLAG, set_device, set_seed
+from batch_negative.batches import PairBatcher, PlannedStep
 from batch_negative.gradient_cache import cached_backward, direct_backward
 from batch_negative.model import SemanticIndexBatchNeg
 from batch_negative.trainer import NonFiniteLoss, Trainer, make_optimizer
-from batch_negative.batches import PlannedStep
-from batch_negative.batches import PairBatcher
+from common.device import STRIDE_FLAG, set_device, set_seed
 from data import TextPair
+from helpers import all_pairs, assert_close
+from modeling.checkpoint import create_model
+from modeling.cpu_training_layers import speed_up_training
 
 PAIRS = [
     TextPair(query, title, all_pairs()[row + 20][1] if row % 3 == 0 else None)

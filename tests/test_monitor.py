@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import monitor
 import pytest
-from conftest import train_options
-from batch_negative.evaluator import Evaluator
-from batch_negative.training_log import TrainingLog
 
 import train_batch_neg
 from ann_util import IndexOptions
+from batch_negative.evaluator import Evaluator
 from batch_negative.trainer import Step
+from batch_negative.training_log import TrainingLog
+from helpers import train_options
 
 
 def make_evaluator(folder: Path) -> Evaluator:

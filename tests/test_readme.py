@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from modeling.checkpoint import create_model, save_checkpoint
-from conftest import ROOT, all_pairs, make_model_folder, write_pairs
 
 from base_model import SemanticIndexBase
+from helpers import ROOT, all_pairs, make_model_folder, write_pairs
+from modeling.checkpoint import create_model, save_checkpoint
 
 READMES = (ROOT / "README.md", ROOT / "README_cn.md")
 # They need the network or a GPU, set up what these tests run in, or are run by tests of their own.

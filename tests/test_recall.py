@@ -14,22 +14,21 @@ import embeddings
 import encoder as encoder_module
 import numpy as np
 import pytest
-from modeling.checkpoint import load_checkpoint
-from conftest import ROOT, file_size_limit, run_script, write_pairs
-from retrieval.embedding_store import Embeddings, EmbeddingsMetadata
-from encoding.encoder import compare_with_fp32, load_encoder
-from modeling.checkpoint import model_fingerprint
-from common.files import read_json
-from common.manifest import write_manifest
-from retrieval.saved_index import SavedIndex, load_index, locked_index, save_index
-from common.errors import InputError
-from static_graph import GRAPH_NAME, WEIGHTS_SUFFIX
 
 import recall
 from ann_util import DEFAULT_TARGET_RECALL, HnswIndex, IndexOptions, build_index
 from base_model import SemanticIndexBase
+from common.errors import InputError
+from common.files import read_json
+from common.manifest import write_manifest
 from data import Corpus, read_corpus
+from encoding.encoder import compare_with_fp32, load_encoder
+from encoding.exported_files import GRAPH_NAME, WEIGHTS_SUFFIX
+from helpers import ROOT, file_size_limit, run_script, write_pairs
+from modeling.checkpoint import load_checkpoint, model_fingerprint
+from retrieval.embedding_store import Embeddings, EmbeddingsMetadata
 from retrieval.pipeline import sample_of
+from retrieval.saved_index import SavedIndex, load_index, locked_index, save_index
 
 DIM = 8
 

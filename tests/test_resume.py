@@ -7,35 +7,23 @@ import signal
 from pathlib import Path
 
 import monitor
-import numpy as np
 import pytest
-from batch_negative.resume import latest_checkpoint, read_training_state
-from modeling.checkpoint import load_checkpoint
-from modeling.checkpoint_files import step_folders
-from conftest import all_pairs, run_script, train_options, write_pairs
-from common.files import write_json
-from common.manifest import write_manifest
-from common.errors import InputError
-from modeling.weight_files import read_weights
 
 import train_batch_neg
 from batch_negative.batches import PlannedStep
+from batch_negative.resume import latest_checkpoint, read_training_state
 from batch_negative.trainer import Trainer
+from common.errors import InputError
+from common.files import write_json
+from common.manifest import write_manifest
+from helpers import all_pairs, assert_same_bits, run_script, train_options, write_pairs
+from modeling.checkpoint import load_checkpoint
+from modeling.checkpoint_files import step_folders
 from retrieval.metrics import evaluate
 
 OPTIONS = ["--epochs", "2", "--batch_size", "8", "--save_steps", "3", "--warmup_proportion", "0.2"]
 LAST = 2 * 16 // 2  # steps: 128 pairs in 16 batches, two a step
 COMMON = [*OPTIONS, "--gradient_accumulation_steps", "2", "--weight_decay", "0.01", "--group_by_length"]
-
-
-def assert_same_bits(first: Path, second: Path) -> None:
-    """Weights, optimizer and progress of two checkpoints."""
-    for name in ("model.safetensors", "model_state.pdparams", "training_optimizer.safetensors"):
-        ours, theirs = read_weights(first / name), read_weights(second / name)
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            np.testing.assert_array_equal(ours[key], theirs[key], err_msg=key)
-    assert (first / "training_state.json").read_text() == (second / "training_state.json").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 import runtime
+from tqdm import tqdm
+
 from common.cli import ArgumentParser, number_in_range, run
+from common.cpu import cpu_count
 from common.errors import InputError
 from common.logs import LineProgress, log, progress_bar
-from common.cpu import cpu_count
 from common.paddle_setup import cpu_environment
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -27,9 +27,6 @@ import grpc
 import numpy as np
 import pytest
 import static_graph
-from conftest import ROOT, all_pairs, run_script
-from common.errors import InputError
-from encoding.static_graph import load_exported
 
 import export_model
 import export_to_serving
@@ -43,7 +40,10 @@ from benchmarks.service_clients import (
     rpc_client,
     running_service,
 )
+from common.errors import InputError
 from data import encode_texts
+from encoding.static_graph import load_exported
+from helpers import ROOT, all_pairs, run_script
 from serving import adapter, encoder_process, http_gateway
 from serving.adapter import METHOD, PipelineService, Request, Response, ServiceOptions, embed_remotely
 from serving.encoder_process import EncoderOptions, EncoderProcess, EncoderStopped, serve

@@ -9,13 +9,14 @@ import paddle
 import pytest
 import runtime
 import static_graph
-from modeling.checkpoint import load_checkpoint
 from paddle import nn
-from common.errors import InputError
+
 from common.cpu import has_bf16
-from static_graph import GRAPH_NAME, WEIGHTS_SUFFIX, graph_file
-from encoding.static_graph import StaticEncoder, export_static
 from common.device import check_precision, choose_device
+from common.errors import InputError
+from encoding.exported_files import GRAPH_NAME, WEIGHTS_SUFFIX, graph_file
+from encoding.static_graph import StaticEncoder, export_static
+from modeling.checkpoint import load_checkpoint
 
 TEXTS = ["水", "水稻的产量", "论水稻产量研究水稻,产量" * 10, "Deep Learning 2.0!"]
 

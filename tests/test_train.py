@@ -9,44 +9,25 @@ import monitor
 import numpy as np
 import paddle
 import pytest
-from modeling.checkpoint import create_model, load_checkpoint
-from batch_negative.resume import read_training_state
-from modeling.checkpoint_files import step_folders
-from conftest import all_pairs, make_model_folder, run_script, train_options, write_pairs
-from modeling.cpu_training_layers import speed_up_training
-from retrieval.saved_index import load_index
 from paddle.amp import grad_scaler
-from common.errors import InputError
-from modeling.weight_files import read_weights
 
 import evaluate
 import predict
 import recall
 import train_batch_neg
-from common.device import set_seed
+from batch_negative.batches import BatchSchedule, PairBatcher, batched, epoch_batches
 from batch_negative.model import SemanticIndexBatchNeg, in_batch_negatives_loss
-from batch_negative.batches import BatchSchedule
+from batch_negative.resume import read_training_state
 from batch_negative.trainer import make_optimizer
-from batch_negative.batches import PairBatcher, batched, epoch_batches
+from common.device import set_seed
+from common.errors import InputError
 from data import TextPair, encode_texts, positives_by_query, read_hits, read_text_pairs
-
-
-def assert_same_weights(first: Path, second: Path, tolerance: float = 0.0) -> None:
-    ours, theirs = (read_weights(folder / "model_state.pdparams") for folder in (first, second))
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=tolerance, err_msg=name)
-
-
-def poisoned(checkpoint: Path, folder: Path) -> Path:
-    """The weights of a checkpoint in another folder; a text with [UNK] overflows in them."""
-    shutil.copytree(checkpoint, folder)
-    (folder / "manifest.json").unlink()
-    weights = read_weights(folder / "model_state.pdparams")
-    unknown = (folder / "vocab.txt").read_text().splitlines().index("[UNK]")
-    weights["ptm.embeddings.word_embeddings.weight"][unknown] = np.finfo(np.float32).max
-    paddle.save(weights, str(folder / "model_state.pdparams"))
-    return folder / "model_state.pdparams"
+from helpers import all_pairs, assert_same_weights, make_model_folder, poisoned, run_script, train_options, write_pairs
+from modeling.checkpoint import create_model, load_checkpoint
+from modeling.checkpoint_files import step_folders
+from modeling.cpu_training_layers import speed_up_training
+from modeling.weight_files import read_weights
+from retrieval.saved_index import load_index
 
 
 def recall_at_1(checkpoint: Path, recall_data: Path, folder: Path) -> float:

@@ -9,14 +9,16 @@ import re
 import resource
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from common.errors import InputError
 from safetensors.numpy import save, save_file
+
+from common.errors import InputError
+from helpers import Calls
 from modeling.weight_files import STRUCTURE_KEY, read_weights
 
 PROTOCOLS = [2, 3, 4]  # those that paddle.save takes
@@ -57,16 +59,6 @@ def written(folder: Path, raw: bytes, name: str = "model_state.pdparams") -> Pat
     path = folder / name
     path.write_bytes(raw)
     return path
-
-
-class Calls:
-    """Pickles as a call of `function`."""
-
-    def __init__(self, function: Callable, *arguments: Any) -> None:
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self) -> tuple[Callable, tuple]:
-        return self.function, self.arguments
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,171 @@
+"""What several test files share: tiny data and models, ways to run a script, and comparisons."""
+
+import contextlib
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.files import write_json
+from data import write_vocabulary
+from examples.vocabulary import build_vocabulary
+from modeling.weight_files import read_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+V1 = ROOT / "tests" / "data" / "v1.0.0"  # what version 1.0.0 wrote
+Completed = subprocess.CompletedProcess[str]
+# Paddle's gloo fails this assertion now and then while ranks connect, before a script of ours has done anything.
+GLOO_ABORT = "uv__finish_close: Assertion"
+OBJECTS = [
+    "水稻",
+    "玉米",
+    "小麦",
+    "大豆",
+    "棉花",
+    "苹果",
+    "土壤",
+    "水库",
+    "桥梁",
+    "隧道",
+    "糖尿病",
+    "高血压",
+    "图书馆",
+    "钢材",
+]
+ASPECTS = ["产量", "品质", "现状", "影响因素", "检测方法", "评价", "管理", "对策", "应用", "优化", "模型", "机理"]
+CONFIG = {
+    "architectures": ["ErnieModel"],
+    "model_type": "ernie",
+    "hidden_act": "relu",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    "type_vocab_size": 2,
+}
+
+
+def all_pairs() -> list[tuple[str, str]]:
+    """168 pairs of distinct queries and titles, shuffled."""
+    pairs = [
+        (f"{thing}的{aspect}", f"论{thing}{aspect}研究{thing},{aspect}") for thing in OBJECTS for aspect in ASPECTS
+    ]
+    random.Random(0).shuffle(pairs)
+    return pairs
+
+
+def write_pairs(path: Path, pairs: list[tuple[str, ...]]) -> Path:
+    """Writes tab-separated lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join("\t".join(pair) + "\n" for pair in pairs), encoding="utf-8")
+    return path
+
+
+def make_model_folder(folder: Path, **config: object) -> Path:
+    """A folder for `--from_scratch`: CONFIG with changes, and a vocabulary that covers `all_pairs`."""
+    vocabulary = build_vocabulary(text for pair in all_pairs() for text in pair)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_vocabulary(folder / "vocab.txt", vocabulary)
+    write_json(folder / "config.json", {**CONFIG, "vocab_size": len(vocabulary), **config})
+    return folder
+
+
+def cpp_environment(**variables: str) -> dict[str, str]:
+    """Under AddressSanitizer dlopen doesn't see the wheel's RUNPATH."""
+    import paddle
+
+    libraries = Path(paddle.__file__).parent / "libs"
+    return {**os.environ, "LD_LIBRARY_PATH": str(libraries), "ASAN_OPTIONS": "detect_leaks=1", **variables}
+
+
+def train_options(model_folder: Path, recall_data: Path, save_dir: Path, *options: str) -> list[str]:
+    """Options of a small training from scratch; later ones win."""
+    return [
+        *("--from_scratch", str(model_folder), "--train_set_file", str(recall_data / "train.csv")),
+        *("--save_dir", str(save_dir), "--max_seq_length", "24", "--pooling", "mean", "--output_emb_size", "16"),
+        *("--batch_size", "16", "--learning_rate", "2e-3", *options),
+    ]
+
+
+def run_script(*arguments: str | Path, ranks: int = 1, log_dir: Path | None = None, cwd: Path = ROOT) -> Completed:
+    """Runs `python ARGUMENTS`, or the same on several ranks under paddle.distributed.launch, which logs to log_dir."""
+    launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", ranks, "--log_dir", log_dir] if ranks > 1 else []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, *map(str, launch), *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=600,
+            check=False,
+        )
+        if GLOO_ABORT not in done.stdout + done.stderr:
+            break
+    return done
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """This process can't write files of more bytes within it, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def assert_close(value: np.ndarray, expected: np.ndarray, name: str) -> None:
+    """To 1e-5 of its largest element, where that is above 1: float32 has seven digits."""
+    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5 * max(1.0, np.abs(expected).max()), err_msg=name)
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    """Weights, optimizer and progress of two checkpoints."""
+    for name in ("model_state.pdparams", "training_optimizer.safetensors"):
+        ours, theirs = read_weights(first / name), read_weights(second / name)
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            np.testing.assert_array_equal(ours[key], theirs[key], err_msg=key)
+    assert (first / "training_state.json").read_text() == (second / "training_state.json").read_text()
+
+
+def assert_same_weights(first: Path, second: Path, tolerance: float = 0.0) -> None:
+    ours, theirs = (read_weights(folder / "model_state.pdparams") for folder in (first, second))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+def poisoned(checkpoint: Path, folder: Path) -> Path:
+    """The weights of a checkpoint in another folder; a text with [UNK] overflows in them."""
+    import paddle  # only after conftest has set it up
+
+    shutil.copytree(checkpoint, folder)
+    (folder / "manifest.json").unlink()
+    weights = read_weights(folder / "model_state.pdparams")
+    unknown = (folder / "vocab.txt").read_text().splitlines().index("[UNK]")
+    weights["ptm.embeddings.word_embeddings.weight"][unknown] = np.finfo(np.float32).max
+    paddle.save(weights, str(folder / "model_state.pdparams"))
+    return folder / "model_state.pdparams"
+
+
+class Calls:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function: Callable, *arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return self.function, self.arguments
