@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, what a kill leaves of them, and manifests."""
+"""Files and folders that appear whole or not at all, what a kill leaves of them, and locks."""
 
 import fcntl
 import hashlib
@@ -19,6 +19,7 @@ from common.files import (
     atomic_folder,
     atomic_write,
     clear_leftovers,
+    is_within,
     locked,
     make_folder,
     prepare_file,
@@ -29,7 +30,6 @@ from common.files import (
     sha256,
     write_json,
 )
-from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from helpers import ROOT, file_size_limit
 
 
@@ -39,7 +39,7 @@ def written(folder: Path, raw: bytes, name: str = "file.csv") -> Path:
     return path
 
 
-def test_json_round_trip_and_what_is_no_json_object(tmp_path: Path) -> None:
+def test_json_objects_round_trip_and_other_content_is_an_input_error(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     write_json(path, {"名": [1, None], "x": 0.5})
     assert read_json(path) == {"名": [1, None], "x": 0.5}
@@ -121,8 +121,10 @@ def test_a_place_that_can_t_be_written_is_an_input_error(
 
 
 @pytest.mark.parametrize(("mode", "content"), [("w", "一" * 100), ("wb", b"x" * 300)])
-def test_what_is_buffered_is_written_before_the_old_file_goes(tmp_path: Path, mode: str, content: str | bytes) -> None:
-    """A disk that is full is found when the file is closed."""
+def test_buffered_data_is_written_before_the_old_file_is_replaced(
+    tmp_path: Path, mode: str, content: str | bytes
+) -> None:
+    """A full disk is noticed when the file is closed."""
     path = tmp_path / "file"
     path.write_text("old")
     with file_size_limit(100), pytest.raises(InputError, match="can't be written"), atomic_write(path, mode) as file:
@@ -132,7 +134,7 @@ def test_what_is_buffered_is_written_before_the_old_file_goes(tmp_path: Path, mo
 
 
 def test_a_folder_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a power cut could leave empty files under its name; and its name is, before the old one is removed."""
+    """Otherwise a power cut could leave empty files under its name. The rename is flushed before the old folder goes."""
     flushed: list[tuple[int, bool]] = []
     fsync, path = os.fsync, tmp_path / "folder"
 
@@ -194,7 +196,7 @@ def test_a_loop_of_links_is_an_input_error(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["one", "other"]
 
 
-def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
+def test_only_regular_files_and_folders_are_replaced(tmp_path: Path) -> None:
     """As root, `--output /dev/null` would otherwise turn the device into a file."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -215,27 +217,27 @@ def folder_with(path: Path, content: str) -> Path:
     return path
 
 
-def test_a_file_that_another_rank_writes_between_two_looks_is_replaced(
+def test_a_file_that_another_rank_writes_between_two_checks_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "embeddings.json"
 
-    def looked(look: Callable[[Path], bool]) -> Callable[[Path], bool]:
-        def answer(looked_at: Path) -> bool:
+    def written_after(check: Callable[[Path], bool]) -> Callable[[Path], bool]:
+        def answer(checked: Path) -> bool:
             try:
-                return look(looked_at)
+                return check(checked)
             finally:
                 path.write_text("{}")
 
         return answer
 
-    monkeypatch.setattr(Path, "exists", looked(Path.exists))
-    monkeypatch.setattr(Path, "is_file", looked(Path.is_file))
+    monkeypatch.setattr(Path, "exists", written_after(Path.exists))
+    monkeypatch.setattr(Path, "is_file", written_after(Path.is_file))
     write_json(path, {"documents": 3})
     assert read_json(path) == {"documents": 3}
 
 
-def test_a_replacement_cut_short_between_its_renames_is_read_and_undone(tmp_path: Path) -> None:
+def test_a_replacement_interrupted_between_its_renames_is_read_and_undone(tmp_path: Path) -> None:
     place = tmp_path / "model_best"
     replaced = folder_with(tmp_path / ".model_best.replaced", "old")
     assert resolve_interrupted_replace(place) == replaced
@@ -245,7 +247,7 @@ def test_a_replacement_cut_short_between_its_renames_is_read_and_undone(tmp_path
     assert resolve_interrupted_replace(place) == place
 
 
-def test_a_replacement_behind_a_link_is_read_too(tmp_path: Path) -> None:
+def test_an_interrupted_replacement_behind_a_link_is_read_too(tmp_path: Path) -> None:
     folder_with(tmp_path / "disk" / ".index.replaced", "old")
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "index")
     assert (resolve_interrupted_replace(tmp_path / "link") / "weights").read_text() == "old"
@@ -255,7 +257,7 @@ def test_a_replacement_behind_a_link_is_read_too(tmp_path: Path) -> None:
     assert (resolve_interrupted_replace(tmp_path / "link") / "weights").read_text() == "new"
 
 
-def test_a_replacement_cut_short_after_its_renames_is_ended(tmp_path: Path) -> None:
+def test_a_replacement_interrupted_after_its_renames_is_completed(tmp_path: Path) -> None:
     place = folder_with(tmp_path / "model_best", "new")
     folder_with(tmp_path / ".model_best.replaced", "old")
     assert resolve_interrupted_replace(place) == place
@@ -265,13 +267,15 @@ def test_a_replacement_cut_short_after_its_renames_is_ended(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("place", ["model_best", ".", "/"])
-def test_a_folder_that_nobody_replaced_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_a_folder_without_an_interrupted_replacement_stands_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert resolve_interrupted_replace(place) == Path(place)
 
 
-def test_a_new_replacement_starts_from_the_one_cut_short(tmp_path: Path) -> None:
-    """Were the old folder left beside its place, a rename of the next one onto it would fail."""
+def test_a_new_replacement_removes_what_an_interrupted_one_left(tmp_path: Path) -> None:
+    """If the old folder stayed under its other name, the next rename to that name would fail."""
     folder_with(tmp_path / ".model_best.replaced", "old")
     with atomic_folder(tmp_path / "model_best") as folder:
         written(folder, b"new", "weights")
@@ -279,8 +283,8 @@ def test_a_new_replacement_starts_from_the_one_cut_short(tmp_path: Path) -> None
     assert (tmp_path / "model_best" / "weights").read_text() == "new"
 
 
-def test_a_new_replacement_ends_the_one_before(tmp_path: Path) -> None:
-    """Which a kill cut short after its renames."""
+def test_a_new_replacement_completes_an_interrupted_one(tmp_path: Path) -> None:
+    """The kill came after both renames."""
     (tmp_path / ".folder.replaced").mkdir()
     (tmp_path / ".folder.replaced" / "file").write_text("old")
     (tmp_path / "folder").mkdir()
@@ -315,8 +319,8 @@ def test_leftovers_that_can_t_be_removed_are_an_input_error(tmp_path: Path, monk
         clear_leftovers(tmp_path)
 
 
-def test_a_folder_disappears_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is removed file by file has no name of ours any more."""
+def test_a_folder_is_renamed_before_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is renamed before its files are removed one by one."""
     folder = folder_with(tmp_path / "model_3", "old")
     names = []
     plain_rmtree = shutil.rmtree
@@ -354,20 +358,34 @@ def test_a_file_s_folder_is_made_if_the_file_can_be_written(tmp_path: Path) -> N
             prepare_file(place)
 
 
+def test_is_within_follows_links(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    folder = tmp_path / "folder"  # need not exist
+    assert all(is_within(path, folder) for path in (folder, folder / "a" / "b", tmp_path / "link" / "a"))
+    assert is_within(folder / "a", tmp_path / "link")
+    assert not any(is_within(path, folder) for path in (tmp_path, tmp_path / "folder2", tmp_path / "loop"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Locks
 
 
+@pytest.mark.process
 def test_a_file_is_locked_until_the_block_or_the_process_ends(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with locked(path):
         with pytest.raises(BlockingIOError), locked(path):
             pass
         assert path.exists()
-    code = (
-        "import pathlib, sys, time, files\nwith files.locked(pathlib.Path(sys.argv[1])): print('locked', flush=True); "
-    )
-    command = [sys.executable, "-c", f"{code}time.sleep(1000)", str(path)]
+    code = """
+import pathlib, sys, time
+from common.files import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(1000)
+"""
+    command = [sys.executable, "-c", code, str(path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         with pytest.raises(BlockingIOError), locked(path):
@@ -377,10 +395,10 @@ def test_a_file_is_locked_until_the_block_or_the_process_ends(tmp_path: Path) ->
         pass
 
 
-def test_a_file_that_was_replaced_while_it_was_locked_is_not_to_be_had(
+def test_a_file_that_is_replaced_while_it_is_being_locked_counts_as_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What would be locked is the old one, which nobody else looks at any more."""
+    """The lock would be on the old file, which no other process looks at any more."""
     path = written(tmp_path, b"old", "lock")
     flock = fcntl.flock
     monkeypatch.setattr(
@@ -391,54 +409,7 @@ def test_a_file_that_was_replaced_while_it_was_locked_is_not_to_be_had(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Manifests
-
-
-@pytest.fixture
-def listed(tmp_path: Path) -> Path:
-    """A folder with three files and their manifest."""
-    folder = tmp_path / "model_4"
-    folder.mkdir()
-    for name in ("config.json", "training_state", "weights"):
-        written(folder, name.encode() * 3, name)
-    write_manifest(folder)
-    return folder
-
-
-def test_a_manifest_has_the_size_and_hash_of_each_file(listed: Path) -> None:
-    check_manifest(listed)
-    raw = (listed / "weights").read_bytes()
-    files = read_json(listed / MANIFEST_FILE)["files"]
-    assert list(files) == ["config.json", "training_state", "weights"]
-    assert files["weights"] == {"bytes": 21, "sha256": hashlib.sha256(raw).hexdigest()}
-    written(listed, b"", "notes")  # what isn't listed is nobody's business
-    check_manifest(listed)
-    write_manifest(listed)
-    check_manifest(listed)
-    assert list(read_json(listed / MANIFEST_FILE)["files"]) == ["config.json", "notes", "training_state", "weights"]
-
-
-@pytest.mark.parametrize("raw", [None, b"", b"weightsweightsweight", b"weightsweightsweightz", b"weights" * 4])
-def test_a_file_that_is_not_as_listed_is_refused_by_name(listed: Path, raw: bytes | None) -> None:
-    (listed / "weights").unlink()
-    if raw is not None:
-        written(listed, raw, "weights")
-    with pytest.raises(InputError, match=f"^{listed}/weights: is.*; take another checkpoint"):
-        check_manifest(listed)
-    check_manifest(listed, ignored="wei")
-
-
-@pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b'{"files": []}', b'{"files'])
-def test_a_damaged_manifest_is_refused(listed: Path, raw: bytes) -> None:
-    written(listed, raw, MANIFEST_FILE)
-    with pytest.raises(InputError, match=f"^{listed}/{MANIFEST_FILE}: isn't a"):
-        check_manifest(listed)
-
-
-def test_a_folder_without_a_manifest_is_not_checked(listed: Path) -> None:
-    (listed / MANIFEST_FILE).unlink()
-    (listed / "weights").unlink()
-    check_manifest(listed)
+# Hashes
 
 
 def test_hashes_are_those_of_the_whole_file(tmp_path: Path) -> None:
