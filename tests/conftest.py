@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy.testing  # noqa: F401 - its import starts lscpu, which fast tests refuse
 import pytest
 
 from common.paddle_setup import set_up_paddle

@@ -1,4 +1,4 @@
-"""Weight files: what paddle.save writes comes back as arrays, and nothing that a file asks for is run."""
+"""Weight files: arrays that paddle.save wrote are read, and no code in a file is run."""
 
 import collections
 import io
@@ -19,7 +19,7 @@ from safetensors.numpy import save, save_file
 
 from common.errors import InputError
 from helpers import Calls
-from modeling.weight_files import STRUCTURE_KEY, read_weights
+from modeling.weight_files import STRUCTURE_KEY, read_weights, write_safetensors
 
 PROTOCOLS = [2, 3, 4]  # those that paddle.save takes
 
@@ -66,8 +66,8 @@ def written(folder: Path, raw: bytes, name: str = "model_state.pdparams") -> Pat
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_state_dict_comes_back(tmp_path: Path, protocol: int) -> None:
-    """paddle.save pickles arrays by name, and internal names under one more key."""
+def test_a_state_dict_is_read(tmp_path: Path, protocol: int) -> None:
+    """paddle.save pickles arrays by name, and the internal names under one more key."""
     content = {**arrays(), STRUCTURE_KEY: {"embeddings.weight": "embedding_0.w_0", "scale": "linear_0.b_0"}}
     assert STRUCTURE_KEY == "StructuredToParameterName@@"
     assert_same(read_weights(written(tmp_path, pickle.dumps(content, protocol))), arrays())
@@ -76,7 +76,7 @@ def test_a_state_dict_comes_back(tmp_path: Path, protocol: int) -> None:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_tensors_saved_as_name_and_array_come_back(tmp_path: Path, protocol: int) -> None:
+def test_tensors_saved_as_name_and_array_are_read(tmp_path: Path, protocol: int) -> None:
     """A tensor outside of a state dict is pickled as `tuple((internal name, array))`."""
     reduced = {name: Calls(tuple, ("generated_tensor_0", array)) for name, array in arrays().items()}
     assert_same(read_weights(written(tmp_path, pickle.dumps(reduced, protocol))), arrays())
@@ -85,7 +85,7 @@ def test_tensors_saved_as_name_and_array_come_back(tmp_path: Path, protocol: int
 
 
 @pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
-def test_files_of_numpy_1_and_2_come_back(tmp_path: Path, module: bytes) -> None:
+def test_files_of_numpy_1_and_2_are_read(tmp_path: Path, module: bytes) -> None:
     raw = re.sub(rb"cnumpy\._?core\.multiarray", b"c" + module, pickle.dumps(arrays(), 2))
     assert b"c" + module + b"\n_reconstruct" in raw
     assert_same(read_weights(written(tmp_path, raw)), arrays())
@@ -96,19 +96,21 @@ def test_big_endian_arrays_keep_their_values(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_weights(path)["w"], [1, 2.5])
 
 
-def test_safetensors_come_back(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
+def test_safetensors_are_read(tmp_path: Path) -> None:
+    """Those of the safetensors package, and ours."""
     content = {name: np.ascontiguousarray(array) for name, array in arrays().items()}
-    save_file(content, path)
-    found = read_weights(path)
-    assert_same({name: found[name] for name in content}, content)
-    assert len(found) == len(content)
+    save_file(content, tmp_path / "theirs.safetensors")
+    write_safetensors(tmp_path / "ours.safetensors", arrays())
+    for path in tmp_path.iterdir():
+        found = read_weights(path)
+        assert_same({name: found[name] for name in content}, content)
+        assert len(found) == len(content)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files that ask for calls
+# Files that ask for code to be run
 
-MARKER = "marker"  # what each call would leave in the current folder
+MARKER = "marker"  # the file or folder that each call would leave in the current folder
 
 HOSTILE: dict[str, tuple[Any, str]] = {
     "os.system": (Calls(os.system, f"touch {MARKER}"), "system"),
@@ -133,25 +135,30 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "a class": (collections.Counter("x"), "Counter"),
     "a NumPy scalar": (np.float32(1), "scalar"),
 }
+# Pickled here, because the fast tests replace subprocess.Popen, and a replaced function can't be pickled.
+HOSTILE_PICKLES = {
+    (case, protocol): pickle.dumps({"linear.weight": 0, "evil": value}, protocol)
+    for case, (value, _) in HOSTILE.items()
+    for protocol in (0, *PROTOCOLS, 5)
+}
 
 
 @pytest.mark.parametrize("protocol", [0, *PROTOCOLS, 5])
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_call_is_refused_by_name_and_never_made(
+def test_a_call_is_refused_by_name_and_not_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, protocol: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    value, name = HOSTILE[case]
-    path = written(tmp_path, pickle.dumps({"linear.weight": 0, "evil": value}, protocol))
-    assert re.search(rf"it wants to load \S+\.{name},", refusal(path))
+    path = written(tmp_path, HOSTILE_PICKLES[case, protocol])
+    assert re.search(rf"it wants to load \S+\.{HOSTILE[case][1]},", refusal(path))
     assert os.listdir(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("case", ["os.system", "os.mkdir", "eval", "exec", "open", "object array", "pickle.loads"])
 def test_plain_unpickling_would_have_made_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    """Shows that the files of the test above are live."""
+    """Shows that the files of the test above would do harm."""
     monkeypatch.chdir(tmp_path)
-    pickle.loads(pickle.dumps({"evil": HOSTILE[case][0]}, 4))
+    pickle.loads(HOSTILE_PICKLES[case, 4])
     assert os.listdir(tmp_path) == [MARKER]
 
 
@@ -182,7 +189,7 @@ def test_pickles_that_no_pickler_writes_are_refused(tmp_path: Path, monkeypatch:
     path = written(tmp_path, raw)
     assert said in refusal(path)
     assert os.listdir(tmp_path) == [path.name]
-    test_a_state_dict_comes_back(tmp_path, 2)  # the reader works as before
+    assert_same(read_weights(written(tmp_path, pickle.dumps(arrays(), 2))), arrays())  # the reader works as before
 
 
 def test_a_torch_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -204,7 +211,7 @@ def test_a_torch_checkpoint_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [[], np.zeros(3), "text", 1, None, ("name", np.zeros(3))], ids=lambda content: type(content).__name__
 )
-def test_what_is_no_dict_is_refused_with_its_type(tmp_path: Path, content: object) -> None:
+def test_content_other_than_a_dict_is_refused_with_its_type(tmp_path: Path, content: object) -> None:
     path = written(tmp_path, pickle.dumps(content, 4))
     assert f"it holds a {type(content).__name__}" in refusal(path)
 
@@ -234,7 +241,7 @@ def test_a_dict_without_arrays_is_refused(tmp_path: Path, content: dict) -> None
     ],
     ids=str,
 )
-def test_a_value_that_is_no_array_of_numbers_is_refused_by_its_name(tmp_path: Path, value: object) -> None:
+def test_a_value_other_than_an_array_of_numbers_is_refused_by_its_name(tmp_path: Path, value: object) -> None:
     path = written(tmp_path, pickle.dumps({"good": np.zeros(2), "linear.bias": value}, 4))
     assert "'linear.bias' is no array" in refusal(path)
 
@@ -249,7 +256,7 @@ def test_a_value_that_is_no_array_of_numbers_is_refused_by_its_name(tmp_path: Pa
     ],
     ids=["int", "huge int", "deep tuple", "tuple"],
 )
-def test_a_name_that_is_no_string_is_refused(tmp_path: Path, raw_name: bytes) -> None:
+def test_a_name_other_than_a_string_is_refused(tmp_path: Path, raw_name: bytes) -> None:
     array = pickle.dumps(np.zeros(2), 2)[2:-1]
     refusal(written(tmp_path, b"\x80\x02}" + raw_name + array + b"s."))
 
@@ -316,7 +323,7 @@ def test_flipped_bytes_give_arrays_or_an_input_error(tmp_path: Path) -> None:
 
 @pytest.fixture
 def forbidden_folder() -> Iterator[Path]:
-    """A folder with files, and a folder in it, that this process, even if root started it, may not read."""
+    """A folder with files and a folder that this process may not read, even if root started it."""
     with tempfile.TemporaryDirectory() as name:
         folder, closed = Path(name), Path(name) / "closed"
         closed.mkdir()
@@ -347,8 +354,8 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path, name: str) -> N
     refusal(tmp_path / name)
 
 
-def test_a_high_place_in_the_table_of_objects_takes_no_memory(tmp_path: Path) -> None:
-    """An empty dict that is put at place 2**28: pickle in C makes a table of 4 GB for it."""
+def test_a_large_index_into_the_table_of_objects_takes_no_memory(tmp_path: Path) -> None:
+    """An empty dict stored at index 2**28, for which pickle in C would allocate a table of 4 GB."""
     path = tmp_path / "model_state.pdparams"
     path.write_bytes(b"\x80\x02}r\xff\xff\xff\x0f.")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
