@@ -134,7 +134,7 @@ def test_buffered_data_is_written_before_the_old_file_is_replaced(
 
 
 def test_a_folder_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise a power cut could leave empty files under its name. The rename is flushed before the old folder goes."""
+    """Otherwise a power cut could leave empty files. The rename is flushed before the old folder goes."""
     flushed: list[tuple[int, bool]] = []
     fsync, path = os.fsync, tmp_path / "folder"
 

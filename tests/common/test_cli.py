@@ -1,0 +1,240 @@
+"""Exit codes and option parsing; no Paddle."""
+
+import argparse
+import errno
+import io
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from common.cli import ArgumentParser, number_in_range, run, text_argument, true_or_false
+from common.errors import InputError
+from common.logs import progress_bar
+from common.version import __version__
+from helpers import ROOT
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How a script ends
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    def main() -> int:
+        raise error
+
+    return main
+
+
+def exit_code(main: Callable[[], int]) -> int | None:
+    with pytest.raises(SystemExit) as error:
+        run(main)
+    return error.value.code
+
+
+def test_an_input_error_ends_with_code_2_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(raising(InputError("corpus.csv: no such file"))) == 2
+    assert capsys.readouterr() == ("", "error: corpus.csv: no such file\n")
+
+
+def test_ctrl_c_ends_with_code_130_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("place", "code", "said"), [("paddle", -signal.SIGINT, ""), ("backbone", 128 + signal.SIGINT, "interrupted\n")]
+)
+def test_ctrl_c_while_modules_are_imported_prints_no_traceback(
+    tmp_path: Path, place: str, code: int, said: str
+) -> None:
+    for name in ("paddle", "backbone"):
+        ends = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(1)\n" if name == place else ""
+        (tmp_path / f"{name}.py").write_text(ends)
+    script = """
+from common.cli import run
+from common.paddle_setup import set_up_paddle
+
+def main():
+    set_up_paddle()
+    import backbone
+
+run(main)
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
+
+
+def test_a_locale_that_lacks_a_character_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "gbk"))
+    assert exit_code(lambda: print("水稻🌾") or 0) == 0
+    assert raw.getvalue().decode("gbk") == "水稻\\U0001f33e\n"
+
+
+def test_a_closed_stderr_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+
+    def main() -> int:
+        with progress_bar(1, "corpus", "text"):
+            return 0
+
+    assert exit_code(main) == 0
+
+
+@pytest.mark.process
+def test_sigterm_removes_what_is_being_written(tmp_path: Path) -> None:
+    script = f"""
+import os, signal
+from common.cli import run
+from common.files import atomic_folder
+from common.paddle_setup import set_up_paddle
+set_up_paddle()
+import paddle  # has a handler of its own
+
+def main():
+    with atomic_folder("{tmp_path / "output"}") as folder:
+        (folder / "half").write_text("")
+        assert len(os.listdir("{tmp_path}")) == 1
+        os.kill(os.getpid(), signal.SIGTERM)
+
+run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "main",
+    ["print('x')", "print('x\\n' * 100_000)", "[print('x'), sys.exit(0)]"],
+    ids=["in_the_buffer", "beyond_the_buffer", "before_an_exit"],
+)
+@pytest.mark.parametrize(
+    ("output", "code", "message"),
+    [
+        (">/dev/full", 2, "error: the output can't be written (No space left on device)\n"),
+        ("| true", 128 + signal.SIGPIPE, ""),
+        (">&-", 0, ""),
+    ],
+)
+def test_an_output_that_cannot_be_written_leaves_no_traceback(output: str, code: int, message: str, main: str) -> None:
+    program = f"import sys, time; from common.cli import run; time.sleep(0.3); run(lambda: {main} or 0)"
+    command = ["bash", "-c", f"set -o pipefail; '{sys.executable}' -c \"{program}\" {output}"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, message)
+
+
+def test_other_errors_of_the_system_keep_their_traceback() -> None:
+    with pytest.raises(ConnectionRefusedError):
+        run(raising(ConnectionRefusedError(errno.ECONNREFUSED, "refused")))
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_other_exit_codes_pass_through(code: int) -> None:
+    assert exit_code(lambda: code) == code
+
+
+def test_errors_in_the_program_keep_their_traceback() -> None:
+    with pytest.raises(ValueError, match="a bug"):
+        run(raising(ValueError("a bug")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser("Trains.")
+    parser.add_argument("--batch_size", type=number_in_range(1), default=32, help="pairs a step")
+    parser.add_argument("--margin", type=number_in_range(0.0, float), help="subtracted from the positives")
+    parser.add_argument("--evaluate", action="store_true", help="evaluate at each epoch")
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batch", "8"], "unrecognized arguments: --batch 8"),
+        (["--batch_size", "0"], "--batch_size: 0 is out of range: give 1 or more"),
+        (["--batch_size", "many"], "--batch_size: invalid int value: 'many'"),
+        (["--batch_size", "1.5"], "--batch_size: invalid int value: '1.5'"),
+        (["--margin", "nan"], "--margin: nan is out of range: give 0.0 or more"),
+        (["--margin", "x"], "--margin: invalid float value: 'x'"),
+        (["--batch_size"], "expected one argument"),
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)
+def test_a_wrong_option_ends_with_code_2_and_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        parser().parse_args(arguments)
+    assert error.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.endswith("--help)\n")
+    assert err.count("\n") == 1
+    assert said in err
+
+
+def test_options_are_read_and_help_shows_defaults_that_say_something() -> None:
+    args = parser().parse_args(["--batch_size", "8", "--margin", "0.5"])
+    assert (args.batch_size, args.margin, args.evaluate) == (8, 0.5, False)
+    text = parser().format_help()
+    assert "pairs a step (default: 32)" in " ".join(text.split())
+    assert "None" not in text
+    assert "False" not in text
+
+
+def test_every_parser_has_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args(["--version"])
+    assert (ended.value.code, capsys.readouterr()) == (0, (f"{__version__}\n", ""))
+
+
+@pytest.mark.parametrize(("minimum", "number"), [(1, int), (0.0, float)])
+def test_number_in_range_takes_the_minimum_and_more(minimum: float, number: type) -> None:
+    parse = number_in_range(minimum, number)
+    assert parse(str(minimum)) == minimum
+    assert parse("7") == 7
+    assert type(parse("7")) is number
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "-0.001"])
+def test_number_in_range_refuses_what_is_too_small_or_not_finite(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is out of range: give 0.0 or more"):
+        number_in_range(0.0, float)(text)
+    assert not math.isfinite(float(text)) or float(text) < 0
+
+
+def test_number_in_range_may_have_an_upper_limit_and_zero() -> None:
+    parse = number_in_range(3, below=5, or_zero=True)
+    assert [parse(text) for text in ("0", "3", "4")] == [0, 3, 4]
+    for text in ("1", "5"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is out of range: .* 3 or more, and less than 5"):
+            parse(text)
+
+
+def test_true_or_false_takes_both_in_any_case() -> None:
+    assert [true_or_false(text) for text in ("True", "true", "FALSE", "false")] == [True, True, False, False]
+    for text in ("", "1", "yes"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is neither True nor False"):
+            true_or_false(text)
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "is empty"), (" \t\u3000", "is empty"), ("a\udcff", "isn't UTF-8")])
+def test_a_text_argument_is_neither_blank_nor_undecodable(text: str, said: str) -> None:
+    assert text_argument(" 水稻 ") == " 水稻 "
+    with pytest.raises(argparse.ArgumentTypeError, match=said):
+        text_argument(text)

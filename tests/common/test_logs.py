@@ -1,0 +1,66 @@
+"""Lines on stderr and progress."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from tqdm import tqdm
+
+from common import logs
+from common.logs import LineProgress, log, progress_bar
+
+
+def test_only_rank_0_logs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in (None, "0", "1", "10"):
+        if rank is None:
+            monkeypatch.delenv("PADDLE_TRAINER_ID", raising=False)
+        else:
+            monkeypatch.setenv("PADDLE_TRAINER_ID", rank)
+        log(f"from {rank}")
+    assert capsys.readouterr() == ("", "from None\nfrom 0\n")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that the test sets."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_line_progress_prints_whole_lines_at_intervals(
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
+) -> None:
+    progress = LineProgress(100, "train", "step")
+    for _ in range(95):
+        clock.now += 0.5
+        progress.update()
+    progress.close()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "\r" not in err
+    lines = err.splitlines()
+    assert err.endswith("\n")
+    assert len(lines) == 5
+    for line, step in zip(lines, (20, 40, 60, 80, 95), strict=True):
+        assert line.startswith("train: ")
+        assert f" {step}/100 " in line
+        assert "2.00step/s" in line
+
+
+def test_line_progress_prints_nothing_for_short_work(
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
+) -> None:
+    progress = LineProgress(100, "encode", "text")
+    clock.now += 5
+    progress.update(100)
+    progress.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert type(progress_bar(3, "encode", "text")) is LineProgress
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress_bar(3, "encode", "text") as bar:
+        assert type(bar) is tqdm
+        assert bar.total == 3
