@@ -17,9 +17,8 @@ from common.files import atomic_folder, is_within, resolve_interrupted_replace
 from common.manifest import MANIFEST_FILE, check_manifest, check_replaceable, write_manifest
 from common.paddle_setup import set_up_paddle
 from encoding.exported_files import EXPORT_AGAIN, GRAPH_NAME, GRAPH_SUFFIXES, INPUT_NAMES, WEIGHTS_SUFFIX
-from serving.protos import read_proto
+from serving.protos import GeneralModelConfig
 
-CONFIG_PROTO = Path(__file__).resolve().parent / "deploy" / "C++" / "server" / "model_config.proto"
 SERVER_CONFIG = "serving_server_conf"  # of the files; Serving's loaders look for these names
 CLIENT_CONFIG = "serving_client_conf"
 CONFIG_SUFFIXES = (".prototxt", ".stream.prototxt")  # text and binary
@@ -30,7 +29,7 @@ INT64, FLOAT32 = 0, 1  # of feed_type and fetch_type: `var_type_conversion` of p
 
 def serving_config(output_name: str, embedding_size: int, feed_aliases: Sequence[str], fetch_alias: str) -> Any:
     """The names and types of a graph's inputs and output for Serving: a GeneralModelConfig message."""
-    config = read_proto(CONFIG_PROTO)["GeneralModelConfig"]()
+    config = GeneralModelConfig()
     for name, alias in zip(INPUT_NAMES, feed_aliases, strict=True):
         config.feed_var.add(name=name, alias_name=alias, is_lod_tensor=False, feed_type=INT64)
     config.fetch_var.add(

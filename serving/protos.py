@@ -1,38 +1,19 @@
-"""Protobuf's message classes from .proto files, without protoc and what it generates."""
+"""Protobuf's message classes for deploy/C++/server/*.proto, from messages.binpb, which protoc wrote:
 
-import re
+protoc -I deploy/C++/server --descriptor_set_out=serving/messages.binpb deploy/C++/server/*.proto
+"""
+
 from pathlib import Path
-from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, message_factory
 
+_FILES = descriptor_pb2.FileDescriptorSet.FromString(Path(__file__).with_name("messages.binpb").read_bytes()).file
+# GetMessages has a descriptor pool of its own. The modules that protoc --python_out writes would use the default pool,
+# in which Paddle Serving's packages register a file and messages of the same names: protobuf's C++ implementation
+# refuses the second of two such files, and its Python implementation ignores it.
+_MESSAGES = message_factory.GetMessages(_FILES)
 
-def read_proto(path: Path) -> dict[str, Any]:
-    """The message classes of a .proto file by name.
-
-    It reads what this project's files hold: messages whose fields stand on a line each, scalars and messages of the
-    same file.
-    """
-    text = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
-    (package,) = re.findall(r"^package ([\w.]+);", text, re.MULTILINE)
-    (syntax,) = re.findall(r'^syntax = "(\w+)";', text, re.MULTILINE)
-    file = descriptor_pb2.FileDescriptorProto(name=path.name, package=package, syntax=syntax)
-    field = descriptor_pb2.FieldDescriptorProto  # its constants are the scalar types and the labels
-    for name, body in re.findall(r"^message (\w+) \{(.*?)^\}", text, re.MULTILINE | re.DOTALL):
-        message = file.message_type.add(name=name)
-        for label, kind, field_name, number in re.findall(r"^ *(?:(\w+) )??(\w+) (\w+) = (\d+);", body, re.MULTILINE):
-            scalar = getattr(field, f"TYPE_{kind.upper()}", None)
-            message.field.add(
-                name=field_name,
-                number=int(number),
-                label=getattr(field, f"LABEL_{(label or 'optional').upper()}"),
-                type=scalar or field.TYPE_MESSAGE,
-                type_name=None if scalar else f".{package}.{kind}",
-            )
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    factory = message_factory.MessageFactory(pool)
-    return {
-        message.name: factory.GetPrototype(pool.FindMessageTypeByName(f"{package}.{message.name}"))
-        for message in file.message_type
-    }
+GeneralModelConfig = _MESSAGES["model_config.GeneralModelConfig"]
+Request = _MESSAGES["baidu.paddle_serving.predictor.general_model.Request"]
+Response = _MESSAGES["baidu.paddle_serving.predictor.general_model.Response"]
+RpcMeta = _MESSAGES["baidu_std.RpcMeta"]

@@ -17,18 +17,12 @@ from common.cli import ArgumentParser, number_in_range, text_argument
 from common.errors import InputError
 from common.files import read_json
 from data import MODEL_CONFIG_FILE, SAMPLE_TEXTS, TextTokenizer, TokenIds
-from serving.protos import read_proto
+from serving.protos import Request, Response, RpcMeta
 
-PROTOS = Path(__file__).resolve().parent / "server"
 INT64 = 0  # elem_type
 HTTP_PATH = "/GeneralModelService/inference"
 SERVICE = "baidu.paddle_serving.predictor.general_model.GeneralModelService"
 FRAME_HEADER = struct.Struct(">4sII")  # magic, size of meta data and payload, size of meta data
-
-
-_MESSAGES = read_proto(PROTOS / "general_model_service.proto")
-Request, Response = _MESSAGES["Request"], _MESSAGES["Response"]
-RpcMeta = read_proto(PROTOS / "baidu_std.proto")["RpcMeta"]
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
