@@ -1,10 +1,17 @@
-"""The in-batch negatives loss against a double loop in NumPy: values and gradients."""
+"""The in-batch negatives loss against a double loop in NumPy, and the model's loss of a batch in chunks."""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
 
-from batch_negative.model import in_batch_negatives_loss
+from batch_negative.batches import PairBatcher
+from batch_negative.model import SemanticIndexBatchNeg, in_batch_negatives_loss
+from data import TextPair
+from helpers import all_pairs
+from modeling.checkpoint import create_model
 
 
 def slow_loss(queries: np.ndarray, titles: np.ndarray, margin: float, scale: float, mask: np.ndarray | None) -> float:
@@ -23,7 +30,7 @@ def slow_loss(queries: np.ndarray, titles: np.ndarray, margin: float, scale: flo
     return float(np.mean(losses))
 
 
-def slow_gradient(function, matrix: np.ndarray) -> np.ndarray:
+def slow_gradient(function: Callable[[np.ndarray], float], matrix: np.ndarray) -> np.ndarray:
     """Central differences, one element after the other."""
     gradient = np.empty_like(matrix)
     for index in np.ndindex(matrix.shape):
@@ -41,7 +48,7 @@ def unit_rows(rng: np.random.Generator, rows: int) -> np.ndarray:
 @pytest.mark.parametrize("hard_negatives", [0, 3])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("margin", [0.0, 0.2])
-def test_equals_a_double_loop(hard_negatives: int, masked: bool, margin: float) -> None:
+def test_loss_equals_a_double_loop(hard_negatives: int, masked: bool, margin: float) -> None:
     rng = np.random.default_rng(hard_negatives)
     queries, titles = unit_rows(rng, 4), unit_rows(rng, 4 + hard_negatives)
     mask = rng.random((4, 4 + hard_negatives)) < 0.4 if masked else None
@@ -61,8 +68,8 @@ def test_equals_a_double_loop(hard_negatives: int, masked: bool, margin: float) 
     np.testing.assert_allclose(title_emb.grad.numpy(), by_title, atol=1e-7)
 
 
-def test_is_the_originals_without_duplicates() -> None:
-    """cross_entropy(scale * (Q T' - margin * I), diagonal), written out as the original does."""
+def test_loss_equals_the_originals() -> None:
+    """Without a mask: cross_entropy(scale * (Q T' - margin * I), diagonal), written as the original does."""
     rng = np.random.default_rng(0)
     queries, titles = (paddle.to_tensor(unit_rows(rng, 6).astype("float32")) for _ in range(2))
     cosines = paddle.matmul(queries, titles, transpose_y=True)
@@ -73,7 +80,7 @@ def test_is_the_originals_without_duplicates() -> None:
 
 
 @pytest.mark.parametrize("pairs", [2, 8, 64])
-def test_is_no_number_where_a_vector_is_none(pairs: int) -> None:
+def test_loss_is_nan_if_a_vector_is_nan(pairs: int) -> None:
     """Paddle's own cross entropy gives log(pairs) from 8 pairs on."""
     vectors = paddle.to_tensor(unit_rows(np.random.default_rng(0), pairs).astype("float32"))
     broken = paddle.where(paddle.eye(pairs, 5) > 0, paddle.full_like(vectors, float("nan")), vectors)
@@ -86,3 +93,32 @@ def test_a_masked_title_gets_no_gradient() -> None:
     mask = paddle.to_tensor([[True, True, False]])
     in_batch_negatives_loss(query, titles, margin=0.0, scale=30.0, mask=mask).backward()
     assert [bool(row.any()) for row in titles.grad.numpy()] == [True, False, True]
+
+
+def test_a_batch_in_chunks_equals_encoding_each_text_alone(still_model_folder: Path) -> None:
+    """The model's loss and its gradients."""
+    texts = all_pairs()
+    pairs = [
+        TextPair(query, title, texts[row + 20][1] if row % 3 else None) for row, (query, title) in enumerate(texts[:9])
+    ]
+    pairs.append(TextPair(pairs[0].query, pairs[4].title))  # one query with two titles
+    model, tokenizer = create_model(SemanticIndexBatchNeg, from_scratch=str(still_model_folder), dropout=0.0)
+    batch = PairBatcher(tokenizer, pairs)([np.arange(10)])
+    assert len(batch.chunks) > 1
+    loss = model(batch, 0.2, 30.0)
+    loss.backward()
+    gradients = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    model.clear_gradients()
+
+    def vectors(texts: list[str]) -> paddle.Tensor:
+        return paddle.concat([model.get_pooled_embedding(*map(paddle.to_tensor, tokenizer([text]))) for text in texts])
+
+    columns = [pair.title for pair in pairs] + [pair.hard_negative for pair in pairs if pair.hard_negative]
+    paired = {(pair.query, pair.title) for pair in pairs}
+    mask = paddle.to_tensor([[(pair.query, text) in paired for text in columns] for pair in pairs])
+    queries = vectors([pair.query for pair in pairs])
+    slow = in_batch_negatives_loss(queries, vectors(columns), margin=0.2, scale=30.0, mask=mask)
+    slow.backward()
+    assert float(loss) == pytest.approx(float(slow), abs=1e-5)
+    for name, parameter in model.named_parameters():
+        np.testing.assert_allclose(gradients[name], parameter.grad.numpy(), atol=1e-5, err_msg=name)

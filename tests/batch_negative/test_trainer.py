@@ -1,18 +1,25 @@
-"""The ways to the gradient of a batch: gradient cache, accumulation, recomputation, the CPU's own linear layer."""
+"""A training step: its gradient by every way to compute it, the optimizer, the learning rate, several ranks."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
+from paddle.amp import grad_scaler
 
+import train_batch_neg
 from batch_negative.batches import PairBatcher, PlannedStep
 from batch_negative.gradient_cache import cached_backward, direct_backward
 from batch_negative.model import SemanticIndexBatchNeg
-from batch_negative.trainer import NonFiniteLoss, Trainer, make_optimizer
+from batch_negative.resume import read_training_state
+from batch_negative.trainer import NonFiniteLoss, Trainer, check_amp, make_optimizer
 from common.device import STRIDE_FLAG, set_device, set_seed
+from common.errors import InputError
 from data import TextPair
-from helpers import all_pairs, assert_close
+from helpers import all_pairs, assert_close, train_options
 from modeling.checkpoint import create_model
 from modeling.cpu_training_layers import speed_up_training
 
@@ -93,7 +100,7 @@ def assert_same(
 
 
 @pytest.mark.parametrize("chunk_texts", [1, 3, 7, 16, 1000])
-def test_the_gradient_cache_changes_nothing(model_folder: Path, chunk_texts: int) -> None:
+def test_gradient_cache_changes_nothing(model_folder: Path, chunk_texts: int) -> None:
     """With dropout on, remainders, masks and hard negatives."""
     direct = gradients(model_folder, [ROWS], chunk_texts=chunk_texts, backward=direct_backward)
     cached = gradients(model_folder, [ROWS], chunk_texts=chunk_texts, backward=cached_backward)
@@ -134,7 +141,9 @@ def test_chunks_change_nothing_without_dropout(still_model_folder: Path) -> None
 
 
 @pytest.mark.parametrize("backward", [direct_backward, cached_backward])
-def test_accumulated_batches_weigh_by_their_pairs(still_model_folder: Path, backward: object) -> None:
+def test_accumulated_batches_count_by_their_pairs(
+    still_model_folder: Path, backward: Callable[..., paddle.Tensor]
+) -> None:
     options = {"dropout": 0.0, "backward": backward}
     loss, accumulated = gradients(still_model_folder, batches=[ROWS[:9], ROWS[9:]], **options)
     parts = [gradients(still_model_folder, batches=[rows], **options) for rows in (ROWS[:9], ROWS[9:])]
@@ -147,7 +156,7 @@ def test_accumulated_batches_weigh_by_their_pairs(still_model_folder: Path, back
 
 
 @pytest.mark.parametrize("backward", [direct_backward, cached_backward])
-def test_recomputation_changes_nothing(model_folder: Path, backward: object) -> None:
+def test_recomputation_changes_nothing(model_folder: Path, backward: Callable[..., paddle.Tensor]) -> None:
     plain = gradients(model_folder, [ROWS], chunk_texts=8, backward=backward)
     assert_same(gradients(model_folder, [ROWS], chunk_texts=8, backward=backward, recompute=True), plain)
 
@@ -157,7 +166,7 @@ def test_fast_layers_change_nothing(still_model_folder: Path) -> None:
     assert_same(gradients(still_model_folder, [ROWS], chunk_texts=8, dropout=0.0, fast_layers=True), plain)
 
 
-def test_fast_layers_drop_the_same_elements_again(model_folder: Path) -> None:
+def test_fast_layers_repeat_their_dropout(model_folder: Path) -> None:
     """In a second pass and in recomputation, as Paddle's do."""
     plain = gradients(model_folder, [ROWS], chunk_texts=8, fast_layers=True)
     assert plain[0] != gradients(model_folder, [ROWS], chunk_texts=8)[0]
@@ -166,7 +175,7 @@ def test_fast_layers_drop_the_same_elements_again(model_folder: Path) -> None:
     assert_same(gradients(model_folder, [ROWS], backward=cached_backward, **options), plain)
 
 
-def test_transpositions_that_copy_change_nothing(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copying_transpositions_change_nothing(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(STRIDE_FLAG, raising=False)
     paddle.set_flags({STRIDE_FLAG: True})
     plain = gradients(model_folder, [ROWS])
@@ -178,16 +187,94 @@ def test_transpositions_that_copy_change_nothing(model_folder: Path, monkeypatch
         np.testing.assert_array_equal(copying[1][name], value, err_msg=name)
 
 
-def test_the_users_own_setting_of_transpositions_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(STRIDE_FLAG, "1")
-    paddle.set_flags({STRIDE_FLAG: True})
-    set_device("cpu")
-    assert paddle.get_flags(STRIDE_FLAG)[STRIDE_FLAG]
-
-
-def test_a_loss_that_is_no_number_names_the_rows_of_all_batches(model_folder: Path) -> None:
+def test_nan_loss_names_the_rows_of_all_batches(model_folder: Path) -> None:
     trainer = make_trainer(model_folder)
     trainer._model.emb_reduce_linear.bias.set_value(paddle.full([16], np.nan))
     with pytest.raises(NonFiniteLoss) as error:
         trainer.step(PlannedStep(1, 1, [[ROWS[:4]], [ROWS[4:9]]]))
     assert error.value.rows == list(range(9))
+
+
+def test_biases_and_norms_do_not_decay(model_folder: Path) -> None:
+    model, _ = create_model(SemanticIndexBatchNeg, from_scratch=str(model_folder))
+    before = {name: parameter.numpy() for name, parameter in model.named_parameters()}
+    optimizer, _ = make_optimizer(
+        model, learning_rate=0.1, total_steps=10, warmup_proportion=0.0, weight_decay=0.5, max_grad_norm=1.0
+    )
+    for parameter in model.parameters():
+        parameter.grad = paddle.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        decays = name.endswith(".weight") and "norm" not in name
+        np.testing.assert_allclose(parameter.numpy(), before[name] * (0.95 if decays else 1.0), rtol=1e-5, err_msg=name)
+
+
+def test_learning_rate_rises_and_falls_linearly(model_folder: Path) -> None:
+    model, _ = create_model(SemanticIndexBatchNeg, from_scratch=str(model_folder))
+    optimizer, scheduler = make_optimizer(
+        model, learning_rate=1.0, total_steps=10, warmup_proportion=0.2, weight_decay=0.0, max_grad_norm=1.0
+    )
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.get_lr())
+        scheduler.step()
+    np.testing.assert_allclose(rates, [0, 0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+
+
+@pytest.mark.parametrize("warmup_proportion", [0.0, 0.1, 0.37, 0.999])
+@pytest.mark.parametrize("total_steps", [1, 7, 1000])
+def test_learning_rate_equals_paddlenlps(total_steps: int, warmup_proportion: float) -> None:
+    """In every bit: version 1 used PaddleNLP's class, and its trainings are resumed."""
+    from paddlenlp.transformers import LinearDecayWithWarmup  # after modeling.backbone, which imports it in order
+
+    original = LinearDecayWithWarmup(2e-3, total_steps, warmup_proportion)
+    options = {"learning_rate": 2e-3, "total_steps": total_steps, "warmup_proportion": warmup_proportion}
+    optimizer, scheduler = make_optimizer(paddle.nn.Linear(1, 1), weight_decay=0.0, max_grad_norm=1.0, **options)
+    for step in range(total_steps + 3):
+        assert optimizer.get_lr() == original.get_lr()
+        resumed_optimizer, resumed = make_optimizer(
+            paddle.nn.Linear(1, 1), weight_decay=0.0, max_grad_norm=1.0, **options
+        )
+        resumed.step(step)  # as Trainer.restore does
+        assert resumed_optimizer.get_lr() == original.get_lr()
+        scheduler.step()
+        original.step()
+
+
+@pytest.mark.parametrize("norm", [0.0, 1.0])
+def test_gradients_are_clipped_unless_the_norm_is_0(model_folder: Path, norm: float) -> None:
+    model, _ = create_model(SemanticIndexBatchNeg, from_scratch=str(model_folder))
+    before = model.emb_reduce_linear.bias.numpy()
+    optimizer, _ = make_optimizer(
+        model, learning_rate=0.1, total_steps=10, warmup_proportion=0.0, weight_decay=0.0, max_grad_norm=norm
+    )
+    model.emb_reduce_linear.bias.grad = paddle.full_like(model.emb_reduce_linear.bias, 100.0)
+    optimizer.step()
+    moment = next(value for name, value in optimizer.state_dict().items() if name.endswith("moment1_0"))
+    assert not np.array_equal(model.emb_reduce_linear.bias.numpy(), before)
+    assert bool((moment.numpy() > 1).all()) == (norm == 0.0)
+
+
+def test_loss_scaling_stays_on(
+    model_folder: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GradScaler is told that there is a GPU; it counts the steps whose gradients are finite."""
+    on_a_gpu = SimpleNamespace(is_gpu_place=lambda: True, is_xpu_place=lambda: False, is_custom_place=lambda: False)
+    monkeypatch.setattr(grad_scaler, "_dygraph_tracer", lambda: SimpleNamespace(_expected_place=on_a_gpu))
+    monkeypatch.setattr("batch_negative.trainer.check_amp", lambda *_: None)
+    options = train_options(
+        model_folder, recall_data, tmp_path, "--use_amp", "--amp_loss_scale", "1024", "--save_steps"
+    )
+    assert train_batch_neg.main([*options, "1", "--max_steps", "2"]) == 0
+    scaler = read_training_state(tmp_path / "model_2").progress["loss_scaler"]
+    assert (scaler["scale"], scaler["incr_count"]) == ([1024.0], 2)
+    shutil.rmtree(tmp_path / "model_2")
+    assert train_batch_neg.main([*options, "1", "--max_steps", "2", "--resume_from", "latest"]) == 0
+    assert read_training_state(tmp_path / "model_2").progress["loss_scaler"] == scaler
+
+
+def test_mixed_precision_needs_a_gpu() -> None:
+    set_device("cpu")
+    check_amp(False, "float16")
+    with pytest.raises(InputError, match=r"^--use_amp: .*--device gpu"):
+        check_amp(True, "float16")
