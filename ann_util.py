@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.cli import number_in_range
+from common.cli import number_in_range, positive_int, proportion
 from common.cpu import cpu_count
 from common.errors import InputError
 from common.files import atomic_write
@@ -36,29 +36,19 @@ class IndexOptions(NamedTuple):
     target_recall: float | None = None
 
 
-def add_index_args(parser: argparse.ArgumentParser) -> None:
+def add_index_args(parser: argparse._ActionsContainer) -> None:
     """Options of every script that searches a corpus."""
-    defaults = IndexOptions()
-    parser.add_argument("--ann", choices=ANN_CHOICES, default=defaults.ann, help="HNSW index, or exact search")
-    parser.add_argument(
-        "--hnsw_m", type=number_in_range(2), default=defaults.hnsw_m, help="links a vector in the HNSW graph"
+    defaults, add = IndexOptions(), parser.add_argument
+    add("--ann", choices=ANN_CHOICES, default=defaults.ann, help="HNSW index, or exact search")
+    add("--hnsw_m", type=number_in_range(2), default=defaults.hnsw_m, help="links of a vector in the HNSW graph")
+    candidates = "candidates kept while the HNSW graph is built and, with --target_recall 0, searched"
+    add("--hnsw_ef", type=positive_int, default=defaults.hnsw_ef, help=candidates)
+    add("--hnsw_max_elements", type=positive_int, help="vectors to reserve memory for (default: the corpus size)")
+    target = (
+        "search with the fewest candidates that find this share of exact search's hits, measured on some queries; "
+        f"0: with --hnsw_ef candidates (default: {DEFAULT_TARGET_RECALL} for a new index, else the saved one's)"
     )
-    parser.add_argument(
-        "--hnsw_ef",
-        type=number_in_range(1),
-        default=defaults.hnsw_ef,
-        help="candidates kept while the HNSW graph is built and, with --target_recall 0, searched",
-    )
-    parser.add_argument(
-        "--hnsw_max_elements", type=number_in_range(1), help="vectors to reserve memory for (default: the corpus size)"
-    )
-    parser.add_argument(
-        "--target_recall",
-        "--tune_ef",
-        type=number_in_range(0.0, float, 1.0),
-        help="search with the fewest candidates that find this share of exact search's hits, measured on some queries; "
-        f"0: with --hnsw_ef candidates (default: {DEFAULT_TARGET_RECALL} for a new index, else the saved one's)",
-    )
+    add("--target_recall", "--tune_ef", type=proportion, help=target)
 
 
 def check_index_args(options: IndexOptions, corpus_size: int) -> None:

@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Sequence
 
-from common.cli import ArgumentParser, number_in_range, run
+from common.cli import ArgumentParser, positive_int, run
 from common.logs import log
-from common.options import add_skip_bad_lines_arg
+from common.options import add_pair_file_arg, add_skip_bad_lines_arg
 from data import positives_by_query, read_hits, read_text_pairs
 from retrieval.metrics import evaluate, format_lines
 
@@ -13,14 +13,9 @@ from retrieval.metrics import evaluate, format_lines
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument(
-        "--similar_text_pair_file",
-        "--similar_text_pair",
-        required=True,
-        help="pairs whose queries were searched and whose titles are the right answers",
-    )
+    add_pair_file_arg(parser, required=True)
     parser.add_argument("--recall_result_file", required=True, help="the recall result that recall.py wrote")
-    parser.add_argument("--recall_num", type=number_in_range(1), default=10, help="documents of a query that count")
+    parser.add_argument("--recall_num", type=positive_int, default=10, help="documents of a query that count")
     add_skip_bad_lines_arg(parser)
     return parser
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from common.cli import ArgumentParser, number_in_range, run
 from common.files import atomic_folder
 from common.manifest import check_replaceable
-from common.options import CHECKPOINT_OPTIONS, add_checkpoint_args, pick
+from common.options import add_checkpoint_args, pick
 from common.paddle_setup import set_up_paddle
 from encoding.exported_files import GRAPH_NAME, MODEL_CARD_FILE
 from modeling.checkpoint_files import check_checkpoint
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.format == "onnx":
         onnx_packages()
     set_device("cpu")
-    loaded = load_checkpoint(args.params_path, **pick(args, CHECKPOINT_OPTIONS))
+    loaded = load_checkpoint(**pick(args, load_checkpoint))
     with atomic_folder(output) as folder:
         differences = export_model(loaded, folder, onnx=args.format == "onnx")
     for name, difference in differences.items():

@@ -6,15 +6,7 @@ from collections.abc import Sequence
 from common.cli import ArgumentParser, run, text_argument
 from common.files import prepare_file
 from common.logs import log
-from common.options import (
-    ENCODER_OPTIONS,
-    add_checkpoint_args,
-    add_device_arg,
-    add_encoding_args,
-    add_engine_args,
-    add_skip_bad_lines_arg,
-    pick,
-)
+from common.options import add_encoder_args, pick
 from common.paddle_setup import set_up_paddle
 from data import SAMPLE_TEXTS, read_texts, write_vectors
 from modeling.checkpoint_files import check_checkpoint
@@ -25,6 +17,7 @@ DEFAULT_PARAMS_PATH = "checkpoints/inbatch/model_40/model_state.pdparams"
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
+    add_encoder_args(parser, None, DEFAULT_PARAMS_PATH)
     texts = parser.add_mutually_exclusive_group()
     texts.add_argument(
         "--text",
@@ -34,11 +27,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     texts.add_argument("--text_file", help="a file with a text a line")
     parser.add_argument("--output", help="write the vectors, float32 [N, D] in the texts' order, to this .npy file")
-    add_checkpoint_args(parser, params_path=DEFAULT_PARAMS_PATH)
-    add_skip_bad_lines_arg(parser)
-    add_encoding_args(parser)
-    add_engine_args(parser)
-    add_device_arg(parser, default=None)
     return parser
 
 
@@ -57,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from encoding.encoder import compare_with_fp32, load_encoder
 
     set_device(args.device)
-    encoder = load_encoder(args.params_path, text_count=len(texts), **pick(args, ENCODER_OPTIONS))
+    encoder = load_encoder(**pick(args, load_encoder, text_count=len(texts)))
     vectors = encoder.encode(texts, "texts" if args.output else None)
     if encoder.embed_fp32:
         log(f"{encoder.precision}: {compare_with_fp32(encoder, texts, texts)}")

@@ -8,15 +8,7 @@ import numpy as np
 
 from common.cli import ArgumentParser, run
 from common.logs import is_main_process, log
-from common.options import (
-    ENCODER_OPTIONS,
-    add_checkpoint_args,
-    add_device_arg,
-    add_encoding_args,
-    add_engine_args,
-    add_skip_bad_lines_arg,
-    pick,
-)
+from common.options import add_encoder_args, pick
 from common.paddle_setup import set_up_paddle
 from data import TextPair, parse_pair, read_lines
 from modeling.checkpoint_files import check_checkpoint
@@ -40,15 +32,11 @@ def predict(encoder: "Encoder", pairs: Sequence[TextPair]) -> np.ndarray:
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
+    add_encoder_args(parser, "gpu")
     parser.add_argument("--text_pair_file", required=True, help="pairs to compare, query<TAB>title a line")
-    add_checkpoint_args(parser)
-    add_skip_bad_lines_arg(parser)
-    add_encoding_args(parser)
     parser.add_argument(
         "--pad_to_max_seq_len", action="store_true", help="pad every text to max_seq_length: slower, the same cosines"
     )
-    add_engine_args(parser)
-    add_device_arg(parser, default="gpu")
     return parser
 
 
@@ -66,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     set_device(args.device)
     init_ranks()
-    encoder = load_encoder(args.params_path, text_count=2 * len(pairs), **pick(args, ENCODER_OPTIONS))
+    encoder = load_encoder(**pick(args, load_encoder, text_count=2 * len(pairs)))
     encoder.tokenizer.pad_to_max_seq_len = args.pad_to_max_seq_len
     cosines = predict(encoder, pairs)
     if encoder.embed_fp32:

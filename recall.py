@@ -9,20 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from ann_util import IndexOptions, add_index_args, check_index_args
-from common.cli import ArgumentParser, number_in_range, run, text_argument
+from common.cli import ArgumentParser, positive_int, run, text_argument
 from common.errors import InputError
 from common.files import is_within, make_folder, prepare_file
 from common.logs import is_main_process, log
-from common.options import (
-    ENCODER_OPTIONS,
-    add_checkpoint_args,
-    add_device_arg,
-    add_encoding_args,
-    add_engine_args,
-    add_evaluation_file_args,
-    add_skip_bad_lines_arg,
-    pick,
-)
+from common.options import add_encoder_args, add_evaluation_file_args, pick
 from common.paddle_setup import set_up_paddle
 from data import (
     Corpus,
@@ -51,26 +42,18 @@ class Inputs(NamedTuple):
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
-    add_checkpoint_args(parser)
+    add_encoder_args(parser, "gpu")
     add_evaluation_file_args(parser)
-    add_skip_bad_lines_arg(parser)
-    parser.add_argument(
-        "--query",
-        action="append",
-        type=text_argument,
-        help="search for this text and print the hits; may be given several times",
-    )
-    parser.add_argument("--interactive", action="store_true", help="search for each line that is typed")
-    parser.add_argument("--recall_num", type=number_in_range(1), default=10, help="documents recalled for a query")
-    add_encoding_args(parser)
-    add_engine_args(parser)
-    parser.add_argument(
-        "--embedding_dir", help="keep the corpus's vectors in this folder, so that an interrupted run can be resumed"
-    )
+    add = parser.add_argument
+    query = "search for this text and print the hits; may be given several times"
+    add("--query", action="append", type=text_argument, help=query)
+    add("--interactive", action="store_true", help="search for each line that is typed")
+    add("--recall_num", type=positive_int, default=10, help="documents recalled for a query")
+    vectors = "keep the corpus's vectors in this folder, so that an interrupted run can be resumed"
+    add("--embedding_dir", help=vectors)
     add_index_args(parser)
-    parser.add_argument("--index_dir", help="keep the index in this folder; if it exists, it is searched as it is")
-    parser.add_argument("--add_corpus", metavar="FILE", help="add these documents, one a line, to the saved index")
-    add_device_arg(parser, default="gpu")
+    add("--index_dir", help="keep the index in this folder; if it exists, it is searched as it is")
+    add("--add_corpus", metavar="FILE", help="add these documents, one a line, to the saved index")
     return parser
 
 
@@ -163,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.index_dir:
         check_folders(args.index_dir, {"--embedding_dir": args.embedding_dir, "--recall_result_dir": result_dir})
     inputs = read_inputs(args.similar_text_pair_file, args.corpus_file, args.add_corpus, args.skip_bad_lines)
-    options = IndexOptions(**pick(args, IndexOptions._fields))
+    options = IndexOptions(**pick(args, IndexOptions))
     if is_saved:
         report_unused_options(args.index_dir, options, args.embedding_dir)
     else:
@@ -179,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     init_ranks()
     queries = list(inputs.positives)
     new_texts = (() if is_saved else inputs.corpus, inputs.added or (), queries)
-    encoder = load_encoder(args.params_path, text_count=sum(map(len, new_texts)), **pick(args, ENCODER_OPTIONS))
+    encoder = load_encoder(**pick(args, load_encoder, text_count=sum(map(len, new_texts))))
     is_changed = not is_saved or inputs.added is not None or args.target_recall is not None
     result_file = Path(args.recall_result_dir, args.recall_result_file)
     if is_main_process():  # before hours of encoding

@@ -11,23 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from ann_util import IndexOptions, add_index_args, check_index_args
 from batch_negative.batches import BatchSchedule, PairBatcher, check_batch_size
-from common.cli import ArgumentParser, number_in_range, run
+from common import options
+from common.cli import ArgumentParser, non_negative_float, number_in_range, positive_int, proportion, run
 from common.errors import InputError
 from common.files import clear_leftovers, make_folder, sha256
 from common.logs import is_main_process, log
-from common.options import (
-    MODEL_OPTIONS,
-    OPTIMIZER_OPTIONS,
-    add_device_arg,
-    add_encoding_args,
-    add_evaluation_file_args,
-    add_model_args,
-    add_skip_bad_lines_arg,
-    pick,
-)
 from common.paddle_setup import set_up_paddle
 from common.signals import StopSignals
-from data import positives_by_query, read_corpus, read_text_pairs
+from data import Corpus, positives_by_query, read_corpus, read_text_pairs
 from modeling.checkpoint_files import check_checkpoint
 from retrieval.metrics import metric_names, report_missing_positives
 
@@ -36,47 +27,15 @@ if TYPE_CHECKING:
     from batch_negative.evaluator import Evaluator
 
 STOP_SECONDS = 25.0  # ranks wait this long for rank 0 to save when all are stopped: the launcher kills after 30
+# fmt: off
 RESUME_CRITICAL_OPTIONS = (  # must be unchanged to resume bit for bit
-    "batch_size",
-    "gradient_accumulation_steps",
-    "epochs",
-    "max_steps",
-    "learning_rate",
-    "warmup_proportion",
-    "weight_decay",
-    "max_grad_norm",
-    "margin",
-    "scale",
-    "no_false_negative_mask",
-    "no_cross_device_negatives",
-    "grad_cache_chunk",
-    "use_gradient_cache",
-    "chunk_numbers",
-    "group_by_length",
-    "use_amp",
-    "amp_dtype",
-    "output_emb_size",
-    "pooling",
-    "dropout",
-    "max_seq_length",
-    "seed",
-    "skip_bad_lines",
+    "batch_size", "gradient_accumulation_steps", "epochs", "max_steps", "learning_rate", "warmup_proportion",
+    "weight_decay", "max_grad_norm", "margin", "scale", "no_false_negative_mask", "no_cross_device_negatives",
+    "grad_cache_chunk", "use_gradient_cache", "chunk_numbers", "group_by_length", "use_amp", "amp_dtype",
+    "output_emb_size", "pooling", "dropout", "max_seq_length", "seed", "skip_bad_lines",
 )
+# fmt: on
 STARTING_OPTIONS = ("model_name_or_path", "from_scratch", "init_from_ckpt")  # runs may differ in these only
-SCHEDULE_OPTIONS = ("batch_size", "seed", "epochs", "max_steps", "gradient_accumulation_steps")
-TRAINER_OPTIONS = ("seed", "margin", "scale", "amp_loss_scale")
-LOOP_OPTIONS = ("train_set_file", "save_steps", "eval_steps", "keep_checkpoints", "early_stop_patience")
-EVALUATION_OPTIONS = (
-    "similar_text_pair_file",
-    "corpus_file",
-    "skip_bad_lines",
-    "recall_num",
-    "best_metric",
-    "recall_result_dir",
-    "recall_result_file",
-    "evaluate_result",
-    *IndexOptions._fields,
-)
 NEEDED_OPTIONS = {  # the first has no effect without the second
     "eval_steps": "evaluate",
     "best_metric": "evaluate",
@@ -91,10 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--train_set_file", default="./recall/train.csv", help="pairs: query<TAB>title a line")
-    add_skip_bad_lines_arg(parser)
+    options.add_skip_bad_lines_arg(parser)
     parser.add_argument("--save_dir", default="./checkpoints", help="folder of the checkpoints and of VisualDL's logs")
-    add_device_arg(parser, default="cpu")
-    add_model_args(parser)
+    options.add_device_arg(parser, default="cpu")
+    options.add_model_args(parser)
     add_step_args(parser)
     add_loss_args(parser)
     add_resource_args(parser)
@@ -106,115 +65,70 @@ def build_parser() -> argparse.ArgumentParser:
 def add_step_args(parser: argparse.ArgumentParser) -> None:
     """Options of batches, schedule and optimizer."""
     group = parser.add_argument_group("steps")
-    add_encoding_args(group, batch="pairs, on each process", length="512, or the size of the position table")
-    group.add_argument("--epochs", type=number_in_range(1), default=10, help="times that each pair is seen")
-    group.add_argument("--max_steps", type=number_in_range(1), help="number of steps, in place of --epochs")
-    group.add_argument(
-        "--gradient_accumulation_steps",
-        type=number_in_range(1),
-        default=1,
-        help="batches in a step; unlike a larger --batch_size this adds no negatives",
-    )
-    group.add_argument("--learning_rate", type=number_in_range(0.0, float), default=5e-5, help="highest learning rate")
-    group.add_argument(
-        "--warmup_proportion", type=number_in_range(0.0, float, 1.0), default=0.0, help="share of the steps to warm up"
-    )
-    group.add_argument("--weight_decay", type=number_in_range(0.0, float), default=0.0, help="AdamW's weight decay")
-    group.add_argument(
-        "--max_grad_norm",
-        type=number_in_range(0.0, float),
-        default=5.0,
-        help="norm to clip gradients to; 0: no clipping",
-    )
-    group.add_argument(
-        "--group_by_length",
-        action="store_true",
-        help="make batches of pairs of similar length: less padding, slightly less random",
-    )
-    group.add_argument(
-        "--seed", type=number_in_range(0, below=2**32), default=1000, help="seed of the weights, dropout and shuffle"
-    )
+    options.add_encoding_args(group, batch="pairs, on each process", length="512, or the size of the position table")
+    add = group.add_argument
+    add("--epochs", type=positive_int, default=10, help="times that each pair is seen")
+    add("--max_steps", type=positive_int, help="number of steps, in place of --epochs")
+    accumulation = "batches in a step; unlike a larger --batch_size this adds no negatives"
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help=accumulation)
+    add("--learning_rate", type=non_negative_float, default=5e-5, help="highest learning rate")
+    add("--warmup_proportion", type=proportion, default=0.0, help="share of the steps to warm up")
+    add("--weight_decay", type=non_negative_float, default=0.0, help="AdamW's weight decay")
+    add("--max_grad_norm", type=non_negative_float, default=5.0, help="norm to clip gradients to; 0: no clipping")
+    grouping = "make batches of pairs of similar length: less padding, slightly less random"
+    add("--group_by_length", action="store_true", help=grouping)
+    seed = number_in_range(0, below=2**32)
+    add("--seed", type=seed, default=1000, help="seed of the weights, dropout and shuffle")
 
 
 def add_loss_args(parser: argparse.ArgumentParser) -> None:
     """Options of the loss."""
-    group = parser.add_argument_group("loss")
-    group.add_argument(
-        "--margin", type=number_in_range(0.0, float), default=0.2, help="subtracted from the positive's cosine"
-    )
-    group.add_argument("--scale", type=number_in_range(0.0, float), default=30.0, help="factor of the cosines")
-    group.add_argument(
-        "--no_false_negative_mask",
-        "--no_mask_duplicates",
-        action="store_true",
-        help="let a title count as a negative even if the training file pairs it with the query",
-    )
-    group.add_argument(
-        "--no_cross_device_negatives",
-        action="store_true",
-        help="score each query only against the titles of its own process",
-    )
+    add = parser.add_argument_group("loss").add_argument
+    add("--margin", type=non_negative_float, default=0.2, help="subtracted from the positive's cosine")
+    add("--scale", type=non_negative_float, default=30.0, help="factor of the cosines")
+    unmasked = "let a title count as a negative even if the training file pairs it with the query"
+    add("--no_false_negative_mask", "--no_mask_duplicates", action="store_true", help=unmasked)
+    local = "score each query only against the titles of its own process"
+    add("--no_cross_device_negatives", action="store_true", help=local)
 
 
 def add_resource_args(parser: argparse.ArgumentParser) -> None:
     """Options that trade time, memory and precision."""
-    group = parser.add_argument_group("memory and precision")
-    group.add_argument(
-        "--grad_cache_chunk",
-        type=number_in_range(1),
-        help="gradient cache: encode this many texts at a time, each twice; memory hardly grows with --batch_size",
-    )
-    group.add_argument(
-        "--use_gradient_cache", action="store_true", help="gradient cache with chunks as --chunk_numbers says"
-    )
-    group.add_argument(
-        "--chunk_numbers", type=number_in_range(1), default=50, help="chunks of a batch's queries, and of its titles"
-    )
-    group.add_argument("--use_amp", action="store_true", help="mixed precision, on a GPU")
-    group.add_argument(
-        "--amp_dtype", choices=["float16", "bfloat16"], default="float16", help="type of the matrix products"
-    )
-    group.add_argument(
-        "--amp_loss_scale", type=number_in_range(1.0, float), default=32768.0, help="initial loss scale for float16"
-    )
-    group.add_argument(
-        "--use_recompute", action="store_true", help="compute activations again in the backward pass to save memory"
-    )
+    add = parser.add_argument_group("memory and precision").add_argument
+    cache = "gradient cache: encode this many texts at a time, each twice; memory hardly grows with --batch_size"
+    add("--grad_cache_chunk", type=positive_int, help=cache)
+    add("--use_gradient_cache", action="store_true", help="gradient cache with chunks as --chunk_numbers says")
+    add("--chunk_numbers", type=positive_int, default=50, help="chunks of a batch's queries, and of its titles")
+    add("--use_amp", action="store_true", help="mixed precision, on a GPU")
+    add("--amp_dtype", choices=["float16", "bfloat16"], default="float16", help="type of the matrix products")
+    loss_scale = number_in_range(1.0, float)
+    add("--amp_loss_scale", type=loss_scale, default=32768.0, help="initial loss scale for float16")
+    add("--use_recompute", action="store_true", help="compute activations again in the backward pass to save memory")
 
 
 def add_saving_args(parser: argparse.ArgumentParser) -> None:
     """Options of logs, checkpoints and resuming."""
-    group = parser.add_argument_group("logging and checkpoints")
-    group.add_argument("--log_steps", type=number_in_range(1), default=10, help="steps between log lines")
-    group.add_argument("--save_steps", type=number_in_range(1), default=10000, help="steps between checkpoints")
-    group.add_argument(
-        "--keep_checkpoints", type=number_in_range(1), help="number of the newest checkpoints to keep (default: all)"
-    )
-    group.add_argument(
-        "--resume_from",
-        metavar="DIR|latest",
-        help="resume exactly from a checkpoint; latest: from this training's newest usable one in --save_dir, if any",
-    )
+    add = parser.add_argument_group("logging and checkpoints").add_argument
+    add("--log_steps", type=positive_int, default=10, help="steps between log lines")
+    add("--save_steps", type=positive_int, default=10000, help="steps between checkpoints")
+    add("--keep_checkpoints", type=positive_int, help="number of the newest checkpoints to keep (default: all)")
+    resume = "resume exactly from a checkpoint; latest: from this training's newest usable one in --save_dir, if any"
+    add("--resume_from", metavar="DIR|latest", help=resume)
 
 
 def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
     """Options of the evaluation during training."""
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--evaluate", action="store_true", help="evaluate after each epoch and keep model_best")
-    group.add_argument(
-        "--eval_steps", type=number_in_range(1), help="evaluate at this interval instead, and at the end"
-    )
-    group.add_argument(
-        "--best_metric",
-        help="metric that decides on model_best (default: recall@5, or recall@1 if --recall_num is less)",
-    )
-    group.add_argument(
-        "--early_stop_patience", type=number_in_range(1), help="stop after this many evaluations without improvement"
-    )
-    add_evaluation_file_args(group, train=True)
-    group.add_argument("--evaluate_result", default="evaluate_result.txt", help="all metrics, in recall_result_dir")
-    group.add_argument("--recall_num", type=number_in_range(1), default=50, help="documents recalled for a query")
+    options.add_evaluation_file_args(group, train=True)
     add_index_args(group)
+    add = group.add_argument
+    add("--evaluate", action="store_true", help="evaluate after each epoch and keep model_best")
+    add("--eval_steps", type=positive_int, help="evaluate at this interval instead, and at the end")
+    metric = "metric that decides on model_best (default: recall@5, or recall@1 if --recall_num is less)"
+    add("--best_metric", help=metric)
+    add("--early_stop_patience", type=positive_int, help="stop after this many evaluations without improvement")
+    add("--evaluate_result", default="evaluate_result.txt", help="all metrics, in recall_result_dir")
+    add("--recall_num", type=positive_int, default=50, help="documents recalled for a query")
 
 
 def check_options(given: Container[str]) -> None:
@@ -236,38 +150,21 @@ def choose_metric(best_metric: str | None, recall_num: int) -> str:
 
 
 def read_evaluation(
-    *,
-    similar_text_pair_file: str,
-    corpus_file: str,
-    skip_bad_lines: bool,
-    recall_num: int,
-    best_metric: str | None,
-    recall_result_dir: str,
-    recall_result_file: str,
-    evaluate_result: str,
-    **index_options: Any,
-) -> dict[str, Any]:
-    """Arguments of Evaluator. Raises InputError for files and options that can't be used."""
-    positives = positives_by_query(read_text_pairs(similar_text_pair_file, skip_bad_lines=skip_bad_lines))
+    pair_file: str, corpus_file: str, index_options: IndexOptions, skip_bad_lines: bool
+) -> tuple[Corpus, dict[str, set[str]]]:
+    """The corpus and the titles of each query. Raises InputError for files or index options that can't be used."""
+    positives = positives_by_query(read_text_pairs(pair_file, skip_bad_lines=skip_bad_lines))
     corpus = read_corpus(corpus_file, skip_bad_lines=skip_bad_lines)
-    check_index_args(IndexOptions(**index_options), len(corpus))
+    check_index_args(index_options, len(corpus))
     report_missing_positives(corpus, positives)
-    return {
-        "corpus": corpus,
-        "positives": positives,
-        "recall_num": recall_num,
-        "index_options": IndexOptions(**index_options),
-        "result_file": Path(recall_result_dir, recall_result_file),
-        "report_file": Path(recall_result_dir, evaluate_result),
-        "best_metric": choose_metric(best_metric, recall_num),
-    }
+    return corpus, positives
 
 
-def describe_run(options: Mapping[str, Any], world_size: int) -> dict[str, Any]:
-    """The run's configuration, by which a checkpoint's run is recognized; options: all of this script's."""
-    run_config = {name: options[name] for name in RESUME_CRITICAL_OPTIONS}
-    run_config |= {name: options[name] and os.path.normpath(options[name]) for name in STARTING_OPTIONS}
-    training_file = options["train_set_file"]
+def describe_run(args: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+    """The run's configuration, by which a checkpoint's run is recognized; args: all arguments of this script."""
+    run_config = {name: args[name] for name in RESUME_CRITICAL_OPTIONS}
+    run_config |= {name: args[name] and os.path.normpath(args[name]) for name in STARTING_OPTIONS}
+    training_file = args["train_set_file"]
     return {**run_config, "number of processes": world_size, "SHA-256 of the training file": sha256(training_file)}
 
 
@@ -344,7 +241,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.init_from_ckpt:
         check_checkpoint(args.init_from_ckpt)
     pairs = read_text_pairs(args.train_set_file, skip_bad_lines=args.skip_bad_lines)
-    evaluation = read_evaluation(**pick(args, EVALUATION_OPTIONS)) if args.evaluate else None
+    best_metric = choose_metric(args.best_metric, args.recall_num) if args.evaluate else None
+    index_options = IndexOptions(**options.pick(args, IndexOptions))
+    evaluation_files = (args.similar_text_pair_file, args.corpus_file, index_options, args.skip_bad_lines)
+    evaluation = read_evaluation(*evaluation_files) if args.evaluate else None
 
     set_up_paddle()
     from batch_negative.evaluator import Evaluator
@@ -355,36 +255,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     from batch_negative.training_log import TrainingLog
     from common.device import set_device
     from common.distributed import barrier, init_ranks, wait_for_rank_0
+    from modeling.checkpoint import create_model
 
     set_device(args.device)
     check_amp(args.use_amp, args.amp_dtype)
     rank, world_size = init_ranks()
     check_batch_size(args.batch_size, world_size, pairs, args.train_set_file, cross_device=cross_device)
-    evaluator = Evaluator(**evaluation, batch_size=args.batch_size, embedding_parent=save_dir) if evaluation else None
+    evaluator = None
+    if evaluation:
+        more = {"index_options": index_options, "embedding_parent": save_dir, "best_metric": best_metric}
+        evaluator = Evaluator(*evaluation, **options.pick(args, Evaluator, **more))
     run_config = describe_run(vars(args), world_size)
     if is_main_process():
         prepare_folders(save_dir, evaluator)
     barrier()
-    start = start_or_resume(args.resume_from, save_dir, run_config, evaluator, args.seed, pick(args, MODEL_OPTIONS))
+    start_options = options.pick(args, start_or_resume, save_dir=save_dir, run_config=run_config)
+    start = start_or_resume(evaluator=evaluator, model_options=options.pick(args, create_model), **start_options)
     model, first = start.loaded.model, start.step
     prepare_model(model, args.device, args.use_recompute)
     chunk_texts = cache_chunk(args.grad_cache_chunk, args.use_gradient_cache, args.chunk_numbers, args.batch_size)
     batch_options = {"mask_false_negatives": not args.no_false_negative_mask, "chunk_texts": chunk_texts}
     batcher = PairBatcher(start.loaded.tokenizer, pairs, **batch_options)
     lengths = batcher.lengths if args.group_by_length else None
-    schedule = BatchSchedule(len(pairs), world_size=world_size, lengths=lengths, **pick(args, SCHEDULE_OPTIONS))
+    schedule = BatchSchedule(len(pairs), lengths=lengths, **options.pick(args, BatchSchedule, world_size=world_size))
     steps = schedule.total_steps
-    optimizer, scheduler = make_optimizer(model, total_steps=steps, **pick(args, OPTIMIZER_OPTIONS))
-    amp_dtype = args.amp_dtype if args.use_amp else None
+    optimizer, scheduler = make_optimizer(**options.pick(args, make_optimizer, model=model, total_steps=steps))
     backward = cached_backward if chunk_texts else direct_backward
-    step_options = {"backward": backward, "amp_dtype": amp_dtype, **pick(args, TRAINER_OPTIONS)}
-    trainer = Trainer(model, batcher, optimizer, scheduler, rank=rank, cross_device=cross_device, **step_options)
+    amp_dtype = args.amp_dtype if args.use_amp else None
+    step_options = options.pick(args, Trainer, rank=rank, cross_device=cross_device, amp_dtype=amp_dtype)
+    trainer = Trainer(model, batcher, optimizer, scheduler, backward=backward, **step_options)
     if start.state:
         trainer.restore(start.state)
     report_plan(steps, first, len(pairs), args.batch_size, world_size, cross_device)
     warn_of_small_disk(save_dir, model, steps - first, args.save_steps, args.keep_checkpoints)
     training_log = TrainingLog(save_dir / "visualdl", args.log_steps, steps, first) if is_main_process() else None
-    save_options = {"save_dir": save_dir, "run_config": run_config, **pick(args, LOOP_OPTIONS)}
+    save_options = options.pick(args, TrainingLoop, save_dir=save_dir, run_config=run_config)
     loop = TrainingLoop(start.loaded, trainer, schedule, evaluator, training_log, **save_options)
     with StopSignals() as signals:
         last = loop.run(first, signals, first_is_saved=start.is_in(save_dir))

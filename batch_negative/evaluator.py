@@ -18,7 +18,8 @@ from retrieval.pipeline import encode_queries, hits_of, open_or_build_index, sea
 class Evaluator:
     """Recalls and evaluates as recall.py and evaluate.py do, and keeps the score of the best model so far.
 
-    embedding_parent: folder for the corpus's vectors during an evaluation.
+    embedding_parent: folder for the corpus's vectors during an evaluation; recall_result_file, evaluate_result: file
+    names of the hits and of all metrics.
     """
 
     def __init__(
@@ -30,14 +31,16 @@ class Evaluator:
         recall_num: int,
         index_options: IndexOptions,
         embedding_parent: Path,
-        result_file: Path,
-        report_file: Path,
+        recall_result_dir: str | Path,
+        recall_result_file: str,
+        evaluate_result: str,
         best_metric: str,
     ) -> None:
         self._corpus, self._positives = corpus, positives
         self._batch_size, self._recall_num = batch_size, recall_num
         self._index_options, self._embedding_parent = index_options, embedding_parent
-        self._result_file, self._report_file = result_file, report_file
+        self._result_file = Path(recall_result_dir, recall_result_file)
+        self._report_file = Path(recall_result_dir, evaluate_result)
         self.best_metric = best_metric
         pairs = json.dumps({query: sorted(titles) for query, titles in positives.items()})
         self.conditions = {  # scores are comparable only if these are the same

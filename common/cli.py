@@ -53,6 +53,11 @@ def number_in_range(
     return parse
 
 
+positive_int = number_in_range(1)
+non_negative_float = number_in_range(0.0, float)
+proportion = number_in_range(0.0, float, below=1.0)
+
+
 def true_or_false(text: str) -> bool:
     """An argparse type: True or False, the form of switches in the original's and in Paddle Serving's scripts."""
     if text.lower() not in ("true", "false"):

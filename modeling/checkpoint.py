@@ -80,7 +80,7 @@ def create_model(
 
 
 def load_checkpoint(
-    path: str | Path,
+    params_path: str | Path,
     cls: type[Model] = SemanticIndexBase,
     *,
     model_name_or_path: str = DEFAULT_MODEL,
@@ -89,11 +89,11 @@ def load_checkpoint(
 ) -> LoadedCheckpoint:
     """A trained model, in evaluation mode.
 
-    path: the checkpoint's folder, or the weights file in it. A checkpoint of the original scripts has no configs: its
-    backbone is `model_name_or_path`, and its embedding size is read from the weights. output_emb_size is compared with
-    the checkpoint's; max_seq_length replaces the checkpoint's. Raises InputError.
+    params_path: the checkpoint's folder, or the weights file in it. A checkpoint of the original scripts has no
+    configs: its backbone is `model_name_or_path`, and its embedding size is read from the weights. output_emb_size is
+    compared with the checkpoint's; max_seq_length replaces the checkpoint's. Raises InputError.
     """
-    file = check_checkpoint(path)
+    file = check_checkpoint(params_path)
     source = file.parent if (file.parent / BACKBONE_CONFIG_FILE).is_file() else model_name_or_path
     backbone = find_backbone(source)
     weights = read_weights(file)

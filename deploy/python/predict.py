@@ -13,7 +13,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, number_in_range, run, text_argument, true_or_false
+from common.cli import ArgumentParser, run, text_argument, true_or_false
 from common.errors import InputError
 from common.files import prepare_file, write_json
 from common.logs import progress_bar
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--device", choices=["cpu", "gpu"], help="where to compute (default: gpu if there is one, else cpu)"
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="what to compute in")
-    parser.add_argument("--cpu_threads", type=number_in_range(1), help="threads on the CPU (default: all cores)")
+    parser.add_argument("--cpu_threads", type=positive_int, help="threads on the CPU (default: all cores)")
     for switch, default, help_text in (
         ("--enable_mkldnn", True, "compute with oneDNN on the CPU"),
         ("--use_tensorrt", False, "compute with TensorRT on the GPU"),
