@@ -9,14 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.files import write_json
+from common.paddle_setup import set_up_paddle
 from data import write_vocabulary
 from examples.vocabulary import build_vocabulary
 from modeling.weight_files import read_weights
+
+if TYPE_CHECKING:
+    from modeling.checkpoint import LoadedModel
 
 ROOT = Path(__file__).resolve().parents[1]
 V1 = ROOT / "tests" / "data" / "v1.0.0"  # what version 1.0.0 wrote
@@ -54,6 +58,17 @@ CONFIG = {
 }
 
 
+def _has_gpu() -> bool:
+    """Whether `--device gpu` can be used here."""
+    set_up_paddle()  # before Paddle is imported
+    from common.device import choose_device
+
+    return choose_device(None) == "gpu"
+
+
+has_gpu = _has_gpu()
+
+
 def all_pairs() -> list[tuple[str, str]]:
     """168 pairs of distinct queries and titles, shuffled."""
     pairs = [
@@ -77,6 +92,16 @@ def make_model_folder(folder: Path, **config: object) -> Path:
     write_vocabulary(folder / "vocab.txt", vocabulary)
     write_json(folder / "config.json", {**CONFIG, "vocab_size": len(vocabulary), **config})
     return folder
+
+
+def new_model(folder: Path, **options: Any) -> "LoadedModel":
+    """A SemanticIndexBase of a model folder, with the same random weights in each call; options: of `create_model`."""
+    from base_model import SemanticIndexBase  # only after conftest has set Paddle up
+    from common.device import set_seed
+    from modeling.checkpoint import create_model
+
+    set_seed(1)
+    return create_model(SemanticIndexBase, from_scratch=str(folder), **{"output_emb_size": 16, **options})
 
 
 def cpp_environment(**variables: str) -> dict[str, str]:
