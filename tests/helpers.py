@@ -121,6 +121,14 @@ def train_options(model_folder: Path, recall_data: Path, save_dir: Path, *option
     ]
 
 
+def evaluation_options(recall_data: Path, result_dir: Path, *options: str) -> list[str]:
+    """Options of `train_batch_neg.py` that evaluate on dev.csv; later ones win."""
+    return [
+        *("--evaluate", "--similar_text_pair_file", str(recall_data / "dev.csv"), "--ann", "exact"),
+        *("--corpus_file", str(recall_data / "corpus.csv"), "--recall_result_dir", str(result_dir), *options),
+    ]
+
+
 def run_script(*arguments: str | Path, ranks: int = 1, log_dir: Path | None = None, cwd: Path = ROOT) -> Completed:
     """Runs `python ARGUMENTS`, or the same on several ranks under paddle.distributed.launch, which logs to log_dir."""
     launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", ranks, "--log_dir", log_dir] if ranks > 1 else []

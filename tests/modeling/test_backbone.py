@@ -1,0 +1,178 @@
+"""Encoders of PaddleNLP: which ones can be used, and where their config, weights and tokenizer come from."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from paddle.base import core
+
+from base_model import SemanticIndexBase
+from common.device import set_seed
+from common.errors import InputError
+from common.files import read_json
+from helpers import make_model_folder, new_model
+from modeling.backbone import build_backbone, find_backbone, load_tokenizer, pretrained_weights
+from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
+
+TEXTS = ["水稻的产量", "桥", "论糖尿病影响因素研究糖尿病,影响因素" * 10]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which encoders can be used
+
+
+def test_bert_is_an_encoder_too(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model", architectures=["BertModel"], model_type="bert")
+    model, tokenizer = new_model(folder)
+    save_checkpoint(tmp_path / "model_1", model, tokenizer)
+    loaded = load_checkpoint(tmp_path / "model_1").model
+    np.testing.assert_array_equal(loaded.embed(*tokenizer(TEXTS)), model.embed(*tokenizer(TEXTS)))
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_robertas_longest_text_has_fewer_tokens_than_its_position_table_rows(tmp_path: Path, pooling: str) -> None:
+    """Its positions start after the padding's."""
+    folder = make_model_folder(tmp_path / "model", model_type="roberta")
+    model, tokenizer = new_model(folder, pooling=pooling)
+    assert tokenizer.max_seq_length == 39
+    alone, padded = model.embed(*tokenizer(TEXTS[:1])), model.embed(*tokenizer([TEXTS[0], TEXTS[2]]))
+    np.testing.assert_allclose(padded[:1], alone, atol=1e-6)
+    with pytest.raises(InputError, match=r"--max_seq_length 40: .* 39 rows"):
+        new_model(folder, max_seq_length=40)
+
+
+@pytest.mark.parametrize("architecture", ["Electra", "DistilBert", "deberta", "no-such"])
+def test_other_encoders_are_refused_by_name(tmp_path: Path, architecture: str) -> None:
+    folder = make_model_folder(
+        tmp_path / "model", architectures=[f"{architecture}Model"], model_type=architecture.lower()
+    )
+    with pytest.raises(InputError, match=architecture):
+        build_backbone(find_backbone(folder))
+
+
+@pytest.mark.parametrize("architecture", ["Albert", "FNet"])
+def test_an_encoder_that_does_not_mask_padding_is_refused_by_name(tmp_path: Path, architecture: str) -> None:
+    folder = make_model_folder(tmp_path / "model", model_type=architecture.lower(), embedding_size=32)
+    with pytest.raises(InputError, match=f"{architecture}Model doesn't mask padding"):
+        build_backbone(find_backbone(folder))
+
+
+def test_the_effect_of_padding_is_computed_in_float32(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a large model on a GPU the rounding error of TF32 would be larger than the effect."""
+    switched: list[bool] = []
+    monkeypatch.setattr(core, "get_cublas_switch", lambda: True)
+    monkeypatch.setattr(core, "set_cublas_switch", switched.append)
+    build_backbone(find_backbone(model_folder))
+    assert switched == [False, True]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configs
+
+
+@pytest.mark.parametrize("value", [None, "x", -1, 1.5, []])
+@pytest.mark.parametrize("key", ["max_position_embeddings", "vocab_size", "pad_token_id"])
+def test_a_wrong_number_in_the_config_is_named(tmp_path: Path, key: str, value: object) -> None:
+    with pytest.raises(InputError, match=rf"{tmp_path}/model: .*{key}.*{re.escape(repr(value))}"):
+        find_backbone(make_model_folder(tmp_path / "model", **{key: value}))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "ernie", "hidden_size": "x"}', '{"architectures": 3}'])
+def test_a_broken_config_is_one_line(tmp_path: Path, content: str) -> None:
+    folder = make_model_folder(tmp_path / "model")
+    (folder / "config.json").write_text(content)
+    with pytest.raises(InputError) as error:
+        build_backbone(find_backbone(folder))
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"^{tmp_path}: has no config\.json"):
+        find_backbone(tmp_path)
+
+
+def test_a_relative_folder_with_the_name_of_a_model_is_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PaddleNLP would take its own config for that name."""
+    make_model_folder(tmp_path / "ernie-1.0")
+    monkeypatch.chdir(tmp_path)
+    assert find_backbone("ernie-1.0").config.max_position_embeddings == 40
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights and tokenizers
+
+
+@pytest.mark.parametrize("prefix", ["", "ernie."])
+def test_pretrained_weights_of_a_folder(
+    model_folder: Path, tmp_path: Path, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As PaddleNLP saves a plain model, or one with a head whose weights aren't used here."""
+    folder = shutil.copytree(model_folder, tmp_path / "pretrained")
+    backbone = new_model(model_folder).model.ptm
+    weights = {prefix + name: value for name, value in backbone.state_dict().items()}
+    if prefix:
+        weights["cls.predictions.decoder_bias"] = paddle.zeros([3])
+    paddle.save(weights, str(folder / "model_state.pdparams"))
+    set_seed(2)
+    model, _ = create_model(SemanticIndexBase, model_name_or_path=str(folder), output_emb_size=16)
+    for name, value in backbone.state_dict().items():
+        np.testing.assert_array_equal(model.ptm.state_dict()[name].numpy(), value.numpy())
+    assert ("1 unexpected: ptm.cls.predictions.decoder_bias" in capsys.readouterr().err) == bool(prefix)
+
+
+def test_a_folder_without_weights_is_refused(model_folder: Path) -> None:
+    with pytest.raises(InputError, match=rf"^{model_folder}: has no model_state\.pdparams; use --from_scratch"):
+        pretrained_weights(find_backbone(model_folder))
+
+
+def test_a_model_by_name_is_downloaded_and_read_safely(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The download is replaced by a local file, which is read as any other weights file."""
+    from paddlenlp.transformers.ernie.modeling import ErnieModel  # only after modeling.backbone, which sets an order
+
+    backbone = new_model(model_folder).model.ptm
+    file = tmp_path / "ernie_v1_chn_base.pdparams"
+    paddle.save({f"ernie.{name}": value for name, value in backbone.state_dict().items()}, str(file))
+    config = read_json(model_folder / "config.json")
+    monkeypatch.setitem(ErnieModel.config_class.pretrained_init_configuration, "ernie-1.0", config)
+    monkeypatch.setattr("modeling.backbone.resolve_file_path", lambda name, files: str(file))
+
+    class Tokenizer:
+        def save_pretrained(self, folder: str) -> None:
+            shutil.copy(model_folder / "vocab.txt", folder)
+
+    monkeypatch.setattr("modeling.backbone.AutoTokenizer.from_pretrained", lambda name: Tokenizer())
+    model, _ = create_model(SemanticIndexBase)
+    for name, value in backbone.state_dict().items():
+        np.testing.assert_array_equal(model.ptm.state_dict()[name].numpy(), value.numpy())
+    file.write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
+    with pytest.raises(InputError, match=r"os\.system|posix\.system"):
+        create_model(SemanticIndexBase)
+
+
+def test_an_unknown_name_or_a_missing_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = r"^{}: is no folder here, and can't be downloaded; .* give a local folder$"
+    with pytest.raises(InputError, match=message.format("no-such-model")):
+        find_backbone("no-such-model")
+    with pytest.raises(InputError, match=message.format("no-such-model")):
+        load_tokenizer("no-such-model", 64)
+    for found in (lambda *_: None, lambda *_: 1 / 0):
+        monkeypatch.setattr("modeling.backbone.resolve_file_path", found)
+        with pytest.raises(InputError, match=message.format("ernie-1.0")):
+            pretrained_weights(find_backbone("ernie-1.0"))  # PaddleNLP holds its config
+
+
+def test_a_tokenizer_without_a_word_piece_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tokenizer:
+        def save_pretrained(self, folder: str) -> None:
+            Path(folder, "sentencepiece.bpe.model").touch()
+
+    monkeypatch.setattr("modeling.backbone.AutoTokenizer.from_pretrained", lambda name: Tokenizer())
+    with pytest.raises(InputError, match=r"^ernie-m-base: its tokenizer has no vocab\.txt; need a WordPiece tokenizer"):
+        load_tokenizer("ernie-m-base", 64)
