@@ -171,6 +171,7 @@ class ExactIndex(VectorIndex):
         return (block for batch in self._batches for block in _blocks(batch, CORPUS_BLOCK))
 
     def save(self, folder: Path) -> None:
+        """Writes the vectors as a .npy file."""
         with atomic_write(folder / VECTORS_FILE, "wb") as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(self), self.dim)}
             np.lib.format.write_array_header_1_0(file, header)
@@ -179,6 +180,7 @@ class ExactIndex(VectorIndex):
 
     @classmethod
     def load(cls, folder: Path, settings: Mapping[str, Any]) -> "ExactIndex":
+        """Maps the vectors into memory."""
         index = cls(settings["dimension"])
         index.add(np.load(folder / VECTORS_FILE, mmap_mode="r", allow_pickle=False))
         return index
@@ -240,6 +242,7 @@ class HnswIndex(VectorIndex):
         self.ef = smallest_ef(is_enough, min(k, len(self)))
 
     def save(self, folder: Path) -> None:
+        """Writes hnswlib's file."""
         file = folder / HNSW_FILE
         try:
             self._index.save_index(str(file))
@@ -251,10 +254,12 @@ class HnswIndex(VectorIndex):
 
     @property
     def settings(self) -> dict[str, Any]:
+        """With `ef`, which hnswlib's file lacks."""
         return {**super().settings, "ef": self.ef, "target_recall": self.target_recall}
 
     @classmethod
     def load(cls, folder: Path, settings: Mapping[str, Any]) -> "HnswIndex":
+        """Reads hnswlib's file."""
         size = settings["documents"]
         index = cls(settings["dimension"], max_elements=1)
         index._index = _import_hnswlib().Index(space="ip", dim=index.dim)  # a new one: it warns if it replaces a graph
@@ -316,14 +321,14 @@ class HnswIndex(VectorIndex):
             yield self._index.get_items(rows, return_type="numpy")
 
 
-def build_index(options: IndexOptions, vectors: np.ndarray) -> VectorIndex:
+def build_index(options: IndexOptions, vectors: Any) -> VectorIndex:
     """The index that the options describe, over unit vectors [N, D], an array or `Embeddings`. Raises InputError."""
     if vectors.ndim != 2:
         raise InputError(f"the corpus vectors have the shape {vectors.shape}, where [rows, columns] is needed")
     rows, dim = vectors.shape
     check_index_args(options, rows)
     if options.ann == "exact":
-        index = ExactIndex(dim)
+        index: VectorIndex = ExactIndex(dim)
     else:
         ef = options.hnsw_ef
         index = HnswIndex(dim, options.hnsw_max_elements or max(1, rows), options.hnsw_m, ef_construction=ef, ef=ef)

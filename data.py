@@ -265,7 +265,7 @@ def read_hits(path: str | Path) -> dict[str, list[str]]:
 
 
 def ranking_by_query(hits: Iterable[Hit]) -> dict[str, list[str]]:
-    """query -> recalled documents, best first."""
+    """Query -> recalled documents, best first."""
     documents: dict[str, list[str]] = {}
     for hit in hits:
         documents.setdefault(hit.query, []).append(hit.document)
@@ -273,7 +273,7 @@ def ranking_by_query(hits: Iterable[Hit]) -> dict[str, list[str]]:
 
 
 def positives_by_query(pairs: Iterable[TextPair]) -> dict[str, set[str]]:
-    """query -> all its titles in the pairs, in the order of the queries' first lines."""
+    """Query -> all its titles in the pairs, in the order of the queries' first lines."""
     titles: dict[str, set[str]] = {}
     for pair in pairs:
         titles.setdefault(pair.query, set()).add(pair.title)

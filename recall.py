@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_saved:
         report_unused_options(args.index_dir, options, args.embedding_dir)
     else:
-        check_index_args(options, len(inputs.corpus))
+        check_index_args(options, len(inputs.corpus or ()))
 
     set_up_paddle()
     from common.device import set_device
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_device(args.device)
     init_ranks()
     queries = list(inputs.positives)
-    new_texts = (() if is_saved else inputs.corpus, inputs.added or (), queries)
+    new_texts = (() if is_saved else inputs.corpus or (), inputs.added or (), queries)
     encoder = load_encoder(**pick(args, load_encoder, text_count=sum(map(len, new_texts))))
     is_changed = not is_saved or inputs.added is not None or args.target_recall is not None
     result_file = Path(args.recall_result_dir, args.recall_result_file)

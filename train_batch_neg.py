@@ -274,8 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, first = start.loaded.model, start.step
     prepare_model(model, args.device, args.use_recompute)
     chunk_texts = cache_chunk(args.grad_cache_chunk, args.use_gradient_cache, args.chunk_numbers, args.batch_size)
-    batch_options = {"mask_false_negatives": not args.no_false_negative_mask, "chunk_texts": chunk_texts}
-    batcher = PairBatcher(start.loaded.tokenizer, pairs, **batch_options)
+    masked = not args.no_false_negative_mask
+    batcher = PairBatcher(start.loaded.tokenizer, pairs, mask_false_negatives=masked, chunk_texts=chunk_texts)
     lengths = batcher.lengths if args.group_by_length else None
     schedule = BatchSchedule(len(pairs), lengths=lengths, **options.pick(args, BatchSchedule, world_size=world_size))
     steps = schedule.total_steps

@@ -61,7 +61,7 @@ class FalseNegativeMask:
         self._positives = np.unique(self._queries * self._texts + self._titles)
 
     def __call__(self, query_rows: np.ndarray, title_rows: np.ndarray, hard_negative_rows: np.ndarray) -> np.ndarray:
-        """bool [len(query_rows), len(title_rows) + len(hard_negative_rows)]; arguments are rows of the training file.
+        """The mask, bool [len(query_rows), len(title_rows) + len(hard_negative_rows)], for rows of the training file.
 
         A query's own title is masked too; the loss ignores the mask on the diagonal.
         """
@@ -71,7 +71,7 @@ class FalseNegativeMask:
         return self._positives[np.minimum(found, len(self._positives) - 1)] == combinations
 
 
-class TokenizedTexts(Sequence[np.ndarray]):
+class TokenizedTexts:
     """The token ids of many texts in one array of the smallest possible type."""
 
     def __init__(self, tokenizer: TextTokenizer, texts: Sequence[str]) -> None:
@@ -90,7 +90,7 @@ class TokenizedTexts(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, row: Any) -> np.ndarray:
+    def __getitem__(self, row: int) -> np.ndarray:
         return self._tokens[self._ends[row] - self.lengths[row] : self._ends[row]]
 
 

@@ -114,9 +114,9 @@ def find_resumed(resume_from: str, save_dir: Path, run_config: Mapping[str, Any]
         if not folder.is_dir():
             raise InputError(f"--resume_from {resume_from}: no such folder; give a checkpoint's folder or latest")
         return folder
-    folder = latest_checkpoint(save_dir, run_config)
-    log(f"going on from {folder}" if folder else f"{save_dir}: no checkpoint to go on from yet; starting at step 0")
-    return folder
+    latest = latest_checkpoint(save_dir, run_config)
+    log(f"going on from {latest}" if latest else f"{save_dir}: no checkpoint to go on from yet; starting at step 0")
+    return latest
 
 
 def latest_checkpoint(save_dir: Path, run_config: Mapping[str, Any] | None = None) -> Path | None:

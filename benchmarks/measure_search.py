@@ -44,9 +44,11 @@ class Ours(Engine):
         self.index: HnswIndex = build_index(OPTIONS, vectors)
 
     def set_ef(self, ef: int) -> None:
+        """Sets the candidates of a search."""
         self.index.ef = ef
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Cosines of the hits, float32 [Q, k]."""
         return self.index.search(queries, k)[1]
 
     def default_share(self, queries: np.ndarray, exact: np.ndarray) -> float:
@@ -68,9 +70,11 @@ class Hnswlib(Engine):
         self.index.add_items(vectors)
 
     def set_ef(self, ef: int) -> None:
+        """Sets the candidates of a search."""
         self.index.set_ef(ef)
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Cosines of the hits, float32 [Q, k]."""
         return 1 - self.index.knn_query(queries, k)[1]
 
 
@@ -86,9 +90,11 @@ class Faiss(Engine):
         self.index.add(vectors)
 
     def set_ef(self, ef: int) -> None:
+        """Sets the candidates of a search."""
         self.index.hnsw.efSearch = ef
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Cosines of the hits, float32 [Q, k]."""
         return self.index.search(queries, k)[0]
 
 

@@ -94,7 +94,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
     """
     path = _replaceable(path, Path.is_file)
     temporary = _temporary_name(path)
-    text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    text_options: Any = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode, **text_options) as file:

@@ -39,7 +39,8 @@ def set_up_paddle() -> None:
         warnings.filterwarnings("ignore", message=message)
     gc.disable()  # garbage collection takes a sixth of the import's time
     with _default_signals(), contextlib.redirect_stderr(io.StringIO()):  # it warns about any OMP_NUM_THREADS but 1
-        importlib.import_module("paddle")
+        paddle = importlib.import_module("paddle")
+        paddle.disable_signal_handler()  # it prints a native stack for SIGTERM; paddlenlp/__init__.py does this too
     gc.enable()
     defer_paddlenlp()
 
@@ -99,10 +100,10 @@ def defer_paddlenlp() -> None:
     def load_all(name: str) -> Any:
         if name.startswith("__"):  # the import system looks for optional attributes such as __file__
             raise AttributeError(name)
-        del package.__getattr__
+        del vars(package)["__getattr__"]
         loader.exec_module(package)
         return getattr(package, name)
 
-    package.__version__ = importlib.metadata.version("paddlenlp")  # its modules import this
-    package.__getattr__ = load_all
+    # Its modules import its version.
+    vars(package).update(__version__=importlib.metadata.version("paddlenlp"), __getattr__=load_all)
     sys.modules["paddlenlp"] = package

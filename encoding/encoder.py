@@ -147,7 +147,7 @@ class Fidelity(NamedTuple):
 def compare_with_fp32(encoder: Encoder, documents: Sequence[str], queries: Sequence[str]) -> Fidelity:
     """Encodes the first texts in both precisions. Raises InputError for a vector that isn't a unit vector."""
     documents, queries = documents[:SAMPLE_DOCUMENTS], queries[:SAMPLE_QUERIES]
-    twin = encoder._replace(embed=encoder.embed_fp32)
+    twin = encoder._replace(embed=encoder.embed_fp32 or encoder.embed)
     vectors, exact_vectors = [np.concatenate([one.encode(documents), one.encode(queries)]) for one in (encoder, twin)]
     found = []
     for rows in (vectors, exact_vectors):

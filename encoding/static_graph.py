@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -242,13 +243,13 @@ def load_exported(
     folder = check_exported(model_dir, max_seq_length)
     length = max_seq_length or read_json(folder / MODEL_CONFIG_FILE)["max_seq_length"]
     tokenizer = TextTokenizer.load(folder, length)
-    options = {"device": device, "precision": precision, "threads": threads, "onednn": onednn}
+    load = partial(StaticEncoder, device=device, precision=precision, threads=threads, onednn=onednn)
     if not tensorrt_batch_size:
-        return Exported(StaticEncoder(folder, **options), tokenizer)
+        return Exported(load(folder), tokenizer)
     check_tensorrt(device)
     check_precision(precision, device)
     tokenizer.pad_to_max_seq_len = True
     with tempfile.TemporaryDirectory() as converted:
         batch_size = tensorrt_batch_size
         convert_to_tensorrt(folder, Path(converted), precision=precision, batch_size=batch_size, length=length)
-        return Exported(StaticEncoder(converted, **options), tokenizer)
+        return Exported(load(converted), tokenizer)

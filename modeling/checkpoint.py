@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -119,7 +119,7 @@ def save_checkpoint(
     folder: str | Path,
     model: SemanticIndexBase,
     tokenizer: TextTokenizer,
-    add_files: Callable[[Path], None] | None = None,
+    add_files: Callable[[Path], object] | None = None,
 ) -> None:
     """Writes a folder from which `load_checkpoint` needs nothing else, and replaces one of that name as a whole.
 
@@ -161,7 +161,7 @@ def model_fingerprint(model: SemanticIndexBase, tokenizer: TextTokenizer) -> str
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(parameter.numpy()))
+        digest.update(np.ascontiguousarray(parameter.numpy()).data)
     return digest.hexdigest()
 
 
@@ -180,7 +180,12 @@ def _read_model_config(file: Path, weights: Mapping[str, np.ndarray]) -> ModelCo
         return ModelConfig(output_emb_size=0 if reduction is None else int(reduction.shape[-1]))
     content = read_json(config_file)
     try:
-        config = ModelConfig(**{field.name: field.type(content[field.name]) for field in fields(ModelConfig)})
+        config = ModelConfig(
+            output_emb_size=int(content["output_emb_size"]),
+            pooling=str(content["pooling"]),
+            dropout=float(content["dropout"]),
+            max_seq_length=int(content["max_seq_length"]),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{config_file}: isn't a model config (see {error})") from None
     if config.pooling not in ("cls", "mean") or config.output_emb_size < 0 or not 0 <= config.dropout < 1:

@@ -32,12 +32,12 @@ class _Linear(PyLayer):
     """`x W + b` and its gradients."""
 
     @staticmethod
-    def forward(ctx, x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor) -> paddle.Tensor:
+    def forward(ctx: Any, x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor) -> paddle.Tensor:
         ctx.save_for_backward(x, weight)
         return paddle.addmm(bias, x.reshape([-1, x.shape[-1]]), weight).reshape([*x.shape[:-1], -1])
 
     @staticmethod
-    def backward(ctx, gradient: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+    def backward(ctx: Any, gradient: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
         x, weight = ctx.saved_tensor()
         rows = gradient.reshape([-1, gradient.shape[-1]])
         x_rows = x.reshape([-1, x.shape[-1]])
@@ -60,13 +60,15 @@ class _LayerNorm(PyLayer):
     """Normalizes over the last axis: `c / s * weight + bias`, c = x - mean(x), s = sqrt(mean(c^2) + epsilon)."""
 
     @staticmethod
-    def forward(ctx, x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor, epsilon: float) -> paddle.Tensor:
+    def forward(
+        ctx: Any, x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor, epsilon: float
+    ) -> paddle.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.epsilon = epsilon
         return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
 
     @staticmethod
-    def backward(ctx, gradient: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+    def backward(ctx: Any, gradient: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
         x, weight = ctx.saved_tensor()
         size = x.shape[-1]
         x_rows, g_rows = x.reshape([-1, size]), gradient.reshape([-1, size])
@@ -103,7 +105,7 @@ class _Dropout(PyLayer):
     """
 
     @staticmethod
-    def forward(ctx, x: paddle.Tensor, share: float) -> paddle.Tensor:
+    def forward(ctx: Any, x: paddle.Tensor, share: float) -> paddle.Tensor:
         dropped = min(round(share * 2**16), 2**16 - 1)
         generator = np.random.SFC64(paddle.randint(0, 2**31 - 1, [2]).numpy())
         bits = generator.random_raw(-(-x.size // 4)).view(np.uint16)[: x.size]
@@ -112,11 +114,11 @@ class _Dropout(PyLayer):
         return _Dropout._apply(ctx, x)
 
     @staticmethod
-    def backward(ctx, gradient: paddle.Tensor) -> paddle.Tensor:
+    def backward(ctx: Any, gradient: paddle.Tensor) -> paddle.Tensor:
         return _Dropout._apply(ctx, gradient)
 
     @staticmethod
-    def _apply(ctx, x: paddle.Tensor) -> paddle.Tensor:
+    def _apply(ctx: Any, x: paddle.Tensor) -> paddle.Tensor:
         result = _array(x) * ctx.kept
         result *= ctx.scale
         return _tensor(result)

@@ -22,6 +22,9 @@ def _latin1_encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+RECONSTRUCT = vars(np.core.multiarray)["_reconstruct"]  # makes an array before its content is read
+
+
 class _WeightsUnpickler(pickle._Unpickler):
     """Admits only the names that arrays in a dict need.
 
@@ -30,8 +33,8 @@ class _WeightsUnpickler(pickle._Unpickler):
     """
 
     ADMITTED: ClassVar = {
-        ("numpy.core.multiarray", "_reconstruct"): np.core.multiarray._reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): np.core.multiarray._reconstruct,  # written by NumPy 2
+        ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
+        ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,  # written by NumPy 2
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
         ("collections", "OrderedDict"): collections.OrderedDict,
@@ -67,10 +70,15 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: isn't a weights file (it holds a {type(content).__name__}, not named arrays)")
     if not all(isinstance(name, str) for name in content):
         raise InputError(f"{path}: isn't a weights file (a name in it is no text)")
-    weights = {name: _array(value) for name, value in content.items() if name != STRUCTURE_KEY}
-    wrong = [name for name, value in weights.items() if value is None]
-    if wrong or not weights:
-        raise InputError(f"{path}: isn't a weights file ({f'{wrong[0]!r} is no array' if wrong else 'it is empty'})")
+    weights = {}
+    for name, value in content.items():
+        if name != STRUCTURE_KEY:
+            array = _array(value)
+            if array is None:
+                raise InputError(f"{path}: isn't a weights file ({name!r} is no array)")
+            weights[name] = array
+    if not weights:
+        raise InputError(f"{path}: isn't a weights file (it is empty)")
     return weights
 
 

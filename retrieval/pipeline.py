@@ -6,7 +6,7 @@ With several ranks all of them encode; rank 0 indexes and searches.
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from encoding.encoder import Encoder
 from retrieval.embedding_store import SHARD_ROWS, Embeddings, EmbeddingsMetadata, temporary_folder
 from retrieval.saved_index import SavedIndex, check_index_fits, has_index, load_index, locked_index, save_index
 
+Rows = TypeVar("Rows", Sequence[str], np.ndarray)
 SAMPLE = 200  # queries on which the index is compared with exact search: half a point is one hit in 200
 
 
@@ -166,7 +167,7 @@ def add_documents(encoder: Encoder, saved: SavedIndex, added: Corpus) -> list[st
     return documents
 
 
-def sample_of(rows: Sequence[str] | np.ndarray, *, other: bool = False) -> Sequence[str] | np.ndarray:
+def sample_of(rows: Rows, *, other: bool = False) -> Rows:
     """Up to twice SAMPLE of the rows, spread evenly; `other` gives a different sample if there are enough rows."""
     step = max(1, len(rows) // SAMPLE)
     return rows[step // 2 if other else 0 :: step]

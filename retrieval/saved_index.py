@@ -2,9 +2,9 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 from ann_util import ExactIndex, HnswIndex, VectorIndex
 from common.errors import InputError
@@ -14,11 +14,12 @@ from data import Corpus
 
 INDEX_FILE = "index.json"
 DOCUMENTS_FILE = "documents.txt"
-INDEX_CLASSES = {"hnswlib": HnswIndex, "exact": ExactIndex}
+INDEX_CLASSES: dict[str, type[VectorIndex]] = {"hnswlib": HnswIndex, "exact": ExactIndex}
 REMEDY = "remove the folder and build the index again"
 
 
-class SavedIndex(NamedTuple):
+@dataclass(frozen=True)
+class SavedIndex:
     """An index and its documents, in the order of their ids."""
 
     index: VectorIndex
@@ -50,7 +51,7 @@ def save_index(folder: str | Path, saved: SavedIndex, added: Iterable[str] = ())
         }
         write_json(temporary / INDEX_FILE, content)
         write_manifest(temporary)
-    return saved._replace(documents=Corpus(Path(folder) / DOCUMENTS_FILE))
+    return replace(saved, documents=Corpus(Path(folder) / DOCUMENTS_FILE))
 
 
 def _index_folder(folder: str | Path) -> Path:

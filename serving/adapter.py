@@ -42,7 +42,7 @@ from serving.limits import (
 )
 
 # Python 3.10 dropped this name; paddle_serving_client.httpclient imports it.
-collections.Iterable = collections.abc.Iterable
+vars(collections)["Iterable"] = collections.abc.Iterable
 # Its logger makes a folder PipelineServingLogs in the current one, takes over the root logger, and writes dozens of
 # lines a request, the texts among them where one fails.
 sys.modules["paddle_serving_server.pipeline.logger"] = types.ModuleType("paddle_serving_server.pipeline.logger")
@@ -111,6 +111,7 @@ class TextsOp(RequestOp):
     """
 
     def unpack_request_package(self, request: CheckedRequest) -> tuple[dict[str, Any], int, None, str]:
+        """The texts, the log id, and no error."""
         return {"texts": request.texts}, request.logid, None, ""
 
 
@@ -118,6 +119,7 @@ class VectorsOp(ResponseOp):
     """Packs vectors as JSON, in the form that the original's Python literal had."""
 
     def pack_response_package(self, channeldata: ChannelData) -> Response:
+        """The answer with vectors, or with an error."""
         if channeldata.error_code != CustomExceptionCode.OK.value:
             # The only error that an operator of ours raises; Serving adds paths and names to its message.
             return error_response(INTERNAL_ERROR, "the encoder failed: try again")

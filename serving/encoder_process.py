@@ -68,13 +68,13 @@ class EncoderProcess:
                 f"{self._options.model_dir}: no process to load it can be started ({error.strerror}); {remedy}"
             ) from None
         try:
-            error = self._receive()
+            message = self._receive()
         except EncoderStopped:
-            error = f"{self._options.model_dir}: the process that loads it ended; is there memory enough?"
-        self.broken = error is not None
-        if error:
+            message = f"{self._options.model_dir}: the process that loads it ended; is there memory enough?"
+        self.broken = message is not None
+        if message:
             self.close()
-            raise InputError(error)
+            raise InputError(message)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors, float32 [N, D]; a process that has died is started anew, once. Raises EncoderStopped."""

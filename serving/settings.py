@@ -1,4 +1,7 @@
-"""The settings of the service: from an option, else the environment, else config_nlp.yml."""
+"""The settings of the service: from an option, else the environment, else config_nlp.yml.
+
+The names that settings had in version 1 still work; if both names are given in one place, the new one counts.
+"""
 
 import argparse
 import errno
@@ -23,8 +26,8 @@ class Setting(NamedTuple):
     key: str  # in config_nlp.yml, with dots
     parse: Callable[[str], Any]
     help: str
-    old_name: str | None = None  # of the option and of the environment variable in version 1
-    old_key: str | None = None  # in config_nlp.yml in version 1
+    old_names: tuple[str, ...] = ()  # other names of the option and of the environment variable, from version 1
+    old_keys: tuple[str, ...] = ()  # other keys in config_nlp.yml
 
 
 OPERATOR = "op.ernie"
@@ -68,15 +71,15 @@ SETTINGS = {
         f"{OPERATOR}.auto_batching_timeout",
         number_in_range(0, below=60_001),
         "milliseconds that a batch waits for expected requests",
-        old_name="batch_wait_ms",
+        old_names=("batch_wait_ms",),
     ),
     "max_requests": Setting("worker_num", number_in_range(1), "requests at a time, over gRPC and over HTTP each"),
     "max_queued_texts": Setting(
         "limits.queued_texts",
         number_in_range(1),
         "texts of all requests that aren't answered yet",
-        old_name="max_waiting_texts",
-        old_key="limits.waiting_texts",
+        old_names=("max_waiting_texts",),
+        old_keys=("limits.waiting_texts",),
     ),
     "max_texts": Setting("limits.texts", number_in_range(1), "texts of a request"),
     "max_characters": Setting("limits.characters", number_in_range(1), "characters of a text"),
@@ -85,11 +88,12 @@ SETTINGS = {
 
 
 def add_settings_args(parser: argparse.ArgumentParser) -> None:
-    """An option for each setting."""
+    """An option for each setting; `--help` shows no old names."""
     for name, setting in SETTINGS.items():
-        options = [f"--{name}"] if setting.old_name is None else [f"--{name}", f"--{setting.old_name}"]
-        environment = f"{setting.help} (else ${_variable(name)}, else {setting.key} in the config)"
-        parser.add_argument(*options, type=setting.parse, help=environment)
+        help_text = f"{setting.help} (else ${_variable(name)}, else {setting.key} in the config)"
+        parser.add_argument(f"--{name}", type=setting.parse, help=help_text)
+        for old_name in setting.old_names:
+            parser.add_argument(f"--{old_name}", type=setting.parse, help=argparse.SUPPRESS)
 
 
 def _variable(name: str) -> str:
@@ -101,9 +105,8 @@ def read_settings(options: Mapping[str, Any], environ: Mapping[str, str], config
     config = _read_yaml(config_file)
     settings = {}
     for name, setting in SETTINGS.items():
-        settings[name] = options.get(name)
-        if settings[name] is None:
-            settings[name] = _read_setting(name, setting, environ, config, config_file)
+        given = [options[option] for option in (name, *setting.old_names) if options.get(option) is not None]
+        settings[name] = given[0] if given else _read_setting(name, setting, environ, config, config_file)
     if settings["max_texts"] > settings["max_queued_texts"]:
         raise InputError("--max_queued_texts: is less than --max_texts; raise it")
     return settings
@@ -111,15 +114,13 @@ def read_settings(options: Mapping[str, Any], environ: Mapping[str, str], config
 
 def _read_setting(name: str, setting: Setting, environ: Mapping[str, str], config: Any, config_file: Path) -> Any:
     """A setting's value in the environment, else in the config."""
-    variables = [_variable(name), _variable(setting.old_name or name)]
-    keys = [setting.key, setting.old_key or setting.key]
-    variable = next((variable for variable in variables if environ.get(variable)), None)
-    if variable:
-        source, given = variable, environ[variable]
+    variables = [_variable(option) for option in (name, *setting.old_names) if environ.get(_variable(option))]
+    keys = [key for key in (setting.key, *setting.old_keys) if _look_up(config, key) is not None]
+    if variables:
+        source, given = variables[0], environ[variables[0]]
     else:
-        values = {key: value for key in keys if (value := _look_up(config, key)) is not None}
-        key, given = next(iter(values.items()), (setting.key, None))
-        source = f"{config_file}: {key}"
+        key = keys[0] if keys else setting.key
+        source, given = f"{config_file}: {key}", _look_up(config, key)
     if given is None or isinstance(given, (dict, list, bool)):
         raise InputError(f"{source}: give {setting.help}")
     try:
@@ -128,7 +129,7 @@ def _read_setting(name: str, setting: Setting, environ: Mapping[str, str], confi
         raise InputError(f"{source}: {error}") from None
     except ValueError:
         raise InputError(f"{source}: {given} isn't a number; give {setting.help}") from None
-    return str(config_file.parent / value) if name == "model_dir" and not variable else value
+    return str(config_file.parent / value) if name == "model_dir" and not variables else value
 
 
 def check_ports(settings: Mapping[str, Any]) -> None:

@@ -13,11 +13,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, run, text_argument, true_or_false
+from common.cli import ArgumentParser, positive_int, run, text_argument, true_or_false
 from common.errors import InputError
 from common.files import prepare_file, write_json
 from common.logs import progress_bar
-from common.options import PRECISIONS, add_encoding_args, add_skip_bad_lines_arg
+from common.options import add_device_arg, add_encoding_args, add_precision_arg, add_skip_bad_lines_arg
 from common.paddle_setup import set_up_paddle
 from data import SAMPLE_TEXTS, TextPair, encode_texts, parse_pair, read_lines, read_texts, write_vectors
 from encoding.exported_files import find_exported
@@ -74,10 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", help="write the vectors, float32 [N, D] in the texts' order, to this .npy file")
     add_skip_bad_lines_arg(parser)
     add_encoding_args(parser, batch_size=15, length="the exported model's")
-    parser.add_argument(
-        "--device", choices=["cpu", "gpu"], help="where to compute (default: gpu if there is one, else cpu)"
-    )
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="what to compute in")
+    add_device_arg(parser, default=None)
+    add_precision_arg(parser)
     parser.add_argument("--cpu_threads", type=positive_int, help="threads on the CPU (default: all cores)")
     for switch, default, help_text in (
         ("--enable_mkldnn", True, "compute with oneDNN on the CPU"),
@@ -91,17 +89,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_inputs(
+    texts: list[str], text_file: str | None, pair_file: str | None, skip_bad_lines: bool
+) -> tuple[list[str], list[TextPair | None]]:
+    """The texts and the pairs, None for a bad line; the document's samples if there are neither. Raises InputError."""
+    if text_file:
+        texts = texts + read_texts(text_file, skip_bad_lines=skip_bad_lines)
+    pairs = [line.row for line in read_lines(pair_file, parse_pair, skip_bad_lines)] if pair_file else []
+    return (texts, pairs) if texts or pairs else (SAMPLE_TEXTS[:1], [*SAMPLE_PAIRS])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints shape and vectors, then the list of similarities, as the document shows them; or the benchmark."""
+    """Prints shape and vectors, then the list of similarities, in the document's form; or the benchmark's figures."""
     args = build_parser().parse_args(argv)
-    texts: list[str] = args.text or []
-    pairs: list[TextPair | None] = []  # None: a bad line
-    if args.text_file:
-        texts += read_texts(args.text_file, skip_bad_lines=args.skip_bad_lines)
-    if args.text_pair_file:
-        pairs = [line.row for line in read_lines(args.text_pair_file, parse_pair, args.skip_bad_lines)]
-    if not texts and not pairs:
-        texts, pairs = SAMPLE_TEXTS[:1], [*SAMPLE_PAIRS]
+    texts, pairs = read_inputs(args.text or [], args.text_file, args.text_pair_file, args.skip_bad_lines)
     if args.output and (args.benchmark or not texts):
         why = "with --benchmark" if args.benchmark else "without --text or --text_file"
         raise InputError(f"--output {args.output}: {why} there are no vectors to write; leave it out")
