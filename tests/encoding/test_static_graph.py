@@ -1,4 +1,4 @@
-"""The exported graph gives the model's vectors."""
+"""The static graph: its export, and running it with Paddle Inference."""
 
 import os
 from pathlib import Path
@@ -7,31 +7,21 @@ from unittest.mock import MagicMock, call
 import numpy as np
 import paddle
 import pytest
-import runtime
-import static_graph
 from paddle import nn
 
 from common.cpu import has_bf16
-from common.device import check_precision, choose_device
 from common.errors import InputError
+from encoding import static_graph
 from encoding.exported_files import GRAPH_NAME, WEIGHTS_SUFFIX, graph_file
-from encoding.static_graph import StaticEncoder, export_static
+from encoding.static_graph import StaticEncoder, export_static, load_exported
 from modeling.checkpoint import load_checkpoint
 
 TEXTS = ["水", "水稻的产量", "论水稻产量研究水稻,产量" * 10, "Deep Learning 2.0!"]
 
 
-@pytest.fixture(scope="module")
-def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the graph of a trained model."""
-    folder = tmp_path_factory.mktemp("exported")
-    export_static(load_checkpoint(checkpoint).model, folder)
-    return folder
-
-
-def test_graph_gives_the_models_vectors(exported: Path, checkpoint: Path) -> None:
-    """For one text and for several, short and cut ones."""
-    model, tokenizer = load_checkpoint(checkpoint)
+def test_the_graph_gives_the_models_vectors(exported: Path, checkpoint: Path) -> None:
+    """For one text and for several, short ones and one that is cut."""
+    model, tokenizer, _, _ = load_checkpoint(checkpoint)
     encoder = StaticEncoder(exported)
     for texts in (TEXTS, TEXTS[:1], TEXTS[2:3]):
         tokens = tokenizer(texts)
@@ -39,22 +29,22 @@ def test_graph_gives_the_models_vectors(exported: Path, checkpoint: Path) -> Non
 
 
 def test_batches_of_all_shapes(exported: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of the same digits, which Paddle's cache for oneDNN confuses, and when that has been cleared."""
+    """Also of shapes with the same digits, which oneDNN's cache confuses, and after the cache was cleared."""
     monkeypatch.setattr(static_graph, "SHAPES_KEPT", 6)
-    given_back: list[bool] = []
-    monkeypatch.setattr(static_graph, "give_back_freed_memory", lambda: given_back.append(True))
-    model, tokenizer = load_checkpoint(checkpoint)
+    cleared: list[bool] = []
+    monkeypatch.setattr(static_graph, "release_freed_memory", lambda: cleared.append(True))
+    model, tokenizer, _, _ = load_checkpoint(checkpoint)
     encoder = StaticEncoder(exported)
     random = np.random.default_rng(0)
     for shape in [(1, 12), (11, 2), (1, 12), *((rows, length) for rows in (1, 2, 11, 12) for length in (1, 2, 3, 12))]:
         input_ids = random.integers(5, tokenizer.vocabulary_size, shape)
         tokens = input_ids, np.zeros_like(input_ids)
         np.testing.assert_allclose(encoder.embed(*tokens), model.embed(*tokens), atol=1e-5)
-    assert len(given_back) >= 3  # (1, 12) and (11, 2), back again, and 16 shapes of which 6 are kept
+    assert len(cleared) >= 3  # by (11, 2) after (1, 12), by (1, 12) again, and by 16 shapes of which 6 are kept
 
 
-def test_bf16_rounds_where_the_cpu_has_it(exported: Path, checkpoint: Path) -> None:
-    """Its vectors are near those of fp32, but not the same; a CPU without its instructions refuses by name."""
+def test_bf16_rounds_if_the_cpu_has_it(exported: Path, checkpoint: Path) -> None:
+    """Its vectors are near those of fp32, but not the same; on a CPU without its instructions it is refused."""
     if not has_bf16():
         with pytest.raises(InputError, match="--precision bf16: this CPU lacks avx512_bf16"):
             StaticEncoder(exported, precision="bf16")
@@ -67,7 +57,7 @@ def test_bf16_rounds_where_the_cpu_has_it(exported: Path, checkpoint: Path) -> N
 
 
 def test_export_leaves_the_model_as_it_is(checkpoint: Path, tmp_path: Path) -> None:
-    """A model in training goes on training, with dropout; the graph has none."""
+    """A model in training mode keeps it and its dropout; the graph has none."""
     model = load_checkpoint(checkpoint).model
 
     def rates() -> list[float]:
@@ -85,7 +75,7 @@ def test_export_leaves_the_model_as_it_is(checkpoint: Path, tmp_path: Path) -> N
     assert "dropout" not in graph_file(tmp_path).read_text(encoding="utf-8")
 
 
-def test_weights_that_lack_their_end_are_an_error(
+def test_weights_that_are_cut_short_are_an_error(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Paddle writes as much as the disk takes, and loads weights whose last parameter is cut short."""
@@ -103,18 +93,8 @@ def test_weights_that_lack_their_end_are_an_error(
     StaticEncoder(tmp_path)
 
 
-@pytest.mark.parametrize("missing", ["json", "pdiparams"])
-def test_missing_files_are_named(exported: Path, tmp_path: Path, missing: str) -> None:
-    """Half an export is refused before Paddle sees it."""
-    for file in exported.iterdir():
-        if not file.name.endswith(missing):
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(InputError, match=f"{missing}.*export_model.py"):
-        graph_file(tmp_path)
-
-
-def test_a_gpu_s_own_attention_is_left_out(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gives wrong vectors; the configuration is all that a machine without a GPU can see of it."""
+def test_paddles_attention_kernel_for_gpus_is_not_used(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives wrong vectors. A machine without a GPU can only check the configuration."""
     config = MagicMock()
     monkeypatch.setattr(static_graph.inference, "Config", lambda *_: config)
     monkeypatch.setattr(static_graph.inference, "create_predictor", lambda _: MagicMock())
@@ -124,27 +104,12 @@ def test_a_gpu_s_own_attention_is_left_out(exported: Path, monkeypatch: pytest.M
     assert call.delete_pass("multihead_matmul_fuse_pass") in config.mock_calls
 
 
-@pytest.mark.parametrize("device", ["cpu", "gpu", None])
-def test_a_driver_that_fails_is_no_gpu(monkeypatch: pytest.MonkeyPatch, device: str | None) -> None:
-    """Paddle raises OSError for CUDA's errors; a CPU doesn't ask for it at all."""
-    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
-    monkeypatch.setattr(paddle.device.cuda, "device_count", MagicMock(side_effect=OSError("no driver")))
-    if device == "gpu":
-        with pytest.raises(InputError, match="--device gpu: no GPU is visible"):
-            choose_device(device)
-    else:
-        assert choose_device(device) == "cpu"
-    assert paddle.device.cuda.device_count.called == (device != "cpu")
-
-
-def test_precisions_that_the_machine_lacks_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it has isn't."""
-    for precision in ("int8", "fp16"):
-        with pytest.raises(InputError, match=f"--precision {precision}"):
-            check_precision(precision, "cpu")
-    monkeypatch.setattr(runtime, "read_cpuinfo", lambda: "flags : avx2 avx512f avx512_vnni")
-    with pytest.raises(InputError, match="--precision bf16: this CPU lacks avx512_bf16; use fp32"):
-        check_precision("bf16", "cpu")
-    monkeypatch.setattr(runtime, "read_cpuinfo", lambda: "flags : avx2 avx512f avx512_bf16")
-    check_precision("bf16", "cpu")
-    check_precision("fp32", "cpu")
+def test_an_exported_folder_is_loaded_with_its_tokenizer(exported: Path, checkpoint: Path) -> None:
+    """Which cuts texts to the exported length, or to another one."""
+    model, tokenizer, _, _ = load_checkpoint(checkpoint)
+    loaded = load_exported(exported, threads=1)
+    assert loaded.tokenizer.max_seq_length == 24
+    np.testing.assert_allclose(
+        loaded.encoder.embed(*loaded.tokenizer(TEXTS)), model.embed(*tokenizer(TEXTS)), atol=1e-5
+    )
+    assert load_exported(exported, max_seq_length=40).tokenizer.max_seq_length == 40
