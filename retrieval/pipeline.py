@@ -76,8 +76,8 @@ def open_or_build_index(
 ) -> Iterator[SavedIndex | None]:
     """On rank 0 the index to search: the one saved in `index_dir`, or else a new one of the corpus; None on others.
 
-    A new index is saved if there is an `index_dir`; a saved one is changed if there are documents to add or a target
-    recall. query_vectors, k: the searches that it is tuned for, unit vectors [Q, D]. parent, embedding_dir: for the
+    A new index is saved if there is an `index_dir`, which documents to add need; a saved one is changed if there are
+    documents to add or a target recall. query_vectors, k: the searches that it is tuned for, unit vectors [Q, D]. parent, embedding_dir: for the
     vectors, see `new_index`. Raises InputError.
     """
     if index_dir and has_index(index_dir):
@@ -92,10 +92,11 @@ def open_or_build_index(
         raise InputError("there is neither a saved index nor a corpus to search")
     with new_index(encoder, corpus, options, parent, embedding_dir) as saved:
         if saved:
+            new = add_documents(encoder, saved, added) if added else []
             tune(saved.index, encoder, corpus, query_vectors, k)
             if index_dir and has_index(index_dir):
                 raise InputError(f"{index_dir}: another run has written it meanwhile; start again to search that")
-            saved = save_index(index_dir, saved) if index_dir else saved
+            saved = save_index(index_dir, saved, new) if index_dir else saved
         yield saved
 
 
