@@ -76,9 +76,9 @@ def open_or_build_index(
 ) -> Iterator[SavedIndex | None]:
     """On rank 0 the index to search: the one saved in `index_dir`, or else a new one of the corpus; None on others.
 
-    A new index is saved if there is an `index_dir`, which documents to add need; a saved one is changed if there are
-    documents to add or a target recall. query_vectors, k: the searches that it is tuned for, unit vectors [Q, D]. parent, embedding_dir: for the
-    vectors, see `new_index`. Raises InputError.
+    A new index is saved if there is an `index_dir`, which documents to add need. A saved one is changed if there are
+    documents to add or a target recall. query_vectors, k: the searches that it is tuned for, unit vectors [Q, D].
+    parent, embedding_dir: for the vectors, see `new_index`. Raises InputError.
     """
     if index_dir and has_index(index_dir):
         if not is_main_process():
