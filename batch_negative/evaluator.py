@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from retrieval.metrics import Evaluation, evaluate, format_lines, metrics
 from retrieval.pipeline import encode_queries, hits_of, open_or_build_index, search
 
 
+@dataclass
 class Evaluator:
     """Recalls and evaluates as recall.py and evaluate.py do, and keeps the score of the best model so far.
 
@@ -22,38 +24,33 @@ class Evaluator:
     names of the hits and of all metrics.
     """
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        positives: dict[str, set[str]],
-        *,
-        batch_size: int,
-        recall_num: int,
-        index_options: IndexOptions,
-        embedding_parent: Path,
-        recall_result_dir: str | Path,
-        recall_result_file: str,
-        evaluate_result: str,
-        best_metric: str,
-    ) -> None:
-        self._corpus, self._positives = corpus, positives
-        self._batch_size, self._recall_num = batch_size, recall_num
-        self._index_options, self._embedding_parent = index_options, embedding_parent
-        self._result_file = Path(recall_result_dir, recall_result_file)
-        self._report_file = Path(recall_result_dir, evaluate_result)
-        self.best_metric = best_metric
-        pairs = json.dumps({query: sorted(titles) for query, titles in positives.items()})
+    corpus: Corpus
+    positives: dict[str, set[str]]
+    _: KW_ONLY
+    batch_size: int
+    recall_num: int
+    index_options: IndexOptions
+    embedding_parent: Path
+    recall_result_dir: str | Path
+    recall_result_file: str
+    evaluate_result: str
+    best_metric: str
+    last_step: int = field(default=0, init=False)
+    score: float = field(default=0.0, init=False)  # of the last evaluation, by `best_metric`
+    evals_without_improvement: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._result_file = Path(self.recall_result_dir, self.recall_result_file)
+        self._report_file = Path(self.recall_result_dir, self.evaluate_result)
+        pairs = json.dumps({query: sorted(titles) for query, titles in self.positives.items()})
         self.conditions = {  # scores are comparable only if these are the same
-            "best_metric": best_metric,
-            "recall_num": recall_num,
-            "SHA-256 of the corpus": corpus.sha256,
+            "best_metric": self.best_metric,
+            "recall_num": self.recall_num,
+            "SHA-256 of the corpus": self.corpus.sha256,
             "SHA-256 of the evaluation pairs": hashlib.sha256(pairs.encode()).hexdigest(),
         }
         self._reports: list[str] = []
         self._best: float | None = None
-        self.last_step = 0
-        self.score = 0.0  # of the last evaluation, by `best_metric`
-        self.evals_without_improvement = 0
 
     def prepare_files(self) -> None:
         """Creates the folders of both result files, so that a training doesn't fail at its first evaluation."""
@@ -65,16 +62,16 @@ class Evaluator:
 
         Changes nothing in this object, so that an evaluation can be interrupted: `record` follows. Raises InputError.
         """
-        encoder = Encoder(model.embed, tokenizer, model.embedding_size, self._batch_size)
-        queries, k = list(self._positives), self._recall_num
+        encoder = Encoder(model.embed, tokenizer, model.embedding_size, self.batch_size)
+        queries, k = list(self.positives), self.recall_num
         vectors = encode_queries(encoder, queries)
         evaluation = None
         with open_or_build_index(
-            encoder, vectors, k, corpus=self._corpus, options=self._index_options, parent=self._embedding_parent
+            encoder, vectors, k, corpus=self.corpus, options=self.index_options, parent=self.embedding_parent
         ) as built:
             if built:
                 hits = list(hits_of(search(built.index, vectors, k), built.documents, queries))
-                evaluation = evaluate(self._positives, ranking_by_query(hits), k)
+                evaluation = evaluate(self.positives, ranking_by_query(hits), k)
                 write_hits(self._result_file, hits)
                 with atomic_write(self._report_file) as file:
                     file.writelines(line + "\n" for line in [*self._reports, _report(step, epoch, evaluation)])

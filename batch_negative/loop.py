@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ BEST_FOLDER = "model_best"
 BEST_RESULT_FILE = "train_result.txt"  # in it, the original's form
 
 
+@dataclass
 class TrainingLoop:
     """A training from some step to its end.
 
@@ -31,30 +33,22 @@ class TrainingLoop:
     improvement after which the training ends, None for never.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        trainer: Trainer,
-        schedule: BatchSchedule,
-        evaluator: Evaluator | None,
-        training_log: TrainingLog | None,
-        *,
-        train_set_file: str,
-        save_dir: Path,
-        run_config: dict[str, Any],
-        save_steps: int,
-        eval_steps: int | None,
-        keep_checkpoints: int | None,
-        early_stop_patience: int | None,
-    ) -> None:
-        self._loaded, self._trainer, self._schedule = loaded, trainer, schedule
-        self._evaluator, self._log = evaluator, training_log
-        self._train_set_file, self._save_dir, self._run_config = train_set_file, save_dir, run_config
-        self._save_steps, self._eval_steps = save_steps, eval_steps
-        self._keep_checkpoints, self._patience = keep_checkpoints, early_stop_patience
-        self._saved_step: int | None = None  # whose checkpoint is in save_dir
-        self.written: Path | None = None  # the newest checkpoint that this process has written
-        self.is_stopped = False  # by a signal, to any rank
+    loaded: LoadedModel
+    trainer: Trainer
+    schedule: BatchSchedule
+    evaluator: Evaluator | None
+    log: TrainingLog | None
+    _: KW_ONLY
+    train_set_file: str
+    save_dir: Path
+    run_config: dict[str, Any]
+    save_steps: int
+    eval_steps: int | None = None
+    keep_checkpoints: int | None = None
+    early_stop_patience: int | None = None
+    written: Path | None = field(default=None, init=False)  # the newest checkpoint that this process has written
+    is_stopped: bool = field(default=False, init=False)  # by a signal, to any rank
+    _saved_step: int | None = field(default=None, init=False)  # whose checkpoint is in save_dir
 
     def run(self, first: int, signals: StopSignals, *, first_is_saved: bool = True) -> int:
         """Trains from the step after `first`, and returns the number of the last step.
@@ -67,38 +61,38 @@ class TrainingLoop:
         try:
             return self._run(first, signals)
         except NonFiniteLoss as error:
-            raise InputError(explain(error, self._train_set_file)) from None
+            raise InputError(explain(error, self.train_set_file)) from None
         finally:
-            if self._log:
-                self._log.close()
+            if self.log:
+                self.log.close()
 
     def _run(self, first: int, signals: StopSignals) -> int:
         if first and self._evaluation_ends_training(first, signals):
             return first
-        for planned in self._schedule.steps(first):
-            step = self._trainer.step(planned, stop=signals.received is not None)
-            if self._log:
-                self._log.step(step)
+        for planned in self.schedule.steps(first):
+            step = self.trainer.step(planned, stop=signals.received is not None)
+            if self.log:
+                self.log.step(step)
             paused_at = time.monotonic()
-            if step.stop or step.number % self._save_steps == 0 or step.number == self._schedule.total_steps:
+            if step.stop or step.number % self.save_steps == 0 or step.number == self.schedule.total_steps:
                 self._save(step.number)
             self.is_stopped = step.stop
             if step.stop or self._evaluation_ends_training(step.number, signals):
                 return step.number
-            if self._log:
-                self._log.resume_clock(time.monotonic() - paused_at)
-        return self._schedule.total_steps
+            if self.log:
+                self.log.resume_clock(time.monotonic() - paused_at)
+        return self.schedule.total_steps
 
     def _evaluation_ends_training(self, step: int, signals: StopSignals) -> bool:
         """Evaluates if it is due after this step; whether the training ends, by a signal or for lack of improvement."""
-        evaluator = self._evaluator
+        evaluator = self.evaluator
         if evaluator is None:
             return False
         if self._evaluation_is_due(step) and evaluator.last_step != step:
-            epoch, _ = self._schedule.epoch(step)
+            epoch, _ = self.schedule.epoch(step)
             try:
                 with signals.raised():
-                    evaluation = evaluator(*self._loaded, step, epoch)
+                    evaluation = evaluator(*self.loaded, step, epoch)
                     barrier()  # so that a rank stopped during the evaluation is noticed before the next step
             except (Stopped, InputError) as error:
                 announce_exit()
@@ -109,10 +103,10 @@ class TrainingLoop:
                 self.is_stopped = True
                 return True
             evaluator.record(evaluation, step, epoch)
-            if self._log:
-                self._log.evaluation(evaluation, step)
+            if self.log:
+                self.log.evaluation(evaluation, step)
             self._keep_evaluation(evaluator, step, epoch)
-        ends = self._patience is not None and evaluator.evals_without_improvement >= self._patience
+        ends = self.early_stop_patience is not None and evaluator.evals_without_improvement >= self.early_stop_patience
         if ends:
             count = evaluator.evals_without_improvement
             log(f"no better {evaluator.best_metric} in {count} evaluations: stopping early")
@@ -120,9 +114,9 @@ class TrainingLoop:
         return ends
 
     def _evaluation_is_due(self, step: int) -> bool:
-        _, ends_epoch = self._schedule.epoch(step)
-        is_due = step % self._eval_steps == 0 if self._eval_steps else ends_epoch
-        return is_due or step == self._schedule.total_steps
+        _, ends_epoch = self.schedule.epoch(step)
+        is_due = step % self.eval_steps == 0 if self.eval_steps else ends_epoch
+        return is_due or step == self.schedule.total_steps
 
     def _keep_evaluation(self, evaluator: Evaluator, step: int, epoch: int) -> None:
         """Saves the best model, and adds the evaluation to the step's checkpoint, if there is one."""
@@ -132,12 +126,12 @@ class TrainingLoop:
             name = evaluator.best_metric.split("@")[0]
             result = f"epoch={epoch}, global_step: {step}, {name}: {evaluator.score}\n"
             save_checkpoint(
-                self._save_dir / BEST_FOLDER,
-                *self._loaded,
+                self.save_dir / BEST_FOLDER,
+                *self.loaded,
                 add_files=lambda folder: (folder / BEST_RESULT_FILE).write_text(result, encoding="utf-8"),
             )
         if self._saved_step == step:
-            write_json(step_folder(self._save_dir, step) / EVALUATIONS_FILE, evaluator.state())
+            write_json(step_folder(self.save_dir, step) / EVALUATIONS_FILE, evaluator.state())
 
     def _save(self, step: int) -> None:
         """Writes the step's checkpoint, unless it is there already."""
@@ -145,14 +139,14 @@ class TrainingLoop:
             return
         progress = {
             "step": step,
-            "run_config": self._run_config,
-            "evaluator": self._evaluator and self._evaluator.state(),
+            "run_config": self.run_config,
+            "evaluator": self.evaluator and self.evaluator.state(),
         }
-        state = self._trainer.state(progress)
-        self._saved_step, self.written = step, step_folder(self._save_dir, step)
-        save_checkpoint(self.written, *self._loaded, add_files=state.write)
-        if self._keep_checkpoints:
-            remove_old_checkpoints(self._save_dir, step, self._keep_checkpoints, self._run_config)
+        state = self.trainer.state(progress)
+        self._saved_step, self.written = step, step_folder(self.save_dir, step)
+        save_checkpoint(self.written, *self.loaded, add_files=state.write)
+        if self.keep_checkpoints:
+            remove_old_checkpoints(self.save_dir, step, self.keep_checkpoints, self.run_config)
 
 
 def explain(error: NonFiniteLoss, train_set_file: str) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ class Step(NamedTuple):
     stop: bool  # whether a rank was asked to stop
 
 
+@dataclass
 class Trainer:
     """Takes training steps.
 
@@ -79,29 +81,23 @@ class Trainer:
     type of matrix products, None for float32; amp_loss_scale: the initial one, for float16.
     """
 
-    def __init__(
-        self,
-        model: SemanticIndexBatchNeg,
-        batcher: PairBatcher,
-        optimizer: paddle.optimizer.Optimizer,
-        scheduler: paddle.optimizer.lr.LRScheduler,
-        *,
-        rank: int,
-        seed: int,
-        margin: float,
-        scale: float,
-        cross_device: bool = True,
-        backward: Callable[..., paddle.Tensor] = direct_backward,
-        amp_dtype: str | None = None,
-        amp_loss_scale: float = 32768.0,
-    ) -> None:
-        self._model, self._batcher = model, batcher
-        self._optimizer, self._scheduler = optimizer, scheduler
-        self._rank, self._seed = rank, seed
-        self._margin, self._scale = margin, scale
-        self._cross_device, self._backward = cross_device, backward
-        self._amp_dtype = amp_dtype
-        self._scaler = paddle.amp.GradScaler(enable=amp_dtype == "float16", init_loss_scaling=amp_loss_scale)
+    model: SemanticIndexBatchNeg
+    batcher: PairBatcher
+    optimizer: paddle.optimizer.Optimizer
+    scheduler: paddle.optimizer.lr.LRScheduler
+    _: KW_ONLY
+    rank: int
+    seed: int
+    margin: float
+    scale: float
+    cross_device: bool = True
+    backward: Callable[..., paddle.Tensor] = direct_backward
+    amp_dtype: str | None = None
+    amp_loss_scale: float = 32768.0
+
+    def __post_init__(self) -> None:
+        is_enabled = self.amp_dtype == "float16"
+        self._scaler = paddle.amp.GradScaler(enable=is_enabled, init_loss_scaling=self.amp_loss_scale)
 
     def step(self, planned: PlannedStep, stop: bool = False) -> Step:
         """Takes a step together with all ranks; with `stop` all of them stop after it.
@@ -110,30 +106,30 @@ class Trainer:
         """
         pairs = sum(len(rows) for rank_rows in planned.batches for rows in rank_rows)
         own_loss = sum(
-            self._add_gradients(rank_rows, pairs, (self._seed, self._rank, planned.number, batch))
+            self._add_gradients(rank_rows, pairs, (self.seed, self.rank, planned.number, batch))
             for batch, rank_rows in enumerate(planned.batches)
         )
-        loss, stops = all_reduce_gradients(self._model.parameters(), [own_loss, float(stop)])
+        loss, stops = all_reduce_gradients(self.model.parameters(), [own_loss, float(stop)])
         if not math.isfinite(loss):
             raise NonFiniteLoss(planned.number, loss, [] if math.isfinite(own_loss) else self._scored(planned.batches))
-        learning_rate = self._optimizer.get_lr()
-        self._scaler.step(self._optimizer)
+        learning_rate = self.optimizer.get_lr()
+        self._scaler.step(self.optimizer)
         self._scaler.update()
-        self._optimizer.clear_grad()
-        self._scheduler.step()
+        self.optimizer.clear_grad()
+        self.scheduler.step()
         return Step(planned.number, planned.epoch, loss, learning_rate, pairs, stops > 0)
 
     def state(self, progress: dict[str, Any]) -> TrainingState:
         """What `restore` needs, together with `progress`."""
         return TrainingState(
             {**progress, "loss_scaler": _as_json(self._scaler.state_dict())},
-            optimizer_arrays(self._model, self._optimizer),
+            optimizer_arrays(self.model, self.optimizer),
         )
 
     def restore(self, state: TrainingState) -> None:
         """Continues after the step `state.progress["step"]`; the model must have that step's weights."""
-        restore_optimizer(self._model, self._optimizer, state.optimizer)
-        self._scheduler.step(state.progress["step"])
+        restore_optimizer(self.model, self.optimizer, state.optimizer)
+        self.scheduler.step(state.progress["step"])
         if state.progress["loss_scaler"]:
             self._scaler.load_state_dict(_from_json(state.progress["loss_scaler"]))
 
@@ -143,38 +139,38 @@ class Trainer:
         rank_rows: the batch's rows for every rank; step_pairs: pairs of the step over all batches and ranks. The sums
         over all batches and ranks are the gradient and the mean loss of the step's pairs.
         """
-        own_pairs = len(rank_rows[self._rank])
-        if self._cross_device:
-            batch = self._batcher(rank_rows, self._rank)
+        own_pairs = len(rank_rows[self.rank])
+        if self.cross_device:
+            batch = self.batcher(rank_rows, self.rank)
             share = sum(map(len, rank_rows)) / step_pairs
             loss_share = share / len(rank_rows)  # every rank has the loss of all
         else:
             if not own_pairs:
                 return 0.0
-            batch = self._batcher([rank_rows[self._rank]])
+            batch = self.batcher([rank_rows[self.rank]])
             share = loss_share = own_pairs / step_pairs
 
         def encode(chunk: int) -> paddle.Tensor:
             # Dropout depends on the step and the chunk only, so a second pass and a resumed run repeat it.
             paddle.seed(int(np.random.SeedSequence([*seeds, chunk]).generate_state(1)[0]))
             with self._auto_cast():
-                return self._model.encode_chunk(batch.chunks[chunk])
+                return self.model.encode_chunk(batch.chunks[chunk])
 
-        loss_of = partial(batch_loss, batch=batch, margin=self._margin, scale=self._scale)
+        loss_of = partial(batch_loss, batch=batch, margin=self.margin, scale=self.scale)
         if own_pairs:
             with self._auto_cast():  # outside of it, GradScaler turns itself off for good
                 factor = float(self._scaler.scale(paddle.full([], share)))
-            loss = self._backward(encode, len(batch.chunks), loss_of, factor)
+            loss = self.backward(encode, len(batch.chunks), loss_of, factor)
         else:  # without texts of its own, a rank still takes part in the gather
-            loss = loss_of(paddle.zeros([0, self._model.embedding_size]))
+            loss = loss_of(paddle.zeros([0, self.model.embedding_size]))
         return loss_share * float(loss)
 
     def _auto_cast(self) -> AbstractContextManager[None]:
-        return paddle.amp.auto_cast(self._amp_dtype is not None, dtype=self._amp_dtype or "float16")
+        return paddle.amp.auto_cast(self.amp_dtype is not None, dtype=self.amp_dtype or "float16")
 
     def _scored(self, batches: list[list[np.ndarray]]) -> list[int]:
         """Rows of the pairs in this rank's loss."""
-        shares = [rank_rows if self._cross_device else [rank_rows[self._rank]] for rank_rows in batches]
+        shares = [rank_rows if self.cross_device else [rank_rows[self.rank]] for rank_rows in batches]
         return [int(row) for rank_rows in shares for rows in rank_rows for row in rows]
 
 
