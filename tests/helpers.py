@@ -15,7 +15,7 @@ import numpy as np
 
 from common.files import write_json
 from common.paddle_setup import set_up_paddle
-from data import write_vocabulary
+from data import TextTokenizer, write_vocabulary
 from examples.vocabulary import build_vocabulary
 from modeling.weight_files import read_weights
 
@@ -44,6 +44,27 @@ OBJECTS = [
     "钢材",
 ]
 ASPECTS = ["产量", "品质", "现状", "影响因素", "检测方法", "评价", "管理", "对策", "应用", "优化", "模型", "机理"]
+# Scripts, symbols, accents, control characters and word lengths that a tokenizer treats differently.
+VARIED_TEXTS = [
+    "基于深度学习的医学图像分割方法综述",
+    "Support Vector Machines in 2019: a survey of 1,234 papers",
+    "水温25℃≥20×3±0.5→①№™用于β-葡聚糖",
+    "naïve café Ångström Ünïcödé ŁÓDŹ señor Þórr",
+    "ΑΛΦΆΒΗΤΟΣ ΟΔΥΣΣΕΎΣ άλφα Привет ЁЖ Straße İstanbul",
+    "ＡＢＣ１２３，全角！（形式）～ｘ",
+    "表情😀👩‍👩‍👧‍👦🇨🇳 ok👍🏽",
+    "e\u0301a\u0308 n\u0303o 한국어 ᄒ\u1161\u11ab カタカナ ﾊﾟ ひらがな゙",
+    "控制\u0001字\u0085符\u007f和\x0b换\x0c页 \ufffd end",
+    "零\u200b宽\u200d字\ufeff符\u2060 a\u200bb soft\u00adhyphen",
+    "x" * 100 + " " + "x" * 101 + " " + "é" * 101 + " " + "antidisestablishmentarianism" * 4,
+    "前" + "y" * 90 + "后" + "y" * 90,
+    "a+b=c a_b <a|b> $5 `x` ^2 ~ [a] {b} \\ / # @ % & * ' \"",
+    "H₂O x² µm ª º ½ Ⅳ ㎡ ㈱ 〇 〇〇 々 ŋ Ø Ʊ ǅ ﬁ",
+    "  \u00a0\u3000\u2003 前后空格 \u2028 ",
+    "𠀀𪜀 豈 扩展汉字 ☆★ ♂♀ ※ … —— ‘’“” «» €£¥",
+    "",
+    "\u200b",
+]
 CONFIG = {
     "architectures": ["ErnieModel"],
     "model_type": "ernie",
@@ -102,6 +123,18 @@ def new_model(folder: Path, **options: Any) -> "LoadedModel":
 
     set_seed(1)
     return create_model(SemanticIndexBase, from_scratch=str(folder), **{"output_emb_size": 16, **options})
+
+
+def small_tokenizer(max_seq_length: int = 16, config: dict[str, Any] | None = None) -> TextTokenizer:
+    """Knows every character of VARIED_TEXTS."""
+    return TextTokenizer(build_vocabulary(VARIED_TEXTS), max_seq_length, config)
+
+
+def random_texts(count: int, seed: int = 3) -> list[str]:
+    """Texts of 1 to 49 characters that `small_tokenizer` knows."""
+    rng = random.Random(seed)
+    characters = sorted(set(VARIED_TEXTS[0]))
+    return ["".join(rng.choices(characters, k=rng.randrange(1, 50))) for _ in range(count)]
 
 
 def cpp_environment(**variables: str) -> dict[str, str]:
@@ -202,3 +235,9 @@ class Calls:
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return self.function, self.arguments
+
+
+def children(process: int) -> list[int]:
+    """Numbers of a process's own processes."""
+    files = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(number) for file in files for number in file.read_text().split()]

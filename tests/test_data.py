@@ -1,35 +1,25 @@
-"""Readers, writers, tokens, vectors and batches, each fast path against a slow, obvious twin."""
+"""Readers, writers, tokens and vectors, each fast path against a slow, obvious twin."""
 
 import json
 import math
 import os
 import random
 import re
-import subprocess
-import sys
 import tempfile
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-import runtime
 
 import data
-from batch_negative.batches import (
-    LENGTH_WINDOW,
-    FalseNegativeMask,
-    PairBatch,
-    PairBatcher,
-    TokenizedTexts,
-    batched,
-    epoch_batches,
-)
+from common import logs
 from common.errors import InputError
 from common.files import read_json, write_json
+from common.logs import progress_bar
 from data import (
     CLS,
     MASK,
@@ -51,8 +41,8 @@ from data import (
     write_vocabulary,
 )
 from examples.vocabulary import build_vocabulary
+from helpers import VARIED_TEXTS, random_texts, small_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 BOM = b"\xef\xbb\xbf"
 
 READERS: dict[str, Callable] = {"pairs": read_text_pairs, "corpus": Corpus, "hits": read_hits}
@@ -99,7 +89,7 @@ def test_bom_crlf_and_missing_final_newline_read_like_a_clean_file(
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_byte_order_marks_that_joining_files_left_are_not_part_of_a_text(tmp_path: Path, reader: str) -> None:
+def test_byte_order_marks_of_concatenated_files_are_not_part_of_a_text(tmp_path: Path, reader: str) -> None:
     """Written at the beginning of a file, such a text would lose it."""
     read = READERS[reader]
     clean = content(read(written(tmp_path, CLEAN[reader])))
@@ -137,7 +127,7 @@ def test_hits_keep_the_order_of_each_query(tmp_path: Path) -> None:
     assert read_hits(path) == {"q": ["x", "z", "x"], "p": ["y"]}
 
 
-def test_titles_by_query_keeps_the_order_of_first_lines() -> None:
+def test_positives_by_query_keeps_the_order_of_first_lines() -> None:
     titles = positives_by_query([TextPair("b", "1"), TextPair("a", "2"), TextPair("b", "3"), TextPair("b", "1")])
     assert list(titles.items()) == [("b", {"1", "3"}), ("a", {"2"})]
 
@@ -364,7 +354,7 @@ def test_corpus_access_equals_a_list(tmp_path: Path, skip_bad_lines: bool) -> No
 
 @pytest.mark.parametrize("change", ["cut", "rewritten", "replaced"])
 def test_a_corpus_that_is_changed_while_in_use_is_an_input_error(tmp_path: Path, change: str) -> None:
-    """Another file under its name is none of its business."""
+    """Another file that takes its name changes nothing."""
     raw = "".join(f"文档{row}\n" for row in range(5_000)).encode()
     corpus = read_corpus(written(tmp_path, raw))
     path = next(tmp_path.iterdir())
@@ -473,39 +463,14 @@ def test_hits_round_trip(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
 
-LONG_WORD = "antidisestablishmentarianism"
-TEXTS = [
-    "基于深度学习的医学图像分割方法综述",
-    "Support Vector Machines in 2019: a survey of 1,234 papers",
-    "水温25℃≥20×3±0.5→①№™用于β-葡聚糖",
-    "naïve café Ångström Ünïcödé ŁÓDŹ señor Þórr",
-    "ΑΛΦΆΒΗΤΟΣ ΟΔΥΣΣΕΎΣ άλφα Привет ЁЖ Straße İstanbul",
-    "ＡＢＣ１２３，全角！（形式）～ｘ",
-    "表情😀👩‍👩‍👧‍👦🇨🇳 ok👍🏽",
-    "e\u0301a\u0308 n\u0303o 한국어 ᄒ\u1161\u11ab カタカナ ﾊﾟ ひらがな゙",
-    "控制\u0001字\u0085符\u007f和\x0b换\x0c页 \ufffd end",
-    "零\u200b宽\u200d字\ufeff符\u2060 a\u200bb soft\u00adhyphen",
-    "x" * 100 + " " + "x" * 101 + " " + "é" * 101 + " " + LONG_WORD * 4,
-    "前" + "y" * 90 + "后" + "y" * 90,
-    "a+b=c a_b <a|b> $5 `x` ^2 ~ [a] {b} \\ / # @ % & * ' \"",
-    "H₂O x² µm ª º ½ Ⅳ ㎡ ㈱ 〇 〇〇 々 ŋ Ø Ʊ ǅ ﬁ",
-    "  \u00a0\u3000\u2003 前后空格 \u2028 ",
-    "𠀀𪜀 豈 扩展汉字 ☆★ ♂♀ ※ … —— ‘’“” «» €£¥",
-    "",
-    "\u200b",
-]
 SPECIAL_TOKENS = [PAD, CLS, SEP, MASK, UNK]
-
-
-def small_collator(max_seq_length: int = 16, config: dict | None = None) -> TextTokenizer:
-    return TextTokenizer(build_vocabulary(TEXTS), max_seq_length, config)
 
 
 @pytest.fixture(scope="module")
 def vocabulary() -> list[str]:
     """Every character on its own and inside words, so that no difference hides behind [UNK]."""
-    vocabulary = build_vocabulary(TEXTS)
-    characters = sorted({character for text in TEXTS for character in text if not character.isspace()})
+    vocabulary = build_vocabulary(VARIED_TEXTS)
+    characters = sorted({character for text in VARIED_TEXTS for character in text if not character.isspace()})
     pieces = [piece for character in characters for piece in (character, f"##{character}")]
     return list(dict.fromkeys([*vocabulary, *pieces]))
 
@@ -515,6 +480,7 @@ def ernie_tokenizers(vocabulary: list[str], tmp_path_factory: pytest.TempPathFac
     """PaddleNLP's tokenizer for `do_lower_case` true and false."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        import paddlenlp.data  # noqa: F401 - first, as in modeling/backbone.py
         from paddlenlp.transformers import ErnieTokenizer
     path = tmp_path_factory.mktemp("ernie") / "vocab.txt"
     write_vocabulary(path, vocabulary)
@@ -527,10 +493,10 @@ def test_token_ids_equal_paddlenlp_s(
     vocabulary: list[str], ernie_tokenizers: dict[bool, Callable], do_lower_case: bool, max_seq_length: int
 ) -> None:
     tokenizer = TextTokenizer(vocabulary, max_seq_length, {"do_lower_case": do_lower_case})
-    tokenizer = ernie_tokenizers[do_lower_case]
+    theirs = ernie_tokenizers[do_lower_case]
     lengths = set()
-    for text, ids in zip(TEXTS, tokenizer.tokenize(TEXTS), strict=True):
-        expected = tokenizer(text, max_seq_len=max_seq_length)
+    for text, ids in zip(VARIED_TEXTS, tokenizer.tokenize(VARIED_TEXTS), strict=True):
+        expected = theirs(text, max_seq_len=max_seq_length)
         assert ids == expected["input_ids"], text
         assert not any(expected["token_type_ids"])
         lengths.add(len(ids))
@@ -542,7 +508,7 @@ def test_token_ids_equal_paddlenlp_s_on_random_mixtures(
     vocabulary: list[str], ernie_tokenizers: dict[bool, Callable]
 ) -> None:
     rng = random.Random(5)
-    characters = sorted(set("".join(TEXTS)))
+    characters = sorted(set("".join(VARIED_TEXTS)))
     texts = ["".join(rng.choices(characters, k=rng.randrange(1, 40))) for _ in range(300)]
     ids = TextTokenizer(vocabulary, 64).tokenize(texts)
     assert ids == [ernie_tokenizers[True](text, max_seq_len=64)["input_ids"] for text in texts]
@@ -558,7 +524,7 @@ def test_special_tokens_typed_in_a_text_are_ordinary_text() -> None:
 
 
 def test_padding_and_token_types() -> None:
-    tokenizer = small_collator()
+    tokenizer = small_tokenizer()
     texts = ["深度", "医学图像分割方法综述", ""]
     ids = tokenizer.tokenize(texts)
     input_ids, token_type_ids = tokenizer(texts)
@@ -585,7 +551,7 @@ def test_save_and_load_round_trip(tmp_path: Path, vocabulary: list[str], config:
     tokenizer = TextTokenizer(vocabulary, 32, config)
     tokenizer.save(tmp_path)
     loaded = TextTokenizer.load(tmp_path, 32)
-    assert loaded.tokenize(TEXTS) == tokenizer.tokenize(TEXTS)
+    assert loaded.tokenize(VARIED_TEXTS) == tokenizer.tokenize(VARIED_TEXTS)
     assert loaded.vocabulary_size == len(vocabulary)
     assert read_vocabulary(tmp_path / "vocab.txt") == vocabulary
     assert read_json(tmp_path / "tokenizer_config.json") == (config or {"do_lower_case": True})
@@ -632,7 +598,7 @@ def test_a_vocabulary_without_a_special_token_is_an_input_error(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xff\xfe", b"\x80\x04}."])
-def test_what_is_no_vocabulary_is_an_input_error(tmp_path: Path, raw: bytes) -> None:
+def test_a_file_that_isn_t_a_vocabulary_is_an_input_error(tmp_path: Path, raw: bytes) -> None:
     with pytest.raises(InputError, match="isn't a vocabulary"):
         read_vocabulary(written(tmp_path, raw))
 
@@ -640,32 +606,6 @@ def test_what_is_no_vocabulary_is_an_input_error(tmp_path: Path, raw: bytes) -> 
 def test_a_folder_without_a_vocabulary_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"vocab\.txt: no such file"):
         TextTokenizer.load(tmp_path, 8)
-
-
-def test_build_vocabulary_starts_with_special_tokens_and_covers_all_characters() -> None:
-    vocabulary = build_vocabulary(iter(TEXTS))
-    assert vocabulary[:5] == SPECIAL_TOKENS
-    assert len(set(vocabulary)) == len(vocabulary)
-    tokenizer = TextTokenizer(vocabulary, 512)
-    short_words = [text for text in TEXTS if not re.search(r"\w{100}", text)]
-    assert len(short_words) > 10
-    assert not any(4 in ids for ids in tokenizer.tokenize(short_words))
-
-
-def test_build_vocabulary_is_the_same_in_every_process() -> None:
-    texts = ["深度学习", "deep learning learns", "learned deeply", *TEXTS]
-    command = f"import data, json; print(json.dumps(data.build_vocabulary({texts!r}, 250)))"
-    result = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert json.loads(result.stdout) == build_vocabulary(texts, 250) == build_vocabulary(texts, 250)
-
-
-def test_build_vocabulary_s_size_bounds_the_pieces_beyond_the_characters() -> None:
-    rng = random.Random(1)
-    texts = ["".join(rng.choices("abcdefgh", k=6)) for _ in range(500)]
-    characters = 5 + 2 * 8  # special tokens, then each character at the start of a word and inside it
-    assert [len(build_vocabulary(texts, size)) for size in (characters, 50, 60)] == [characters, 50, 60]
-    assert len(build_vocabulary(texts[:1], 30000)) < 30
-    assert len(build_vocabulary(texts, 10)) == characters
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -690,17 +630,11 @@ class FakeEmbed:
         return np.stack(sums, axis=1).astype(np.float32)
 
 
-def random_texts(count: int, seed: int = 3) -> list[str]:
-    rng = random.Random(seed)
-    characters = sorted(set(TEXTS[0]))
-    return ["".join(rng.choices(characters, k=rng.randrange(1, 50))) for _ in range(count)]
-
-
 @pytest.mark.parametrize("window", [1, 16, 50, 100, 16384])
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
 def test_encode_texts_equals_one_text_at_a_time(monkeypatch: pytest.MonkeyPatch, window: int, batch_size: int) -> None:
     monkeypatch.setattr(data, "SORTING_WINDOW", window)
-    texts, tokenizer, embed = random_texts(100), small_collator(64), FakeEmbed()
+    texts, tokenizer, embed = random_texts(100), small_tokenizer(64), FakeEmbed()
     twin = np.concatenate([embed(*tokenizer([text])) for text in texts])
     vectors = encode_texts(FakeEmbed(), texts, tokenizer, batch_size)
     assert vectors.dtype == np.float32
@@ -710,12 +644,12 @@ def test_encode_texts_equals_one_text_at_a_time(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize(("count", "padded", "batches"), [(200, 1.15, 3.0), (1000, 1.07, 1.6), (5000, 1.02, 1.2)])
 def test_encode_texts_batches_hold_little_padding(count: int, padded: float, batches: float) -> None:
-    """Nor do those of few texts, which are smaller for it; those of many are full."""
-    texts, tokenizer = random_texts(count), small_collator(64)
+    """Batches of few texts are smaller for it; those of many texts are full."""
+    texts, tokenizer = random_texts(count), small_tokenizer(64)
     embed, unsorted = FakeEmbed(), FakeEmbed()
     encode_texts(embed, texts, tokenizer, 32)
-    for batch in batched(texts, 32):
-        unsorted(*tokenizer(batch))
+    for start in range(0, len(texts), 32):
+        unsorted(*tokenizer(texts[start : start + 32]))
     ratio, unsorted_ratio = (
         sum(rows * length for rows, length in fake.shapes) / fake.tokens for fake in (embed, unsorted)
     )
@@ -729,190 +663,13 @@ def test_encode_texts_batches_hold_little_padding(count: int, padded: float, bat
 
 
 def test_encode_texts_without_texts() -> None:
-    assert encode_texts(FakeEmbed(), [], small_collator(), 8).shape == (0, 0)
+    assert encode_texts(FakeEmbed(), [], small_tokenizer(), 8).shape == (0, 0)
 
 
 def test_encode_texts_reports_every_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(runtime, "SECONDS_BETWEEN_LINES", 0.0)
-    with runtime.progress_bar(20, "corpus", "text") as progress:
-        encode_texts(FakeEmbed(), random_texts(20), small_collator(64), 8, progress=progress)
+    monkeypatch.setattr(logs, "SECONDS_BETWEEN_LINES", 0.0)
+    with progress_bar(20, "corpus", "text") as progress:
+        encode_texts(FakeEmbed(), random_texts(20), small_tokenizer(64), 8, progress=progress)
     error = capsys.readouterr().err
     assert "corpus" in error
     assert "20/20" in error
-
-
-def test_batched() -> None:
-    assert list(batched(iter(range(7)), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert list(batched([], 3)) == []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (2, 1), (24, 4), (25, 4), (47, 8), (7, 100)])
-def test_every_row_comes_once_an_epoch(count: int, batch_size: int, world_size: int) -> None:
-    steps = epoch_batches(count, batch_size, seed=1, epoch=0, world_size=world_size)
-    assert sorted(np.concatenate([rows for step in steps for rows in step]).tolist()) == list(range(count))
-    assert len(steps) == math.ceil(count / (batch_size * world_size))
-    assert all(len(step) == world_size for step in steps)
-    assert all(len(rows) == batch_size for step in steps[:-1] for rows in step)
-    sizes = [len(rows) for rows in steps[-1]]
-    assert max(sizes) - min(sizes) <= 1
-    assert max(sizes) <= batch_size
-
-
-def test_fewer_rows_than_ranks_leave_ranks_without_any() -> None:
-    (step,) = epoch_batches(2, 4, seed=0, epoch=0, world_size=5)
-    assert sorted(map(len, step)) == [0, 0, 0, 1, 1]
-    assert all(rows.dtype == np.int64 for rows in step)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_pairs_of_like_length_come_together_in_random_order(world_size: int) -> None:
-    lengths = np.random.default_rng(0).integers(4, 100, 805)
-    options = {"seed": 1, "epoch": 1, "world_size": world_size}
-    plain, grouped = (
-        [np.concatenate(ranks) for ranks in epoch_batches(805, 10, lengths=given, **options)]
-        for given in (None, lengths)
-    )
-    assert sorted(np.concatenate(grouped)) == list(range(805))
-
-    def padding(batches: list[np.ndarray]) -> int:
-        return sum(int((lengths[rows].max() - lengths[rows]).sum()) for rows in batches)
-
-    assert padding(grouped) < padding(plain) / 2
-    windows = [grouped[start : start + LENGTH_WINDOW] for start in range(0, len(grouped), LENGTH_WINDOW)]
-    means = [[lengths[rows].mean() for rows in window] for window in windows[:-1]]
-    assert any(window != sorted(window) for window in means)
-
-
-@pytest.mark.parametrize("world_size", [2, 8])
-def test_ranks_get_pairs_of_like_length(world_size: int) -> None:
-    """In a collective all wait for the one with the longest."""
-    lengths = np.random.default_rng(0).integers(4, 64, 4096)
-    steps = epoch_batches(4096, 64 // world_size, seed=0, epoch=0, world_size=world_size, lengths=lengths)
-    slowest = sum(max(lengths[rows].sum() for rows in step) for step in steps)
-    assert slowest * world_size < 1.05 * lengths.sum()
-
-
-def test_a_pair_s_length_is_that_of_its_texts() -> None:
-    tokenizer = small_collator(64)
-    expected = [sum(map(len, tokenizer.tokenize([text for text in pair if text]))) for pair in PAIRS]
-    assert PairBatcher(tokenizer, PAIRS).lengths.tolist() == expected
-
-
-def test_a_vocabulary_beyond_16_bits() -> None:
-    words = [f"w{number}" for number in range(70_000)]
-    tokenizer = TextTokenizer(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *words], 8)
-    texts = ["w1 w69999", "w65533"]
-    assert [ids.tolist() for ids in TokenizedTexts(tokenizer, texts)] == tokenizer.tokenize(texts)
-
-
-def test_the_shuffle_depends_on_seed_and_epoch_alone() -> None:
-    def order(seed: int, epoch: int, batch_size: int = 10, world_size: int = 1) -> list[int]:
-        steps = epoch_batches(200, batch_size, seed=seed, epoch=epoch, world_size=world_size)
-        in_turns = [row for step in steps for rows in zip_longest(*step) for row in rows]
-        return [row for row in in_turns if row is not None]
-
-    first = order(7, 0)
-    np.random.seed(99)
-    random.seed(99)
-    assert order(7, 0) == first == order(7, 0, batch_size=50) == order(7, 0, batch_size=5, world_size=4)
-    others = [order(7, 1), order(8, 0), order(0, 7), order(7, 2)]
-    assert len({tuple(rows) for rows in [first, *others]}) == 5
-    assert first != list(range(200))
-
-
-def random_pairs(rng: random.Random, count: int) -> list[TextPair]:
-    """Pairs over so few texts that queries, titles and hard negatives repeat and a text serves as all three."""
-    texts = [f"text {number}" for number in range(12)]
-    return [
-        TextPair(rng.choice(texts[:8]), rng.choice(texts[4:]), rng.choice([None, None, *texts])) for _ in range(count)
-    ]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_positives_mask_equals_a_double_loop(seed: int) -> None:
-    rng = random.Random(seed)
-    pairs = random_pairs(rng, rng.randrange(1, 40))
-    mask = FalseNegativeMask(pairs)
-    queries, titles, with_negative = (
-        np.array(rng.choices(range(len(pairs)), k=rng.randrange(1, 12)), dtype=np.int64) for _ in range(3)
-    )
-    negatives = np.array([row for row in with_negative if pairs[row].hard_negative is not None], dtype=np.int64)
-    columns = [pairs[row].title for row in titles] + [pairs[row].hard_negative for row in negatives]
-    expected = np.zeros((len(queries), len(columns)), dtype=bool)
-    for i, query_row in enumerate(queries):
-        for j, column in enumerate(columns):
-            expected[i, j] = any(pair.query == pairs[query_row].query and pair.title == column for pair in pairs)
-    found = mask(queries, titles, negatives)
-    assert found.dtype == bool
-    np.testing.assert_array_equal(found, expected)
-
-
-PAIRS = [
-    TextPair("深度", "学习综述"),
-    TextPair("图像", "医学图像", "图像分割方法"),
-    TextPair("深度", "学习", "学习综述"),  # its hard negative is another title of its query
-    TextPair("方法", "综述"),
-]
-
-
-def batch_ids(batch: PairBatch) -> list[list[int]]:
-    """Token ids of the batch's texts in their order, without padding."""
-    padded = [row for input_ids, _ in batch.chunks for row in input_ids.tolist()]
-    return [[token for token in padded[row] if token] for row in batch.row_of_text]
-
-
-def test_pair_collator_gathers_texts_and_mask() -> None:
-    tokenizer = small_collator()
-    rows = np.array([2, 1, 0], dtype=np.int64)
-    batch = PairBatcher(tokenizer, PAIRS)([rows])
-    assert (batch.sizes, batch.place) == ([(3, 2)], 0)
-    queries, titles = ["深度", "图像", "深度"], ["学习", "医学图像", "学习综述"]
-    assert batch_ids(batch) == tokenizer.tokenize([*queries, *titles, "学习综述", "图像分割方法"])
-    np.testing.assert_array_equal(
-        batch.mask,
-        [
-            [True, False, True, True, False],
-            [False, True, False, False, False],
-            [True, False, True, True, False],
-        ],
-    )
-
-
-def test_pair_collator_without_hard_negatives_and_without_mask() -> None:
-    tokenizer, rows = small_collator(), np.array([3, 0], dtype=np.int64)
-    batch = PairBatcher(tokenizer, PAIRS)([rows])
-    assert batch_ids(batch) == tokenizer.tokenize(["方法", "深度", "综述", "学习综述"])
-    assert batch.mask.tolist() == [[True, False], [False, True]]
-    assert PairBatcher(tokenizer, PAIRS, mask_false_negatives=False)([rows]).mask is None
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 100])
-def test_pair_collator_s_chunks_hold_every_text_once_with_little_padding(count: int) -> None:
-    tokenizer, texts = small_collator(64), random_texts(3 * count, seed=count)
-    pairs = [TextPair(*texts[3 * row : 3 * row + 2], texts[3 * row + 2] if row % 2 else None) for row in range(count)]
-    batch = PairBatcher(tokenizer, pairs)([np.arange(count)])
-    negatives = [pair.hard_negative for pair in pairs if pair.hard_negative]
-    expected = tokenizer.tokenize([pair.query for pair in pairs] + [pair.title for pair in pairs] + negatives)
-    assert batch_ids(batch) == expected
-    assert sorted(batch.row_of_text) == list(range(len(expected)))
-    lengths = [input_ids.shape[1] for input_ids, _ in batch.chunks]
-    assert lengths == sorted(lengths, reverse=True)
-    for input_ids, token_type_ids in batch.chunks:
-        assert input_ids.dtype == token_type_ids.dtype == np.int64
-        assert input_ids.shape == token_type_ids.shape
-        assert not token_type_ids.any()
-        assert input_ids[:, -1].any()  # no wider than its longest text
-    if count == 100:
-        padded = sum(input_ids.size for input_ids, _ in batch.chunks)
-        assert padded < 1.5 * sum(map(len, expected)) < max(lengths) * len(expected)
-
-
-def test_nothing_here_imports_paddle() -> None:
-    command = "import data, runtime, weights, sys; print([name for name in sys.modules if name.startswith('paddle')])"
-    result = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"

@@ -55,7 +55,7 @@ def test_ctrl_c_while_modules_are_imported_prints_no_traceback(
 ) -> None:
     for name in ("paddle", "backbone"):
         ends = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(1)\n" if name == place else ""
-        (tmp_path / f"{name}.py").write_text(ends)
+        (tmp_path / f"{name}.py").write_text(f"{ends}def disable_signal_handler(): pass\n")
     script = """
 from common.cli import run
 from common.paddle_setup import set_up_paddle

@@ -52,11 +52,16 @@ def test_json_objects_round_trip_and_other_content_is_an_input_error(tmp_path: P
 @pytest.mark.parametrize("failure", [RuntimeError("NaN"), KeyboardInterrupt(), InputError("bad line")])
 def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path, failure: BaseException) -> None:
     path = written(tmp_path, b"old", "result.txt")
-    with pytest.raises(type(failure)), atomic_write(path) as file:
-        file.write("new")
-        file.flush()
-        assert path.read_bytes() == b"old"
-        raise failure
+
+    def write() -> None:
+        with atomic_write(path) as file:
+            file.write("new")
+            file.flush()
+            assert path.read_bytes() == b"old"
+            raise failure
+
+    with pytest.raises(type(failure)):
+        write()
     assert os.listdir(tmp_path) == ["result.txt"]
     assert path.read_bytes() == b"old"
 
@@ -79,9 +84,14 @@ def test_an_exception_leaves_the_old_folder_and_nothing_else(tmp_path: Path, fai
     path = tmp_path / "model_best"
     path.mkdir()
     written(path, b"old", "config.json")
-    with pytest.raises(type(failure)), atomic_folder(path) as folder:
-        written(folder, b"new", "config.json")
-        raise failure
+
+    def write() -> None:
+        with atomic_folder(path) as folder:
+            written(folder, b"new", "config.json")
+            raise failure
+
+    with pytest.raises(type(failure)):
+        write()
     assert os.listdir(tmp_path) == ["model_best"]
     assert {file.name: file.read_bytes() for file in path.iterdir()} == {"config.json": b"old"}
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -79,6 +80,17 @@ def test_set_up_paddle_sets_this_process_s_environment() -> None:
     threads, cores, collects_garbage = result.stdout.split()
     assert threads == cores == str(cpu_count())
     assert collects_garbage == "True"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("way", ["", "signal.signal(signal.SIGTERM, lambda *_: sys.exit('ours')); "])
+def test_sigterm_has_its_default_or_the_callers_handler_afterwards(way: str) -> None:
+    """Paddle's own one prints a native stack."""
+    program = f"import os, signal, sys; from common.paddle_setup import set_up_paddle; {way}set_up_paddle(); "
+    command = [sys.executable, "-c", f"{program}os.kill(os.getpid(), signal.SIGTERM)"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    expected = (1, "", "ours\n") if way else (-signal.SIGTERM, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------

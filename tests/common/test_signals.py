@@ -50,15 +50,21 @@ def test_a_signal_that_came_before_interrupts_too() -> None:
 
 
 def test_a_second_signal_leaves_the_reaction_to_the_first_alone() -> None:
-    cleaned = False
-    with StopSignals() as signals, pytest.raises(Stopped), signals.raised():
-        try:
-            signal.raise_signal(signal.SIGINT)
-        finally:
-            signal.raise_signal(signal.SIGINT)
-            cleaned = True
-    assert cleaned
-    assert signals.received == signal.SIGINT
+    cleaned = []
+
+    def work(signals: StopSignals) -> None:
+        with signals.raised():
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                cleaned.append(True)
+
+    with StopSignals() as signals:
+        with pytest.raises(Stopped):
+            work(signals)
+        assert cleaned
+        assert signals.received == signal.SIGINT
 
 
 def test_work_without_a_signal_ends_as_usual() -> None:
