@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import ArgumentParser, run
 from common.cpu import cpu_count
 from common.signals import Stopped, StopSignals
+from encoding.exported_files import find_exported
 from serving.encoder_process import EncoderOptions, EncoderProcess
 from serving.limits import Limits, service_log
 from serving.settings import add_settings_args, check_ports, read_settings
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(build_parser().parse_args(argv))
     settings = read_settings(args, os.environ, args["config"])
     check_ports(settings)
+    find_exported(settings["model_dir"])
     # Imported here, so that a missing Serving ends in a line.
     from serving.adapter import PipelineService, ServiceOptions
     from serving.http_gateway import PREDICTION_PATH, HttpGateway
