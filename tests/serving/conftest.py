@@ -1,0 +1,38 @@
+"""A Pipeline service in this process, with an encoder that does as it is told."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks.service_clients import HOST
+from service_helpers import LIMITS, FakeEncoder
+from serving import http_gateway
+from serving.adapter import PipelineService, ServiceOptions
+from serving.http_gateway import HttpGateway
+
+
+@pytest.fixture
+def encoder() -> FakeEncoder:
+    return FakeEncoder()
+
+
+@pytest.fixture
+def fake_service(encoder: FakeEncoder) -> Iterator[PipelineService]:
+    """A service in this process."""
+    service = PipelineService(
+        [encoder], ServiceOptions(batch_size=4, max_queue_delay=0.2, rpc_threads=16, limits=LIMITS)
+    )
+    yield service
+    encoder.go.set()
+    assert service.stop(30)
+
+
+@pytest.fixture
+def gateway(fake_service: PipelineService, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpGateway]:
+    """Of the fake service, with little patience, two requests at a time and six connections."""
+    monkeypatch.setattr(http_gateway, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(http_gateway, "IDLE_SECONDS", 1.0)
+    monkeypatch.setattr(http_gateway, "OTHER_CONNECTIONS", 4)
+    gateway = HttpGateway(fake_service, HOST, 0, requests=2)
+    yield gateway
+    gateway.stop()

@@ -1,0 +1,140 @@
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from benchmarks.service_clients import HOST
+from common.errors import InputError
+from service_helpers import LIMITS, SECRET, FakeEncoder, ask, until
+from serving import adapter
+from serving.adapter import PipelineService, Response, ServiceOptions, embed_remotely
+from serving.limits import INTERNAL_ERROR, OVERLOADED, STOPPING
+
+
+def test_waiting_requests_are_computed_together(fake_service: PipelineService, encoder: FakeEncoder) -> None:
+    """The first alone, then up to batch_size texts of those that came meanwhile; each gets its own vectors."""
+    with ThreadPoolExecutor(8) as pool:
+        futures = {text: pool.submit(ask, fake_service, text) for text in ("a",)}
+        until(lambda: encoder.batches == [["a"]])
+        for text in ("bb", "ccc", "dddd", "eeeee", "ffffff")[:5]:
+            futures[text] = pool.submit(ask, fake_service, text)
+        until(lambda: fake_service.admission.texts == 6)
+        encoder.go.set()
+        for text, future in futures.items():
+            assert json.loads(future.result().value[0])[0][1] == len(text)
+    assert [len(batch) for batch in encoder.batches] == [1, 4, 1]
+
+
+def test_a_lone_client_never_waits(fake_service: PipelineService, encoder: FakeEncoder) -> None:
+    encoder.go.set()
+    start = time.monotonic()
+    for _ in range(20):
+        assert ask(fake_service, "a").err_no == 0
+    assert time.monotonic() - start < 20 * 0.2
+
+
+def test_two_encoders_work_at_a_time() -> None:
+    """A request doesn't wait for the batch before it where another encoder is free."""
+    encoders = [FakeEncoder(), FakeEncoder()]
+    service = PipelineService(encoders, ServiceOptions(4, 0.0, 16, LIMITS))
+    with ThreadPoolExecutor(2) as pool:
+        futures = []
+        for number, text in enumerate(("a", "b"), start=1):
+            futures.append(pool.submit(ask, service, text))
+            until(lambda number=number: sum(len(encoder.batches) for encoder in encoders) == number)
+        assert sorted(encoder.batches for encoder in encoders) == [[["a"]], [["b"]]]
+        for encoder in encoders:
+            encoder.go.set()
+        assert [future.result().err_no for future in futures] == [0, 0]
+    assert service.stop(30)
+
+
+def test_overload_is_an_error_at_once(fake_service: PipelineService, encoder: FakeEncoder) -> None:
+    """Beyond waiting_texts, and only as long as they wait."""
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(ask, fake_service, "a", "b", "c") for _ in range(2)]
+        until(lambda: fake_service.admission.texts == 6)
+        refused = ask(fake_service, "d")
+        assert refused.err_no == OVERLOADED and "try again later" in refused.err_msg
+        encoder.go.set()
+        assert [future.result().err_no for future in futures] == [0, 0]
+    assert ask(fake_service, "d").err_no == 0
+
+
+def test_a_failing_encoder_fails_its_batch_alone(fake_service: PipelineService, encoder: FakeEncoder) -> None:
+    encoder.go.set()
+    response = ask(fake_service, "fail")
+    assert response.err_no == INTERNAL_ERROR and response.err_msg == "the encoder failed: try again"
+    assert ask(fake_service, "a").err_no == 0
+
+
+def test_an_unforeseen_error_fails_its_batch_alone(
+    fake_service: PipelineService, encoder: FakeEncoder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The thread that Serving encodes in goes on."""
+    encoder.go.set()
+    answers: list[Response] = []
+    threading.Thread(
+        target=lambda: answers.extend(ask(fake_service, text) for text in ("crash", "a")), daemon=True
+    ).start()
+    until(lambda: len(answers) == 2)
+    assert [answer.err_no for answer in answers] == [INTERNAL_ERROR, 0]
+    assert capsys.readouterr().err == "error: ValueError in encoding a batch\n"
+
+
+def test_an_unforeseen_error_is_an_answer(
+    fake_service: PipelineService, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the client nor the log learn its message, which could hold texts."""
+
+    def fail(*_: object) -> None:
+        raise ValueError(SECRET)
+
+    monkeypatch.setattr(adapter, "check_texts", fail)
+    assert ask(fake_service, "a").err_msg == "the service failed: try again"
+    assert capsys.readouterr().err == "error: ValueError in answering a request\n"
+
+
+def test_stopping_answers_what_is_there(encoder: FakeEncoder) -> None:
+    """And refuses what comes later."""
+    service = PipelineService([encoder], ServiceOptions(4, 0.0, 16, LIMITS))
+    with ThreadPoolExecutor(8) as pool:
+        early = [pool.submit(ask, service, text) for text in ("a", "b")]
+        until(lambda: service.admission.texts == 2)
+        stopped = pool.submit(service.stop, 30)
+        until(lambda: service.admission.stopping)
+        late = ask(service, "c")
+        encoder.go.set()
+        assert stopped.result() is True
+    assert [future.result().err_no for future in early] == [0, 0]
+    assert late.err_no == STOPPING
+    assert encoder.closed
+
+
+def test_overload_over_rpc(encoder: FakeEncoder) -> None:
+    """The client tells a busy service from texts that are too many, and from none."""
+    service = PipelineService([encoder], ServiceOptions(4, 0.0, 1, LIMITS))
+    endpoint = f"{HOST}:{service.listen(HOST, 0)}"
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(embed_remotely, endpoint, {"0": "a"})
+        until(lambda: service.admission.requests == 1)
+        with pytest.raises(InputError, match="the service is busy: try again later"):
+            embed_remotely(endpoint, {"0": "b"})
+        encoder.go.set()
+        assert waiting.result().err_no == 0
+    with pytest.raises(InputError, match="send fewer texts"):
+        embed_remotely(endpoint, {"0": "a" * LIMITS.bytes})
+    assert service.stop(30)
+    with pytest.raises(InputError, match=r"start deploy/python/web_service\.py"):
+        embed_remotely(endpoint, {"0": "a"})
+
+
+def test_a_port_that_another_program_took(fake_service: PipelineService) -> None:
+    """After `check_ports` found it free."""
+    with socket.create_server((HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"--rpc_port {port}: can't listen on {HOST}:{port}; name another"):
+            fake_service.listen(HOST, port)

@@ -1,0 +1,53 @@
+from collections.abc import Sequence
+
+import pytest
+
+from serving.limits import BAD_REQUEST, OVERLOADED, STOPPING, Admission, Limits, RequestError, check_texts
+
+LIMITS = Limits(texts=2, characters=4, bytes=1000, queued_texts=3)
+
+
+def test_texts_come_in_the_order_of_their_keys() -> None:
+    assert check_texts(["1", "0"], ["b", "a"], LIMITS) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "message"),
+    [
+        (["0", "1"], ["a"], "2 keys and 1 values"),
+        ([], [], "no texts"),
+        (["0", "1", "2"], ["a", "b", "c"], "3 texts: send at most 2 in a request"),
+        (["1"], ["a"], "wrong keys: 1 texts have the keys 0 to 0"),
+        (["0", "0"], ["a", "b"], "wrong keys"),
+        (["0", "1"], ["a", " \n"], "text 1 is empty"),
+        (["0"], ["abcde"], "text 0 has 5 characters: send at most 4"),
+    ],
+)
+def test_a_bad_request_is_an_error(keys: Sequence[str], values: Sequence[str], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as error:
+        check_texts(keys, values, LIMITS)
+    assert error.value.number == BAD_REQUEST
+
+
+def test_texts_wait_up_to_the_limit_and_leave_when_they_are_answered() -> None:
+    admission = Admission(LIMITS.queued_texts)
+    with admission.admitted(2):
+        with (
+            pytest.raises(RequestError, match="2 texts are waiting already: try again later") as error,
+            admission.admitted(2),
+        ):
+            pass
+        assert error.value.number == OVERLOADED
+        with admission.admitted(1):
+            assert (admission.requests, admission.texts) == (2, 3)
+    assert (admission.requests, admission.texts) == (0, 0)
+
+
+def test_after_a_stop_nothing_is_admitted() -> None:
+    admission = Admission(LIMITS.queued_texts)
+    with admission.admitted(1):
+        assert not admission.stop(0.01)
+    assert admission.stop(0.01)
+    with pytest.raises(RequestError, match="the service is stopping") as error, admission.admitted(1):
+        pass
+    assert error.value.number == STOPPING

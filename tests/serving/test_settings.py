@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import pytest
+
+from common.cli import ArgumentParser
+from common.errors import InputError
+from helpers import ROOT
+from serving.settings import add_settings_args, check_ports, read_settings
+
+CONFIG = ROOT / "deploy" / "python" / "config_nlp.yml"
+
+
+def test_settings_come_from_options_then_the_environment_then_the_file() -> None:
+    settings = read_settings({"rpc_port": 1}, {"SERVING_RPC_PORT": "2", "SERVING_HTTP_PORT": "3"}, CONFIG)
+    assert (settings["rpc_port"], settings["http_port"], settings["host"]) == (1, 3, "127.0.0.1")
+    assert Path(settings["model_dir"]).resolve() == ROOT / "serving_server"
+    assert read_settings({}, {"SERVING_MODEL_DIR": "here"}, CONFIG)["model_dir"] == "here"
+    assert [read_settings({}, {"SERVING_MAX_SEQ_LENGTH": n}, CONFIG)["max_seq_length"] for n in "03"] == [0, 3]
+
+
+OLD_NAMES = [("max_queue_delay_ms", "batch_wait_ms"), ("max_queued_texts", "max_waiting_texts")]
+
+
+@pytest.mark.parametrize(("name", "old_name"), OLD_NAMES)
+def test_names_of_version_1_still_work(name: str, old_name: str) -> None:
+    """As options and as variables; if both are given, the new name counts."""
+    parser = ArgumentParser()
+    add_settings_args(parser)
+    variable, old_variable = f"SERVING_{name.upper()}", f"SERVING_{old_name.upper()}"
+    for words, environment, expected in [
+        ([f"--{old_name}", "501"], {}, 501),
+        ([f"--{name}", "502", f"--{old_name}", "501"], {}, 502),
+        ([], {old_variable: "503"}, 503),
+        ([], {old_variable: "503", variable: "504"}, 504),
+        ([f"--{old_name}", "501"], {variable: "504"}, 501),
+    ]:
+        assert read_settings(vars(parser.parse_args(words)), environment, CONFIG)[name] == expected
+    assert f"--{name}" in parser.format_help() and old_name not in parser.format_help()
+
+
+def test_a_config_file_of_version_1_still_works(tmp_path: Path) -> None:
+    old = tmp_path / "config.yml"
+    old.write_text(CONFIG.read_text().replace("queued_texts: 1024", "waiting_texts: 600"))
+    assert read_settings({}, {}, old)["max_queued_texts"] == 600
+    assert read_settings({}, {"SERVING_MAX_QUEUED_TEXTS": "700"}, old)["max_queued_texts"] == 700
+    old.write_text(CONFIG.read_text().replace("queued_texts: 1024", "waiting_texts: 600\n  queued_texts: 800"))
+    assert read_settings({}, {}, old)["max_queued_texts"] == 800
+    old.write_text(CONFIG.read_text().replace("queued_texts: 1024", "waiting_texts: 0"))
+    with pytest.raises(InputError, match=r"config\.yml: limits\.waiting_texts: 0 is out of range"):
+        read_settings({}, {}, old)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"SERVING_RPC_PORT": "x"}, "SERVING_RPC_PORT"),
+        ({"SERVING_HTTP_PORT": "70000"}, "SERVING_HTTP_PORT"),
+        ({"SERVING_DEVICE": "tpu"}, "SERVING_DEVICE: tpu is none of cpu, gpu"),
+        ({"SERVING_MAX_QUEUED_TEXTS": "1"}, "--max_queued_texts"),
+        ({"SERVING_MAX_BYTES": str(2**31)}, "SERVING_MAX_BYTES: 2147483648 is out of range"),
+        ({"SERVING_MAX_QUEUE_DELAY_MS": str(10**13)}, "SERVING_MAX_QUEUE_DELAY_MS: 10000000000000 is out of range"),
+        ({"SERVING_BATCH_WAIT_MS": str(10**13)}, "SERVING_BATCH_WAIT_MS: 10000000000000 is out of range"),
+        ({"SERVING_THREADS": str(2**31)}, "SERVING_THREADS: 2147483648 is out of range"),
+        ({"SERVING_MAX_SEQ_LENGTH": "2"}, "SERVING_MAX_SEQ_LENGTH: 2 is out of range: give 3 or more"),
+    ],
+)
+def test_a_bad_variable_is_named(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_settings({}, environment, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [\nb: c", "line 2: isn't YAML"),
+        ("a: 2026-13-45", "isn't YAML"),
+        ("[" * 3000, "isn't YAML"),
+        ("", "op.ernie.local_service_conf.model_config"),
+        (CONFIG.read_text().replace("rpc_port: 8080", "rpc_port: yes"), "rpc_port"),
+        (CONFIG.read_text().replace("batch_size: 32", "batch_size: 0"), "op.ernie.batch_size"),
+        (CONFIG.read_text().replace("max_seq_length: 0", "max_seq_length: 1"), "max_seq_length: 1 is out of range"),
+    ],
+    ids=["line", "date", "depth", "empty", "type", "range", "length"],
+)
+def test_a_bad_line_of_the_config_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    changed = tmp_path / "config.yml"
+    changed.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_settings({}, {}, changed)
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "192.0.2.1", "a..é"])
+def test_a_host_that_is_not_this_machine_is_named(host: str) -> None:
+    with pytest.raises(InputError, match=f"^--host {host}: can't listen .*; give an address of this machine$"):
+        check_ports({"host": host, "rpc_port": 0, "http_port": 0})
