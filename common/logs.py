@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from typing import TypeAlias
 
 from tqdm import tqdm
 
@@ -53,7 +54,7 @@ class LineProgress:
         print(line, file=sys.stderr, flush=True)
 
 
-Progress = tqdm | LineProgress
+Progress: TypeAlias = tqdm | LineProgress
 
 
 def progress_bar(total: int, desc: str, unit: str) -> Progress:
