@@ -32,12 +32,15 @@ from data import (
     TextPair,
     TextTokenizer,
     encode_texts,
+    max_position_tokens,
     positives_by_query,
     read_corpus,
     read_hits,
     read_text_pairs,
+    read_texts,
     read_vocabulary,
     write_hits,
+    write_vectors,
     write_vocabulary,
 )
 from examples.vocabulary import build_vocabulary
@@ -130,6 +133,13 @@ def test_hits_keep_the_order_of_each_query(tmp_path: Path) -> None:
 def test_positives_by_query_keeps_the_order_of_first_lines() -> None:
     titles = positives_by_query([TextPair("b", "1"), TextPair("a", "2"), TextPair("b", "3"), TextPair("b", "1")])
     assert list(titles.items()) == [("b", {"1", "3"}), ("a", {"2"})]
+
+
+def test_texts_keep_order_and_duplicates(tmp_path: Path) -> None:
+    path = written(tmp_path, b"b\n a\r\n\xff\nb\na\tb\nc")
+    assert read_texts(path, skip_bad_lines=True) == ["b", "a", "b", "c"] == list(Corpus(path, skip_bad_lines=True))
+    with pytest.raises(InputError, match=f"{path}: 2 bad line"):
+        read_texts(path)
 
 
 BAD_LINES = [
@@ -460,6 +470,15 @@ def test_hits_round_trip(tmp_path: Path) -> None:
     assert b"\r\n" not in path.read_bytes()
 
 
+def test_vectors_round_trip_under_any_name(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    write_vectors(tmp_path / "new" / "vectors", vectors)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["vectors"]
+    np.testing.assert_array_equal(np.load(tmp_path / "new" / "vectors"), vectors)
+    with pytest.raises(InputError, match=f"{tmp_path}: can't be written"):
+        write_vectors(tmp_path, vectors)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
 
@@ -587,6 +606,13 @@ def test_vocabulary_with_repeated_lines_second_column_and_crlf(
     tokenizer.save(tmp_path)
     saved = TextTokenizer.load(tmp_path, 8)
     assert (saved.vocabulary_size, saved.tokenize(["深学习"])) == (9, [expected])
+
+
+@pytest.mark.parametrize(("model_type", "expected"), [("ernie", 514), ("bert", 514), ("roberta", 512)])
+def test_a_backbone_s_longest_text(model_type: str, expected: int) -> None:
+    """RoBERTa's first positions stay unused."""
+    config = {"model_type": model_type, "max_position_embeddings": 514, "pad_token_id": 1}
+    assert max_position_tokens(config) == expected
 
 
 @pytest.mark.parametrize("missing", [PAD, CLS, SEP, UNK])
