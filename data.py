@@ -292,8 +292,11 @@ def write_hits(path: str | Path, hits: Iterable[Hit]) -> None:
 
 def write_vectors(path: str | Path, vectors: np.ndarray) -> None:
     """Writes an array to a .npy file. Raises InputError if it can't be written."""
+    vectors = np.ascontiguousarray(vectors)
     with atomic_write(path, "wb") as file:
-        np.save(file, vectors)
+        # np.save doesn't report a disk that is full before the last 4 KB.
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(vectors))
+        file.write(vectors.data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

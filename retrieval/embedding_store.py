@@ -14,13 +14,13 @@ from common.errors import InputError
 from common.files import (
     LOCK_FILE,
     TEMPORARY_SUFFIX,
-    atomic_write,
     locked,
     make_folder,
     read_json,
     sha256,
     write_json,
 )
+from data import write_vectors
 
 SHARD_ROWS = 8192  # documents that a kill can cost: 1 to 3 minutes with a 12-layer ERNIE on 2 cores
 METADATA_FILE = "embeddings.json"
@@ -101,8 +101,7 @@ class Embeddings:
         """Writes a shard, float32 [rows, D]. Raises InputError for a row that isn't a unit vector or on a full disk."""
         rows, file = self.shards[number], self._file(number, "npy")
         check_unit_vectors(vectors, self.shape[1], "corpus", rows.start)
-        with atomic_write(file, "wb") as opened:
-            np.save(opened, vectors)
+        write_vectors(file, vectors)
         content = {"first_document": rows.start, "documents": len(vectors), "sha256": sha256(file)}
         write_json(self._file(number, "json"), content)
 
