@@ -192,6 +192,19 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def unit_vectors(count: int, dim: int, seed: int = 0) -> np.ndarray:
+    """Random ones, float32 [count, dim]."""
+    vectors = np.random.default_rng(seed).standard_normal((count, dim), np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def flip_a_bit(file: Path, numbers: random.Random) -> None:
+    """In a random byte."""
+    content = bytearray(file.read_bytes())
+    content[numbers.randrange(len(content))] ^= 1 << numbers.randrange(8)
+    file.write_bytes(content)
+
+
 def assert_close(value: np.ndarray, expected: np.ndarray, name: str) -> None:
     """To 1e-5 of its largest element, where that is above 1: float32 has seven digits."""
     np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5 * max(1.0, np.abs(expected).max()), err_msg=name)

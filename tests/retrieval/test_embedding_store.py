@@ -1,0 +1,155 @@
+"""The vectors of a corpus on disk: shards, damage, kills, and temporary folders."""
+
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ann_util import IndexOptions, build_index
+from common.errors import InputError
+from common.files import read_json
+from helpers import ROOT, file_size_limit, flip_a_bit, unit_vectors
+from retrieval.embedding_store import METADATA_FILE, Embeddings, EmbeddingsMetadata, temporary_folder
+
+DIM = 8
+
+
+def metadata(documents: int, **changes: object) -> EmbeddingsMetadata:
+    """Of vectors in shards of 10."""
+    return EmbeddingsMetadata("model", "fp32", "corpus", documents, DIM, 10)._replace(**changes)
+
+
+def written(folder: Path, vectors: np.ndarray) -> Embeddings:
+    """All of the vectors on disk."""
+    stored = Embeddings(folder, metadata(len(vectors)))
+    for number, rows in enumerate(stored.shards):
+        stored.write(number, vectors[rows])
+    return stored
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+@pytest.mark.parametrize("count", [1, 9, 10, 11, 35])
+def test_embeddings_read_like_an_array(tmp_path: Path, count: int) -> None:
+    """Slices within a shard, over several, beyond the end, and empty ones."""
+    vectors = unit_vectors(count, DIM)
+    stored = written(tmp_path, vectors)
+    assert (stored.shape, stored.ndim, len(stored)) == (vectors.shape, 2, count)
+    for start in range(0, count + 2, 3):
+        for stop in range(0, count + 2, 4):
+            np.testing.assert_array_equal(stored[start:stop], vectors[start:stop])
+
+
+def test_an_index_of_embeddings_equals_the_one_of_the_array(tmp_path: Path) -> None:
+    """Both kinds of index read them a block at a time."""
+    vectors, queries = unit_vectors(95, DIM), unit_vectors(7, DIM, seed=1)
+    for ann in ("exact", "hnswlib"):
+        indexes = [build_index(IndexOptions(ann), rows) for rows in (written(tmp_path, vectors), vectors)]
+        answers = [index.search(queries, 95) for index in indexes]
+        np.testing.assert_array_equal(answers[0][0], answers[1][0])
+
+
+def test_a_shard_without_its_json_file_counts_as_missing(tmp_path: Path) -> None:
+    """A kill can leave the vectors alone."""
+    stored = Embeddings(tmp_path, metadata(35))
+    assert stored.missing() == [0, 1, 2, 3]
+    stored.write(2, unit_vectors(10, DIM))
+    stored.write(3, unit_vectors(5, DIM))
+    (tmp_path / "embeddings_000003.json").unlink()
+    assert Embeddings(tmp_path, metadata(35)).missing() == [0, 1, 3]
+
+
+@pytest.mark.parametrize(("name", "value"), [("model", "m"), ("corpus", "c"), ("dimension", 9), ("precision", "bf16")])
+def test_embeddings_of_something_else_are_refused(tmp_path: Path, name: str, value: object) -> None:
+    """The message names what differs."""
+    written(tmp_path, unit_vectors(35, DIM))
+    with pytest.raises(InputError, match=f"another {name} .*remove this one"):
+        Embeddings(tmp_path, metadata(35, **{name: value}))
+
+
+@pytest.mark.parametrize(("row", "value"), [(3, np.nan), (4, 0.0)])
+def test_rows_other_than_unit_vectors_are_not_stored(tmp_path: Path, row: int, value: float) -> None:
+    """The message has the row of the corpus."""
+    vectors = unit_vectors(10, DIM)
+    vectors[row] = value
+    stored = Embeddings(tmp_path, metadata(35))
+    with pytest.raises(InputError, match=f"corpus vector {10 + row} "):
+        stored.write(1, vectors)
+    with pytest.raises(InputError, match=r"\[rows, 8\]"):
+        stored.write(1, vectors[:, :4])
+    assert [path.name for path in tmp_path.iterdir()] == [METADATA_FILE]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flipped_bit_in_a_shard_is_refused(tmp_path: Path, seed: int) -> None:
+    """25 times in each of 4 runs, in any shard."""
+    vectors, numbers = unit_vectors(35, DIM), random.Random(seed)
+    for attempt in range(25):
+        folder = tmp_path / str(attempt)
+        written(folder, vectors)
+        flip_a_bit(numbers.choice(sorted(folder.glob("*.npy"))), numbers)
+        with pytest.raises(InputError, match=r"\.npy: isn't as it was written"):
+            build_index(IndexOptions("exact"), Embeddings(folder, metadata(35)))
+
+
+def test_a_full_disk_leaves_the_shard_missing(tmp_path: Path) -> None:
+    stored = Embeddings(tmp_path, metadata(35))
+    with file_size_limit(300), pytest.raises(InputError, match=f"^{tmp_path}/embeddings_000000.npy: can't be written"):
+        stored.write(0, unit_vectors(10, DIM))
+    assert stored.missing() == [0, 1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == [METADATA_FILE]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("suffix", ["npy", "json"])
+def test_a_kill_at_any_write_of_a_shard_leaves_it_missing(tmp_path: Path, suffix: str) -> None:
+    """Nothing half-written counts as a shard."""
+    script = (
+        "import sys, os, numpy as np\n"
+        "from retrieval.embedding_store import Embeddings, EmbeddingsMetadata\n"
+        "replace = os.replace\n"
+        f"os.replace = lambda a, b: os._exit(9) if str(b).endswith('1.{suffix}') else replace(a, b)\n"
+        "vectors = np.eye(8, dtype=np.float32)\n"
+        "stored = Embeddings(sys.argv[1], EmbeddingsMetadata('m', 'fp32', 'c', 16, 8, 8))\n"
+        "stored.write(0, vectors)\nstored.write(1, vectors)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=False)
+    assert done.returncode == 9
+    stored = Embeddings(tmp_path, EmbeddingsMetadata("m", "fp32", "c", 16, 8, 8))
+    assert stored.missing() == [1]
+    np.testing.assert_array_equal(stored[:8], np.eye(8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Temporary folders
+
+
+def test_a_temporary_folder_is_removed_at_its_end_and_after_a_kill(tmp_path: Path) -> None:
+    """While its owner holds the lock, others leave it alone; a folder without a lock file isn't one of ours."""
+    foreign = tmp_path / ".embeddings.notes.tmp"
+    foreign.mkdir()
+    with temporary_folder(tmp_path) as folder, temporary_folder(tmp_path) as other:
+        assert sorted(tmp_path.iterdir()) == sorted([foreign, folder, other])
+        killed = shutil.copytree(folder, tmp_path / ".embeddings.killed.tmp")  # its lock file isn't locked
+        with temporary_folder(tmp_path) as third:
+            assert not killed.exists()
+            assert sorted(tmp_path.iterdir()) == sorted([foreign, folder, other, third])
+    assert list(tmp_path.iterdir()) == [foreign]
+
+
+def test_a_store_describes_its_vectors(tmp_path: Path) -> None:
+    written(tmp_path, unit_vectors(12, DIM))
+    assert read_json(tmp_path / METADATA_FILE) == {
+        **{"model": "model", "precision": "fp32", "corpus": "corpus"},
+        **{"documents": 12, "dimension": DIM, "shard_rows": 10},
+    }
