@@ -1,16 +1,15 @@
-"""Paddle Serving 0.9.0 (2022) on today's Python and Paddle: every workaround is here, each with its reason.
+"""Paddle Serving 0.9.0 (2022) on today's Python and Paddle: its protocol and its client, in front of our encoders.
 
-What is Serving's own: the protocol, the requests' way through its graph of operators and channels, and its client. What
-is ours, and why:
+Serving's own server isn't used, because:
 
-- The encoder: Serving's LocalPredictor finds no model that Paddle 3 wrote, and kills the whole process group, the shell
-  that started it included, where one can't be loaded. See encoder_process.py.
-- Batches (`EncoderOp`): Serving's batching counts requests instead of texts, can't join texts of different lengths,
-  and makes a lone client wait as long as many.
-- Opening the gRPC port (`PipelineService`): Serving listens on all interfaces, lets two servers share a port, and
-  queues without bound.
-- The HTTP port (http_gateway.py): Serving's gateway is a Go library that listens on all interfaces, knows no limits,
-  and has no /health.
+- its LocalPredictor finds no model that Paddle 3 wrote, and kills the whole process group, with the shell that started
+  it, if a model can't be loaded (ours: encoder_process.py);
+- its batches count requests instead of texts, can't join texts of different lengths, and make a lone client wait as
+  long as many (ours: batching.py);
+- its gRPC port listens on all interfaces, lets two servers share a port, and queues without bound (ours: below);
+- its HTTP gateway is a Go library that listens on all interfaces, and has neither limits nor /health (ours:
+  http_gateway.py);
+- it runs `np.load(allow_pickle=True)` on a request's tensors, which is code from the network.
 """
 
 import collections
@@ -20,16 +19,15 @@ import os
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from common.errors import InputError
 from serving import installed_packages
-from serving.encoder_process import EncoderProcess, EncoderStopped
+from serving.encoder_process import EncoderProcess
 from serving.limits import (
     BAD_REQUEST,
     INTERNAL_ERROR,
@@ -53,39 +51,16 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC says on stderr once more
 with installed_packages():
     import grpc
     from google.protobuf.message import DecodeError
-    from paddle_serving_server.pipeline import (
-        Op,
-        PipelineClient,
-        RequestOp,
-        ResponseOp,
-        dag,
-        error_catch,
-        operator,
-        pipeline_server,
-    )
-    from paddle_serving_server.pipeline.channel import ChannelData, ChannelTimeoutError
-    from paddle_serving_server.pipeline.error_catch import CustomExceptionCode
-    from paddle_serving_server.pipeline.pipeline_server import PipelineServicer, ServerYamlConfChecker
+    from paddle_serving_server.pipeline import PipelineClient
     from paddle_serving_server.pipeline.proto.pipeline_service_pb2 import Request, Response
 
+    from serving.batching import Batcher
     from serving.metrics import Metrics
 
-SERVICE = "ernie"  # name of the service and of its operator, as in the original
+SERVICE = "ernie"  # name of the service, the original's
 OUTPUT = "output_embedding"
 METHOD = "baidu.paddle_serving.pipeline_serving.PipelineService"
 OTHER_RPC_CONNECTIONS = 256  # beside those whose request is answered
-SHORTEST_WAIT = 1e-4  # seconds; Serving's channels take 0 for no limit
-
-
-def _end(command: str, process_group: int) -> None:
-    # Serving sends SIGKILL to the process group, to which the shell, a supervisor or a test run may belong.
-    service_log("error: Paddle Serving could not set up its operators")
-    os._exit(1)
-
-
-for module in (operator, dag, pipeline_server):
-    module.print = lambda *_: None  # what it prints tells the user nothing
-operator.kill_stop_process_by_pid = error_catch.kill_stop_process_by_pid = _end
 
 
 class ServiceOptions(NamedTuple):
@@ -95,97 +70,6 @@ class ServiceOptions(NamedTuple):
     max_queue_delay: float  # seconds that a batch waits for requests that are expected
     rpc_threads: int  # requests over gRPC at a time
     limits: Limits
-
-
-class CheckedRequest(NamedTuple):
-    """What goes through Serving's graph in place of the protobuf Request: it has no tensors."""
-
-    texts: list[str]
-    logid: int
-
-
-class TextsOp(RequestOp):
-    """Unpacks a CheckedRequest.
-
-    Serving's own runs `np.load(allow_pickle=True)` on a request's tensors, which is code from the network.
-    """
-
-    def unpack_request_package(self, request: CheckedRequest) -> tuple[dict[str, Any], int, None, str]:
-        """The texts, the log id, and no error."""
-        return {"texts": request.texts}, request.logid, None, ""
-
-
-class VectorsOp(ResponseOp):
-    """Packs vectors as JSON, in the form that the original's Python literal had."""
-
-    def pack_response_package(self, channeldata: ChannelData) -> Response:
-        """The answer with vectors, or with an error."""
-        if channeldata.error_code != CustomExceptionCode.OK.value:
-            # The only error that an operator of ours raises; Serving adds paths and names to its message.
-            return error_response(INTERNAL_ERROR, "the encoder failed: try again")
-        return Response(key=[OUTPUT], value=[vectors_json(channeldata.parse()[OUTPUT])])
-
-
-class EncoderOp(Op):
-    """Encodes the texts of several requests together."""
-
-    def set_up(
-        self, encoders: Sequence[EncoderProcess], options: ServiceOptions, admission: Admission, metrics: Metrics
-    ) -> None:
-        """What Serving's constructor has no room for."""
-        self._encoders: SimpleQueue[EncoderProcess] = SimpleQueue()
-        for encoder in encoders:
-            self._encoders.put(encoder)
-        self._workers, self._expected = len(encoders), 1
-        self._service_options, self._admission, self._metrics = options, admission, metrics
-
-    def _auto_batching_generator(
-        self, input_channel: Any, op_name: str, batch_size: int, timeout: float | None, op_info_prefix: str
-    ) -> Iterator[list[dict[str, ChannelData]]]:
-        """Lists of requests with batch_size texts together, or as many as there are.
-
-        A batch waits for as many requests as there were before the last answers left: clients that get their answers
-        together send their next requests within moments. A lone client never waits.
-        """
-        while True:
-            batch = [input_channel.front(op_name)]
-            until = time.monotonic() + self._service_options.max_queue_delay
-            while sum(map(_texts, batch)) < self._service_options.batch_size:
-                wait = until - time.monotonic() if len(batch) < self._expected else 0.0
-                try:
-                    batch.append(input_channel.front(op_name, max(wait, SHORTEST_WAIT)))
-                except ChannelTimeoutError:
-                    break
-            yield batch
-
-    def _run_process(
-        self, preped_data_dict: Mapping[int, Mapping[str, Any]], op_info_prefix: str, *_: object
-    ) -> tuple[dict[int, dict[str, np.ndarray]], dict[int, ChannelData]]:
-        """Vectors, or an error, by the number that Serving gave to a request."""
-        counts = [len(data["texts"]) for data in preped_data_dict.values()]
-        texts = [text for data in preped_data_dict.values() for text in data["texts"]]
-        encoder = self._encoders.get()
-        try:
-            start = time.monotonic()
-            vectors = encoder.encode(texts)
-            self._metrics.encoded(len(texts), time.monotonic() - start)
-            self._expected = self._admission.requests // self._workers
-            parts = np.split(vectors, np.cumsum(counts)[:-1])
-            return {number: {OUTPUT: part} for number, part in zip(preped_data_dict, parts, strict=True)}, {}
-        except EncoderStopped as error:
-            service_log(f"error: the encoder {error}")
-        except Exception as error:  # it would end Serving's thread, and with it all answers
-            service_log(f"error: {type(error).__name__} in encoding a batch")  # its message could hold texts
-        finally:
-            self._encoders.put(encoder)
-        return {}, {
-            number: ChannelData(error_code=INTERNAL_ERROR, error_info="", data_id=number) for number in preped_data_dict
-        }
-
-
-def _texts(data: Mapping[str, ChannelData]) -> int:
-    (request,) = data.values()
-    return len(request.dictdata["texts"])
 
 
 def vectors_json(vectors: np.ndarray) -> str:
@@ -199,20 +83,14 @@ def error_response(number: int, message: str) -> Response:
     return Response(err_no=number, err_msg=message)
 
 
-class PipelineService(PipelineServicer):
-    """Serving's graph with our operators, behind gRPC and whatever else calls `answer`."""
+class PipelineService:
+    """Answers requests for vectors, over gRPC and for whatever else calls `answer`."""
 
     def __init__(self, encoders: Sequence[EncoderProcess], options: ServiceOptions) -> None:
         self._options, self._encoders = options, encoders
         self.admission = Admission(options.limits.queued_texts)
         self.metrics = Metrics(self.admission)
-        conf = ServerYamlConfChecker.load_server_yaml_conf(
-            yml_dict={"op": {SERVICE: {"concurrency": len(encoders)}}, "dag": {"is_thread_op": True}}
-        )
-        encoder_op = EncoderOp(name=SERVICE, input_ops=[TextsOp()])
-        encoder_op.set_up(encoders, options, self.admission, self.metrics)
-        encoder_op.init_from_dict(conf["op"][SERVICE])
-        super().__init__(SERVICE, VectorsOp(input_ops=[encoder_op]), conf)
+        self._batcher = Batcher(encoders, options.batch_size, options.max_queue_delay, self.admission, self.metrics)
         self._rpc_server: grpc.Server | None = None
 
     @property
@@ -245,8 +123,8 @@ class PipelineService(PipelineServicer):
             raise RequestError(BAD_REQUEST, "tensors aren't taken: send texts as values")
         texts = check_texts(request.key, request.value, self.limits)
         with self.admission.admitted(len(texts)):
-            # PipelineServicer.inference: it looks at the service's name alone, and calls this.
-            return self._dag_executor.call(CheckedRequest(texts, request.logid))
+            vectors = self._batcher.encode(texts)
+        return Response(key=[OUTPUT], value=[vectors_json(vectors)])
 
     def listen(self, host: str, port: int) -> int:
         """Opens the gRPC port, any free one for 0, and gives its number. Raises InputError if it is in use."""
@@ -283,7 +161,7 @@ class PipelineService(PipelineServicer):
         if self._rpc_server:
             self._rpc_server.stop(1.0).wait()  # what is left to do is sending
         if finished:
-            self._dag_executor.stop()
+            self._batcher.stop()
         for encoder in self._encoders:
             encoder.close()
         return finished
