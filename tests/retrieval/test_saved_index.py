@@ -1,0 +1,171 @@
+"""The folder of a saved index: writing, reading, damage, locks, and which model and corpus it fits."""
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import recall
+from ann_util import IndexOptions, build_index
+from common.errors import InputError
+from common.files import read_json, write_json
+from common.manifest import write_manifest
+from data import Corpus, read_corpus
+from encoding.encoder import load_encoder
+from helpers import file_size_limit, flip_a_bit, unit_vectors, write_pairs
+from retrieval.saved_index import SavedIndex, check_index_fits, has_index, load_index, locked_index, save_index
+
+DIM = 8
+
+
+def corpus_of(folder: Path, count: int) -> Corpus:
+    """Documents 文0, 文1, ..."""
+    return read_corpus(write_pairs(folder / "corpus.csv", [(f"文{row}",) for row in range(count)]))
+
+
+def saved_index(folder: Path, count: int, ann: str = "hnswlib") -> SavedIndex:
+    """One of random vectors, saved as `index` in the folder."""
+    corpus = corpus_of(folder, count)
+    saved = SavedIndex(build_index(IndexOptions(ann), unit_vectors(count, DIM)), corpus, "model", corpus.sha256)
+    return save_index(folder / "index", saved)
+
+
+@pytest.mark.parametrize("ann", ["hnswlib", "exact"])
+def test_a_saved_index_answers_as_before(tmp_path: Path, ann: str) -> None:
+    """Also after documents were added to it; its documents are those in its folder."""
+    saved = saved_index(tmp_path, 50, ann)
+    queries = unit_vectors(5, DIM, seed=1)
+    for count in (50, 57):
+        loaded = load_index(tmp_path / "index")
+        assert type(loaded.index) is type(saved.index)
+        assert (loaded.model, loaded.corpus) == ("model", saved.corpus)
+        assert list(loaded.documents) == list(saved.documents) == [f"文{row}" for row in range(count)]
+        assert saved.documents.path == tmp_path / "index" / "documents.txt"
+        for found, expected in zip(loaded.index.search(queries, 10), saved.index.search(queries, 10), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        loaded.index.add(unit_vectors(7, DIM, seed=2))
+        saved = save_index(tmp_path / "index", loaded, [f"文{row}" for row in range(50, 57)])
+    assert loaded.corpus != loaded.documents.sha256
+
+
+def test_an_index_that_recall_py_saved_is_searched_from_python(
+    checkpoint: Path, recall_data: Path, tmp_path: Path
+) -> None:
+    """As the documentation shows it."""
+    options = ["--params_path", str(checkpoint), "--corpus_file", str(recall_data / "corpus.csv"), "--device", "cpu"]
+    assert recall.main([*options, "--recall_result_dir", str(tmp_path), "--index_dir", str(tmp_path / "index")]) == 0
+
+    encoder = load_encoder(checkpoint)
+    saved = load_index(tmp_path / "index")
+    ids, cosines = saved.index.search(encoder.encode(["论水稻产量研究水稻,产量"]), k=5)
+    assert saved.documents[ids[0][0]] == "论水稻产量研究水稻,产量"
+    assert cosines[0][0] == pytest.approx(1, abs=1e-5)
+    assert ids.shape == cosines.shape == (1, 5)
+    assert (saved.model, list(saved.documents)) == (encoder.fingerprint, list(read_corpus(recall_data / "corpus.csv")))
+
+
+def test_an_index_whose_replacement_was_interrupted_is_found(tmp_path: Path) -> None:
+    assert not has_index(tmp_path / "index")
+    saved_index(tmp_path, 3)
+    (tmp_path / "index").rename(tmp_path / ".index.replaced")
+    assert has_index(tmp_path / "index")
+    assert len(load_index(tmp_path / "index").documents) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage
+
+
+@pytest.mark.parametrize("ann", ["hnswlib", "exact"])
+def test_a_flipped_bit_is_refused(tmp_path: Path, ann: str) -> None:
+    """100 times for each kind of index, in any file that is loaded."""
+    saved_index(tmp_path, 50, ann)
+    numbers = random.Random(1)
+    files = sorted(path.name for path in (tmp_path / "index").iterdir() if path.name != "manifest.json")
+    assert len(files) == 3
+    for attempt in range(100):
+        shutil.copytree(tmp_path / "index", tmp_path / str(attempt))
+        flip_a_bit(tmp_path / str(attempt) / numbers.choice(files), numbers)
+        with pytest.raises(InputError, match=r"isn't as it was written .*; remove the folder and build the index"):
+            load_index(tmp_path / str(attempt))
+
+
+@pytest.mark.parametrize("missing", ["manifest.json", "index.json", "documents.txt", "hnsw.bin"])
+def test_a_missing_file_is_named(tmp_path: Path, missing: str) -> None:
+    """Before native code reads the index."""
+    saved_index(tmp_path, 2)
+    (tmp_path / "index" / missing).unlink()
+    with pytest.raises(InputError, match=missing):
+        load_index(tmp_path / "index")
+
+
+@pytest.mark.parametrize("changed", [{"ann": "faiss"}, {"dimension": ...}, {"model": ...}])
+def test_a_wrong_description_is_refused(tmp_path: Path, changed: dict[str, object]) -> None:
+    """Even if the manifest agrees with it; `...` removes an entry."""
+    saved_index(tmp_path, 2, "exact")
+    content = {**read_json(tmp_path / "index" / "index.json"), **changed}
+    write_json(tmp_path / "index" / "index.json", {key: value for key, value in content.items() if value is not ...})
+    write_manifest(tmp_path / "index")
+    with pytest.raises(InputError, match=r"index\.json: isn't the description of an index"):
+        load_index(tmp_path / "index")
+
+
+def test_another_number_of_documents_than_vectors_is_refused(tmp_path: Path) -> None:
+    saved_index(tmp_path, 3, "exact")
+    write_pairs(tmp_path / "index" / "documents.txt", [("文0",), ("文1",)])
+    write_manifest(tmp_path / "index")
+    with pytest.raises(InputError, match=f"^{tmp_path}/index: has 2 documents and 3 vectors; remove the folder"):
+        load_index(tmp_path / "index")
+
+
+@pytest.mark.parametrize("ann", ["hnswlib", "exact"])
+def test_a_full_disk_leaves_the_earlier_index(tmp_path: Path, ann: str) -> None:
+    """The limit leaves room for all files but the vectors."""
+    saved = saved_index(tmp_path, 500, ann)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "index").iterdir()}
+    saved.index.add(unit_vectors(1, DIM, seed=1))
+    with file_size_limit(15_000), pytest.raises(InputError, match=f"^{tmp_path}/index.*: can't be written"):
+        save_index(tmp_path / "index", saved, ["新"])
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "index").iterdir()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.csv", "index"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locks, and what an index fits
+
+
+def test_one_run_at_a_time_changes_an_index(tmp_path: Path) -> None:
+    """It can be loaded meanwhile."""
+    saved_index(tmp_path, 3)
+    with locked_index(tmp_path / "index"):
+        assert load_index(tmp_path / "index")
+        with (
+            pytest.raises(InputError, match=f"^{tmp_path}/index: another run is changing it; run this again when"),
+            locked_index(tmp_path / "index"),
+        ):
+            pass
+    with locked_index(tmp_path / "index"):
+        pass
+
+
+def test_a_folder_other_than_an_index_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=r"folder: isn't a saved index, .*manifest\.json; give another --index_dir"):
+        load_index(tmp_path / "folder")
+    with pytest.raises(InputError, match="isn't a saved index"), locked_index(tmp_path / "folder"):
+        pass
+
+
+def test_an_index_fits_its_model_and_its_corpus(tmp_path: Path) -> None:
+    """With or without the documents that were added."""
+    first = saved_index(tmp_path, 3)
+    first.index.add(unit_vectors(1, DIM, seed=1))
+    saved = save_index(tmp_path / "index", first, ["文3"])
+    for corpus in (corpus_of(tmp_path / "same", 3), corpus_of(tmp_path / "all", 4), None):
+        check_index_fits(tmp_path / "index", saved, "model", corpus)
+    with pytest.raises(InputError, match=r"another corpus, or .*changed since; add documents with --add_corpus"):
+        check_index_fits(tmp_path / "index", saved, "model", corpus_of(tmp_path / "other", 2))
+    with pytest.raises(InputError, match=r"another model or --max_seq_length; give the --params_path"):
+        check_index_fits(tmp_path / "index", saved, "other", None)
