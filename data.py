@@ -20,7 +20,7 @@ from tokenizers.processors import BertProcessing
 
 from common.errors import InputError
 from common.files import atomic_write, open_for_reading, read_json, write_json
-from common.logs import Progress, log
+from common.logs import log
 
 MAX_LINE_BYTES = 1 << 20  # a longer line means that the file has no line ends
 REPORTED_BAD_LINES = 10
@@ -58,10 +58,6 @@ class Hit(NamedTuple):
     query: str
     document: str
     score: float
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
 
 
 class Line(NamedTuple):
@@ -280,10 +276,6 @@ def positives_by_query(pairs: Iterable[TextPair]) -> dict[str, set[str]]:
     return titles
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
 def write_hits(path: str | Path, hits: Iterable[Hit]) -> None:
     """Writes a recall result, `query<TAB>document<TAB>cosine` a line. Raises InputError if it can't be written."""
     with atomic_write(path) as file:
@@ -297,10 +289,6 @@ def write_vectors(path: str | Path, vectors: np.ndarray) -> None:
         # np.save doesn't report a disk that is full before the last 4 KB.
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(vectors))
         file.write(vectors.data)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens
 
 
 def read_vocabulary(path: str | Path) -> list[str]:
@@ -406,21 +394,17 @@ class TextTokenizer:
         return self.pad(self.tokenize(texts))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Vectors
-
-
 def encode_texts(
     embed: Embed,
     texts: Sequence[str],
     tokenizer: TextTokenizer,
     batch_size: int,
-    progress: Progress | None = None,
+    progress: Any = None,
 ) -> np.ndarray:
     """Vectors of the texts, float32 [N, D], in their order; [0, 0] for no texts.
 
     Texts are sorted by length in windows to keep padding low. A batch has at most `batch_size * max_seq_length` tokens
-    and PADDING_TOKENS of padding. progress: is updated after every batch.
+    and PADDING_TOKENS of padding. progress: a `progress_bar`, updated after every batch.
     """
     out = np.empty((0, 0), dtype=np.float32)
     for start in range(0, len(texts), SORTING_WINDOW):

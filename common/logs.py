@@ -1,9 +1,8 @@
 """Lines on stderr and progress bars."""
 
+import io
 import os
 import sys
-import time
-from typing import TypeAlias
 
 from tqdm import tqdm
 
@@ -22,42 +21,19 @@ def log(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-class LineProgress:
-    """Progress where stderr isn't a terminal: whole lines at intervals, none for short work; used as tqdm is."""
+class LineProgress(tqdm):
+    """Progress where stderr isn't a terminal: whole lines at intervals in place of a bar, none for short work."""
 
     def __init__(self, total: int, desc: str, unit: str) -> None:
-        self.total, self.desc, self.unit = total, desc, unit
-        self.n = self.printed_n = 0
-        self.start = self.last_line = time.monotonic()
+        times = {"mininterval": SECONDS_BETWEEN_LINES, "delay": SECONDS_BETWEEN_LINES, "miniters": 1, "smoothing": 0}
+        super().__init__(total=total, desc=desc, unit=unit, ncols=0, file=io.StringIO(), **times)
 
-    def __enter__(self) -> "LineProgress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def update(self, n: int = 1) -> None:
-        """Counts n more."""
-        self.n += n
-        if time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
-            self._print_line()
-
-    def close(self) -> None:
-        """Prints the last line if there was one before."""
-        if 0 < self.printed_n < self.n:
-            self._print_line()
-
-    def _print_line(self) -> None:
-        self.last_line, self.printed_n = time.monotonic(), self.n
-        elapsed = self.last_line - self.start
-        line = tqdm.format_meter(self.n, self.total, elapsed, ncols=0, prefix=self.desc, unit=self.unit)
-        print(line, file=sys.stderr, flush=True)
+    def display(self, *_: object, **__: object) -> None:
+        """Prints the line."""
+        print(self, file=sys.stderr, flush=True)
 
 
-Progress: TypeAlias = tqdm | LineProgress
-
-
-def progress_bar(total: int, desc: str, unit: str) -> Progress:
+def progress_bar(total: int, desc: str, unit: str) -> tqdm:
     """A context with `update(n)`: a tqdm bar on a terminal, else a line every 10 s, neither for short work."""
     if sys.stderr.isatty():
         return tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True, delay=SECONDS_BEFORE_BAR)

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 from tqdm import tqdm
 
-from common import logs
 from common.logs import LineProgress, log, progress_bar
 
 
@@ -24,7 +23,7 @@ def test_only_rank_0_logs(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that the test sets."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
     return clock
 
 
