@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from common.cli import number_in_range
+from common.cli import number_in_range, positive_int
 from common.errors import InputError
 from common.files import open_for_reading
 from common.options import PRECISIONS
@@ -32,7 +32,9 @@ class Setting(NamedTuple):
 
 OPERATOR = "op.ernie"
 LOCAL = f"{OPERATOR}.local_service_conf"
-PORT = number_in_range(0, below=65536)
+PORT, THREADS = number_in_range(0, below=65_536), number_in_range(0, below=1025)
+BATCH_SIZE = number_in_range(1, below=65_537)
+LENGTH = number_in_range(3, or_zero=True)  # [CLS], a token and [SEP]
 
 
 def _choice(*choices: str) -> Callable[[str], str]:
@@ -51,38 +53,28 @@ SETTINGS = {
     "http_port": Setting("http_port", PORT, "HTTP port; 0 takes any that is free"),
     "device": Setting(f"{LOCAL}.device", _choice("cpu", "gpu"), "cpu or gpu"),
     "precision": Setting(f"{LOCAL}.precision", _choice(*PRECISIONS), "fp32, bf16 or fp16 to compute in"),
-    "workers": Setting(
-        f"{OPERATOR}.concurrency", number_in_range(1), "encoders; each is a process with the whole model"
-    ),
-    "threads": Setting(
-        f"{LOCAL}.thread_num",
-        number_in_range(0, below=1025),
-        "CPU threads of an encoder; 0 divides all cores among the encoders",
-    ),
+    "workers": Setting(f"{OPERATOR}.concurrency", positive_int, "encoders; each is a process with the whole model"),
+    "threads": Setting(f"{LOCAL}.thread_num", THREADS, "CPU threads of an encoder; 0 divides all cores among them"),
     "max_seq_length": Setting(
-        f"{LOCAL}.max_seq_length",
-        number_in_range(3, or_zero=True),  # [CLS], a token and [SEP]
-        "tokens that texts are cut to; 0: the exported model's",
+        f"{LOCAL}.max_seq_length", LENGTH, "tokens that texts are cut to; 0: the exported model's"
     ),
-    "batch_size": Setting(
-        f"{OPERATOR}.batch_size", number_in_range(1, below=65_537), "texts that are encoded together"
-    ),
+    "batch_size": Setting(f"{OPERATOR}.batch_size", BATCH_SIZE, "texts that are encoded together"),
     "max_queue_delay_ms": Setting(
         f"{OPERATOR}.auto_batching_timeout",
         number_in_range(0, below=60_001),
         "milliseconds that a batch waits for expected requests",
         old_names=("batch_wait_ms",),
     ),
-    "max_requests": Setting("worker_num", number_in_range(1), "requests at a time, over gRPC and over HTTP each"),
+    "max_requests": Setting("worker_num", positive_int, "requests at a time, over gRPC and over HTTP each"),
     "max_queued_texts": Setting(
         "limits.queued_texts",
-        number_in_range(1),
+        positive_int,
         "texts of all requests that aren't answered yet",
         old_names=("max_waiting_texts",),
         old_keys=("limits.waiting_texts",),
     ),
-    "max_texts": Setting("limits.texts", number_in_range(1), "texts of a request"),
-    "max_characters": Setting("limits.characters", number_in_range(1), "characters of a text"),
+    "max_texts": Setting("limits.texts", positive_int, "texts of a request"),
+    "max_characters": Setting("limits.characters", positive_int, "characters of a text"),
     "max_bytes": Setting("limits.bytes", number_in_range(1, below=2**31), "bytes of a request"),  # as gRPC counts them
 }
 

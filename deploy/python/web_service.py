@@ -40,34 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     from serving.http_gateway import PREDICTION_PATH, HttpGateway
 
     host = settings["host"]
-    limits = Limits(
-        texts=settings["max_texts"],
-        characters=settings["max_characters"],
-        bytes=settings["max_bytes"],
-        queued_texts=settings["max_queued_texts"],
-    )
-    encoder_options = EncoderOptions(
+    limits = Limits(*(settings[f"max_{name}"] for name in Limits._fields))
+    encoder_options = EncoderOptions(*(settings[name] for name in EncoderOptions._fields))._replace(
         model_dir=str(Path(settings["model_dir"]).absolute()),
-        device=settings["device"],
-        precision=settings["precision"],
         threads=settings["threads"] or max(1, cpu_count() // settings["workers"]),
         max_seq_length=settings["max_seq_length"] or None,
-        batch_size=settings["batch_size"],
     )
     # Outside of StopSignals: nothing is lost where a signal ends the process while models are loaded.
     encoders = [EncoderProcess(encoder_options) for _ in range(settings["workers"])]
     with StopSignals() as signals:
-        service = PipelineService(
-            encoders,
-            ServiceOptions(
-                batch_size=settings["batch_size"],
-                max_queue_delay=settings["max_queue_delay_ms"] / 1000,
-                rpc_threads=settings["max_requests"],
-                limits=limits,
-            ),
-        )
+        delay, requests = settings["max_queue_delay_ms"] / 1000, settings["max_requests"]
+        service = PipelineService(encoders, ServiceOptions(settings["batch_size"], delay, requests, limits))
         rpc_port = service.listen(host, settings["rpc_port"])
-        gateway = HttpGateway(service, host, settings["http_port"], requests=settings["max_requests"])
+        gateway = HttpGateway(service, host, settings["http_port"], requests)
         try:
             service_log(
                 f"ready: gRPC on {host}:{rpc_port}, HTTP on http://{host}:{gateway.server_port}{PREDICTION_PATH}"
