@@ -97,7 +97,7 @@ void run(int argc, char** argv) {
   const PredictorLibrary library;
   std::vector<Embed> embeds = make_predictors(library, options, predictors, cores / predictors);
   const size_t call_cost = call_cost_in_tokens(embeds.front(), options.model);
-  Batcher batcher(std::move(embeds), options.model, kMaxBatch, options.max_waiting_texts, call_cost);
+  Batcher batcher(std::move(embeds), options.model, kMaxBatch, options.max_queued_texts, call_cost);
   serve({options.host, options.port, options.max_body_bytes, std::min(2, cores)}, options.model, batcher,
         [&](unsigned short port) {
           std::cout << "serving " << options.model.graph_file << " on " << options.host << ":" << port << " with "

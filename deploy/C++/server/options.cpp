@@ -169,8 +169,8 @@ std::optional<Options> parse_options(int argc, char** argv) {
   options.max_body_bytes = static_cast<size_t>(std::min<int64_t>(
       number(flags, "max_body_size", static_cast<int64_t>(options.max_body_bytes), 1, int64_t{1} << 40),
       static_cast<int64_t>(options.max_body_bytes)));
-  options.max_waiting_texts = static_cast<size_t>(
-      number(flags, "max_waiting_texts", static_cast<int64_t>(options.max_waiting_texts), 1, 1 << 20));
+  const auto old_name_queued = number(flags, "max_waiting_texts", options.max_queued_texts, 1, 1 << 20);
+  options.max_queued_texts = static_cast<size_t>(number(flags, "max_queued_texts", old_name_queued, 1, 1 << 20));
 
   const std::string resource_file =
       join(text(flags, "resource_path", ""), text(flags, "resource_file", "resource.prototxt"));

@@ -15,7 +15,7 @@ struct Options {
   int gpu_id = -1;    // -1: the CPU
   int precision = 0;  // SERVING_FP32, ...
   size_t max_body_bytes = 16 << 20;
-  size_t max_waiting_texts = 2048;
+  size_t max_queued_texts = 2048;
 };
 
 // Nothing where the first option is -check and the others, those of paddle_serving_server.serve, suit this machine.
