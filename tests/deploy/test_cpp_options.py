@@ -1,0 +1,106 @@
+"""Options and files with which the C++ server refuses to start."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.cpu import has_bf16
+from cpp_helpers import CPP, Server, free_port
+from helpers import cpp_environment
+
+pytestmark = pytest.mark.cpp
+CPU_REFUSES = [  # options of Paddle Serving, the document's first, and the one that is named
+    (["--gpu_id", "2", "--thread", "5", "--ir_optim", "True", "--use_trt", "--precision", "FP16"], "--gpu_id"),
+    (["--use_trt"], "--use_trt"),
+    (["--precision", "FP16"], "--precision FP16"),
+    (["--precision", "int8"], "--precision int8"),
+    *([] if has_bf16() else [(["--precision", "BF16"], "--precision bf16")]),
+]
+BAD_VALUES = [(["--model", "nope"], "--model nope"), (["--port", "99999"], "-port 99999")]
+
+
+@pytest.mark.parametrize(("options", "named"), CPU_REFUSES + BAD_VALUES)
+def test_what_start_server_refuses(cpp_program: Path, serving_folder: Path, options: list[str], named: str) -> None:
+    """What a CPU can't do and wrong values, by name, before it starts anything."""
+    done = subprocess.run(
+        ["sh", CPP / "start_server.sh", "--model", serving_folder / "serving_server", *options],
+        env=cpp_environment(SERVING_BIN=str(cpp_program)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"error: {named}: .*\n", done.stderr)
+
+
+@pytest.mark.parametrize(("options", "named"), CPU_REFUSES)
+def test_paddle_serving_passes_on_what_the_server_refuses(
+    cpp_program: Path, serving_folder: Path, options: list[str], named: str
+) -> None:
+    """The document's command itself, with what setup.sh --serving changes in Paddle Serving."""
+    command = ["-m", "paddle_serving_server.serve", "--model", "serving_server", "--port", str(free_port())]
+    done = subprocess.run(
+        [sys.executable, *command, *options],
+        cwd=serving_folder,
+        env=cpp_environment(SERVING_BIN=f"exec {cpp_program}", PYTHONPATH=""),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and f"error: {named}: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-port", "x"], "-port x: give a number from 0 to 65535"),
+        (["-resource_path", "nowhere"], "nowhere/resource.prototxt: can't be read"),
+        (["-host", "nowhere"], "--port 0: can't listen on nowhere"),
+        (["---x"], "---x: isn't an option"),
+        (["-enable_prometheus=True"], "--enable_prometheus: this server has no metrics"),
+    ],
+)
+def test_bad_options(
+    cpp_program: Path, serving_folder: Path, cpp_server: Server, options: list[str], message: str
+) -> None:
+    """One line and exit code 2."""
+    files = ["-resource_path", f"workdir_{cpp_server.port}", "-port", "0"]
+    done = subprocess.run(
+        [cpp_program, *files, *options],
+        cwd=serving_folder,
+        env=cpp_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"{}", "isn't the graph of a model of this project"), (b"\0", "isn't a graph")]
+)
+def test_damaged_graphs(
+    cpp_program: Path, serving_folder: Path, cpp_server: Server, tmp_path: Path, content: bytes, message: str
+) -> None:
+    """They are refused before Paddle sees them."""
+    copy = tmp_path / "serving_server"
+    copy.mkdir()
+    (copy / "graph.json").write_bytes(content)
+    (copy / "graph.pdiparams").write_bytes(b"")
+    workdir = tmp_path / "workdir"
+    for file in (serving_folder / f"workdir_{cpp_server.port}").rglob("*.prototxt"):
+        target = workdir / file.relative_to(serving_folder / f"workdir_{cpp_server.port}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(file.read_text().replace(f"workdir_{cpp_server.port}", "workdir"))
+    done = subprocess.run(
+        [cpp_program, "-resource_path", "workdir"],
+        cwd=tmp_path,
+        env=cpp_environment(),
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2 and message in done.stderr.decode()
