@@ -7,8 +7,9 @@ import pytest
 
 import inference
 from common.errors import InputError
-from data import SAMPLE_TEXTS
+from data import SAMPLE_TEXTS, read_texts
 from encoding.encoder import Encoder, load_encoder
+from helpers import file_size_limit
 
 
 def test_vectors_that_cannot_be_written_are_not_computed(
@@ -34,3 +35,27 @@ def test_vectors_are_printed_or_written(checkpoint: Path, tmp_path: Path, capsys
     assert shape == str([1, expected.shape[1]])
     found = np.array(vectors.replace("[", " ").replace("]", " ").split(), np.float32)
     np.testing.assert_allclose(found, expected[0], atol=1e-6)
+
+
+def test_vectors_of_a_file_are_in_the_order_of_its_lines(checkpoint: Path, recall_data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "vectors.npy"
+    options = ["--params_path", str(checkpoint), "--text_file", str(recall_data / "corpus.csv"), "--device", "cpu"]
+    assert inference.main([*options, "--output", str(output)]) == 0
+    expected = load_encoder(checkpoint).encode(read_texts(recall_data / "corpus.csv"))
+    np.testing.assert_allclose(np.load(output), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("missing", [1, 1000, 10_000])
+def test_a_full_disk_is_an_error_and_leaves_nothing(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, missing: int
+) -> None:
+    """Also if only the last byte doesn't fit, which np.save doesn't report."""
+    output = tmp_path / "vectors.npy"
+    options = ["--params_path", str(checkpoint), "--text_file", str(recall_data / "corpus.csv"), "--device", "cpu"]
+    size = 128 + 168 * 16 * 4  # the header and the vectors of the corpus
+    with file_size_limit(size - missing), pytest.raises(InputError, match=f"^{output}: can't be written"):
+        inference.main([*options, "--output", str(output)])
+    assert list(tmp_path.iterdir()) == []
+    with file_size_limit(size):
+        assert inference.main([*options, "--output", str(output)]) == 0
+    assert output.stat().st_size == size

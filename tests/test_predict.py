@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import predict
+from data import read_text_pairs
+from encoding.encoder import load_encoder
+from helpers import run_script
 
 
 def test_skipped_lines_are_counted_and_keep_their_place(
@@ -17,3 +21,38 @@ def test_skipped_lines_are_counted_and_keep_their_place(
     out, err = capsys.readouterr()
     assert [line == "nan" for line in out.splitlines()] == [False, True, False]
     assert f"{pairs}: left out 1 bad line(s) of 3" in err
+
+
+@pytest.fixture
+def cosines(checkpoint: Path, recall_data: Path) -> np.ndarray:
+    """Those of the pairs in dev.csv."""
+    encoder, pairs = load_encoder(checkpoint), read_text_pairs(recall_data / "dev.csv")
+    return (encoder.encode([pair.query for pair in pairs]) * encoder.encode([pair.title for pair in pairs])).sum(axis=1)
+
+
+@pytest.mark.parametrize("padding", [(), ("--pad_to_max_seq_len",)])
+def test_cosines_are_in_the_order_of_the_lines(
+    checkpoint: Path,
+    recall_data: Path,
+    cosines: np.ndarray,
+    padding: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """However the texts are padded."""
+    options = ["--params_path", str(checkpoint), "--text_pair_file", str(recall_data / "dev.csv"), "--device", "cpu"]
+    assert predict.main([*options, *padding]) == 0
+    found = [float(line) for line in capsys.readouterr().out.splitlines()]
+    np.testing.assert_allclose(found, cosines, rtol=0, atol=1e-5)
+
+
+@pytest.mark.process
+def test_two_ranks_print_each_cosine_once(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, cosines: np.ndarray
+) -> None:
+    options = ["--params_path", checkpoint, "--text_pair_file", recall_data / "dev.csv", "--device", "cpu"]
+    done = run_script("predict.py", *options, ranks=2, log_dir=tmp_path / "log")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [float(line) for line in (tmp_path / "log" / "workerlog.0").read_text().splitlines()[-len(cosines) :]]
+    np.testing.assert_allclose(found, cosines, rtol=0, atol=1e-5)
+    others = (tmp_path / "log" / "workerlog.1").read_text().splitlines()
+    assert not any(line.lstrip("-").startswith("0.") for line in others)
