@@ -57,20 +57,16 @@ def check_index_args(options: IndexOptions, corpus_size: int) -> None:
         return
     _import_hnswlib()
     if options.hnsw_max_elements is not None and options.hnsw_max_elements < corpus_size:
-        raise InputError(
-            f"--hnsw_max_elements {options.hnsw_max_elements}: the corpus has {corpus_size} documents; "
-            "give at least as many or leave the option out"
-        )
+        problem = f"--hnsw_max_elements {options.hnsw_max_elements}: the corpus has {corpus_size} documents"
+        raise InputError(f"{problem}; give at least as many or leave the option out")
 
 
 def _import_hnswlib() -> ModuleType:
     try:
         import hnswlib
     except ImportError:
-        raise InputError(
-            "hnswlib isn't installed (it needs a C++ compiler): "
-            "install one and run `sh scripts/setup.sh` again, or use `--ann exact`"
-        ) from None
+        remedy = "install one and run `sh scripts/setup.sh` again, or use `--ann exact`"
+        raise InputError(f"hnswlib isn't installed (it needs a C++ compiler): {remedy}") from None
     return hnswlib
 
 
@@ -210,10 +206,9 @@ class HnswIndex(VectorIndex):
             self._index.init_index(max_elements=max_elements, M=m, ef_construction=ef_construction)
             self.ef = ef
         except (RuntimeError, MemoryError, ValueError, TypeError):  # the last two: a number of more than 64 bits
-            raise InputError(
-                f"no memory for an HNSW index of {max_elements} vectors with {m} links each and ef {ef_construction}: "
-                "lower --hnsw_max_elements, --hnsw_m or --hnsw_ef"
-            ) from None
+            what = f"an HNSW index of {max_elements} vectors with {m} links each and ef {ef_construction}"
+            remedy = "lower --hnsw_max_elements, --hnsw_m or --hnsw_ef"
+            raise InputError(f"no memory for {what}: {remedy}") from None
         self._index.set_num_threads(threads or cpu_count())
 
     def __str__(self) -> str:
@@ -385,10 +380,8 @@ def check_unit_vectors(vectors: np.ndarray, dim: int, name: str, first_row: int)
         bad = np.flatnonzero(~(np.abs(norms - 1) <= UNIT_TOLERANCE))  # "not <=" is true for NaN
         if len(bad):
             row = bad[0]
-            raise InputError(
-                f"{name} vector {first_row + row} (counted from 0) has norm {norms[row]:.4g} instead of 1: "
-                "look at its text and at the weights of the model"
-            )
+            problem = f"{name} vector {first_row + row} (counted from 0) has norm {norms[row]:.4g} instead of 1"
+            raise InputError(f"{problem}: look at its text and at the weights of the model")
         first_row += len(block)
 
 

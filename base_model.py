@@ -25,14 +25,8 @@ class ModelConfig:
 class ClsOnlyLayer(nn.TransformerEncoderLayer):
     """The last encoder layer when only [CLS] is used: the other tokens serve as keys and values only."""
 
-    def forward(
-        self,
-        src: paddle.Tensor,
-        src_mask: paddle.Tensor | None = None,
-        cache: None = None,
-        output_attentions: bool = False,
-    ) -> paddle.Tensor:
-        """[B, L, H] -> [B, 1, H]; src_mask: [B, 1, 1, L]. PaddleNLP's encoders pass the other arguments too."""
+    def forward(self, src: paddle.Tensor, src_mask: paddle.Tensor | None = None, **_: object) -> paddle.Tensor:
+        """[B, L, H] -> [B, 1, H]; src_mask: [B, 1, 1, L]. PaddleNLP's encoders pass other arguments too."""
         first = src[:, :1]
         first = self.norm1(first + self.dropout1(self.self_attn(first, src, src, src_mask)))
         return self.norm2(first + self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(first))))))

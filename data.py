@@ -315,9 +315,8 @@ def write_vocabulary(path: str | Path, vocabulary: Iterable[str]) -> None:
 def wordpiece_tokenizer(model: WordPiece, do_lower_case: bool) -> Tokenizer:
     """Tokenizes as PaddleNLP's ErnieTokenizer and BertTokenizer do, but ignores special tokens in texts."""
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = BertNormalizer(
-        clean_text=True, handle_chinese_chars=True, strip_accents=do_lower_case, lowercase=do_lower_case
-    )
+    case = {"strip_accents": do_lower_case, "lowercase": do_lower_case}
+    tokenizer.normalizer = BertNormalizer(clean_text=True, handle_chinese_chars=True, **case)
     # BERT splits at punctuation; PaddleNLP also splits at symbols and at the characters of its `_is_symbol`.
     symbols = Split(Regex(r"[\p{S}\x{AD}\x{B2}\x{B5}\x{BA}\x{D8}\x{14B}\x{1B1}\x{3007}]"), "isolated")
     tokenizer.pre_tokenizer = PreTokenizers([BertPreTokenizer(), symbols])

@@ -26,15 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = read_text_pairs(args.similar_text_pair_file, skip_bad_lines=args.skip_bad_lines)
     evaluation = evaluate(positives_by_query(pairs), read_hits(args.recall_result_file), args.recall_num)
     if missing := evaluation.queries_without_results:
-        log(
-            f"{args.recall_result_file}: {len(missing)} of {evaluation.queries} queries have no result and count 0, "
-            f"the first: {missing[0]}"
-        )
+        count = f"{len(missing)} of {evaluation.queries} queries"
+        log(f"{args.recall_result_file}: {count} have no result and count 0, the first: {missing[0]}")
     if unknown := evaluation.unknown_queries:
-        log(
-            f"{args.recall_result_file}: left out {len(unknown)} queries that {args.similar_text_pair_file} lacks, "
-            f"the first: {unknown[0]}"
-        )
+        count = f"{len(unknown)} queries that {args.similar_text_pair_file} lacks"
+        log(f"{args.recall_result_file}: left out {count}, the first: {unknown[0]}")
     print("\n".join(format_lines(evaluation)))
     return 0
 

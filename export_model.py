@@ -17,17 +17,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
     add_checkpoint_args(parser)
-    parser.add_argument(
-        "--output_path", default="./output", help="folder to write; an earlier export there is replaced"
-    )
-    parser.add_argument(
-        "--max_seq_length",
-        type=number_in_range(3),
-        help="tokens that serving cuts texts to (default: the checkpoint's)",
-    )
-    parser.add_argument(
-        "--format", choices=["paddle", "onnx"], default="paddle", help="onnx: the graph in ONNX too, beside Paddle's"
-    )
+    add = parser.add_argument
+    add("--output_path", default="./output", help="folder to write; an earlier export there is replaced")
+    tokens = "tokens that serving cuts texts to (default: the checkpoint's)"
+    add("--max_seq_length", type=number_in_range(3), help=tokens)
+    formats = "onnx: the graph in ONNX too, beside Paddle's"
+    add("--format", choices=["paddle", "onnx"], default="paddle", help=formats)
     return parser
 
 

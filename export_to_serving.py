@@ -32,9 +32,8 @@ def serving_config(output_name: str, embedding_size: int, feed_aliases: Sequence
     config = GeneralModelConfig()
     for name, alias in zip(INPUT_NAMES, feed_aliases, strict=True):
         config.feed_var.add(name=name, alias_name=alias, is_lod_tensor=False, feed_type=INT64)
-    config.fetch_var.add(
-        name=output_name, alias_name=fetch_alias, is_lod_tensor=False, fetch_type=FLOAT32, shape=[embedding_size]
-    )
+    output = config.fetch_var.add(name=output_name, alias_name=fetch_alias, is_lod_tensor=False, fetch_type=FLOAT32)
+    output.shape.append(embedding_size)
     return config
 
 

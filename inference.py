@@ -19,12 +19,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add_encoder_args(parser, None, DEFAULT_PARAMS_PATH)
     texts = parser.add_mutually_exclusive_group()
-    texts.add_argument(
-        "--text",
-        action="append",
-        type=text_argument,
-        help="a text; may be given several times (default: the document's sample)",
-    )
+    text = "a text; may be given several times (default: the document's sample)"
+    texts.add_argument("--text", action="append", type=text_argument, help=text)
     texts.add_argument("--text_file", help="a file with a text a line")
     parser.add_argument("--output", help="write the vectors, float32 [N, D] in the texts' order, to this .npy file")
     return parser

@@ -2,31 +2,13 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from common.cli import ArgumentParser, run
 from common.logs import is_main_process, log
 from common.options import add_encoder_args, pick
 from common.paddle_setup import set_up_paddle
-from data import TextPair, parse_pair, read_lines
+from data import parse_pair, read_lines
 from modeling.checkpoint_files import check_checkpoint
-
-if TYPE_CHECKING:
-    from encoding.encoder import Encoder
-
-
-def predict(encoder: "Encoder", pairs: Sequence[TextPair]) -> np.ndarray:
-    """Cosines of query and title, float32 [N, 1], in order; each rank computes a share."""
-    from common.distributed import encode_on_all_ranks
-
-    def cosines(rows: slice) -> np.ndarray:
-        queries = encoder.encode([pair.query for pair in pairs[rows]], "queries")
-        titles = encoder.encode([pair.title for pair in pairs[rows]], "titles")
-        return (queries * titles).sum(axis=1, keepdims=True)
-
-    return encode_on_all_ranks(len(pairs), 1, cosines)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,9 +16,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add_encoder_args(parser, "gpu")
     parser.add_argument("--text_pair_file", required=True, help="pairs to compare, query<TAB>title a line")
-    parser.add_argument(
-        "--pad_to_max_seq_len", action="store_true", help="pad every text to max_seq_length: slower, the same cosines"
-    )
+    padding = "pad every text to max_seq_length: slower, the same cosines"
+    parser.add_argument("--pad_to_max_seq_len", action="store_true", help=padding)
     return parser
 
 
@@ -51,17 +32,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from common.device import set_device
     from common.distributed import init_ranks
     from encoding.encoder import compare_with_fp32, load_encoder
+    from retrieval.pipeline import pair_cosines
 
     set_device(args.device)
     init_ranks()
     encoder = load_encoder(**pick(args, load_encoder, text_count=2 * len(pairs)))
     encoder.tokenizer.pad_to_max_seq_len = args.pad_to_max_seq_len
-    cosines = predict(encoder, pairs)
+    queries, titles = [pair.query for pair in pairs], [pair.title for pair in pairs]
+    cosines = pair_cosines(encoder, queries, titles)
     if encoder.embed_fp32:
-        titles, queries = [pair.title for pair in pairs], [pair.query for pair in pairs]
         log(f"{encoder.precision}: {compare_with_fp32(encoder, titles, queries)}")
     if is_main_process():
-        remaining = iter(cosines[:, 0].tolist())
+        remaining = iter(cosines.tolist())
         print("\n".join("nan" if pair is None else str(next(remaining)) for pair in lines))
     return 0
 

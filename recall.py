@@ -72,10 +72,8 @@ def check_folders(index_dir: str, folders: dict[str, str | None]) -> None:
     """Raises InputError if one of the `folders`, option -> folder, lies in the index's, which is replaced."""
     for option, folder in folders.items():
         if folder and is_within(folder, index_dir):
-            raise InputError(
-                f"{option} {folder}: lies in --index_dir {index_dir}, which is replaced as a whole with all that is in "
-                "it; give a folder outside it"
-            )
+            problem = f"lies in --index_dir {index_dir}, which is replaced as a whole with all that is in it"
+            raise InputError(f"{option} {folder}: {problem}; give a folder outside it")
 
 
 def read_inputs(pair_file: str | None, corpus_file: str | None, added_file: str | None, skip_bad_lines: bool) -> Inputs:

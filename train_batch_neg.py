@@ -19,7 +19,7 @@ from common.logs import is_main_process, log
 from common.paddle_setup import set_up_paddle
 from common.signals import StopSignals
 from data import Corpus, positives_by_query, read_corpus, read_text_pairs
-from modeling.checkpoint_files import check_checkpoint
+from modeling.checkpoint_files import check_checkpoint, step_folders
 from retrieval.metrics import metric_names, report_missing_positives
 
 if TYPE_CHECKING:
@@ -174,6 +174,8 @@ def prepare_folders(save_dir: Path, evaluator: "Evaluator | None") -> None:
     if evaluator:
         evaluator.prepare_files()
     clear_leftovers(save_dir)
+    for checkpoint in step_folders(save_dir):  # their evaluations are written after them
+        clear_leftovers(checkpoint)
 
 
 def cache_chunk(grad_cache_chunk: int | None, use_cache: bool, chunk_numbers: int, batch_size: int) -> int | None:
@@ -199,10 +201,8 @@ def prepare_model(model: "SemanticIndexBase", device: str, use_recompute: bool) 
 def report_plan(total_steps: int, first: int, pairs: int, batch_size: int, world_size: int, cross_device: bool) -> None:
     """Logs what the training is going to do after step `first`."""
     scored = batch_size * (world_size if cross_device else 1)
-    log(
-        f"training on {pairs} pairs: steps {first + 1} to {total_steps} of {batch_size} pairs on each "
-        f"of {world_size} process(es); a query has {scored - 1} other titles as negatives"
-    )
+    steps = f"steps {first + 1} to {total_steps} of {batch_size} pairs on each of {world_size} process(es)"
+    log(f"training on {pairs} pairs: {steps}; a query has {scored - 1} other titles as negatives")
 
 
 def warn_of_small_disk(
@@ -215,10 +215,10 @@ def warn_of_small_disk(
     folder = next(path for path in (save_dir.absolute(), *save_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if checkpoints * size > free:
-        log(
-            f"{save_dir}: {checkpoints} checkpoints of {size / 1e9:.1f} GB won't fit into the {free / 1e9:.0f} GB that "
-            "are free; save less often (--save_steps) or keep fewer (--keep_checkpoints)"
+        problem = (
+            f"{checkpoints} checkpoints of {size / 1e9:.1f} GB won't fit into the {free / 1e9:.0f} GB that are free"
         )
+        log(f"{save_dir}: {problem}; save less often (--save_steps) or keep fewer (--keep_checkpoints)")
 
 
 def report_stop(received: int | None, step: int, written: Path | None, resumed: Path | None) -> int:

@@ -112,9 +112,8 @@ class PairBatcher:
         self._false_negative_mask = FalseNegativeMask(pairs) if mask_false_negatives else None
         self._has_hard_negative = np.array([pair.hard_negative is not None for pair in pairs])
         queries, titles, hard_negatives = zip(*pairs, strict=True)
-        self._texts = TokenizedTexts(
-            tokenizer, [*queries, *titles, *(text for text in hard_negatives if text is not None)]
-        )
+        texts = [*queries, *titles, *(text for text in hard_negatives if text is not None)]
+        self._texts = TokenizedTexts(tokenizer, texts)
         self._hard_negative_texts = 2 * len(pairs) + np.cumsum(self._has_hard_negative) - 1
 
     @property
@@ -135,15 +134,15 @@ class PairBatcher:
         longest_first = np.argsort([-len(text_ids) for text_ids in ids], kind="stable")
         parts = -(-len(ids) // self._chunk_texts) if self._chunk_texts else LENGTH_CHUNKS
         chunks = [chunk for chunk in np.array_split(longest_first, max(1, parts)) if len(chunk)]
-        all_rows = np.concatenate(rank_rows)
+        all_rows, mask = np.concatenate(rank_rows), None
+        if self._false_negative_mask:
+            mask = self._false_negative_mask(all_rows, all_rows, np.concatenate(hard_negative_rows))
         return PairBatch(
             chunks=[self._tokenizer.pad([ids[text] for text in chunk]) for chunk in chunks],
             row_of_text=np.argsort(longest_first),
             sizes=[(len(pairs), len(hard)) for pairs, hard in zip(rank_rows, hard_negative_rows, strict=True)],
             rank=rank,
-            mask=self._false_negative_mask(all_rows, all_rows, np.concatenate(hard_negative_rows))
-            if self._false_negative_mask
-            else None,
+            mask=mask,
         )
 
 
@@ -187,9 +186,8 @@ class BatchSchedule:
         lengths: np.ndarray | None = None,
     ) -> None:
         self._batches_per_step = gradient_accumulation_steps
-        self._epoch_batches = partial(
-            epoch_batches, pairs, batch_size, seed=seed, world_size=world_size, lengths=lengths
-        )
+        order: Any = {"seed": seed, "world_size": world_size, "lengths": lengths}
+        self._epoch_batches = partial(epoch_batches, pairs, batch_size, **order)
         self.steps_per_epoch = math.ceil(math.ceil(pairs / (batch_size * world_size)) / gradient_accumulation_steps)
         self.total_steps = max_steps or epochs * self.steps_per_epoch
 

@@ -137,12 +137,8 @@ class TrainingLoop:
         """Writes the step's checkpoint, unless it is there already."""
         if self._saved_step == step or not is_main_process():
             return
-        progress = {
-            "step": step,
-            "run_config": self.run_config,
-            "evaluator": self.evaluator and self.evaluator.state(),
-        }
-        state = self.trainer.state(progress)
+        evaluations = self.evaluator and self.evaluator.state()
+        state = self.trainer.state({"step": step, "run_config": self.run_config, "evaluator": evaluations})
         self._saved_step, self.written = step, step_folder(self.save_dir, step)
         save_checkpoint(self.written, *self.loaded, add_files=state.write)
         if self.keep_checkpoints:

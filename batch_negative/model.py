@@ -42,16 +42,12 @@ def batch_loss(vectors: paddle.Tensor, batch: PairBatch, *, margin: float, scale
     """
     own = paddle.index_select(vectors, paddle.to_tensor(batch.row_of_text))
     rows_of_ranks = gather_rows(own, batch.text_counts, batch.rank)
-    queries, titles, hard_negatives = zip(
-        *(batch.split(rows, rank) for rank, rows in enumerate(rows_of_ranks)), strict=True
-    )
-    return in_batch_negatives_loss(
-        paddle.concat(queries),
-        paddle.concat([*titles, *(rows for rows in hard_negatives if len(rows))]),
-        margin=margin,
-        scale=scale,
-        mask=None if batch.mask is None else paddle.to_tensor(batch.mask),
-    )
+    parts = [batch.split(rows, rank) for rank, rows in enumerate(rows_of_ranks)]
+    queries, titles, hard_negatives = zip(*parts, strict=True)
+    query_emb = paddle.concat(queries)
+    title_emb = paddle.concat([*titles, *(rows for rows in hard_negatives if len(rows))])
+    mask = None if batch.mask is None else paddle.to_tensor(batch.mask)
+    return in_batch_negatives_loss(query_emb, title_emb, margin=margin, scale=scale, mask=mask)
 
 
 class SemanticIndexBatchNeg(SemanticIndexBase):

@@ -121,10 +121,8 @@ class Trainer:
 
     def state(self, progress: dict[str, Any]) -> TrainingState:
         """What `restore` needs, together with `progress`."""
-        return TrainingState(
-            {**progress, "loss_scaler": _as_json(self._scaler.state_dict())},
-            optimizer_arrays(self.model, self.optimizer),
-        )
+        progress = {**progress, "loss_scaler": _as_json(self._scaler.state_dict())}
+        return TrainingState(progress, optimizer_arrays(self.model, self.optimizer))
 
     def restore(self, state: TrainingState) -> None:
         """Continues after the step `state.progress["step"]`; the model must have that step's weights."""

@@ -73,9 +73,7 @@ def _default_signals() -> Iterator[None]:
     """Lets SIGINT and SIGTERM end the process: the import's native part would turn an exception into ImportError."""
     is_main_thread = threading.current_thread() is threading.main_thread()  # no other may set handlers
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if is_main_thread}
-    handlers = {
-        number: handler for number, handler in handlers.items() if callable(handler)
-    }  # the others aren't Python's
+    handlers = {n: handler for n, handler in handlers.items() if callable(handler)}  # the others aren't Python's
     for number in handlers:
         signal.signal(number, signal.SIG_DFL)
     yield

@@ -138,10 +138,8 @@ class Fidelity(NamedTuple):
     recall_vs_fp32: float  # share of fp32's nearest documents that are found
 
     def __str__(self) -> str:
-        return (
-            f"on a sample its vectors have cosines of {self.lowest_cosine:.5f} or more with those of fp32, and find "
-            f"{100 * self.recall_vs_fp32:.2f} % of fp32's top {SAMPLE_TOP}"
-        )
+        cosines = f"on a sample its vectors have cosines of {self.lowest_cosine:.5f} or more with those of fp32"
+        return f"{cosines}, and find {100 * self.recall_vs_fp32:.2f} % of fp32's top {SAMPLE_TOP}"
 
 
 def compare_with_fp32(encoder: Encoder, documents: Sequence[str], queries: Sequence[str]) -> Fidelity:

@@ -180,11 +180,9 @@ class StaticEncoder:
         config.enable_memory_optim()  # fails on a new-IR graph without the two above
         if device == "gpu":
             low_precision = {"bf16": inference.PrecisionType.Bfloat16, "fp16": inference.PrecisionType.Half}
-            config.enable_use_gpu(
-                GPU_MEMORY_MIB,
-                int(paddle.device.get_device().removeprefix("gpu:")),
-                low_precision.get(precision, inference.PrecisionType.Float32),
-            )
+            number = int(paddle.device.get_device().removeprefix("gpu:"))
+            kind = low_precision.get(precision, inference.PrecisionType.Float32)
+            config.enable_use_gpu(GPU_MEMORY_MIB, number, kind)
             for name in ATTENTION_PASSES:
                 config.delete_pass(name)
         else:

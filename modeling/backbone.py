@@ -71,9 +71,8 @@ def _unreadable(source: str | Path, error: Exception) -> InputError:
 
 def _not_found(name: str | Path) -> InputError:
     """The error for a name that PaddleNLP can't download."""
-    return InputError(
-        f"{name}: is no folder here, and can't be downloaded; check the name and the network, or give a local folder"
-    )
+    remedy = "check the name and the network, or give a local folder"
+    return InputError(f"{name}: is no folder here, and can't be downloaded; {remedy}")
 
 
 def build_backbone(backbone: Backbone) -> PretrainedModel:
@@ -125,9 +124,8 @@ def pretrained_weights(backbone: Backbone) -> Path:
         for name in WEIGHTS_FILES:
             if (folder / name).is_file():
                 return folder / name
-        raise InputError(
-            f"{folder}: has no {WEIGHTS_FILES[0]}; use --from_scratch {folder} to start from random weights"
-        )
+        remedy = f"use --from_scratch {folder} to start from random weights"
+        raise InputError(f"{folder}: has no {WEIGHTS_FILES[0]}; {remedy}")
     url = backbone.model_class.pretrained_resource_files_map.get("model_state", {}).get(backbone.source)
     try:
         file = resolve_file_path(backbone.source, [url] if url else list(WEIGHTS_FILES))

@@ -99,9 +99,8 @@ def load_checkpoint(
     weights = read_weights(file)
     config = _read_model_config(file, weights)
     if output_emb_size is not None and output_emb_size != config.output_emb_size:
-        raise InputError(
-            f"--output_emb_size {output_emb_size}: {file} has {config.output_emb_size}; leave the option out"
-        )
+        problem = f"--output_emb_size {output_emb_size}: {file} has {config.output_emb_size}"
+        raise InputError(f"{problem}; leave the option out")
     model = cls(build_backbone(backbone), config)
     _set_weights(model, weights, file, backbone, head_is_optional=False)
     model.eval()
@@ -180,12 +179,8 @@ def _read_model_config(file: Path, weights: Mapping[str, np.ndarray]) -> ModelCo
         return ModelConfig(output_emb_size=0 if reduction is None else int(reduction.shape[-1]))
     content = read_json(config_file)
     try:
-        config = ModelConfig(
-            output_emb_size=int(content["output_emb_size"]),
-            pooling=str(content["pooling"]),
-            dropout=float(content["dropout"]),
-            max_seq_length=int(content["max_seq_length"]),
-        )
+        size, length = int(content["output_emb_size"]), int(content["max_seq_length"])
+        config = ModelConfig(size, str(content["pooling"]), float(content["dropout"]), length)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{config_file}: isn't a model config (see {error})") from None
     if config.pooling not in ("cls", "mean") or config.output_emb_size < 0 or not 0 <= config.dropout < 1:

@@ -79,10 +79,8 @@ class Embeddings:
         saved = read_json(file)
         for name, ours in metadata._asdict().items():
             if saved.get(name) != ours:
-                raise InputError(
-                    f"{self.folder}: holds the vectors of another {name} ({saved.get(name)}, not {ours}); "
-                    "give another folder, or remove this one to encode anew"
-                )
+                problem = f"holds the vectors of another {name} ({saved.get(name)}, not {ours})"
+                raise InputError(f"{self.folder}: {problem}; give another folder, or remove this one to encode anew")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -122,10 +120,8 @@ class Embeddings:
             note = read_json(self._file(number, "json"))
             expected = {"first_document": rows.start, "documents": rows.stop - rows.start, "sha256": sha256(file)}
             if note != expected:
-                raise InputError(
-                    f"{file}: isn't as it was written (see {self._file(number, 'json').name}); "
-                    "remove both files and run again, which encodes these documents alone"
-                )
+                remedy = "remove both files and run again, which encodes these documents alone"
+                raise InputError(f"{file}: isn't as it was written (see {file.stem}.json); {remedy}")
             self._checked.add(number)
         return np.load(file, mmap_mode="r", allow_pickle=False)
 

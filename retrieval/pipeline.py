@@ -33,9 +33,18 @@ class SearchResult(NamedTuple):
 
 def encode_queries(encoder: Encoder, queries: Sequence[str]) -> np.ndarray:
     """Vectors of the queries, float32 [Q, D], on all ranks; each rank encodes a share."""
-    return encode_on_all_ranks(
-        len(queries), encoder.embedding_size, lambda share: encoder.encode(queries[share], "queries")
-    )
+    size = encoder.embedding_size
+    return encode_on_all_ranks(len(queries), size, lambda share: encoder.encode(queries[share], "queries"))
+
+
+def pair_cosines(encoder: Encoder, queries: Sequence[str], titles: Sequence[str]) -> np.ndarray:
+    """Cosines of each query with the title of the same row, float32 [N], on all ranks; each rank computes a share."""
+
+    def cosines(rows: slice) -> np.ndarray:
+        vectors = encoder.encode(queries[rows], "queries") * encoder.encode(titles[rows], "titles")
+        return vectors.sum(axis=1, keepdims=True)
+
+    return encode_on_all_ranks(len(queries), 1, cosines)[:, 0]
 
 
 def encode_corpus(encoder: Encoder, corpus: Corpus, folder: Path) -> Embeddings:
@@ -43,9 +52,8 @@ def encode_corpus(encoder: Encoder, corpus: Corpus, folder: Path) -> Embeddings:
 
     Raises InputError if a vector isn't finite, or if the folder holds vectors of another corpus or model.
     """
-    metadata = EmbeddingsMetadata(
-        encoder.fingerprint, encoder.precision, corpus.sha256, len(corpus), encoder.embedding_size
-    )
+    what = (encoder.fingerprint, encoder.precision, corpus.sha256)
+    metadata = EmbeddingsMetadata(*what, len(corpus), encoder.embedding_size)
     embeddings = Embeddings(folder, metadata)
     rank, world_size = init_ranks()
     own = [number for number in embeddings.missing() if number % world_size == rank]

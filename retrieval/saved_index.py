@@ -98,12 +98,8 @@ def load_index(folder: str | Path) -> SavedIndex:
 def check_index_fits(folder: str | Path, saved: SavedIndex, model: str, corpus: Corpus | None) -> None:
     """Raises InputError if a saved index belongs to another model or another corpus; a corpus of None isn't checked."""
     if saved.model != model:
-        raise InputError(
-            f"{folder}: its vectors come from another model or --max_seq_length; give the --params_path that it was "
-            "built with, or another --index_dir"
-        )
+        remedy = "give the --params_path that it was built with, or another --index_dir"
+        raise InputError(f"{folder}: its vectors come from another model or --max_seq_length; {remedy}")
     if corpus is not None and corpus.sha256 not in (saved.corpus, saved.documents.sha256):
-        raise InputError(
-            f"{folder}: was built from another corpus, or the corpus file has changed since; add documents with "
-            "--add_corpus, leave --corpus_file out, or give another --index_dir"
-        )
+        remedy = "add documents with --add_corpus, leave --corpus_file out, or give another --index_dir"
+        raise InputError(f"{folder}: was built from another corpus, or the corpus file has changed since; {remedy}")

@@ -142,9 +142,8 @@ class PipelineService:
             lambda data, _: self.answer("grpc", lambda: parse_request(data)),
             response_serializer=Response.SerializeToString,
         )
-        self._rpc_server.add_generic_rpc_handlers(
-            [grpc.method_handlers_generic_handler(METHOD, {"inference": handler})]
-        )
+        methods = grpc.method_handlers_generic_handler(METHOD, {"inference": handler})
+        self._rpc_server.add_generic_rpc_handlers([methods])
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             bound = self._rpc_server.add_insecure_port(address)

@@ -84,9 +84,8 @@ class Batcher:
             parts = np.split(vectors, np.cumsum([len(job.texts) for job in batch])[:-1])
         except Exception as error:  # it would end the thread, and with it all answers; its message could hold texts
             is_known = isinstance(error, EncoderStopped)
-            service_log(
-                f"error: the encoder {error}" if is_known else f"error: {type(error).__name__} in encoding a batch"
-            )
+            what = f"the encoder {error}" if is_known else f"{type(error).__name__} in encoding a batch"
+            service_log(f"error: {what}")
             for job in batch:
                 job.vectors.set_exception(RequestError(INTERNAL_ERROR, "the encoder failed: try again"))
             return

@@ -125,13 +125,8 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
     from encoding.static_graph import load_exported
 
     try:
-        encoder, tokenizer = load_exported(
-            Path(options.model_dir),
-            device=choose_device(options.device),
-            precision=options.precision,
-            threads=options.threads,
-            max_seq_length=options.max_seq_length,
-        )
+        given = {name: value for name, value in options._asdict().items() if name != "batch_size"}
+        encoder, tokenizer = load_exported(**{**given, "device": choose_device(options.device)})
         encode_texts(encoder.embed, ["warm up"] * options.batch_size, tokenizer, options.batch_size)
     except InputError as error:
         connection.send(str(error))

@@ -32,9 +32,8 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--endpoint", type=endpoint, default="127.0.0.1:9393", help="host:port of the server")
     parser.add_argument("--model_dir", default="serving_server", help="folder with the model's vocabulary")
     parser.add_argument("--max_seq_length", type=number_in_range(3), help="tokens a text (default: the model's)")
-    parser.add_argument(
-        "--timeout", type=number_in_range(0.001, float), default=20.0, help="seconds to wait for the server"
-    )
+    seconds = number_in_range(0.001, float)
+    parser.add_argument("--timeout", type=seconds, default=20.0, help="seconds to wait for the server")
     return parser
 
 

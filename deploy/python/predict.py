@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from common.cli import ArgumentParser, positive_int, run, text_argument, true_or
 from common.errors import InputError
 from common.files import prepare_file, write_json
 from common.logs import progress_bar
-from common.options import add_device_arg, add_encoding_args, add_precision_arg, add_skip_bad_lines_arg
+from common.options import add_device_arg, add_encoding_args, add_precision_arg, add_skip_bad_lines_arg, pick
 from common.paddle_setup import set_up_paddle
 from data import SAMPLE_TEXTS, TextPair, encode_texts, parse_pair, read_lines, read_texts, write_vectors
 from encoding.exported_files import find_exported
@@ -66,9 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model_dir", default="./output", help="folder that export_model.py wrote")
-    parser.add_argument(
-        "--text", action="append", type=text_argument, help="a text to turn into a vector; may be given several times"
-    )
+    text = "a text to turn into a vector; may be given several times"
+    parser.add_argument("--text", action="append", type=text_argument, help=text)
     parser.add_argument("--text_file", help="a file of texts to encode, one a line")
     parser.add_argument("--text_pair_file", help="a file of pairs to compare, query<TAB>title a line")
     parser.add_argument("--output", help="write the vectors, float32 [N, D] in the texts' order, to this .npy file")
@@ -82,9 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
         ("--use_tensorrt", False, "compute with TensorRT on the GPU"),
         ("--benchmark", False, "measure latency and throughput on the texts instead of printing vectors"),
     ):
-        parser.add_argument(
-            switch, nargs="?", const=True, default=default, type=true_or_false, metavar="True|False", help=help_text
-        )
+        form: Any = {"nargs": "?", "const": True, "type": true_or_false, "metavar": "True|False"}
+        parser.add_argument(switch, default=default, help=help_text, **form)
     parser.add_argument("--save_log_path", help=f"with --benchmark: folder for its figures, {BENCHMARK_FILE}")
     return parser
 
@@ -118,15 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from common.device import choose_device
     from encoding.static_graph import load_exported
 
-    model = load_exported(
-        args.model_dir,
-        device=choose_device(args.device),
-        precision=args.precision,
-        threads=args.cpu_threads,
-        onednn=args.enable_mkldnn,
-        tensorrt_batch_size=args.batch_size if args.use_tensorrt else None,
-        max_seq_length=args.max_seq_length,
-    )
+    given = {"device": choose_device(args.device), "threads": args.cpu_threads, "onednn": args.enable_mkldnn}
+    tensorrt_batch_size = args.batch_size if args.use_tensorrt else None
+    model = load_exported(**pick(args, load_exported, tensorrt_batch_size=tensorrt_batch_size, **given))
     if args.benchmark:
         figures = measure(model, texts or [text for pair in good_pairs for text in pair[:2]], args.batch_size)
         print("\n".join(f"{name}={round(value, 2)}" for name, value in figures.items()))

@@ -21,12 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     port = os.environ.get("SERVING_RPC_PORT") or "8080"  # as web_service.py has it
     parser.add_argument("--endpoint", default=f"127.0.0.1:{port}", help="address and gRPC port of the service")
-    parser.add_argument(
-        "--text",
-        action="append",
-        type=text_argument,
-        help="a text; may be given again (default: the document's samples)",
-    )
+    text = "a text; may be given several times (default: the document's samples)"
+    parser.add_argument("--text", action="append", type=text_argument, help=text)
     return parser
 
 
