@@ -1,4 +1,7 @@
-"""Kills, signals, lost ranks, full disks: none of them costs more than the steps since the last checkpoint."""
+"""Kills, signals, lost ranks, full disks: none of them costs more than the steps since the last checkpoint.
+
+These tests attack whole processes; what the modules do about signals and failures is tested beside them.
+"""
 
 import builtins
 import contextlib
@@ -6,7 +9,6 @@ import errno
 import io
 import itertools
 import os
-import pickle
 import resource
 import shutil
 import signal
@@ -19,29 +21,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import checkpoint as checkpoint_module
-import monitor
 import pytest
 
 import train_batch_neg
+from batch_negative import loop as loop_module
 from batch_negative.batches import epoch_batches
-from batch_negative.resume import latest_checkpoint, read_training_state
+from batch_negative.evaluator import Evaluator
+from batch_negative.loop import TrainingLoop
+from batch_negative.resume import EVALUATIONS_FILE, latest_checkpoint, read_training_state
 from common.errors import InputError
-from common.files import clear_leftovers
-from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
+from common.files import write_json
+from common.manifest import MANIFEST_FILE, check_manifest
 from helpers import (
     ROOT,
-    Calls,
     all_pairs,
     assert_same_bits,
     assert_same_weights,
+    evaluation_options,
     poisoned,
     run_script,
     train_options,
     write_pairs,
 )
-from modeling.checkpoint import load_checkpoint, save_checkpoint
+from modeling.checkpoint import load_checkpoint
 from modeling.checkpoint_files import step_folder, step_folders
+
+pytestmark = pytest.mark.process
 
 RENAMES = frozenset(["os.rename"])  # audit events of Python
 CHANGES = RENAMES | {"os.mkdir", "os.remove", "os.rmdir"}
@@ -146,62 +151,91 @@ class Failed(NamedTuple):
 
 STEPS = 5
 ATTACKED = 4  # the step whose savings fail
+SAVINGS = {"new": 50, "replaced": 60, "best": 50, "evaluations": 5}  # how many operations each has at least
+WITHOUT_REMOVALS = {"new": 30, "replaced": 30, "best": 30, "evaluations": 3}
 
 
 @pytest.fixture(scope="module")
 def evaluated(model_folder: Path, recall_data: Path) -> list[str]:
-    """Options of a training in the current folder: each step is saved, evaluated, the best so far, and saved again."""
-    options = ["--evaluate", "--similar_text_pair", str(recall_data / "dev.csv"), "--ann", "exact"]
-    options += ["--corpus_file", str(recall_data / "corpus.csv"), "--recall_result_dir", "results"]
-    options += ["--max_steps", str(STEPS), "--save_steps", "1", "--eval_steps", "1", "--keep_checkpoints", "2"]
+    """Options of a training in the current folder: each step is saved, evaluated, and the best so far."""
+    options = evaluation_options(recall_data, Path("results"), "--max_steps", str(STEPS), "--save_steps", "1")
+    options += ["--eval_steps", "1", "--keep_checkpoints", "2"]
     return train_options(model_folder, recall_data, Path("checkpoints"), *options)
+
+
+class Attacks:
+    """Makes savings fail at each of their operations, in copies of this process and of its folder."""
+
+    def __init__(self, fail: Callable[[], None], operations: frozenset[str]) -> None:
+        self._fail, self._operations = fail, operations
+        self.cases: dict[str, list[Failed]] = {}
+
+    def __call__(self, name: str, save: Callable[[], None]) -> None:
+        """Attacks a saving; what becomes of it is a case of this name."""
+        run, self.cases[name] = Path.cwd(), []
+        for number in itertools.count(1):
+            folder = Path(shutil.copytree(run, run.with_name(f"{name} {number}")))
+            ended = in_a_fork(folder, partial(self._save_and_fail, number, save))
+            if ended.status == 0:
+                break
+            self.cases[name].append(Failed(folder, ended))
+
+    def _save_and_fail(self, number: int, save: Callable[[], None]) -> None:
+        arm(number, self._fail, self._operations)
+        save()
 
 
 @pytest.fixture
 def fail_everywhere(
     evaluated: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., dict[str, list[Failed]]]:
-    """Trains and, in copies of the process and of its folder `run`, fails at every operation of a step's savings."""
-    run = tmp_path / "run"
-    run.mkdir()
-    monkeypatch.chdir(run)
+    """Trains in the folder `run`, and attacks a step's savings.
+
+    They are a new checkpoint, one that replaces another, the best model, and the evaluations.
+    """
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # it would warn of each fork
-    monkeypatch.setattr(train_batch_neg.Evaluator, "is_best", True)
-    cases: dict[str, list[Failed]] = {}
+    monkeypatch.setattr(Evaluator, "is_best", True)
 
     def fail_all(fail: Callable[[], None], operations: frozenset[str]) -> dict[str, list[Failed]]:
-        def attack(name: str, save: Callable[[], None]) -> None:
-            def fail_at(number: int) -> None:
-                arm(number, fail, operations)
-                save()
-
-            cases[name] = []
-            for number in itertools.count(1):
-                folder = Path(shutil.copytree(run, tmp_path / f"{name} {number}"))
-                ended = in_a_fork(folder, partial(fail_at, number))
-                if ended.status == 0:
-                    break
-                cases[name].append(Failed(folder, ended))
-
-        def save_step(session: train_batch_neg.TrainingLoop, step: int) -> None:
-            if step == ATTACKED:
-                name = "replaced" if step_folder(Path("checkpoints"), step).exists() else "new"
-                attack(name, partial(plain_save_step, session, step))
-            plain_save_step(session, step)
-
-        def save_best(folder: Path, *arguments: Any, **named: Any) -> None:
-            if folder.name == "model_best" and latest_step(folder.parent) == ATTACKED:
-                attack("best", partial(save_checkpoint, folder, *arguments, **named))
-            save_checkpoint(folder, *arguments, **named)
-
-        plain_save_step = train_batch_neg.TrainingLoop._save
+        attacks = Attacks(fail, operations)
         with monkeypatch.context() as patched:
-            patched.setattr(train_batch_neg.TrainingLoop, "_save", save_step)
-            patched.setattr(train_batch_neg, "save_checkpoint", save_best)
+            attack_savings(patched, attacks)
             assert train_batch_neg.main(evaluated) == 0
-        return cases
+        return attacks.cases
 
     return fail_all
+
+
+def attack_savings(monkeypatch: pytest.MonkeyPatch, attack: Attacks) -> None:
+    """Has the savings of the step ATTACKED attacked before they are done."""
+    plain_save_step, plain_save_checkpoint = TrainingLoop._save, loop_module.save_checkpoint
+
+    def save_step(loop: TrainingLoop, step: int) -> None:
+        save = partial(plain_save_step, loop, step)
+        if step == ATTACKED:
+            attack("new", save)
+            other = step_folder(Path("checkpoints"), step)  # the step before stands for another training's
+            shutil.copytree(step_folder(Path("checkpoints"), step - 1), other)
+            attack("replaced", save)
+            shutil.rmtree(other)
+        save()
+
+    def save_best(folder: Path, *arguments: Any, **named: Any) -> None:
+        save = partial(plain_save_checkpoint, folder, *arguments, **named)
+        if folder.name == "model_best" and latest_step(folder.parent) == ATTACKED:
+            attack("best", save)
+        save()
+
+    def save_evaluations(path: Path, content: dict[str, Any]) -> None:
+        if path.parent.name == f"model_{ATTACKED}":
+            attack("evaluations", partial(write_json, path, content))
+        write_json(path, content)
+
+    monkeypatch.setattr(TrainingLoop, "_save", save_step)
+    monkeypatch.setattr(loop_module, "save_checkpoint", save_best)
+    monkeypatch.setattr(loop_module, "write_json", save_evaluations)
 
 
 def latest_step(save_dir: Path) -> int:
@@ -213,11 +247,13 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def assert_goes_on(run: Path, options: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training resumed in `folder` ends with the bits of the one in `run`."""
+    """A training resumed in `folder` ends with the bits and the evaluations of the one in `run`."""
     monkeypatch.chdir(folder)
     assert train_batch_neg.main([*options, "--resume_from", "latest"]) == 0
     for name in (f"model_{STEPS - 1}", f"model_{STEPS}"):
         assert_same_bits(run / "checkpoints" / name, folder / "checkpoints" / name)
+        ours, theirs = (place / "checkpoints" / name / EVALUATIONS_FILE for place in (folder, run))
+        assert ours.read_text() == theirs.read_text()
     assert_same_weights(run / "checkpoints" / "model_best", folder / "checkpoints" / "model_best")
     report = Path("results") / "evaluate_result.txt"
     assert (folder / report).read_text() == (run / report).read_text()
@@ -229,35 +265,46 @@ def test_a_kill_at_any_operation_of_saving_leaves_a_checkpoint_that_resumes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Checkpoints with the same manifest, which has the SHA-256 of every file, are resumed once."""
+    """One of those with the same manifest, which has the SHA-256 of every file, and the same evaluations is resumed."""
     cases = fail_everywhere(kill, CHANGES)
-    assert {name: len(failed) >= 50 for name, failed in cases.items()} == {"new": True, "best": True, "replaced": True}
-    resumed: dict[str, set[str]] = {}
+    assert cases.keys() == SAVINGS.keys()
+    resumed: dict[str, set[tuple[str, str]]] = {}
     for name, failed in cases.items():
+        assert len(failed) >= SAVINGS[name]
         resumed[name] = set()
         for folder, ended in failed:
             assert ended.status == -signal.SIGKILL
             save_dir = folder / "checkpoints"
-            if name == "best":  # which is read whatever a kill left of it
+            if name == "best":  # it can be read whatever a kill left of it
                 assert load_checkpoint(save_dir / "model_best")
-            clear_leftovers(save_dir)
+            train_batch_neg.prepare_folders(save_dir, None)
             assert leftovers(save_dir) == []
             check_manifest(save_dir / "model_best")
             for step in step_folders(save_dir):
                 assert read_training_state(step)
-            manifest = (latest_checkpoint(save_dir) / MANIFEST_FILE).read_text()
-            if manifest not in resumed[name]:
-                resumed[name].add(manifest)
+            latest = latest_checkpoint(save_dir)
+            assert latest is not None
+            history = latest / EVALUATIONS_FILE
+            state = (latest / MANIFEST_FILE).read_text(), history.read_text() if history.exists() else ""
+            if state not in resumed[name]:
+                resumed[name].add(state)
                 assert_goes_on(tmp_path / "run", evaluated, folder, monkeypatch)
-    assert {name: len(manifests) for name, manifests in resumed.items()} == {"new": 2, "best": 1, "replaced": 2}
+    # The step before and the new one; only the new one, not evaluated; the new one without and with its evaluation.
+    assert {name: len(states) for name, states in resumed.items()} == {
+        "new": 2,
+        "replaced": 2,
+        "best": 1,
+        "evaluations": 2,
+    }
 
 
 def test_a_full_disk_at_any_operation_of_saving_leaves_the_last_checkpoint(
     fail_everywhere: Callable[..., dict[str, list[Failed]]],
 ) -> None:
     cases = fail_everywhere(disk_is_full, RENAMES)
-    assert {name: len(failed) >= 30 for name, failed in cases.items()} == {"new": True, "best": True, "replaced": True}
-    for failed in cases.values():
+    assert cases.keys() == SAVINGS.keys()
+    for name, failed in cases.items():
+        assert len(failed) >= WITHOUT_REMOVALS[name]
         for folder, ended in failed:
             assert ended.status == 2
             place, reason = ended.message.split(": ", 1)
@@ -275,31 +322,34 @@ def test_a_full_disk_at_any_operation_of_saving_leaves_the_last_checkpoint(
 # Signals, and ranks that are lost
 
 SCRIPT = """
-import os, signal, sys, time
+import os, signal, time
 from common.cli import run
 from common.paddle_setup import set_up_paddle
 set_up_paddle()
-import checkpoint, monitor, train_batch_neg
+import train_batch_neg
+from batch_negative import evaluator
+from batch_negative.trainer import Trainer
+from modeling import checkpoint
 
-train_step, recall, write_manifest = train_batch_neg.Trainer.step, monitor.recall, checkpoint.write_manifest
+train_step, encode_queries, write_manifest = Trainer.step, evaluator.encode_queries, checkpoint.write_manifest
 
 def slow_step(*arguments, **options):
     time.sleep(0.5)
     return train_step(*arguments, **options)
 
-def endless_recall(*arguments, **options):
+def endless_evaluation(*arguments, **options):
     if os.environ.get("PADDLE_TRAINER_ID", "0") == os.environ["ENDLESS_EVALUATION"]:
         print("evaluating", flush=True)
         time.sleep(1000)
-    return recall(*arguments, **options)
+    return encode_queries(*arguments, **options)
 
-def interrupted(folder):
+def interrupted(folder, **more):
     os.kill(os.getpid(), signal.SIGINT)
-    write_manifest(folder)
+    write_manifest(folder, **more)
 
-train_batch_neg.Trainer.step = slow_step
+Trainer.step = slow_step
 if "ENDLESS_EVALUATION" in os.environ:
-    monitor.recall = endless_recall
+    evaluator.encode_queries = endless_evaluation
 if "INTERRUPTED_SAVING" in os.environ:
     checkpoint.write_manifest = interrupted
 run(train_batch_neg.main)
@@ -365,11 +415,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Script]]:
             os.kill(process, signal.SIGKILL)
 
 
-def signal_options(model_folder: Path, recall_data: Path, folder: Path) -> list[str]:
+def signal_options(model_folder: Path, recall_data: Path, folder: Path, *options: str) -> list[str]:
     """Twelve steps, saved after every four and evaluated after every six."""
-    options = ["--evaluate", "--similar_text_pair", str(recall_data / "dev.csv"), "--ann", "exact"]
-    options += ["--corpus_file", str(recall_data / "corpus.csv"), "--recall_result_dir", str(folder / "results")]
-    options += ["--max_steps", "12", "--batch_size", "8", "--save_steps", "4", "--eval_steps", "6", "--log_steps", "1"]
+    steps = ["--max_steps", "12", "--batch_size", "8", "--save_steps", "4", "--eval_steps", "6", "--log_steps", "1"]
+    options = evaluation_options(recall_data, folder / "results", *steps, *options)
     return train_options(model_folder, recall_data, folder / "checkpoints", *options)
 
 
@@ -426,41 +475,32 @@ def test_a_signal_ends_a_training_after_the_step_and_loses_nothing(
     assert_same_bits(whole, tmp_path / "checkpoints" / "model_12")
 
 
-@pytest.mark.parametrize("place", ["recall", "write_hits", "metrics"])
-def test_an_evaluation_that_is_stopped_is_made_again(
-    whole: Path, model_folder: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+@pytest.mark.parametrize("step", [4, 12])
+def test_a_kill_in_an_evaluation_costs_that_alone(
+    start: Callable[..., Script], model_folder: Path, recall_data: Path, tmp_path: Path, step: int
 ) -> None:
-    plain = getattr(monitor, place)
+    """The step had been saved; the resumed training evaluates it first."""
+    options = signal_options(model_folder, recall_data, tmp_path / "killed", "--eval_steps", str(step))
+    (tmp_path / "killed").mkdir()
+    script = start(options, ENDLESS_EVALUATION="0")
+    script.wait_for("evaluating")
+    script.process.kill()
+    assert script.end() == -signal.SIGKILL
+    save_dir = tmp_path / "killed" / "checkpoints"
+    assert latest_checkpoint(save_dir) == save_dir / f"model_{step}"
+    script = start([*options, "--resume_from", "latest"])
+    assert script.process.wait(SECONDS_TO_START) == 0
+    assert "recall@5=" in script.output().split("global step")[0]
+    assert leftovers(tmp_path) == []
 
-    def stopped(*arguments: Any, **options: Any) -> Any:
-        result = plain(*arguments, **options)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    options = signal_options(model_folder, recall_data, tmp_path)
-    monkeypatch.setattr(monitor, place, stopped)
-    assert train_batch_neg.main(options) == 128 + signal.SIGTERM
-    assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "model_6"
-    monkeypatch.undo()
-    assert train_batch_neg.main([*options, "--resume_from", "latest"]) == 0
-    assert_same_bits(whole, tmp_path / "checkpoints" / "model_12")
-    assert_same_weights(whole.parent / "model_best", tmp_path / "checkpoints" / "model_best")
-
-
-def test_a_signal_in_the_last_step_s_saving_comes_too_late(
-    whole: Path, model_folder: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stopped(folder: Path) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        write_manifest(folder)
-
-    options = [*signal_options(model_folder, recall_data, tmp_path)]
-    options.remove("--evaluate")
-    place = options.index("--eval_steps")
-    del options[place : place + 2]
-    monkeypatch.setattr(checkpoint_module, "write_manifest", stopped)
-    assert train_batch_neg.main([*options, "--save_steps", "100"]) == 0
-    assert_same_weights(whole, tmp_path / "checkpoints" / "model_12")
+    whole = signal_options(model_folder, recall_data, tmp_path / "whole", "--eval_steps", str(step))
+    assert train_batch_neg.main(whole) == 0
+    checkpoints = [tmp_path / name / "checkpoints" / "model_12" for name in ("killed", "whole")]
+    assert_same_bits(*checkpoints)
+    histories = [read_training_state(folder).progress["evaluator"] for folder in checkpoints]
+    assert histories[0] == histories[1]
+    reports = [(tmp_path / name / "results" / "evaluate_result.txt").read_text() for name in ("killed", "whole")]
+    assert reports[0] == reports[1] and reports[0].count("global step") == 12 // step
 
 
 def test_stopped_and_killed_ranks_lose_nothing(
@@ -552,9 +592,7 @@ def test_a_disk_that_fills_up_ends_the_training_with_one_line(
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_loss_that_is_no_number_on_one_rank_stops_all(
-    checkpoint: Path, model_folder: Path, tmp_path: Path, shared: bool
-) -> None:
+def test_a_nan_loss_on_one_rank_stops_all(checkpoint: Path, model_folder: Path, tmp_path: Path, shared: bool) -> None:
     """[UNK] has a vector that overflows, and a line of rank 1's in the third step has an unknown character."""
     steps = epoch_batches(64, 8, seed=1000, epoch=1, world_size=2)
     pairs = all_pairs()[:64]
@@ -575,25 +613,3 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all(
         assert error.startswith(f"error: the loss of step 3 is nan; {where}; ")
         assert "Traceback" not in output
     assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "model_2"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Strangers
-
-
-@pytest.mark.parametrize("option", ["--init_from_ckpt", "--resume_from"])
-def test_weights_that_ask_for_a_call_are_refused(
-    checkpoint: Path, model_folder: Path, recall_data: Path, tmp_path: Path, option: str
-) -> None:
-    """The stranger's manifest is in order."""
-    folder = Path(shutil.copytree(checkpoint, tmp_path / "model_4"))
-    (folder / "model.safetensors").unlink()
-    marker = tmp_path / "marker"
-    (folder / "model_state.pdparams").write_bytes(pickle.dumps({"weight": Calls(os.mkdir, str(marker))}))
-    write_manifest(folder)
-    options = train_options(model_folder, recall_data, tmp_path / "out", "--max_steps", "4", option, str(folder))
-    with pytest.raises(InputError, match=r"model_state.pdparams: .*it wants to load posix.mkdir, .*don't need"):
-        train_batch_neg.main(options)
-    assert not marker.exists()
-    pickle.loads((folder / "model_state.pdparams").read_bytes())
-    assert marker.exists()

@@ -9,6 +9,7 @@ import pytest
 
 from batch_negative.batches import (
     LENGTH_WINDOW,
+    BatchSchedule,
     FalseNegativeMask,
     PairBatch,
     PairBatcher,
@@ -180,6 +181,32 @@ def test_chunks_hold_every_text_once_with_little_padding(count: int) -> None:
     if count == 100:
         padded = sum(input_ids.size for input_ids, _ in batch.chunks)
         assert padded < 1.5 * sum(map(len, expected)) < max(lengths) * len(expected)
+
+
+def test_a_schedule_gives_each_pair_a_step_in_each_epoch() -> None:
+    """41 pairs in batches of 8, four batches a step: both divisions have a remainder."""
+    schedule = BatchSchedule(41, 8, seed=0, epochs=2, gradient_accumulation_steps=4)
+    steps = list(schedule.steps(0))
+    assert [(step.number, step.epoch, len(step.batches)) for step in steps] == [
+        (1, 1, 4),
+        (2, 1, 2),
+        (3, 2, 4),
+        (4, 2, 2),
+    ]
+    assert [schedule.epoch(step.number) for step in steps] == [(1, False), (1, True), (2, False), (2, True)]
+    for part in (steps[:2], steps[2:]):
+        rows = [row for step in part for batch in step.batches for row in batch[0]]
+        assert sorted(rows) == list(range(41))
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3, 5])
+def test_a_schedule_continues_after_any_step(first: int) -> None:
+    schedule = BatchSchedule(41, 8, seed=0, epochs=1, max_steps=5, gradient_accumulation_steps=4, world_size=2)
+    whole, rest = list(schedule.steps(0)), list(schedule.steps(first))
+    assert schedule.total_steps == len(whole) == 5
+    assert [step.number for step in rest] == list(range(first + 1, 6))
+    for ours, theirs in zip(rest, whole[first:], strict=True):
+        assert str(ours) == str(theirs)
 
 
 def test_batched() -> None:

@@ -84,7 +84,7 @@ def gradients(folder: Path, batches: list[np.ndarray], **options: object) -> tup
     """The loss and the gradient of a step of `make_trainer`."""
     trainer = make_trainer(folder, **options)
     step = trainer.step(PlannedStep(1, 1, [[rows] for rows in batches]))
-    return step.loss, trainer._optimizer.gradients
+    return step.loss, trainer.optimizer.gradients
 
 
 def assert_same(
@@ -189,7 +189,7 @@ def test_copying_transpositions_change_nothing(model_folder: Path, monkeypatch: 
 
 def test_nan_loss_names_the_rows_of_all_batches(model_folder: Path) -> None:
     trainer = make_trainer(model_folder)
-    trainer._model.emb_reduce_linear.bias.set_value(paddle.full([16], np.nan))
+    trainer.model.emb_reduce_linear.bias.set_value(paddle.full([16], np.nan))
     with pytest.raises(NonFiniteLoss) as error:
         trainer.step(PlannedStep(1, 1, [[ROWS[:4]], [ROWS[4:9]]]))
     assert error.value.rows == list(range(9))

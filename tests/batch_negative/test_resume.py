@@ -1,26 +1,36 @@
-"""Going on from a checkpoint: the same bits as without a stop, and a clear refusal where that can't be."""
+"""Resuming from a checkpoint: the same bits as without a stop, and a clear refusal where that isn't possible."""
 
 import json
 import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
-import monitor
 import pytest
 
 import train_batch_neg
+from batch_negative import evaluator as evaluator_module
 from batch_negative.batches import PlannedStep
-from batch_negative.resume import latest_checkpoint, read_training_state
-from batch_negative.trainer import Trainer
+from batch_negative.evaluator import Evaluator
+from batch_negative.resume import EVALUATIONS_FILE, latest_checkpoint, read_training_state
+from batch_negative.trainer import Step, Trainer
 from common.errors import InputError
 from common.files import write_json
 from common.manifest import write_manifest
-from helpers import all_pairs, assert_same_bits, run_script, train_options, write_pairs
+from helpers import (
+    all_pairs,
+    assert_same_bits,
+    assert_same_weights,
+    evaluation_options,
+    run_script,
+    train_options,
+    write_pairs,
+)
 from modeling.checkpoint import load_checkpoint
 from modeling.checkpoint_files import step_folders
-from retrieval.metrics import evaluate
 
+Evaluated = tuple[Path, list[str]]  # a training's folder, and its options for the same training in another one
 OPTIONS = ["--epochs", "2", "--batch_size", "8", "--save_steps", "3", "--warmup_proportion", "0.2"]
 LAST = 2 * 16 // 2  # steps: 128 pairs in 16 batches, two a step
 COMMON = [*OPTIONS, "--gradient_accumulation_steps", "2", "--weight_decay", "0.01", "--group_by_length"]
@@ -53,12 +63,11 @@ def test_a_resumed_training_gives_the_same_bits(
     assert_same_bits(uninterrupted / f"model_{LAST}", interrupted / f"model_{LAST}")
 
 
+@pytest.mark.process
 def test_two_ranks_resume_to_the_same_bits(model_folder: Path, recall_data: Path, tmp_path: Path) -> None:
-    evaluation = ["--similar_text_pair", recall_data / "dev.csv", "--corpus_file", recall_data / "corpus.csv"]
-    evaluation += ["--evaluate", "--eval_steps", "4", "--ann", "exact", "--recall_result_dir"]
     for name in ("whole", "parts"):
         options = train_options(model_folder, recall_data, tmp_path / name, *COMMON, "--grad_cache_chunk", "5")
-        options += [*evaluation, tmp_path / name / "results"]
+        options += evaluation_options(recall_data, tmp_path / name / "results", "--eval_steps", "4")
         done = run_script("train_batch_neg.py", *options, ranks=2, log_dir=tmp_path / "log")
         assert done.returncode == 0, done.stdout + done.stderr
         if name == "parts":
@@ -72,46 +81,101 @@ def test_two_ranks_resume_to_the_same_bits(model_folder: Path, recall_data: Path
     reports = [(tmp_path / name / "results" / "evaluate_result.txt").read_text() for name in ("whole", "parts")]
     assert reports[0] == reports[1]
     assert reports[0].count("global step") == 2
-    state = json.loads((tmp_path / "whole" / "model_8" / "training_state.json").read_text())
-    assert state["evaluator"]["last_step"] == 8
+    histories = [read_training_state(tmp_path / name / "model_8").progress["evaluator"] for name in ("whole", "parts")]
+    assert histories[0] == histories[1] and histories[0]["last_step"] == 8
 
 
-@pytest.mark.parametrize("step", [8, LAST])
-def test_an_evaluation_that_was_cut_short_is_made_up_for(
-    model_folder: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+@pytest.fixture(scope="module")
+def evaluated(
+    model_folder: Path, recall_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str]]:
+    """An uninterrupted training that saves and evaluates the steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    options = evaluation_options(recall_data, Path("results"), "--max_steps", "4", "--eval_steps", "2")
+    options = train_options(model_folder, recall_data, Path("checkpoints"), *options, "--save_steps", "2")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        assert train_batch_neg.main(options) == 0
+    return folder, options
+
+
+def evaluated_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that are evaluated from now on."""
+    steps: list[int] = []
+    plain = Evaluator.__call__
+
+    def noted(evaluator: Evaluator, *arguments: Any) -> object:
+        steps.append(arguments[2])
+        return plain(evaluator, *arguments)
+
+    monkeypatch.setattr(Evaluator, "__call__", noted)
+    return steps
+
+
+@pytest.mark.parametrize("killed_at", [2, 4])
+def test_a_checkpoint_without_its_evaluation_is_evaluated_again(
+    evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
 ) -> None:
-    """Its step is saved: that of the first epoch isn't otherwise."""
-    options = ["--evaluate", "--similar_text_pair", str(recall_data / "dev.csv")]
-    options += ["--corpus_file", str(recall_data / "corpus.csv"), "--ann", "exact", "--recall_result_dir"]
-    options = train_options(model_folder, recall_data, tmp_path / "cut", *COMMON, *options, str(tmp_path / "results"))
-    evaluator = train_batch_neg.Evaluator.__call__
-
-    def fails(self: object, *arguments: object) -> object:
-        if arguments[2] == step:
-            raise InputError("the machine is gone")
-        return evaluator(self, *arguments)
-
-    monkeypatch.setattr(train_batch_neg.Evaluator, "__call__", fails)
-    with pytest.raises(InputError, match="the machine is gone"):
-        train_batch_neg.main(options)
-    assert step_folders(tmp_path / "cut")[-1].name == f"model_{step}"
-    monkeypatch.undo()
+    """What a kill between the saving and the evaluation leaves. The history is that of the uninterrupted training."""
+    whole, options = evaluated
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    report = Path("results", "evaluate_result.txt").read_text()
+    histories = [read_training_state(folder).progress["evaluator"] for folder in step_folders(Path("checkpoints"))]
+    shutil.rmtree("results")
+    if killed_at == 2:
+        shutil.rmtree("checkpoints/model_4")
+        shutil.rmtree("checkpoints/model_best")
+    Path("checkpoints", f"model_{killed_at}", EVALUATIONS_FILE).unlink()
+    steps = evaluated_steps(monkeypatch)
     assert train_batch_neg.main([*options, "--resume_from", "latest"]) == 0
-    report = (tmp_path / "results" / "evaluate_result.txt").read_text().splitlines()
-    assert [line.split(",")[0] for line in report] == ["global step 8", "global step 16"]
+    assert steps == ([2, 4] if killed_at == 2 else [4])
+    assert_same_bits(whole / "checkpoints" / "model_4", Path("checkpoints", "model_4"))
+    assert [
+        read_training_state(folder).progress["evaluator"] for folder in step_folders(Path("checkpoints"))
+    ] == histories
+    assert Path("results", "evaluate_result.txt").read_text() == report
 
 
-def test_a_finished_training_has_nothing_left_to_do(
+def test_a_complete_training_is_not_evaluated_again(
+    evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    whole, options = evaluated
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree("results")
+    steps = evaluated_steps(monkeypatch)
+    capsys.readouterr()
+    assert train_batch_neg.main([*options, "--resume_from", "latest"]) == 0
+    assert capsys.readouterr().out == "checkpoints/model_4: training is complete, nothing to do\n"
+    assert steps == [] and list(Path("results").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_an_unreadable_history_is_refused_by_name_and_passed_over(
+    evaluated: Evaluated, tmp_path: Path, capsys: pytest.CaptureFixture, content: str
+) -> None:
+    shutil.copytree(evaluated[0], tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "checkpoints" / "model_4"
+    (folder / EVALUATIONS_FILE).write_text(content)
+    with pytest.raises(InputError, match=rf"{EVALUATIONS_FILE}: isn't a JSON object"):
+        read_training_state(folder)
+    assert latest_checkpoint(folder.parent) == folder.parent / "model_2"
+    assert f"passed over {folder / EVALUATIONS_FILE}" in capsys.readouterr().err
+
+
+def test_a_complete_training_has_nothing_left_to_do(
     uninterrupted: Path, model_folder: Path, recall_data: Path, capsys: pytest.CaptureFixture
 ) -> None:
     before = (uninterrupted / f"model_{LAST}" / "manifest.json").stat().st_mtime_ns
     options = train_options(model_folder, recall_data, uninterrupted, *COMMON, "--resume_from", "latest")
     assert train_batch_neg.main(options) == 0
     assert (uninterrupted / f"model_{LAST}" / "manifest.json").stat().st_mtime_ns == before
-    assert "global step" not in capsys.readouterr().out
+    last = uninterrupted / f"model_{LAST}"
+    assert capsys.readouterr().out == f"{last}: training is complete, nothing to do\n"
 
 
-def test_what_lies_elsewhere_is_not_said_to_be_written(
+def test_a_complete_training_is_resumed_into_another_folder(
     uninterrupted: Path,
     model_folder: Path,
     recall_data: Path,
@@ -119,17 +183,40 @@ def test_what_lies_elsewhere_is_not_said_to_be_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """A finished training is resumed with another --save_dir, and then so that its evaluation is stopped."""
+    """Nothing is written and nothing said to be; with an evaluation that is stopped, its step is saved there."""
     last = uninterrupted / f"model_{LAST}"
     options = train_options(model_folder, recall_data, tmp_path, *COMMON, "--resume_from", str(last))
+    capsys.readouterr()
     assert train_batch_neg.main(options) == 0
     assert capsys.readouterr().out == f"{last}: training is complete, nothing to do\n"
-    monkeypatch.setattr(monitor, "recall", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
-    options += ["--evaluate", "--similar_text_pair", str(recall_data / "dev.csv")]
-    options += ["--corpus_file", str(recall_data / "corpus.csv"), "--recall_result_dir", str(tmp_path / "results")]
-    assert train_batch_neg.main(options) == 128 + signal.SIGTERM
-    assert f"stopped by SIGTERM after step {LAST}; go on with --resume_from {last}\n" in capsys.readouterr().err
     assert not step_folders(tmp_path)
+    options += evaluation_options(recall_data, tmp_path / "results")
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluator_module, "search", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert train_batch_neg.main(options) == 128 + signal.SIGTERM
+    written = tmp_path / f"model_{LAST}"
+    said = f"stopped by SIGTERM after step {LAST}: wrote {written}; go on with --resume_from latest\n"
+    assert said in capsys.readouterr().err
+    assert_same_weights(written, last)
+    optimizers = [(folder / "training_optimizer.safetensors").read_bytes() for folder in (written, last)]
+    assert optimizers[0] == optimizers[1]
+    assert train_batch_neg.main([*options, "--resume_from", "latest"]) == 0
+    assert read_training_state(written).progress["evaluator"]["last_step"] == LAST
+
+
+def test_a_stopped_evaluation_of_the_resumed_checkpoint_writes_nothing(
+    evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(evaluated[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    folder = Path("checkpoints", "model_4")
+    (folder / EVALUATIONS_FILE).unlink()
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    monkeypatch.setattr(evaluator_module, "search", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert train_batch_neg.main([*evaluated[1], "--resume_from", "latest"]) == 128 + signal.SIGTERM
+    assert f"stopped by SIGTERM after step 4; go on with --resume_from {folder}\n" in capsys.readouterr().err
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+    assert not (folder / EVALUATIONS_FILE).exists()
 
 
 def test_latest_without_a_checkpoint_starts_at_the_beginning(
@@ -145,9 +232,7 @@ def test_latest_without_a_checkpoint_starts_at_the_beginning(
 # Damage
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "model_state.pdparams", "training_optimizer.safetensors", "training_state.json"]
-)
+@pytest.mark.parametrize("name", ["model_state.pdparams", "training_optimizer.safetensors", "training_state.json"])
 @pytest.mark.parametrize("damage", ["flipped", "missing", "truncated"])
 def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over(
     interrupted: Path,
@@ -180,7 +265,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over(
 @pytest.mark.parametrize("name", ["training_state.json", "manifest.json"])
 def test_a_folder_without_what_a_resumption_needs_is_passed_over(interrupted: Path, name: str) -> None:
     (interrupted / "model_9" / name).unlink()
-    with pytest.raises(InputError, match=f"model_9: has no {name}, so no training can go on from it"):
+    with pytest.raises(InputError, match=f"model_9: has no {name}, so no training can be resumed from it"):
         read_training_state(interrupted / "model_9")
     assert latest_checkpoint(interrupted) == interrupted / "model_6"
 
@@ -197,7 +282,7 @@ def test_a_folder_without_training_state_is_refused(
 
 
 def test_a_training_state_of_another_kind_is_refused(interrupted: Path) -> None:
-    (interrupted / "model_9" / "training_state.json").write_text('{"step": 9, "shape": {}}')
+    (interrupted / "model_9" / "training_state.json").write_text('{"step": 9, "run_config": {}}')
     write_manifest(interrupted / "model_9")
     with pytest.raises(InputError, match=r"training_state\.json: .* it lacks evaluator, loss_scaler"):
         read_training_state(interrupted / "model_9")
@@ -226,6 +311,7 @@ def test_other_options_are_refused(
         train_batch_neg.main(options)
 
 
+@pytest.mark.process
 def test_another_number_of_processes_is_refused_but_weights_are_taken(
     interrupted: Path, model_folder: Path, recall_data: Path, tmp_path: Path
 ) -> None:
@@ -244,7 +330,9 @@ def test_another_number_of_processes_is_refused_but_weights_are_taken(
 
 
 @pytest.fixture(scope="module")
-def started_elsewhere(uninterrupted: Path, model_folder: Path, recall_data: Path, tmp_path_factory) -> Path:
+def started_elsewhere(
+    uninterrupted: Path, model_folder: Path, recall_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The same training from other weights."""
     folder = tmp_path_factory.mktemp("elsewhere")
     start = ["--init_from_ckpt", str(uninterrupted / "model_3")]
@@ -307,7 +395,7 @@ def test_an_older_versions_checkpoint_goes_on_by_name(
     for folder in step_folders(interrupted):
         state = json.loads((folder / "training_state.json").read_text())
         for name in train_batch_neg.STARTING_OPTIONS:
-            del state["shape"][name]
+            del state["run_config"][name]
         write_json(folder / "training_state.json", state)
         write_manifest(folder)
     options = train_options(model_folder, recall_data, interrupted, *COMMON, "--resume_from")
@@ -325,10 +413,10 @@ def test_a_damaged_later_checkpoint_costs_no_good_one(
     interrupted: Path, model_folder: Path, recall_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Were the damaged one of the two newest, the ones written after the resumption would be removed at once."""
-    (interrupted / "model_9" / "model.safetensors").unlink()
+    (interrupted / "model_9" / "model_state.pdparams").unlink()
     plain_step = Trainer.step
 
-    def ends(trainer: Trainer, planned: PlannedStep, stop: bool) -> object:
+    def ends(trainer: Trainer, planned: PlannedStep, stop: bool) -> Step:
         if planned.number == 9:
             raise InputError("the machine is gone")
         return plain_step(trainer, planned, stop)
@@ -347,52 +435,11 @@ def test_the_newest_checkpoints_are_kept(model_folder: Path, recall_data: Path, 
     assert [folder.name for folder in step_folders(tmp_path)] == ["model_10", "model_11"]
 
 
-@pytest.mark.parametrize(("patience", "last"), [(None, 16), (1, 4), (2, 12)])
-def test_training_ends_when_it_no_longer_gets_better(
-    model_folder: Path,
-    recall_data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    patience: int | None,
-    last: int,
-) -> None:
-    """Evaluated every two steps, with scores of our own: best at 2, worse at 4, best at 8, no better at 10 and 12."""
-    scores = dict(zip(range(2, 17, 2), (0.5, 0.4, 0.5, 0.6, 0.6, 0.1, 0.9, 0.2), strict=True))
-    scores[6] = 0.55
-    monkeypatch.setattr(monitor, "recall", lambda *_, **__: None)
-    monkeypatch.setattr(monitor, "as_hits", lambda *_: [])
-    nothing = evaluate({"query": {"title"}}, {}, 7)
-    scored = (nothing._replace(mrr=score) for score in scores.values())
-    monkeypatch.setattr(monitor, "evaluate", lambda *_: next(scored))
-    options = ["--evaluate", "--eval_steps", "2", "--best_metric", "mrr@7", "--recall_num", "7", "--save_steps", "1000"]
-    options += ["--similar_text_pair", str(recall_data / "dev.csv"), "--corpus_file", str(recall_data / "corpus.csv")]
-    options += ["--recall_result_dir", str(tmp_path / "results")]
-    options += ["--early_stop_patience", str(patience)] if patience else []
-    options = train_options(model_folder, recall_data, tmp_path, "--max_steps", "16", *options)
-    assert train_batch_neg.main(options) == 0
-    assert [folder.name for folder in step_folders(tmp_path)] == [f"model_{last}"]
-    best = max((step for step in scores if step <= last), key=scores.__getitem__)
-    assert (tmp_path / "model_best" / "train_result.txt").read_text().split(", ")[1:] == [
-        f"global_step: {best}",
-        f"mrr: {scores[best]}\n",
-    ]
-    assert ("stopping early" in capsys.readouterr().err) == bool(patience)
-
-
-def test_a_metric_that_is_not_computed_is_refused(recall_data: Path, tmp_path: Path) -> None:
-    options = ["--train_set_file", str(recall_data / "train.csv"), "--evaluate", "--best_metric", "recall@100"]
-    options += ["--similar_text_pair", str(recall_data / "dev.csv"), "--corpus_file", str(recall_data / "corpus.csv")]
-    with pytest.raises(InputError, match=r"--best_metric recall@100: .* recall@1, recall@5, .* ndcg@50"):
-        train_batch_neg.main(options)
-
-
 def test_scores_of_other_conditions_than_those_that_chose_model_best_are_refused(
     model_folder: Path, recall_data: Path, tmp_path: Path
 ) -> None:
     """They can't be compared."""
-    options = ["--evaluate", "--similar_text_pair", str(recall_data / "dev.csv"), "--ann", "exact"]
-    options += ["--corpus_file", str(recall_data / "corpus.csv"), "--recall_result_dir", str(tmp_path / "results")]
+    options = evaluation_options(recall_data, tmp_path / "results")
     options = train_options(model_folder, recall_data, tmp_path, "--max_steps", "2", "--save_steps", "1", *options)
     assert train_batch_neg.main([*options, "--eval_steps", "1"]) == 0
     shutil.rmtree(tmp_path / "model_2")
@@ -408,29 +455,3 @@ def test_scores_of_other_conditions_than_those_that_chose_model_best_are_refused
         with pytest.raises(InputError, match=f"model_1: was trained with {condition}"):
             train_batch_neg.main([*options, *changed])
     assert train_batch_neg.main([*options, "--best_metric", "recall@5"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        (("--best_metric", "recall@1"), "does nothing without --evaluate"),
-        (("--eval_steps", "1"), "does nothing without --evaluate"),
-        (("--early_stop_patience", "1"), "does nothing without --evaluate"),
-        (("--chunk_numbers", "2"), "does nothing without --use_gradient_cache"),
-        (("--amp_dtype", "bfloat16"), "does nothing without --use_amp"),
-        (("--amp_loss_scale", "4"), "does nothing without --use_amp"),
-        (("--model_name_or_path", "ernie-3.0-base-zh"), "--from_scratch takes its place"),
-        (("--use_gradient_cache", "--grad_cache_chunk", "2"), "--grad_cache_chunk takes its place"),
-    ],
-)
-def test_an_option_without_effect_is_refused(
-    model_folder: Path, recall_data: Path, tmp_path: Path, options: tuple[str, ...], reason: str
-) -> None:
-    with pytest.raises(InputError, match=f"^{options[0]}: {reason}; "):
-        train_batch_neg.main(train_options(model_folder, recall_data, tmp_path, "--max_steps", "1", *options))
-    assert not list(tmp_path.iterdir())
-
-
-def test_mixed_precision_needs_a_gpu(recall_data: Path) -> None:
-    with pytest.raises(InputError, match=r"--use_amp: .*--device gpu"):
-        train_batch_neg.main(["--train_set_file", str(recall_data / "train.csv"), "--use_amp"])
