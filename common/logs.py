@@ -24,13 +24,17 @@ def log(message: str) -> None:
 class LineProgress(tqdm):
     """Progress where stderr isn't a terminal: whole lines at intervals in place of a bar, none for short work."""
 
+    printed_n = 0
+
     def __init__(self, total: int, desc: str, unit: str) -> None:
         times = {"mininterval": SECONDS_BETWEEN_LINES, "delay": SECONDS_BETWEEN_LINES, "miniters": 1, "smoothing": 0}
         super().__init__(total=total, desc=desc, unit=unit, ncols=0, file=io.StringIO(), **times)
 
     def display(self, *_: object, **__: object) -> None:
-        """Prints the line."""
-        print(self, file=sys.stderr, flush=True)
+        """Prints the line, unless the last one said the same: tqdm shows its state once more at the end."""
+        if self.n != self.printed_n:
+            self.printed_n = self.n
+            print(self, file=sys.stderr, flush=True)
 
 
 def progress_bar(total: int, desc: str, unit: str) -> tqdm:

@@ -47,6 +47,16 @@ def test_line_progress_prints_whole_lines_at_intervals(
         assert "2.00step/s" in line
 
 
+def test_line_progress_prints_the_end_once(capsys: pytest.CaptureFixture[str], clock: SimpleNamespace) -> None:
+    """Also if the last step took long enough for a line of its own."""
+    with LineProgress(3, "encode", "text") as progress:
+        for _ in range(3):
+            clock.now += 20
+            progress.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" [")[0].split()[-1] for line in lines] == ["1/3", "2/3", "3/3"]
+
+
 def test_line_progress_prints_nothing_for_short_work(
     capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
 ) -> None:
