@@ -255,6 +255,24 @@ def test_a_precision_that_a_cpu_lacks_is_refused(checkpoint: Path, recall_data: 
         recall.main(options(checkpoint, recall_data, tmp_path, "--precision", "fp16"))
 
 
+def test_a_corpus_of_one_line_and_texts_longer_than_the_maximum(
+    checkpoint: Path, recall_data: Path, tmp_path: Path
+) -> None:
+    corpus = write_pairs(tmp_path / "corpus.csv", [("水稻" * 5000,)])
+    pairs = write_pairs(tmp_path / "pairs.csv", [("水稻" * 3000, "水稻" * 5000)])
+    given = ["--corpus_file", str(corpus), "--similar_text_pair", str(pairs), "--recall_num", "50"]
+    assert recall.main(options(checkpoint, recall_data, tmp_path, *given)) == 0
+    assert len(result(tmp_path).splitlines()) == 1
+
+
+def test_positives_that_the_corpus_lacks_are_reported(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    corpus = write_pairs(tmp_path / "corpus.csv", [("水稻",), ("玉米",)])
+    assert recall.main(options(checkpoint, recall_data, tmp_path, "--corpus_file", str(corpus))) == 0
+    assert "lacks 40 titles of the pairs" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("old", "name"), [("--tune_ef", "target_recall"), ("--similar_text_pair", "similar_text_pair_file")]
 )
