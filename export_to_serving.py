@@ -3,7 +3,7 @@
 import argparse
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from google.protobuf import text_format
 
-from common.cli import ArgumentParser, run, true_or_false
+from common.cli import ArgumentParser, add_switch, run
 from common.errors import InputError
 from common.files import atomic_folder, is_within, resolve_interrupted_replace
 from common.manifest import MANIFEST_FILE, check_manifest, check_replaceable, write_manifest
@@ -21,6 +21,7 @@ from serving.protos import GeneralModelConfig
 
 SERVER_CONFIG = "serving_server_conf"  # of the files; Serving's loaders look for these names
 CLIENT_CONFIG = "serving_client_conf"
+CONFIGS = (SERVER_CONFIG, CLIENT_CONFIG)
 CONFIG_SUFFIXES = (".prototxt", ".stream.prototxt")  # text and binary
 MODEL_FILES = [GRAPH_NAME + suffix for suffix in (*GRAPH_SUFFIXES, WEIGHTS_SUFFIX)]  # in the server's folder
 SERVING_TIME_FILE = "fluid_time_file"  # C++ Serving writes it into the server's folder
@@ -93,15 +94,6 @@ def convert(
     return config
 
 
-def check_output(path: Path, option: str, config_name: str, others: Iterable[str] = ()) -> None:
-    """Raises InputError if replacing a folder would lose a file that neither the conversion nor Serving wrote.
-
-    others: names of files that may exist in addition to the configs.
-    """
-    configs = [config_name + suffix for suffix in CONFIG_SUFFIXES]
-    check_replaceable(path, option, mark=configs[0], others=[*configs, *others])
-
-
 def check_apart(*folders: Path) -> None:
     """Raises InputError if one folder is or lies in another, because replacing it would remove the other."""
     if any(is_within(*pair) for pair in permutations(folders, 2)):
@@ -111,26 +103,16 @@ def check_apart(*folders: Path) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--dirname", required=True, help="folder that export_model.py wrote")
-    parser.add_argument(
-        "--model_filename",
-        default=f"{GRAPH_NAME}.pdmodel",
-        help="graph in it; Paddle 3 writes .json, which is taken where there is no .pdmodel",
-    )
-    parser.add_argument("--params_filename", default=f"{GRAPH_NAME}{WEIGHTS_SUFFIX}", help="weights in it")
-    parser.add_argument("--server_path", default="./serving_server", help="folder to write for the server")
-    parser.add_argument("--client_path", default="./serving_client", help="folder to write for clients")
-    parser.add_argument("--feed_alias_names", help="what clients call the inputs, with a comma between them")
-    parser.add_argument("--fetch_alias_names", help="what clients call the output")
-    parser.add_argument(
-        "--show_proto",
-        nargs="?",
-        const=True,
-        default=False,
-        type=true_or_false,
-        metavar="True|False",
-        help="print what Serving is told of inputs and output, and write nothing",
-    )
+    add = parser.add_argument
+    add("--dirname", required=True, help="folder that export_model.py wrote")
+    graph = "graph in it; Paddle 3 writes .json, which is taken if there is no .pdmodel"
+    add("--model_filename", default=f"{GRAPH_NAME}.pdmodel", help=graph)
+    add("--params_filename", default=f"{GRAPH_NAME}{WEIGHTS_SUFFIX}", help="weights in it")
+    add("--server_path", default="./serving_server", help="folder to write for the server")
+    add("--client_path", default="./serving_client", help="folder to write for clients")
+    add("--feed_alias_names", help="what clients call the inputs, with a comma between them")
+    add("--fetch_alias_names", help="what clients call the output")
+    add_switch(parser, "--show_proto", False, "print what Serving is told of inputs and output, and write nothing")
     return parser
 
 
@@ -146,8 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_apart(source, server, client)
     graph, weights = find_model(source, args.model_filename, args.params_filename)
     if not args.show_proto:
-        check_output(server, "--server_path", SERVER_CONFIG, others=[*MODEL_FILES, SERVING_TIME_FILE])
-        check_output(client, "--client_path", CLIENT_CONFIG)
+        server_files, client_files = ([name + end for end in CONFIG_SUFFIXES] for name in CONFIGS)
+        others = [*server_files, *MODEL_FILES, SERVING_TIME_FILE]
+        check_replaceable(server, "--server_path", mark=server_files[0], others=others)
+        check_replaceable(client, "--client_path", mark=client_files[0], others=client_files)
     if graph.name != args.model_filename:
         print(f"took {graph.name}: Paddle 3 writes it in place of {args.model_filename}")
 

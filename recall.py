@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ann_util import IndexOptions, add_index_args, check_index_args
 from common.cli import ArgumentParser, positive_int, run, text_argument
@@ -29,14 +29,6 @@ from retrieval.saved_index import SavedIndex, has_index
 
 if TYPE_CHECKING:
     from encoding.encoder import Encoder
-
-
-class Inputs(NamedTuple):
-    """What the user's files hold."""
-
-    positives: dict[str, set[str]]  # the queries of --similar_text_pair_file, and their titles
-    corpus: Corpus | None  # --corpus_file
-    added: Corpus | None  # --add_corpus
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,15 +68,18 @@ def check_folders(index_dir: str, folders: dict[str, str | None]) -> None:
             raise InputError(f"{option} {folder}: {problem}; give a folder outside it")
 
 
-def read_inputs(pair_file: str | None, corpus_file: str | None, added_file: str | None, skip_bad_lines: bool) -> Inputs:
-    """Reads the files that are given. Raises InputError for those that can't be used."""
-    pairs = read_text_pairs(pair_file, skip_bad_lines=skip_bad_lines) if pair_file else []
+def read_inputs(
+    similar_text_pair_file: str | None, corpus_file: str | None, add_corpus: str | None, skip_bad_lines: bool
+) -> tuple[dict[str, set[str]], Corpus | None, Corpus | None]:
+    """The queries with their titles, the corpus, and the documents to add. Raises InputError."""
+    file = similar_text_pair_file
+    pairs = read_text_pairs(file, skip_bad_lines=skip_bad_lines) if file else []
     corpus = read_corpus(corpus_file, skip_bad_lines=skip_bad_lines) if corpus_file else None
-    added = read_corpus(added_file, skip_bad_lines=skip_bad_lines) if added_file else None
+    added = read_corpus(add_corpus, skip_bad_lines=skip_bad_lines) if add_corpus else None
     positives = positives_by_query(pairs)
     if corpus:
         report_missing_positives(corpus, positives)
-    return Inputs(positives, corpus, added)
+    return positives, corpus, added
 
 
 def prepare_outputs(result_dir: str | None, result_file: Path | None, index_dir: str | None) -> None:
@@ -143,12 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     result_dir = args.recall_result_dir if uses_result_dir else None
     if args.index_dir:
         check_folders(args.index_dir, {"--embedding_dir": args.embedding_dir, "--recall_result_dir": result_dir})
-    inputs = read_inputs(args.similar_text_pair_file, args.corpus_file, args.add_corpus, args.skip_bad_lines)
+    positives, corpus, added = read_inputs(**pick(args, read_inputs))
     options = IndexOptions(**pick(args, IndexOptions))
     if is_saved:
         report_unused_options(args.index_dir, options, args.embedding_dir)
     else:
-        check_index_args(options, len(inputs.corpus or ()))
+        check_index_args(options, len(corpus or ()))
 
     set_up_paddle()
     from common.device import set_device
@@ -158,25 +153,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     set_device(args.device)
     init_ranks()
-    queries = list(inputs.positives)
-    new_texts = (() if is_saved else inputs.corpus or (), inputs.added or (), queries)
+    queries = list(positives)
+    new_texts = (() if is_saved else corpus or (), added or (), queries)
     encoder = load_encoder(**pick(args, load_encoder, text_count=sum(map(len, new_texts))))
-    is_changed = not is_saved or inputs.added is not None or args.target_recall is not None
+    is_changed = not is_saved or added is not None or args.target_recall is not None
     result_file = Path(args.recall_result_dir, args.recall_result_file)
     if is_main_process():  # before hours of encoding
         prepare_outputs(result_dir, result_file if queries else None, args.index_dir if is_changed else None)
     query_vectors = pipeline.encode_queries(encoder, queries)
-    with pipeline.open_or_build_index(
-        encoder,
-        query_vectors,
-        args.recall_num,
-        corpus=inputs.corpus,
-        added=inputs.added,
-        options=options,
-        index_dir=args.index_dir,
-        embedding_dir=args.embedding_dir,
-        parent=args.recall_result_dir,
-    ) as saved:
+    places = pick(args, pipeline.open_or_build_index, parent=args.recall_result_dir)
+    searches = (encoder, query_vectors, args.recall_num)
+    with pipeline.open_or_build_index(*searches, corpus=corpus, added=added, options=options, **places) as saved:
         if saved is None:  # another rank searches
             return 0
         if args.index_dir and is_changed:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from common.errors import InputError
 from common.signals import Terminated, terminate
@@ -56,6 +56,12 @@ def number_in_range(
 positive_int = number_in_range(1)
 non_negative_float = number_in_range(0.0, float)
 proportion = number_in_range(0.0, float, below=1.0)
+
+
+def add_switch(parser: argparse.ArgumentParser, name: str, default: bool, help_text: str) -> None:
+    """An option that takes True or False, or nothing for True, as in the original's and in Paddle Serving's scripts."""
+    form: Any = {"nargs": "?", "const": True, "type": true_or_false, "metavar": "True|False"}
+    parser.add_argument(name, default=default, help=help_text, **form)
 
 
 def true_or_false(text: str) -> bool:

@@ -61,7 +61,9 @@ def create_model(
     Its backbone has pretrained weights, those of `init_from_ckpt`, or random ones with `from_scratch`.
     max_seq_length: by default 512, or the size of the position table if that is less. Raises InputError.
     """
-    checkpoint = _checked_weights(init_from_ckpt) if init_from_ckpt else None
+    checkpoint = check_checkpoint(init_from_ckpt) if init_from_ckpt else None
+    if checkpoint:
+        check_manifest(checkpoint.parent, only=checkpoint.name.__eq__)
     source = from_scratch or model_name_or_path
     if checkpoint and not from_scratch and (checkpoint.parent / BACKBONE_CONFIG_FILE).is_file():
         source = str(checkpoint.parent)
@@ -110,7 +112,7 @@ def load_checkpoint(
     fingerprint = model_fingerprint(model, tokenizer)
     # The fingerprint covers the weights. Only if it differs, as with another length, the file is hashed as well.
     if fingerprint != read_manifest(file.parent).get("fingerprint"):
-        check_manifest(file.parent, only=lambda name: name == file.name)
+        check_manifest(file.parent, only=file.name.__eq__)
     return LoadedCheckpoint(model, tokenizer, fingerprint, file)
 
 
@@ -162,13 +164,6 @@ def model_fingerprint(model: SemanticIndexBase, tokenizer: TextTokenizer) -> str
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(parameter.numpy()).data)
     return digest.hexdigest()
-
-
-def _checked_weights(path: str | Path) -> Path:
-    """The weights file of a checkpoint whose files are all as its manifest says."""
-    file = check_checkpoint(path)
-    check_manifest(file.parent, only=lambda name: name == file.name)
-    return file
 
 
 def _read_model_config(file: Path, weights: Mapping[str, np.ndarray]) -> ModelConfig:

@@ -7,13 +7,13 @@ import time
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, positive_int, run, text_argument, true_or_false
+from common.cli import ArgumentParser, add_switch, positive_int, run, text_argument
 from common.errors import InputError
 from common.files import prepare_file, write_json
 from common.logs import progress_bar
@@ -76,13 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_device_arg(parser, default=None)
     add_precision_arg(parser)
     parser.add_argument("--cpu_threads", type=positive_int, help="threads on the CPU (default: all cores)")
-    for switch, default, help_text in (
-        ("--enable_mkldnn", True, "compute with oneDNN on the CPU"),
-        ("--use_tensorrt", False, "compute with TensorRT on the GPU"),
-        ("--benchmark", False, "measure latency and throughput on the texts instead of printing vectors"),
-    ):
-        form: Any = {"nargs": "?", "const": True, "type": true_or_false, "metavar": "True|False"}
-        parser.add_argument(switch, default=default, help=help_text, **form)
+    add_switch(parser, "--enable_mkldnn", True, "compute with oneDNN on the CPU")
+    add_switch(parser, "--use_tensorrt", False, "compute with TensorRT on the GPU")
+    add_switch(parser, "--benchmark", False, "measure latency and throughput on the texts instead of printing vectors")
     parser.add_argument("--save_log_path", help=f"with --benchmark: folder for its figures, {BENCHMARK_FILE}")
     return parser
 
