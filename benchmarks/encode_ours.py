@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from common.device import set_device
 from common.distributed import encode_on_all_ranks, init_ranks
-from common.options import STATIC_FROM_TEXTS, add_engine_args
+from common.options import ENGINES, STATIC_FROM_TEXTS, add_precision_arg
 from encoding.encoder import load_encoder
 
 
@@ -27,7 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
     add_encoder_args(parser)
-    add_engine_args(parser)
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help="see recall.py")
+    add_precision_arg(parser)
     return parser
 
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
     def encode(texts: Sequence[str]) -> np.ndarray:
-        return encode_on_all_ranks(len(texts), encoder.embedding_size, lambda share: encoder(texts[share]))
+        return encode_on_all_ranks(len(texts), encoder.embedding_size, lambda share: encoder.encode(texts[share]))
 
     report = measure_encoding(
         encode, args.corpus_file, ["paddlepaddle", "paddlenlp"], warm_up=args.warm_up, passes=args.passes

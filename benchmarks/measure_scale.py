@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     set_device("cpu")
     encoder = load_encoder(args.params_path, batch_size=32, text_count=0, engine="static")
-    encoder(["a text that takes the computation's own memory" * 40] * 32)
+    encoder.encode(["a text that takes the computation's own memory" * 40] * 32)
     with_model = resident_bytes()
     start = time.perf_counter()
     corpus = read_corpus(args.corpus_file)
