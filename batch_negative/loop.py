@@ -1,7 +1,6 @@
 """The training loop: steps, and what is logged, saved and evaluated between them."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,12 +146,7 @@ class TrainingLoop:
 
 def explain(error: NonFiniteLoss, train_set_file: str) -> str:
     """The error message for a NaN or infinite loss, which names the batch's lines."""
-    lines = ", ".join(map(str, lines_of_rows(train_set_file, error.rows)))
+    numbers = [line.number for line in read_lines(train_set_file, parse_pair, True) if line.row is not None]
+    lines = ", ".join(str(line) for line in sorted(numbers[row] for row in error.rows))
     where = f"the batch has lines {lines} of {train_set_file}" if lines else "on a rank"
     return f"{error}; {where}; look at them, or lower --learning_rate, and go on from a checkpoint before it went wrong"
-
-
-def lines_of_rows(train_set_file: str, rows: Sequence[int]) -> list[int]:
-    """Line numbers of pairs in the training file."""
-    good_lines = [line.number for line in read_lines(train_set_file, parse_pair, True) if line.row is not None]
-    return sorted(good_lines[row] for row in rows)

@@ -38,10 +38,12 @@ def export_model(loaded: LoadedCheckpoint, folder: Path, onnx: bool = False) -> 
         if not difference <= LARGEST_DIFFERENCE:  # NaN too
             raise InputError(f"{folder}: the {name} graph is off by {difference:.2g}, more than {LARGEST_DIFFERENCE:g}")
     write_model_files(folder, model, tokenizer)
+    modules = (paddle, *(onnx_packages() if onnx else ()))
+    packages = {"paddlenlp": version("paddlenlp"), **{module.__name__: module.__version__ for module in modules}}
     card = {
         "fingerprint": fingerprint,
         "checkpoint": {"file": f"{checkpoint.parent.name}/{checkpoint.name}", "sha256": sha256(checkpoint)},
-        "versions": versions(onnx),
+        "versions": {"semantic_index": __version__, "python": platform.python_version(), **packages},
         "inputs": dict.fromkeys(INPUT_NAMES, "int64 [batch, length]"),
         "outputs": {encoder.output_name: "float32 [batch, embedding_size], unit vectors"},
         "embedding_size": model.embedding_size,
@@ -51,17 +53,6 @@ def export_model(loaded: LoadedCheckpoint, folder: Path, onnx: bool = False) -> 
     write_json(folder / MODEL_CARD_FILE, card)
     write_manifest(folder)
     return differences
-
-
-def versions(onnx: bool) -> dict[str, str]:
-    """Versions of this project, Python and the packages that made the graphs."""
-    modules = (paddle, *(onnx_packages() if onnx else ()))
-    return {
-        "semantic_index": __version__,
-        "python": platform.python_version(),
-        "paddlenlp": version("paddlenlp"),
-        **{module.__name__: module.__version__ for module in modules},
-    }
 
 
 def largest_difference(first: Embed, second: Embed, tokenizer: TextTokenizer) -> float:

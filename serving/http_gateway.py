@@ -101,13 +101,8 @@ def _strings(content: Mapping[str, Any], field: str) -> Sequence[str]:
 
 def response_json(response: Response) -> bytes:
     """As Serving's gateway writes it: err_no, err_msg, key, value, tensors."""
-    content = {
-        "err_no": response.err_no,
-        "err_msg": response.err_msg,
-        "key": list(response.key),
-        "value": list(response.value),
-        "tensors": [],
-    }
+    content = {"err_no": response.err_no, "err_msg": response.err_msg}
+    content |= {"key": list(response.key), "value": list(response.value), "tensors": []}
     return json.dumps(content, ensure_ascii=False).encode()
 
 
