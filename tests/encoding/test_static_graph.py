@@ -1,7 +1,11 @@
 """The static graph: its export, and running it with Paddle Inference."""
 
 import os
+import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock, call
 
 import numpy as np
@@ -13,7 +17,8 @@ from common.cpu import has_bf16
 from common.errors import InputError
 from encoding import static_graph
 from encoding.exported_files import GRAPH_NAME, WEIGHTS_SUFFIX, graph_file
-from encoding.static_graph import StaticEncoder, export_static, load_exported
+from encoding.static_graph import StaticEncoder, convert_to_tensorrt, export_static, load_exported
+from helpers import has_gpu
 from modeling.checkpoint import load_checkpoint
 
 TEXTS = ["水", "水稻的产量", "论水稻产量研究水稻,产量" * 10, "Deep Learning 2.0!"]
@@ -113,3 +118,54 @@ def test_an_exported_folder_is_loaded_with_its_tokenizer(exported: Path, checkpo
         loaded.encoder.embed(*loaded.tokenizer(TEXTS)), model.embed(*tokenizer(TEXTS)), atol=1e-5
     )
     assert load_exported(exported, max_seq_length=40).tokenizer.max_seq_length == 40
+
+
+def test_a_changed_file_is_refused_before_paddle_reads_it(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged graph would end the process."""
+    monkeypatch.setattr(static_graph, "StaticEncoder", None)
+    copy = shutil.copytree(exported, tmp_path / "output")
+    (copy / f"{GRAPH_NAME}.json").write_text("{}")
+    with pytest.raises(InputError, match=rf"{GRAPH_NAME}\.json.*export_model\.py"):
+        load_exported(copy)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TensorRT, which no machine of these tests has
+
+
+def test_a_gpu_without_tensorrt_is_refused(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static_graph.inference, "get_trt_compile_version", lambda: (0, 0, 0))
+    with pytest.raises(InputError, match="--use_tensorrt: this Paddle is built without TensorRT"):
+        load_exported(exported, device="gpu", tensorrt_batch_size=4)
+
+
+def test_tensorrt_is_asked_for_batches_up_to_the_given_size(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a stand-in with the signatures of paddle.tensorrt.export."""
+    calls: dict[str, Any] = {}
+    stand_in = SimpleNamespace(
+        Input=lambda **options: options,
+        PrecisionMode={"FP16": "fp16 mode"},
+        TensorRTConfig=lambda inputs, save_model_dir, precision_mode: calls.update(
+            inputs=inputs, target=save_model_dir, precision=precision_mode
+        ),
+        convert=lambda path, config: calls.update(graph=path),
+    )
+    monkeypatch.setitem(sys.modules, "paddle.tensorrt", SimpleNamespace(export=stand_in))
+    monkeypatch.setattr(paddle, "tensorrt", SimpleNamespace(export=stand_in), raising=False)
+    convert_to_tensorrt(exported, tmp_path, precision="fp16", batch_size=4, length=24)
+    assert calls["graph"] == str(exported / GRAPH_NAME) and calls["target"] == str(tmp_path / GRAPH_NAME)
+    assert calls["precision"] == "fp16 mode"
+    assert [options["name"] for options in calls["inputs"]] == ["input_ids", "token_type_ids"]
+    assert {options["max_input_shape"] for options in calls["inputs"]} == {(4, 24)}
+    assert {options["input_data_type"] for options in calls["inputs"]} == {"int64"}
+    assert calls["inputs"][1]["input_range"] == (0, 0)  # there may be no row for another segment
+
+
+@pytest.mark.skipif(has_gpu, reason="this machine has a GPU")
+def test_tensorrt_that_is_not_installed_is_named(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--use_tensorrt: No module named 'paddle.tensorrt'; install"):
+        convert_to_tensorrt(exported, tmp_path, precision="fp16", batch_size=4, length=24)
