@@ -21,8 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_path", default="./output", help="folder to write; an earlier export there is replaced")
     tokens = "tokens that serving cuts texts to (default: the checkpoint's)"
     add("--max_seq_length", type=number_in_range(3), help=tokens)
-    formats = "onnx: the graph in ONNX too, beside Paddle's"
-    add("--format", choices=["paddle", "onnx"], default="paddle", help=formats)
+    formats = "onnx: the graph in ONNX too, beside Paddle's; safetensors: the weights too, in model.safetensors"
+    add("--format", choices=["paddle", "onnx", "safetensors"], default="paddle", help=formats)
     return parser
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_device("cpu")
     loaded = load_checkpoint(**pick(args, load_checkpoint))
     with atomic_folder(output) as folder:
-        differences = export_model(loaded, folder, onnx=args.format == "onnx")
+        differences = export_model(loaded, folder, args.format)
     for name, difference in differences.items():
         print(f"largest difference between the model and the {name} graph: {difference:.2g}")
     print(f"wrote {output / GRAPH_NAME}.*")

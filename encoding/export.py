@@ -16,13 +16,15 @@ from encoding.exported_files import INPUT_NAMES, MODEL_CARD_FILE
 from encoding.onnx_graph import OnnxEncoder, export_onnx, onnx_packages
 from encoding.static_graph import StaticEncoder, export_static
 from modeling.checkpoint import LoadedCheckpoint, write_model_files
+from modeling.checkpoint_files import SAFETENSORS_FILE
+from modeling.weight_files import write_safetensors
 
 LARGEST_DIFFERENCE = 1e-5  # between the components of the model's and of the exported graph's unit vectors
 CHECKED_BATCH_SIZES = (1, 2, 7)
 
 
-def export_model(loaded: LoadedCheckpoint, folder: Path, onnx: bool = False) -> dict[str, float]:
-    """Writes what `static_graph.load_exported` reads into an existing folder; with `onnx` also the graph in ONNX.
+def export_model(loaded: LoadedCheckpoint, folder: Path, form: str = "paddle") -> dict[str, float]:
+    """Writes what `static_graph.load_exported` reads into an existing folder, and what `form` adds: "onnx" or "safetensors".
 
     Returns each format's largest difference from the model. Raises InputError if it is too large.
     """
@@ -30,7 +32,7 @@ def export_model(loaded: LoadedCheckpoint, folder: Path, onnx: bool = False) -> 
     export_static(model, folder)
     encoder = StaticEncoder(folder)
     encoders: dict[str, Embed] = {"paddle": encoder.embed}
-    if onnx:
+    if form == "onnx":
         export_onnx(folder)
         encoders["onnx"] = OnnxEncoder(folder).embed
     differences = {name: largest_difference(model.embed, embed, tokenizer) for name, embed in encoders.items()}
@@ -38,7 +40,9 @@ def export_model(loaded: LoadedCheckpoint, folder: Path, onnx: bool = False) -> 
         if not difference <= LARGEST_DIFFERENCE:  # NaN too
             raise InputError(f"{folder}: the {name} graph is off by {difference:.2g}, more than {LARGEST_DIFFERENCE:g}")
     write_model_files(folder, model, tokenizer)
-    modules = (paddle, *(onnx_packages() if onnx else ()))
+    if form == "safetensors":
+        write_safetensors(folder / SAFETENSORS_FILE, {name: w.numpy() for name, w in model.state_dict().items()})
+    modules = (paddle, *(onnx_packages() if form == "onnx" else ()))
     packages = {"paddlenlp": version("paddlenlp"), **{module.__name__: module.__version__ for module in modules}}
     card = {
         "fingerprint": fingerprint,

@@ -8,7 +8,8 @@ from common.files import read_json, resolve_interrupted_replace
 from common.manifest import check_manifest
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, read_vocabulary
 
-WEIGHTS_FILES = ("model_state.pdparams", "model.safetensors")  # the first is preferred; version 1 wrote both
+SAFETENSORS_FILE = "model.safetensors"
+WEIGHTS_FILES = ("model_state.pdparams", SAFETENSORS_FILE)  # the first is preferred; version 1 wrote both
 TRAINING_PREFIX = "training_"  # of the files that only --resume_from reads
 STEP_FOLDER = "model_"  # followed by the step's number
 

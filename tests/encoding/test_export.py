@@ -32,13 +32,22 @@ def test_model_card(exported: Path, checkpoint: Path) -> None:
 
 def test_onnx_is_exported_beside_paddles_graph(checkpoint: Path, tmp_path: Path) -> None:
     """Both are compared with the model."""
-    differences = export.export_model(load_checkpoint(checkpoint), tmp_path, onnx=True)
+    differences = export.export_model(load_checkpoint(checkpoint), tmp_path, "onnx")
     assert differences.keys() == {"paddle", "onnx"} and 0 < max(differences.values()) <= 1e-5
     card = read_json(tmp_path / "model_card.json")
     assert card["largest_difference"] == differences
     assert card["versions"].keys() >= {"paddle2onnx", "onnxruntime"}
     assert (tmp_path / "inference.get_pooled_embedding.onnx").is_file()
     load_exported(tmp_path)
+
+
+def test_safetensors_are_exported_beside_paddles_graph(checkpoint: Path, tmp_path: Path) -> None:
+    """The folder is a checkpoint too then, of the same model."""
+    loaded = load_checkpoint(checkpoint)
+    export.export_model(loaded, tmp_path, "safetensors")
+    load_exported(tmp_path)
+    again = load_checkpoint(tmp_path)
+    assert again.fingerprint == loaded.fingerprint and again.weights == tmp_path / "model.safetensors"
 
 
 @pytest.mark.parametrize("change", [0.01, float("nan")])
