@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy.testing  # noqa: F401 - its import starts lscpu, which fast tests refuse
 import pytest
+import visualdl  # noqa: F401 - its import starts `file`
 
 from common.paddle_setup import set_up_paddle
 from helpers import ROOT, all_pairs, make_model_folder, train_options, write_pairs

@@ -376,6 +376,15 @@ def test_two_ranks_share_the_encoding_and_find_the_same(checkpoint: Path, recall
     assert before == [note.stat().st_mtime_ns for note in notes]
 
 
+@pytest.mark.process
+def test_two_ranks_build_an_index_without_queries(checkpoint: Path, recall_data: Path, tmp_path: Path) -> None:
+    arguments = ["--corpus_file", recall_data / "corpus.csv", "--params_path", checkpoint, "--device", "cpu"]
+    arguments += ["--ann", "exact", "--index_dir", tmp_path / "index", "--recall_result_dir", tmp_path / "out"]
+    done = run_script("recall.py", *arguments, ranks=2, log_dir=tmp_path / "log")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(load_index(tmp_path / "index").documents) == len(read_corpus(recall_data / "corpus.csv"))
+
+
 SLOW_RECALL = """
 import time
 import recall
