@@ -18,7 +18,7 @@ from common.files import clear_leftovers, make_folder, sha256
 from common.logs import is_main_process, log
 from common.paddle_setup import set_up_paddle
 from common.signals import StopSignals
-from data import Corpus, positives_by_query, read_corpus, read_text_pairs
+from data import positives_by_query, read_corpus, read_text_pairs
 from modeling.checkpoint_files import check_checkpoint, step_folders
 from retrieval.metrics import metric_names, report_missing_positives
 
@@ -150,14 +150,20 @@ def choose_metric(best_metric: str | None, recall_num: int) -> str:
 
 
 def read_evaluation(
-    pair_file: str, corpus_file: str, index_options: IndexOptions, skip_bad_lines: bool
-) -> tuple[Corpus, dict[str, set[str]]]:
-    """The corpus and the titles of each query. Raises InputError for files or index options that can't be used."""
-    positives = positives_by_query(read_text_pairs(pair_file, skip_bad_lines=skip_bad_lines))
+    similar_text_pair_file: str,
+    corpus_file: str,
+    skip_bad_lines: bool,
+    best_metric: str | None,
+    recall_num: int,
+    index_options: IndexOptions,
+) -> dict[str, Any]:
+    """Arguments of Evaluator. Raises InputError for files and options that can't be used."""
+    best_metric = choose_metric(best_metric, recall_num)
+    positives = positives_by_query(read_text_pairs(similar_text_pair_file, skip_bad_lines=skip_bad_lines))
     corpus = read_corpus(corpus_file, skip_bad_lines=skip_bad_lines)
     check_index_args(index_options, len(corpus))
     report_missing_positives(corpus, positives)
-    return corpus, positives
+    return {"corpus": corpus, "positives": positives, "index_options": index_options, "best_metric": best_metric}
 
 
 def describe_run(args: Mapping[str, Any], world_size: int) -> dict[str, Any]:
@@ -169,11 +175,12 @@ def describe_run(args: Mapping[str, Any], world_size: int) -> dict[str, Any]:
 
 
 def prepare_folders(save_dir: Path, evaluator: "Evaluator | None") -> None:
-    """Creates the folders of what will be written, and removes what killed runs left in save_dir. Raises InputError."""
-    make_folder(save_dir)
-    if evaluator:
-        evaluator.prepare_files()
-    clear_leftovers(save_dir)
+    """On rank 0: creates the folders of what will be written, and removes what killed runs left. Raises InputError."""
+    if is_main_process():
+        make_folder(save_dir)
+        if evaluator:
+            evaluator.prepare_files()
+        clear_leftovers(save_dir)
     for checkpoint in step_folders(save_dir):  # their evaluations are written after them
         clear_leftovers(checkpoint)
 
@@ -241,10 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.init_from_ckpt:
         check_checkpoint(args.init_from_ckpt)
     pairs = read_text_pairs(args.train_set_file, skip_bad_lines=args.skip_bad_lines)
-    best_metric = choose_metric(args.best_metric, args.recall_num) if args.evaluate else None
     index_options = IndexOptions(**options.pick(args, IndexOptions))
-    evaluation_files = (args.similar_text_pair_file, args.corpus_file, index_options, args.skip_bad_lines)
-    evaluation = read_evaluation(*evaluation_files) if args.evaluate else None
+    evaluation_options = options.pick(args, read_evaluation, index_options=index_options)
+    evaluation = read_evaluation(**evaluation_options) if args.evaluate else None
 
     set_up_paddle()
     from batch_negative.evaluator import Evaluator
@@ -261,13 +267,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_amp(args.use_amp, args.amp_dtype)
     rank, world_size = init_ranks()
     check_batch_size(args.batch_size, world_size, pairs, args.train_set_file, cross_device=cross_device)
-    evaluator = None
-    if evaluation:
-        more = {"index_options": index_options, "embedding_parent": save_dir, "best_metric": best_metric}
-        evaluator = Evaluator(*evaluation, **options.pick(args, Evaluator, **more))
+    more = options.pick(args, Evaluator, embedding_parent=save_dir, **(evaluation or {}))
+    evaluator = Evaluator(**more) if evaluation else None
     run_config = describe_run(vars(args), world_size)
-    if is_main_process():
-        prepare_folders(save_dir, evaluator)
+    prepare_folders(save_dir, evaluator)
     barrier()
     start_options = options.pick(args, start_or_resume, save_dir=save_dir, run_config=run_config)
     start = start_or_resume(evaluator=evaluator, model_options=options.pick(args, create_model), **start_options)
@@ -281,9 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = schedule.total_steps
     optimizer, scheduler = make_optimizer(**options.pick(args, make_optimizer, model=model, total_steps=steps))
     backward = cached_backward if chunk_texts else direct_backward
-    amp_dtype = args.amp_dtype if args.use_amp else None
-    step_options = options.pick(args, Trainer, rank=rank, cross_device=cross_device, amp_dtype=amp_dtype)
-    trainer = Trainer(model, batcher, optimizer, scheduler, backward=backward, **step_options)
+    step_options = options.pick(args, Trainer, rank=rank, cross_device=cross_device, backward=backward)
+    trainer = Trainer(model, batcher, optimizer, scheduler, **step_options)
     if start.state:
         trainer.restore(start.state)
     report_plan(steps, first, len(pairs), args.batch_size, world_size, cross_device)

@@ -77,8 +77,8 @@ class Step(NamedTuple):
 class Trainer:
     """Takes training steps.
 
-    backward: `direct_backward` or `cached_backward`; cross_device: score against the titles of all ranks; amp_dtype:
-    type of matrix products, None for float32; amp_loss_scale: the initial one, for float16.
+    backward: `direct_backward` or `cached_backward`; cross_device: score against the titles of all ranks; use_amp:
+    matrix products in amp_dtype; amp_loss_scale: the initial one, for float16.
     """
 
     model: SemanticIndexBatchNeg
@@ -92,11 +92,12 @@ class Trainer:
     scale: float
     cross_device: bool = True
     backward: Callable[..., paddle.Tensor] = direct_backward
-    amp_dtype: str | None = None
+    use_amp: bool = False
+    amp_dtype: str = "float16"
     amp_loss_scale: float = 32768.0
 
     def __post_init__(self) -> None:
-        is_enabled = self.amp_dtype == "float16"
+        is_enabled = self.use_amp and self.amp_dtype == "float16"
         self._scaler = paddle.amp.GradScaler(enable=is_enabled, init_loss_scaling=self.amp_loss_scale)
 
     def step(self, planned: PlannedStep, stop: bool = False) -> Step:
@@ -164,7 +165,7 @@ class Trainer:
         return loss_share * float(loss)
 
     def _auto_cast(self) -> AbstractContextManager[None]:
-        return paddle.amp.auto_cast(self.amp_dtype is not None, dtype=self.amp_dtype or "float16")
+        return paddle.amp.auto_cast(self.use_amp, dtype=self.amp_dtype)
 
     def _scored(self, batches: list[list[np.ndarray]]) -> list[int]:
         """Rows of the pairs in this rank's loss."""

@@ -28,7 +28,7 @@ IRRELEVANT_WARNINGS = (
 def set_up_paddle() -> None:
     """Sets memory, threads and CPU dispatch, then imports Paddle; does nothing if Paddle has been imported already.
 
-    PaddleNLP is prepared as `defer_paddlenlp` says. Third-party warnings that don't concern the user are hidden.
+    Third-party warnings that don't concern the user are hidden.
     """
     if "paddle" in sys.modules:
         return
@@ -42,7 +42,6 @@ def set_up_paddle() -> None:
         paddle = importlib.import_module("paddle")
         paddle.disable_signal_handler()  # it prints a native stack for SIGTERM; paddlenlp/__init__.py does this too
     gc.enable()
-    defer_paddlenlp()
 
 
 def cpu_environment(environ: Mapping[str, str], cpuinfo: str, cores: int) -> dict[str, str]:
@@ -82,11 +81,11 @@ def _default_signals() -> Iterator[None]:
 
 
 def defer_paddlenlp() -> None:
-    """Makes `import paddlenlp.transformers` skip the rest of PaddleNLP until something asks for it.
+    """Makes `import paddlenlp.data`, then `import paddlenlp.transformers`, skip the rest of PaddleNLP.
 
     `paddlenlp/__init__.py` imports its taskflow, data sets and data augmentation, and with them scikit-learn, pandas
     and pyarrow: half of its import time. Here the package's own code runs only when an attribute is missing, as in
-    `from paddlenlp import Taskflow`.
+    `from paddlenlp import Taskflow`. Does nothing if PaddleNLP has been imported already.
     """
     if "paddlenlp" in sys.modules:
         return

@@ -24,9 +24,10 @@ CHECKED_BATCH_SIZES = (1, 2, 7)
 
 
 def export_model(loaded: LoadedCheckpoint, folder: Path, form: str = "paddle") -> dict[str, float]:
-    """Writes what `static_graph.load_exported` reads into an existing folder, and what `form` adds: "onnx" or "safetensors".
+    """Writes what `static_graph.load_exported` reads into an existing folder.
 
-    Returns each format's largest difference from the model. Raises InputError if it is too large.
+    form: "onnx" also writes the graph in ONNX, "safetensors" the weights in that format. Returns each graph's largest
+    difference from the model. Raises InputError if it is too large.
     """
     model, tokenizer, fingerprint, checkpoint = loaded
     export_static(model, folder)

@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import paddle
-import paddlenlp.data  # noqa: F401 - first, as in paddlenlp/__init__.py: it and transformers import each other
 from paddle.base import core
+
+from common.errors import InputError
+from common.files import read_json
+from common.paddle_setup import defer_paddlenlp
+from data import BACKBONE_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
+from modeling.checkpoint_files import WEIGHTS_FILES
+
+defer_paddlenlp()
+
+import paddlenlp.data  # noqa: F401 - first, as in paddlenlp/__init__.py: it and transformers import each other
 from paddlenlp.transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedModel
 from paddlenlp.transformers.auto.configuration import MODEL_NAMES_MAPPING
 from paddlenlp.utils.download import resolve_file_path
 from paddlenlp.utils.log import logger as paddlenlp_logger
-
-from common.errors import InputError
-from common.files import read_json
-from data import BACKBONE_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
-from modeling.checkpoint_files import WEIGHTS_FILES
 
 SMALLEST_NUMBERS = {"max_position_embeddings": 3, "vocab_size": 1, "pad_token_id": 0}  # required in a config
 # Rounding changes a component of the last layer's output by 1e-5, padding that isn't masked by 0.002.

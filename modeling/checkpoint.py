@@ -98,7 +98,11 @@ def load_checkpoint(
     file = check_checkpoint(params_path)
     source = file.parent if (file.parent / BACKBONE_CONFIG_FILE).is_file() else model_name_or_path
     backbone = find_backbone(source)
-    weights = read_weights(file)
+    try:
+        weights = read_weights(file)
+    except InputError:
+        check_manifest(file.parent, only=file.name.__eq__)  # says more about a damaged file
+        raise
     config = _read_model_config(file, weights)
     if output_emb_size is not None and output_emb_size != config.output_emb_size:
         problem = f"--output_emb_size {output_emb_size}: {file} has {config.output_emb_size}"

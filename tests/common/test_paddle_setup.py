@@ -161,7 +161,7 @@ class Imported(NamedTuple):
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Imported]:
-    """Both ways: "deferred", as `set_up_paddle` has it, and "full", after a plain `import paddlenlp`."""
+    """Both ways: "deferred", as modeling/backbone.py has it, and "full", after a plain `import paddlenlp`."""
     found = {}
     for way in ("deferred", "full"):
         file = tmp_path_factory.mktemp("vectors") / f"{way}.npz"
@@ -203,10 +203,23 @@ def test_the_rest_can_be_asked_for_first() -> None:
     program = """
 from common.paddle_setup import set_up_paddle
 set_up_paddle()
-import paddlenlp, sys
+import modeling.backbone, paddlenlp, sys
 assert not hasattr(paddlenlp, "__wrapped__")  # as the import system and inspect ask
 assert "paddlenlp.taskflow" not in sys.modules
 print(paddlenlp.Taskflow.__module__)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "paddlenlp.taskflow.taskflow\n"), done.stderr
+
+
+@pytest.mark.process
+def test_a_program_may_import_paddlenlp_first() -> None:
+    program = """
+from common.paddle_setup import set_up_paddle
+set_up_paddle()
+from paddlenlp.transformers import ErnieTokenizer
+from modeling.backbone import AutoTokenizer
+print(ErnieTokenizer.__name__, AutoTokenizer.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "ErnieTokenizer AutoTokenizer\n"), done.stderr
