@@ -254,3 +254,8 @@ def children(process: int) -> list[int]:
     """Numbers of a process's own processes."""
     files = Path(f"/proc/{process}/task").glob("*/children")
     return [int(number) for file in files for number in file.read_text().split()]
+
+
+def refuses(done: Completed, *words: str) -> bool:
+    """Whether a script ended with exit code 2 and one line on stderr that holds all `words`."""
+    return done.returncode == 2 and done.stderr.count("\n") == 1 and all(word in done.stderr for word in words)

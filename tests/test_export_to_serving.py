@@ -8,7 +8,6 @@ import pytest
 from google.protobuf import text_format
 from paddle_serving_server.proto.general_model_config_pb2 import GeneralModelConfig
 
-import export_model
 import export_to_serving
 from common.errors import InputError
 from common.files import read_json
@@ -19,14 +18,6 @@ from helpers import ROOT, run_script
 
 GRAPH = f"{GRAPH_NAME}.json"
 WEIGHTS = f"{GRAPH_NAME}.pdiparams"
-
-
-@pytest.fixture(scope="module")
-def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of export_model.py."""
-    folder = tmp_path_factory.mktemp("exported") / "output"
-    export_model.main(["--params_path", str(checkpoint), "--output_path", str(folder)])
-    return folder
 
 
 def convert(source: Path, target: Path, *options: str) -> int:
@@ -41,6 +32,7 @@ def read_configs(folder: Path, name: str) -> list[GeneralModelConfig]:
     return [text_format.Parse(text, GeneralModelConfig()), GeneralModelConfig.FromString(binary)]
 
 
+@pytest.mark.process
 def test_the_documents_command(exported: Path, tmp_path: Path) -> None:
     """Run as it is written, where Paddle 3 wrote .json: same files as the original converter's, and the vocabulary."""
     (tmp_path / "output").symlink_to(exported)

@@ -186,9 +186,7 @@ def test_bf16_needs_onednn(exported: Path, predict: ModuleType, monkeypatch: pyt
     monkeypatch.setattr(static_graph, "check_precision", lambda precision, device: None)
     options = ["--device", "cpu", "--precision", "bf16", "--enable_mkldnn", "False"]
     with pytest.raises(InputError, match="--precision bf16: needs oneDNN on a CPU; leave out --enable_mkldnn False"):
-        predict.main(
-            ["--model_dir", str(exported), "--device", "cpu", "--precision", "bf16", "--enable_mkldnn", "False"]
-        )
+        predict.main(["--model_dir", str(exported), *options])
 
 
 @pytest.mark.process

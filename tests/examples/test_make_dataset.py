@@ -1,14 +1,11 @@
 import hashlib
-import json
-import math
 from pathlib import Path
 
 import pytest
 
 from common.errors import InputError
-from data import positives_by_query, read_corpus, read_hits, read_text_pairs
-from examples import bm25, make_dataset
-from retrieval.metrics import recall_at_k
+from data import read_corpus, read_text_pairs
+from examples import make_dataset
 
 SIZES = {"train.csv": 1500, "dev.csv": 100, "test.csv": 400, "corpus.csv": 3000}
 TINY = ["--documents", "60", "--train_pairs", "80", "--dev_pairs", "5", "--test_pairs", "10"]
@@ -20,14 +17,6 @@ def write_dataset(folder: Path, options: list[str]) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "recall").iterdir()}
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("dataset")
-    options = ["--documents", "3000", "--train_pairs", "1500", "--dev_pairs", "100", "--test_pairs", "400"]
-    write_dataset(folder, options)
-    return folder / "recall"
-
-
 def digest(files: dict[str, list[str]]) -> str:
     text = "".join(f"{name}\n{line}\n" for name, lines in sorted(files.items()) for line in lines)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
@@ -37,20 +26,20 @@ def pairs_of(dataset: Path, name: str) -> list[tuple[str, str]]:
     return [(pair.query, pair.title) for pair in read_text_pairs(dataset / name)]
 
 
-def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path):
+def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
     first = write_dataset(tmp_path / "a", [*TINY, "--seed", "1"])
     assert first == write_dataset(tmp_path / "b", [*TINY, "--seed", "1"])
     other = write_dataset(tmp_path / "c", [*TINY, "--seed", "2"])
     assert all(first[name] != other[name] for name in SIZES)
 
 
-def test_bytes_are_those_of_every_machine():
+def test_bytes_are_those_of_every_machine() -> None:
     """A Python version that gives another digest is a defect; pin the new one when lists or code change."""
     lines = make_dataset.make_dataset(documents=60, train_pairs=80, dev_pairs=5, test_pairs=10, seed=0)
     assert digest(lines) == "2c4c1d23e0deece66cf665f3421cf9366c5f99947743e4b3c17c3ddd9ef27372"
 
 
-def test_sizes_and_format(dataset):
+def test_sizes_and_format(dataset: Path) -> None:
     assert {path.name for path in dataset.iterdir()} == set(SIZES)
     for name, size in SIZES.items():
         content = (dataset / name).read_bytes()
@@ -64,20 +53,20 @@ def test_sizes_and_format(dataset):
             assert all(column and column == column.strip() for column in columns)
 
 
-def test_more_train_pairs_than_documents_gives_new_queries():
+def test_more_train_pairs_than_documents_gives_new_queries() -> None:
     files = make_dataset.make_dataset(documents=60, train_pairs=120, dev_pairs=5, test_pairs=10, seed=0)
     assert len(files["train.csv"]) == len(set(files["train.csv"])) == 120
     assert len({line.split("\t")[1] for line in files["train.csv"]}) == 45
 
 
-def test_documents_are_distinct_and_hold_every_positive(dataset):
+def test_documents_are_distinct_and_hold_every_positive(dataset: Path) -> None:
     corpus = list(read_corpus(dataset / "corpus.csv"))
     assert len(set(corpus)) == len(corpus)
     for name in ("train.csv", "dev.csv", "test.csv"):
         assert {title for _, title in pairs_of(dataset, name)} <= set(corpus)
 
 
-def test_splits_share_no_query_and_no_document(dataset):
+def test_splits_share_no_query_and_no_document(dataset: Path) -> None:
     splits = [pairs_of(dataset, name) for name in ("train.csv", "dev.csv", "test.csv")]
     for column in (0, 1):
         train, dev, test = ({pair[column] for pair in split} for split in splits)
@@ -86,7 +75,7 @@ def test_splits_share_no_query_and_no_document(dataset):
         assert not dev & test
 
 
-def test_synonyms_of_test_are_learnable_from_train(dataset):
+def test_synonyms_of_test_are_learnable_from_train(dataset: Path) -> None:
     """Most replacements of a term by a synonym in test occur in train too, so that a model can learn them."""
     synonyms = {}
     for field in make_dataset.read_fields():
@@ -109,38 +98,10 @@ def test_synonyms_of_test_are_learnable_from_train(dataset):
     assert sum(pair in known for pair in needed) > len(needed) / 2
 
 
-def test_bm25_finds_between_30_and_80_percent_first(dataset, tmp_path):
-    options = ["--similar_text_pair", str(dataset / "test.csv"), "--corpus_file", str(dataset / "corpus.csv")]
-    options += ["--recall_result_dir", str(tmp_path), "--recall_result_file", "bm25.txt", "--recall_num", "10"]
-    assert bm25.main(options) == 0
-    positives = positives_by_query(read_text_pairs(dataset / "test.csv"))
-    hits = read_hits(tmp_path / "bm25.txt")
-    assert set(hits) <= set(positives)
-    assert max(map(len, hits.values())) == 10
-    ranked = [hits.get(query, []) for query in positives]
-    assert 0.3 < recall_at_k(ranked, list(positives.values()), 1) < 0.8
-
-
-def test_bm25_ranks_by_the_formula():
-    """Against BM25 as Lucene computes it, spelled out for a query of one bigram and its two characters."""
-    corpus = ["水稻产量", "水稻", "小麦产量产量"]
-    hits = list(bm25.bm25_search(["产量"], corpus, k=3))
-    lengths = [len(bm25.unigrams_and_bigrams(text)) for text in corpus]
-    mean = sum(lengths) / 3
-    idf = math.log(1 + (3 - 2 + 0.5) / (2 + 0.5))  # each token of the query is in two documents of three
-    norms = {text: 1.2 * (1 - 0.75 + 0.75 * length / mean) for text, length in zip(corpus, lengths, strict=True)}
-    expected = {text: 3 * idf * n / (n + norms[text]) for text, n in (("水稻产量", 1), ("小麦产量产量", 2))}
-    assert [hit.document for hit in hits] == sorted(expected, key=expected.get, reverse=True)
-    assert [hit.score for hit in hits] == pytest.approx(sorted(expected.values(), reverse=True), rel=1e-5)
-
-
-def test_bm25_of_a_tiny_corpus_and_an_unknown_query():
-    hits = list(bm25.bm25_search(["水稻", "海洋"], ["水稻产量"], k=50))
-    assert [(hit.query, hit.document) for hit in hits] == [("水稻", "水稻产量")]
-
-
 @pytest.mark.parametrize("options", [["--documents", "800"], ["--documents", "100000000"]])
-def test_impossible_sizes_are_one_line_and_write_nothing(tmp_path, options, monkeypatch):
+def test_impossible_sizes_are_one_line_and_write_nothing(
+    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fields = make_dataset.read_fields()
     few = [field._replace(sections={name: terms[:3] for name, terms in field.sections.items()}) for field in fields[:1]]
     monkeypatch.setattr(make_dataset, "read_fields", lambda: few)
@@ -150,12 +111,12 @@ def test_impossible_sizes_are_one_line_and_write_nothing(tmp_path, options, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_more_pairs_than_queries_is_an_input_error():
+def test_more_pairs_than_queries_is_an_input_error() -> None:
     with pytest.raises(InputError, match="ask for fewer, or more --documents"):
         make_dataset.make_dataset(documents=2, train_pairs=10_000, dev_pairs=0, test_pairs=0, seed=0)
 
 
-def test_word_lists_are_large_and_clean():
+def test_word_lists_are_large_and_clean() -> None:
     files = {path.name: make_dataset.read_sections(path) for path in TERMS.glob("*.txt")}
     regions = files.pop(make_dataset.REGIONS_FILE)["regions"]
     assert len(files) >= 25
@@ -172,15 +133,9 @@ def test_word_lists_are_large_and_clean():
     assert sum(len(term) - 1 for term in distinct) >= 400
 
 
-def test_title_patterns_of_a_kind_use_the_same_slots():
+def test_title_patterns_of_a_kind_use_the_same_slots() -> None:
     for kinds in make_dataset.STYLES.values():
         for kind in kinds:
             slots = set(make_dataset.slots_of(kind))
             assert all(set(make_dataset.slots_of(kind._replace(titles=(title,)))) == slots for title in kind.titles)
             assert all(set(make_dataset.slots_of(kind._replace(titles=(query,)))) <= slots for query in kind.queries)
-
-
-def test_tiny_ernie_config_is_complete():
-    config = json.loads((TERMS.parent / "tiny_ernie" / "config.json").read_text(encoding="utf-8"))
-    assert config["model_type"] == "ernie"
-    assert config["hidden_size"] % config["num_attention_heads"] == 0

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from helpers import ROOT
 
 
+@pytest.mark.process
 def test_quickstart(tmp_path: Path) -> None:
     left_out = shutil.ignore_patterns(".*", "tests", "quickstart", "docs", "__pycache__")
     folder = shutil.copytree(ROOT, tmp_path / "clone", ignore=left_out)

@@ -1,4 +1,4 @@
-"""The set-up scripts, run for real on tiny packages that the tests make: no network."""
+"""scripts/setup.sh, run for real on tiny packages that the tests make, without a network."""
 
 import hashlib
 import os
@@ -7,16 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT, Completed, refuses
+
+pytestmark = pytest.mark.process
 NO_NETWORK = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1"}
 MODULES = {
     "paddlepaddle": "paddle",
@@ -25,7 +25,6 @@ MODULES = {
 }
 SERVER_FILE = "paddle_serving_server/server.py"
 RUN_SERVER = "    def run_server(self):\n        {}\n"
-DATA_FILES = ["corpus.csv", "dev.csv", "test.csv", "train.csv"]
 
 
 def write_wheel(
@@ -91,7 +90,7 @@ class Repo:
             start_new_session=True,
         )
 
-    def run(self, *args: str, **options: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *args: str, **options: str) -> Completed:
         process = self.start(*args, **options)
         out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(args, process.returncode, out, err)
@@ -101,11 +100,6 @@ class Repo:
         code = f"import {module}; print({module}.version)"
         done = subprocess.run([self.path / ".venv/bin/python", "-c", code], capture_output=True, text=True)
         return done.stdout.strip() or None
-
-
-def refuses(done: subprocess.CompletedProcess[str], *words: str) -> bool:
-    """Whether a run ended with exit code 2 and one line on stderr that holds all `words`."""
-    return done.returncode == 2 and done.stderr.count("\n") == 1 and all(word in done.stderr for word in words)
 
 
 def files_of(folder: Path) -> dict[Path, int]:
@@ -300,161 +294,3 @@ def test_without_compiler_only_the_hnsw_index_is_left_out(ready: Repo) -> None:
     assert "compiling hnswlib" in ready.run(CXX="sh").stdout  # any program will do: the wheel is ready-made
     assert ready.installed("hnswlib") == "1.0"
     assert ready.run().stdout == "setup: .venv is ready\n"
-
-
-def pins(path: Path) -> dict[tuple[str, str], str]:
-    """(name, marker) -> version, of every pin in a requirements or lock file."""
-    lines = re.findall(r"(?m)^([A-Za-z0-9._-]+)==([^\s;\\]+) *(?:; *([^\\#\n]*))?", path.read_text())
-    return {(name.replace("_", "-").lower(), (marker or "").strip()): version for name, version, marker in lines}
-
-
-@pytest.mark.parametrize("folder", [".", "tests", "benchmarks", "deploy/onnx", "deploy/serving"])
-def test_lock_holds_every_direct_pin(folder: str) -> None:
-    requirements = ROOT / folder / "requirements.txt"
-    direct, lock = pins(requirements), pins(requirements.with_suffix(".lock"))
-    lines = [line for line in requirements.read_text().splitlines() if line and not line.startswith("#")]
-    assert len(direct) == len(lines) > 0
-    assert {name: version for name, version in direct.items() if lock.get(name) != version} == (
-        {("torch", ""): "2.13.0+cpu"} if folder == "benchmarks" else {}
-    )
-
-
-@pytest.mark.parametrize("folder", [".", "tests", "benchmarks", "deploy/onnx", "deploy/serving"])
-def test_lock_names_no_place(folder: str) -> None:
-    lines = (ROOT / folder / "requirements.lock").read_text().splitlines()
-    entries = [line for line in lines if not line.lstrip().startswith("#")]
-    assert all(re.match(r"[A-Za-z0-9._-]+==[^/]*$|    --hash=sha256:[0-9a-f]{64}", line) for line in entries if line)
-    assert not [line for line in lines if "file:" in line or "--find-links" in line]
-
-
-@pytest.mark.parametrize("folder", ["tests", "deploy/onnx", "deploy/serving"])
-def test_extra_locks_agree_with_the_main_lock(folder: str) -> None:
-    main, extra = pins(ROOT / "requirements.lock"), pins(ROOT / folder / "requirements.lock")
-    shared = {name for name, _ in main} & {name for name, _ in extra}
-    assert shared
-    versions = {name: {version for (other, _), version in main.items() if other == name} for name in shared}
-    assert [pin for pin, version in extra.items() if pin[0] in shared and version not in versions[pin[0]]] == []
-
-
-class RangeHandler(BaseHTTPRequestHandler):
-    """Serves the server's `body` at /data.zip, from the offset that the request names."""
-
-    def do_GET(self) -> None:
-        body, start = self.server.body, int(re.sub(r"\D", "", self.headers.get("Range", "0")))
-        self.server.offsets.append(start)
-        if self.path != "/data.zip":
-            return self.send_error(404)
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.end_headers()
-        self.wfile.write(body[start:])
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[ThreadingHTTPServer]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), RangeHandler) as server:
-        server.offsets = []
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def dataset(path: Path, top: str = "", files: list[str] = DATA_FILES) -> bytes:
-    """A ZIP archive of the dataset's layout, written to `path`."""
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"{top}milvus/milvus_data.csv", "文献\n")
-        archive.writestr("__MACOSX/recall/train.csv", "shadow")
-        for name in files:
-            archive.writestr(f"{top}recall/{name}", f"{name} 检索\t文献\n")
-    return path.read_bytes()
-
-
-def download(
-    *args: str | Path, server: ThreadingHTTPServer, name: str = "data.zip"
-) -> subprocess.CompletedProcess[str]:
-    url = f"http://127.0.0.1:{server.server_port}/{name}"
-    return subprocess.run(
-        ["sh", ROOT / "scripts/download_data.sh", *args],
-        env=os.environ | {"LITERATURE_SEARCH_DATA_URL": url, "no_proxy": "127.0.0.1"},
-        capture_output=True,
-        text=True,
-    )
-
-
-@pytest.mark.parametrize("top", ["", "literature_search_data/"])
-def test_download_unpacks_and_checks(tmp_path: Path, server: ThreadingHTTPServer, top: str) -> None:
-    server.body = dataset(tmp_path / "data.zip", top)
-    target = tmp_path / "new folder"
-    done = download(target, server=server)
-    assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (target / "recall").iterdir()) == DATA_FILES
-    assert (target / "recall/train.csv").read_text() == "train.csv 检索\t文献\n"
-    assert [path.name for path in target.iterdir()] == ["recall"]
-    again = download(target, server=server)
-    assert again.returncode == 0 and len(server.offsets) == 1  # what is there isn't downloaded again
-    assert download("--check", target, server=server).returncode == 0
-
-
-def test_download_goes_on_where_it_broke_off(tmp_path: Path, server: ThreadingHTTPServer) -> None:
-    server.body = dataset(tmp_path / "data.zip")
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "literature_search_data.zip.part").write_bytes(server.body[:100])
-    assert download(target, server=server).returncode == 0
-    assert server.offsets == [100]
-    assert (target / "recall/dev.csv").read_text() == "dev.csv 检索\t文献\n"
-
-
-def test_download_takes_an_archive_that_the_user_put_there(tmp_path: Path, server: ThreadingHTTPServer) -> None:
-    dataset(tmp_path / "literature_search_data.zip")
-    assert download(tmp_path, server=server).returncode == 0
-    assert server.offsets == []
-    assert (tmp_path / "literature_search_data.zip").exists()
-
-
-def test_download_never_overwrites(tmp_path: Path, server: ThreadingHTTPServer) -> None:
-    server.body = dataset(tmp_path / "data.zip")
-    (tmp_path / "recall").mkdir()
-    (tmp_path / "recall/train.csv").write_text("mine")
-    assert refuses(download(tmp_path, server=server), "dev.csv test.csv corpus.csv", "nothing is overwritten")
-    assert (tmp_path / "recall/train.csv").read_text() == "mine"
-    assert server.offsets == []
-
-
-def test_download_refuses_what_is_not_the_dataset(tmp_path: Path, server: ThreadingHTTPServer) -> None:
-    target = tmp_path / "target"
-    server.body = dataset(tmp_path / "data.zip", files=DATA_FILES[1:])
-    assert refuses(download(target, server=server), "lacks (or holds empty): corpus.csv")
-    server.body = b"<html>not found</html>"
-    assert refuses(download(target, server=server), "not a ZIP archive")
-    failed = download(target, server=server, name="nothing.zip")
-    assert failed.returncode == 2 and "nothing.zip" in failed.stderr and "proxy" in failed.stderr
-    assert not (target / "recall").exists()
-    assert [path.name for path in target.iterdir() if path.suffix != ".part"] == []
-
-
-@pytest.mark.parametrize("broken", ["missing", "empty", "folder"])
-def test_layout_check(tmp_path: Path, server: ThreadingHTTPServer, broken: str) -> None:
-    assert refuses(download("--check", tmp_path, server=server), "no folder")
-    (tmp_path / "recall").mkdir()
-    for name in DATA_FILES:
-        (tmp_path / "recall" / name).write_text("x\n")
-    assert download("--check", tmp_path, server=server).returncode == 0
-    test_file = tmp_path / "recall/test.csv"
-    test_file.unlink()
-    if broken == "empty":
-        test_file.touch()
-    elif broken == "folder":
-        test_file.mkdir()
-    assert refuses(download("--check", tmp_path, server=server), "test.csv")
-    assert server.offsets == []
-
-
-@pytest.mark.parametrize("args", [["--what"], ["a", "b"]])
-def test_download_wrong_options(server: ThreadingHTTPServer, args: list[str]) -> None:
-    assert refuses(download(*args, server=server), args[-1])

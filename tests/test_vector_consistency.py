@@ -20,6 +20,7 @@ from benchmarks.service_clients import (
     running_service,
 )
 from data import Embed, TextTokenizer, encode_texts
+from encoding.encoder import load_encoder
 from encoding.onnx_graph import OnnxEncoder
 from encoding.static_graph import StaticEncoder, load_exported
 from helpers import ROOT, all_pairs, cpp_environment, make_model_folder, run_script
@@ -56,7 +57,7 @@ def forms(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def expected(forms: Path) -> np.ndarray:
     """The vectors of TEXTS from the checkpoint, one at a time."""
     assert [len(text) for text in TEXTS[:3]] == [1, 64, 240]
-    model, tokenizer = load_checkpoint(forms / "checkpoint")
+    model, tokenizer, *_ = load_checkpoint(forms / "checkpoint")
     assert [len(ids) for ids in tokenizer.tokenize(TEXTS[:3])] == [3, 66, LENGTH]
     vectors = np.concatenate([model.embed(*tokenizer([text])) for text in TEXTS])
     assert np.abs(vectors[0] - vectors[1]).max() > 0.01  # the model tells texts apart
@@ -101,9 +102,10 @@ def predict(model_dir: Path, folder: Path, texts: Sequence[str]) -> np.ndarray:
     return np.load(folder / "vectors.npy")
 
 
+@pytest.mark.server
 def test_one_text_has_one_vector(forms: Path, expected: np.ndarray, tmp_path: Path) -> None:
-    """From the checkpoint, the static graph, ONNX, predict.py, and Pipeline Serving over gRPC and HTTP."""
-    model, tokenizer = load_checkpoint(forms / "checkpoint")
+    """From a checkpoint, the static graph, ONNX, predict.py, and Pipeline Serving over gRPC and HTTP."""
+    model, tokenizer, *_ = load_checkpoint(forms / "checkpoint")
     exported = load_exported(forms / "output")
     with (
         running_service(forms / "serving_server", "--threads", "1") as service,
@@ -111,6 +113,8 @@ def test_one_text_has_one_vector(forms: Path, expected: np.ndarray, tmp_path: Pa
         http_client(service) as http,
     ):
         ways = {
+            "load_encoder": load_encoder(forms / "checkpoint").encode,
+            "load_encoder, static": load_encoder(forms / "checkpoint", engine="static").encode,
             **in_process("dygraph", model.embed, tokenizer),
             **in_process("static graph", exported.encoder.embed, exported.tokenizer),
             **in_process("static, no oneDNN", StaticEncoder(forms / "output", onednn=False).embed, exported.tokenizer),
