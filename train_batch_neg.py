@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,14 +131,19 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
     add("--recall_num", type=positive_int, default=50, help="documents recalled for a query")
 
 
-def check_options(given: Container[str]) -> None:
-    """Raises InputError for an option without effect; given: the options that differ from their defaults."""
+def check_options(given: Mapping[str, Any]) -> None:
+    """Raises InputError for an option without effect, or a checkpoint that can't be used.
+
+    given: the options that differ from their defaults.
+    """
     for name, needed in NEEDED_OPTIONS.items():
         if name in given and needed not in given:
             raise InputError(f"--{name}: does nothing without --{needed}; add that, or leave it out")
     for name, other in (("model_name_or_path", "from_scratch"), ("use_gradient_cache", "grad_cache_chunk")):
         if name in given and other in given:
             raise InputError(f"--{name}: --{other} takes its place; leave one of them out")
+    if "init_from_ckpt" in given:
+        check_checkpoint(given["init_from_ckpt"])
 
 
 def choose_metric(best_metric: str | None, recall_num: int) -> str:
@@ -175,12 +180,18 @@ def describe_run(args: Mapping[str, Any], world_size: int) -> dict[str, Any]:
 
 
 def prepare_folders(save_dir: Path, evaluator: "Evaluator | None") -> None:
-    """On rank 0: creates the folders of what will be written, and removes what killed runs left. Raises InputError."""
+    """Rank 0 creates the folders of what will be written, and removes what killed runs left; the others wait for it.
+
+    Raises InputError if a folder can't be written.
+    """
+    from common.distributed import barrier
+
     if is_main_process():
         make_folder(save_dir)
         if evaluator:
             evaluator.prepare_files()
         clear_leftovers(save_dir)
+    barrier()
     for checkpoint in step_folders(save_dir):  # their evaluations are written after them
         clear_leftovers(checkpoint)
 
@@ -243,10 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains, saves and evaluates."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    check_options({name for name, value in vars(args).items() if value != parser.get_default(name)})
+    check_options({name: value for name, value in vars(args).items() if value != parser.get_default(name)})
     save_dir, cross_device = Path(args.save_dir), not args.no_cross_device_negatives
-    if args.init_from_ckpt:
-        check_checkpoint(args.init_from_ckpt)
     pairs = read_text_pairs(args.train_set_file, skip_bad_lines=args.skip_bad_lines)
     index_options = IndexOptions(**options.pick(args, IndexOptions))
     evaluation_options = options.pick(args, read_evaluation, index_options=index_options)
@@ -260,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from batch_negative.trainer import Trainer, check_amp, make_optimizer
     from batch_negative.training_log import TrainingLog
     from common.device import set_device
-    from common.distributed import barrier, init_ranks, wait_for_rank_0
+    from common.distributed import init_ranks, wait_for_rank_0
     from modeling.checkpoint import create_model
 
     set_device(args.device)
@@ -271,7 +280,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluator = Evaluator(**more) if evaluation else None
     run_config = describe_run(vars(args), world_size)
     prepare_folders(save_dir, evaluator)
-    barrier()
     start_options = options.pick(args, start_or_resume, save_dir=save_dir, run_config=run_config)
     start = start_or_resume(evaluator=evaluator, model_options=options.pick(args, create_model), **start_options)
     model, first = start.loaded.model, start.step
