@@ -1,8 +1,9 @@
 """Recall@K, MRR and nDCG of a recall result. Imports no Paddle."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
+from statistics import fmean
 from typing import NamedTuple
 
 from common.errors import InputError
@@ -29,7 +30,7 @@ def recall_at_k(ranked: Sequence[Sequence[str]], positives: Sequence[set[str]], 
 
     ranked: each query's distinct documents, best first; positives: the right ones, at least one a query.
     """
-    return _mean(
+    return fmean(
         len(relevant.intersection(documents[:k])) / len(relevant)
         for documents, relevant in zip(ranked, positives, strict=True)
     )
@@ -40,7 +41,7 @@ def mrr_at_k(ranked: Sequence[Sequence[str]], positives: Sequence[set[str]], k: 
 
     Arguments as for `recall_at_k`.
     """
-    return _mean(
+    return fmean(
         next((1 / rank for rank, document in enumerate(documents[:k], 1) if document in relevant), 0.0)
         for documents, relevant in zip(ranked, positives, strict=True)
     )
@@ -55,16 +56,11 @@ def ndcg_at_k(ranked: Sequence[Sequence[str]], positives: Sequence[set[str]], k:
     longest = max(len(documents) for documents in chain(ranked, positives))
     discounts = [1 / math.log2(rank + 1) for rank in range(1, min(k, longest) + 1)]
     ideal = list(accumulate(discounts))
-    return _mean(
+    return fmean(
         sum(discount for document, discount in zip(documents, discounts, strict=False) if document in relevant)
         / ideal[min(len(relevant), k) - 1]
         for documents, relevant in zip(ranked, positives, strict=True)
     )
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return math.fsum(values) / len(values)
 
 
 def evaluate(positives: Mapping[str, set[str]], hits: Mapping[str, Sequence[str]], recall_num: int) -> Evaluation:
