@@ -94,12 +94,6 @@ def convert(
     return config
 
 
-def check_apart(*folders: Path) -> None:
-    """Raises InputError if one folder is or lies in another, because replacing it would remove the other."""
-    if any(is_within(*pair) for pair in permutations(folders, 2)):
-        raise InputError("--dirname, --server_path and --client_path: name three folders, none in another")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
@@ -125,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--feed_alias_names {args.feed_alias_names}: give {len(INPUT_NAMES)} names, as in a,b")
     if args.fetch_alias_names and "," in args.fetch_alias_names:
         raise InputError(f"--fetch_alias_names {args.fetch_alias_names}: give one name, there is one output")
-    check_apart(source, server, client)
+    if any(is_within(*pair) for pair in permutations((source, server, client), 2)):  # or one would be lost
+        raise InputError("--dirname, --server_path and --client_path: name three folders, none in another")
     graph, weights = find_model(source, args.model_filename, args.params_filename)
     if not args.show_proto:
         server_files, client_files = ([name + end for end in CONFIG_SUFFIXES] for name in CONFIGS)

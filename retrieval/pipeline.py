@@ -17,7 +17,7 @@ from common.logs import is_main_process, log, progress_bar
 from data import Corpus, Hit, encode_texts
 from encoding.encoder import Encoder
 from retrieval.embedding_store import SHARD_ROWS, Embeddings, EmbeddingsMetadata, temporary_folder
-from retrieval.saved_index import SavedIndex, check_index_fits, has_index, load_index, locked_index, save_index
+from retrieval.saved_index import SavedIndex, has_index, load_index, locked_index, save_index
 
 Rows = TypeVar("Rows", Sequence[str], np.ndarray)
 SAMPLE = 200  # queries on which the index is compared with exact search: half a point is one hit in 200
@@ -94,7 +94,7 @@ def open_or_build_index(
         elif added or options.target_recall is not None:
             yield update_index(index_dir, encoder, query_vectors, k, corpus=corpus, added=added, options=options)
         else:
-            yield open_index(index_dir, encoder, corpus)
+            yield load_index(index_dir, encoder.fingerprint, corpus)
         return
     if corpus is None:
         raise InputError("there is neither a saved index nor a corpus to search")
@@ -127,13 +127,6 @@ def new_index(
             yield None
 
 
-def open_index(index_dir: str | Path, encoder: Encoder, corpus: Corpus | None) -> SavedIndex:
-    """A saved index. Raises InputError if it belongs to another model or another corpus; None isn't compared."""
-    saved = load_index(index_dir)
-    check_index_fits(index_dir, saved, encoder.fingerprint, corpus)
-    return saved
-
-
 def update_index(
     index_dir: str | Path,
     encoder: Encoder,
@@ -149,7 +142,7 @@ def update_index(
     Without a target recall in the options the index keeps its own, and its `ef` doesn't decrease. Raises InputError.
     """
     with locked_index(index_dir):
-        saved = open_index(index_dir, encoder, corpus)
+        saved = load_index(index_dir, encoder.fingerprint, corpus)
         lowest_ef = 0
         if isinstance(saved.index, HnswIndex):
             if options.target_recall is None:  # k may be smaller than that of the run before

@@ -79,27 +79,26 @@ def locked_index(folder: str | Path) -> Iterator[None]:
         yield
 
 
-def load_index(folder: str | Path) -> SavedIndex:
-    """Reads a saved index. Raises InputError if one of its files is missing or has changed."""
+def load_index(folder: str | Path, model: str | None = None, corpus: Corpus | None = None) -> SavedIndex:
+    """Reads a saved index. Raises InputError if one of its files is missing or has changed.
+
+    model, corpus: the encoder's fingerprint and the corpus that it must belong to, if they are given. Otherwise raises
+    InputError.
+    """
     folder = _index_folder(folder)
     check_manifest(folder, remedy=REMEDY)
     content = read_json(folder / INDEX_FILE)
     try:
         index = INDEX_CLASSES[content["ann"]].load(folder, content)
-        model, corpus = content["model"], content["corpus"]
+        saved = SavedIndex(index, Corpus(folder / DOCUMENTS_FILE), content["model"], content["corpus"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / INDEX_FILE}: isn't the description of an index (see {error}); {REMEDY}") from None
-    documents = Corpus(folder / DOCUMENTS_FILE)
-    if len(documents) != len(index):
-        raise InputError(f"{folder}: has {len(documents)} documents and {len(index)} vectors; {REMEDY}")
-    return SavedIndex(index, documents, model, corpus)
-
-
-def check_index_fits(folder: str | Path, saved: SavedIndex, model: str, corpus: Corpus | None) -> None:
-    """Raises InputError if a saved index belongs to another model or another corpus; a corpus of None isn't checked."""
-    if saved.model != model:
+    if len(saved.documents) != len(index):
+        raise InputError(f"{folder}: has {len(saved.documents)} documents and {len(index)} vectors; {REMEDY}")
+    if model is not None and saved.model != model:
         remedy = "give the --params_path that it was built with, or another --index_dir"
         raise InputError(f"{folder}: its vectors come from another model or --max_seq_length; {remedy}")
     if corpus is not None and corpus.sha256 not in (saved.corpus, saved.documents.sha256):
         remedy = "add documents with --add_corpus, leave --corpus_file out, or give another --index_dir"
         raise InputError(f"{folder}: was built from another corpus, or the corpus file has changed since; {remedy}")
+    return saved

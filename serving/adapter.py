@@ -87,8 +87,8 @@ class PipelineService:
     """Answers requests for vectors, over gRPC and for whatever else calls `answer`."""
 
     def __init__(self, encoders: Sequence[EncoderProcess], options: ServiceOptions) -> None:
-        self._options, self._encoders = options, encoders
-        self.admission = Admission(options.limits.queued_texts)
+        self._options, self._encoders, self.limits = options, encoders, options.limits
+        self.admission = Admission(self.limits.queued_texts)
         self.metrics = Metrics(self.admission)
         self._batcher = Batcher(encoders, options.batch_size, options.max_queue_delay, self.admission, self.metrics)
         self._rpc_server: grpc.Server | None = None
@@ -97,11 +97,6 @@ class PipelineService:
     def healthy(self) -> bool:
         """Whether every encoder could be started when it was last tried."""
         return not any(encoder.broken for encoder in self._encoders)
-
-    @property
-    def limits(self) -> Limits:
-        """Of requests."""
-        return self._options.limits
 
     def answer(self, protocol: str, read: Callable[[], Request]) -> Response:
         """The answer to the request that `read` gives; protocol: "grpc" or "http". Any error becomes an answer."""

@@ -68,7 +68,7 @@ class Admission:
     def __init__(self, queued_texts: int) -> None:
         self._limit = queued_texts
         self._changed = threading.Condition()
-        self._stopping = False
+        self.stopping = False
         self.requests = 0
         self.texts = 0
 
@@ -76,7 +76,7 @@ class Admission:
     def admitted(self, texts: int) -> Iterator[None]:
         """Counts a request while the block runs. Raises RequestError for too many texts, and after `stop`."""
         with self._changed:
-            if self._stopping:
+            if self.stopping:
                 raise RequestError(STOPPING, "the service is stopping: send the request to another")
             if self.texts + texts > self._limit:
                 raise RequestError(OVERLOADED, f"{self.texts} texts are waiting already: try again later")
@@ -93,10 +93,5 @@ class Admission:
     def stop(self, seconds: float) -> bool:
         """Lets no more requests in, and waits for the others; False if some are still there after so many seconds."""
         with self._changed:
-            self._stopping = True
+            self.stopping = True
             return self._changed.wait_for(lambda: self.requests == 0, seconds)
-
-    @property
-    def stopping(self) -> bool:
-        """Whether `stop` was called."""
-        return self._stopping

@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -264,10 +265,10 @@ def test_an_index_is_locked_before_it_is_loaded_to_be_changed(opened: Opened, mo
     """Else documents that another run adds in between would be lost."""
     opened(ann="exact")
 
-    def load_locked(folder: str) -> SavedIndex:
+    def load_locked(folder: str, *expected: Any) -> SavedIndex:
         with pytest.raises(InputError, match="another run is changing it"), locked_index(folder):
             pass
-        return load_index(folder)
+        return load_index(folder, *expected)
 
     monkeypatch.setattr(pipeline, "load_index", load_locked)
     opened("新的文献")
