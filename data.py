@@ -394,11 +394,7 @@ class TextTokenizer:
 
 
 def encode_texts(
-    embed: Embed,
-    texts: Sequence[str],
-    tokenizer: TextTokenizer,
-    batch_size: int,
-    progress: Any = None,
+    embed: Embed, texts: Sequence[str], tokenizer: TextTokenizer, batch_size: int, progress: Any = None
 ) -> np.ndarray:
     """Vectors of the texts, float32 [N, D], in their order; [0, 0] for no texts.
 

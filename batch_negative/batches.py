@@ -207,13 +207,7 @@ class BatchSchedule:
 
 
 def epoch_batches(
-    count: int,
-    batch_size: int,
-    *,
-    seed: int,
-    epoch: int,
-    world_size: int = 1,
-    lengths: np.ndarray | None = None,
+    count: int, batch_size: int, *, seed: int, epoch: int, world_size: int = 1, lengths: np.ndarray | None = None
 ) -> list[list[np.ndarray]]:
     """Rows of every batch of an epoch for every rank: `[batch][rank]` is int64 [batch_size].
 

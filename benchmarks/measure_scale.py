@@ -61,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = time.perf_counter() - start
     index_bytes = sum(path.stat().st_size for path in Path(args.index_dir).glob(HNSW_FILE))
     write_json(
-        Path(args.report),
-        {"seconds": seconds, "bytes": max(0, peak_memory() - with_model), "index_bytes": index_bytes},
+        Path(args.report), {"seconds": seconds, "bytes": max(0, peak_memory() - with_model), "index_bytes": index_bytes}
     )
     return 0
 

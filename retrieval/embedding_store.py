@@ -11,15 +11,7 @@ import numpy as np
 
 from ann_util import check_unit_vectors
 from common.errors import InputError
-from common.files import (
-    LOCK_FILE,
-    TEMPORARY_SUFFIX,
-    locked,
-    make_folder,
-    read_json,
-    sha256,
-    write_json,
-)
+from common.files import LOCK_FILE, TEMPORARY_SUFFIX, locked, make_folder, read_json, sha256, write_json
 from data import write_vectors
 
 SHARD_ROWS = 8192  # documents that a kill can cost: 1 to 3 minutes with a 12-layer ERNIE on 2 cores

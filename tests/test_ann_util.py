@@ -417,13 +417,7 @@ def test_a_saved_target_recall_is_read_under_version_1_s_name_too(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [
-        ("--hnsw_m", "1"),
-        ("--hnsw_ef", "0"),
-        ("--hnsw_max_elements", "0"),
-        ("--target_recall", "1"),
-        ("--ann", "faiss"),
-    ],
+    [("--hnsw_m", "1"), ("--hnsw_ef", "0"), ("--hnsw_max_elements", "0"), ("--target_recall", "1"), ("--ann", "faiss")],
 )
 def test_refuses_options_out_of_range(option: str, value: str, capsys: pytest.CaptureFixture) -> None:
     parser = argparse.ArgumentParser()

@@ -11,15 +11,7 @@ import pytest
 
 from helpers import ROOT
 
-SCRIPTS = {
-    "train_batch_neg",
-    "recall",
-    "evaluate",
-    "predict",
-    "inference",
-    "export_model",
-    "export_to_serving",
-}
+SCRIPTS = {"train_batch_neg", "recall", "evaluate", "predict", "inference", "export_model", "export_to_serving"}
 FLOORS = (  # a module may import its own package and all floors below, but nothing else of its own floor
     {"common"},
     {"data", "ann_util"},

@@ -337,9 +337,7 @@ def test_large_corpus(trained: Path, large_corpus: Completed) -> None:
 
 @pytest.mark.server
 @pytest.mark.parametrize(
-    "server",
-    [block for block in SH_BLOCKS if "web_service.py" in block],
-    ids=lambda block: re.sub(r"\W+", "-", block),
+    "server", [block for block in SH_BLOCKS if "web_service.py" in block], ids=lambda block: re.sub(r"\W+", "-", block)
 )
 def test_serving_commands(exported: Path, monkeypatch: pytest.MonkeyPatch, server: str) -> None:
     """The service is started and called as the pages do it, on free ports."""

@@ -70,11 +70,7 @@ def test_skips_bad_lines_of_the_pairs_if_told_to(command: Command, files: tuple[
     ],
 )
 def test_refuses_bad_input_in_one_line(
-    command: Command,
-    change: dict[str, object],
-    message: str,
-    files: tuple[Path, Path],
-    monkeypatch: pytest.MonkeyPatch,
+    command: Command, change: dict[str, object], message: str, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     options = {"--similar_text_pair": files[0], "--recall_result_file": files[1]} | change

@@ -39,11 +39,7 @@ def forms(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("forms")
     ernie = make_model_folder(folder / "ernie", max_position_embeddings=100, initializer_range=0.5)
     loaded = create_model(
-        SemanticIndexBase,
-        from_scratch=str(ernie),
-        pooling=request.param,
-        output_emb_size=16,
-        max_seq_length=LENGTH,
+        SemanticIndexBase, from_scratch=str(ernie), pooling=request.param, output_emb_size=16, max_seq_length=LENGTH
     )
     save_checkpoint(folder / "checkpoint", *loaded)
     output = ["--output_path", str(folder / "output"), "--format", "onnx"]

@@ -146,11 +146,7 @@ def test_pair_batcher_gathers_texts_and_mask() -> None:
     assert batch_ids(batch) == tokenizer.tokenize([*queries, *titles, "学习综述", "图像分割方法"])
     np.testing.assert_array_equal(
         batch.mask,
-        [
-            [True, False, True, True, False],
-            [False, True, False, False, False],
-            [True, False, True, True, False],
-        ],
+        [[True, False, True, True, False], [False, True, False, False, False], [True, False, True, True, False]],
     )
 
 

@@ -235,12 +235,7 @@ def test_latest_without_a_checkpoint_starts_at_the_beginning(
 @pytest.mark.parametrize("name", ["model_state.pdparams", "training_optimizer.safetensors", "training_state.json"])
 @pytest.mark.parametrize("damage", ["flipped", "missing", "truncated"])
 def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over(
-    interrupted: Path,
-    model_folder: Path,
-    recall_data: Path,
-    name: str,
-    damage: str,
-    capsys: pytest.CaptureFixture,
+    interrupted: Path, model_folder: Path, recall_data: Path, name: str, damage: str, capsys: pytest.CaptureFixture
 ) -> None:
     file = interrupted / "model_9" / name
     content = bytearray(file.read_bytes())

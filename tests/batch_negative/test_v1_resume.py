@@ -35,10 +35,7 @@ def _interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def assert_step_4_is_version_1s() -> None:
     """To 1e-5: processors differ."""
     ours, theirs = (
-        {
-            **read_weights(folder / "model_state.pdparams"),
-            **read_weights(folder / "training_optimizer.safetensors"),
-        }
+        {**read_weights(folder / "model_state.pdparams"), **read_weights(folder / "training_optimizer.safetensors")}
         for folder in (Path("run", "model_4"), V1 / "run" / "model_4")
     )
     assert ours.keys() == theirs.keys()

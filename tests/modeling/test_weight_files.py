@@ -166,17 +166,11 @@ RAW_HOSTILE = {
     "INST": (b"(S'touch marker'\niposix\nsystem\n.", "posix.system"),
     "OBJ": (b"(cposix\nsystem\nS'touch marker'\no.", "posix.system"),
     "a name with dots": (b"\x80\x04\x8c\x05numpy\x8c\x0ecore.os.system\x93\x8c\x01x\x85R.", "numpy.core.os.system"),
-    "a method of an admitted type": (
-        b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.",
-        "numpy.ndarray.tofile",
-    ),
+    "a method of an admitted type": (b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.", "numpy.ndarray.tofile"),
     "another codec": (b"c_codecs\nencode\n(Vuryyb\nVrot13\ntR.", "rot13"),
     "a registered extension": (b"\x80\x02\x82\x01.", "1"),
     "torch's persistent id": (b"\x80\x02}X\x01\0\0\0w(X\x07\0\0\0storageX\x01\0\0\x000tQs.", "persistent"),
-    "torch's rebuild": (
-        b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n)Rs.",
-        "_rebuild_tensor_v2",
-    ),
+    "torch's rebuild": (b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n)Rs.", "_rebuild_tensor_v2"),
     "an attribute of a function": (b"c_codecs\nencode\nN}S'__code__'\nI1\ns\x86b.", "__code__"),
     "an attribute of a type": (b"\x80\x02cnumpy\nndarray\nN}X\x01\0\0\0xK\x01s\x86b.", "ndarray"),
 }
