@@ -88,10 +88,9 @@ def start_or_resume(
 
     model_options: arguments of `create_model`. Raises InputError, also for a checkpoint of another run.
     """
-    checkpoint = find_resumed(resume_from, save_dir, run_config) if resume_from else None
-    if checkpoint:
-        state = read_training_state(checkpoint)
-        check_resumable(checkpoint, state.progress["run_config"], run_config)
+    found = find_resumed(resume_from, save_dir, run_config) if resume_from else None
+    if found:
+        checkpoint, state = found
         if evaluator and state.progress["evaluator"]:
             check_resumable(checkpoint, state.progress["evaluator"], evaluator.conditions)
             evaluator.restore(state.progress["evaluator"])
@@ -107,19 +106,28 @@ def start_or_resume(
     return Start(loaded, None, None)
 
 
-def find_resumed(resume_from: str, save_dir: Path, run_config: Mapping[str, Any]) -> Path | None:
-    """The checkpoint that `--resume_from` names; None if it is "latest" and there is none yet. Raises InputError."""
-    if resume_from != "latest":
-        folder = resolve_interrupted_replace(resume_from)
-        if not folder.is_dir():
-            raise InputError(f"--resume_from {resume_from}: no such folder; give a checkpoint's folder or latest")
-        return folder
-    latest = latest_checkpoint(save_dir, run_config)
-    log(f"going on from {latest}" if latest else f"{save_dir}: no checkpoint to go on from yet; starting at step 0")
-    return latest
+def find_resumed(resume_from: str, save_dir: Path, run_config: Mapping[str, Any]) -> tuple[Path, TrainingState] | None:
+    """The checkpoint that `--resume_from` names; None if it is "latest" and there is none yet.
+
+    Raises InputError, also for a checkpoint of another run.
+    """
+    if resume_from == "latest":
+        latest = latest_checkpoint(save_dir, run_config)
+        log(
+            f"going on from {latest[0]}"
+            if latest
+            else f"{save_dir}: no checkpoint to go on from yet; starting at step 0"
+        )
+        return latest
+    folder = resolve_interrupted_replace(resume_from)
+    if not folder.is_dir():
+        raise InputError(f"--resume_from {resume_from}: no such folder; give a checkpoint's folder or latest")
+    state = read_training_state(folder)
+    check_resumable(folder, state.progress["run_config"], run_config)
+    return folder, state
 
 
-def latest_checkpoint(save_dir: Path, run_config: Mapping[str, Any] | None = None) -> Path | None:
+def latest_checkpoint(save_dir: Path, run_config: Mapping[str, Any] | None = None) -> tuple[Path, TrainingState] | None:
     """The newest checkpoint that a run can be resumed from, or None; those that are passed over are logged.
 
     run_config: the configuration of the run, None for any. Raises InputError, about the newest one, if all checkpoints
@@ -128,16 +136,16 @@ def latest_checkpoint(save_dir: Path, run_config: Mapping[str, Any] | None = Non
     others = []
     for folder in reversed(step_folders(save_dir)):
         try:
-            saved = read_training_state(folder).progress["run_config"]
+            state = read_training_state(folder)
         except InputError as error:
             log(f"passed over {error}")
             continue
-        if mismatch := resume_mismatch(folder, saved, run_config or {}):
+        if mismatch := resume_mismatch(folder, state.progress["run_config"], run_config or {}):
             others.append((folder.name, mismatch))
             continue
         if others:
             log(f"passed over {', '.join(name for name, _ in others)}: another training's")
-        return folder
+        return folder, state
     if others:
         raise InputError(others[0][1])
     return None

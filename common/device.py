@@ -15,10 +15,7 @@ BF16_COMPUTE_CAPABILITY = 8  # of a GPU: Ampere and later
 
 
 def choose_device(device: str | None) -> str:
-    """The device to compute on, "cpu" or "gpu"; None takes a GPU if there is one.
-
-    Raises InputError if there is no GPU to take.
-    """
+    """The device, "cpu" or "gpu"; None takes a GPU if there is one. Raises InputError if there is no GPU to take."""
     if device == "cpu":
         return device
     try:

@@ -38,10 +38,7 @@ class Backbone(NamedTuple):
 
 
 def find_backbone(name_or_path: str | Path) -> Backbone:
-    """The class and config for a folder, or for a name that PaddleNLP knows; may download the config.
-
-    Raises InputError if the folder or name isn't that of an encoder.
-    """
+    """The class and config for a folder or a name that PaddleNLP knows; may download a config. Raises InputError."""
     paddlenlp_logger.set_level("ERROR")
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / BACKBONE_CONFIG_FILE).is_file():
@@ -119,10 +116,7 @@ def _without_tf32() -> Iterator[None]:
 
 
 def pretrained_weights(backbone: Backbone) -> Path:
-    """The weights file of a pretrained backbone: in its folder, or downloaded into PaddleNLP's cache.
-
-    Raises InputError if there is none.
-    """
+    """The weights file of a pretrained backbone, in its folder or PaddleNLP's cache. Raises InputError if missing."""
     folder = Path(backbone.source)
     if folder.is_dir():
         for name in WEIGHTS_FILES:

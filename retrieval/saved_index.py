@@ -82,8 +82,7 @@ def locked_index(folder: str | Path) -> Iterator[None]:
 def load_index(folder: str | Path, model: str | None = None, corpus: Corpus | None = None) -> SavedIndex:
     """Reads a saved index. Raises InputError if one of its files is missing or has changed.
 
-    model, corpus: the encoder's fingerprint and the corpus that it must belong to, if they are given. Otherwise raises
-    InputError.
+    model, corpus: the encoder's fingerprint and the corpus that it must belong to, if they are given.
     """
     folder = _index_folder(folder)
     check_manifest(folder, remedy=REMEDY)

@@ -259,3 +259,11 @@ def children(process: int) -> list[int]:
 def refuses(done: Completed, *words: str) -> bool:
     """Whether a script ended with exit code 2 and one line on stderr that holds all `words`."""
     return done.returncode == 2 and done.stderr.count("\n") == 1 and all(word in done.stderr for word in words)
+
+
+def latest_folder(save_dir: Path) -> Path | None:
+    """The newest checkpoint that a training can be resumed from, if any."""
+    from batch_negative.resume import latest_checkpoint  # only after conftest has set Paddle up
+
+    latest = latest_checkpoint(save_dir)
+    return latest and latest[0]

@@ -28,7 +28,7 @@ from batch_negative import loop as loop_module
 from batch_negative.batches import epoch_batches
 from batch_negative.evaluator import Evaluator
 from batch_negative.loop import TrainingLoop
-from batch_negative.resume import EVALUATIONS_FILE, latest_checkpoint, read_training_state
+from batch_negative.resume import EVALUATIONS_FILE, read_training_state
 from common.errors import InputError
 from common.files import write_json
 from common.manifest import MANIFEST_FILE, check_manifest
@@ -38,6 +38,7 @@ from helpers import (
     assert_same_bits,
     assert_same_weights,
     evaluation_options,
+    latest_folder,
     poisoned,
     run_script,
     train_options,
@@ -282,7 +283,7 @@ def test_a_kill_at_any_operation_of_saving_leaves_a_checkpoint_that_resumes(
             check_manifest(save_dir / "model_best")
             for step in step_folders(save_dir):
                 assert read_training_state(step)
-            latest = latest_checkpoint(save_dir)
+            latest = latest_folder(save_dir)
             assert latest is not None
             history = latest / EVALUATIONS_FILE
             state = (latest / MANIFEST_FILE).read_text(), history.read_text() if history.exists() else ""
@@ -314,7 +315,7 @@ def test_a_full_disk_at_any_operation_of_saving_leaves_the_last_checkpoint(
                 "can't be removed (No space left on device)",
             )
             assert leftovers(folder) == []
-            assert latest_checkpoint(folder / "checkpoints")
+            assert latest_folder(folder / "checkpoints")
             check_manifest(folder / "checkpoints" / "model_best")
 
 
@@ -464,7 +465,7 @@ def test_a_signal_ends_a_training_after_the_step_and_loses_nothing(
     script.wait_for(line)
     script.process.send_signal(number)
     assert script.end() == 128 + number
-    folder = latest_checkpoint(tmp_path / "checkpoints")
+    folder = latest_folder(tmp_path / "checkpoints")
     step = folder.name.removeprefix("model_")
     assert step == "6" if line == "evaluating" else 2 < int(step) < 12
     said = f"stopped by {number.name} after step {step}: wrote {folder}; go on with --resume_from latest"
@@ -487,7 +488,7 @@ def test_a_kill_in_an_evaluation_costs_that_alone(
     script.process.kill()
     assert script.end() == -signal.SIGKILL
     save_dir = tmp_path / "killed" / "checkpoints"
-    assert latest_checkpoint(save_dir) == save_dir / f"model_{step}"
+    assert latest_folder(save_dir) == save_dir / f"model_{step}"
     script = start([*options, "--resume_from", "latest"])
     assert script.process.wait(SECONDS_TO_START) == 0
     assert "recall@5=" in script.output().split("global step")[0]
@@ -514,7 +515,7 @@ def test_stopped_and_killed_ranks_lose_nothing(
     assert sorted(processes(tmp_path).values()) == ["", "0", "1"]
     script.process.send_signal(signal.SIGTERM)
     assert script.end() == signal.SIGTERM  # which is how this launcher reports it
-    stopped = latest_checkpoint(save_dir)
+    stopped = latest_folder(save_dir)
     assert stopped in step_folders(save_dir)[-1:] and leftovers(tmp_path) == []
     said = f"stopped by SIGTERM after step {stopped.name[6:]}: wrote {stopped}; go on with --resume_from latest"
     assert said in script.output(rank=0).splitlines()
@@ -526,7 +527,7 @@ def test_stopped_and_killed_ranks_lose_nothing(
     os.kill(rank_1, signal.SIGKILL)
     assert script.end() != 0
     assert f"going on from {stopped}" in script.output(rank=0)
-    assert latest_checkpoint(save_dir) == save_dir / "model_8"
+    assert latest_folder(save_dir) == save_dir / "model_8"
 
     done = run_script("train_batch_neg.py", *options, ranks=2, log_dir=tmp_path / "log")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -560,7 +561,7 @@ def test_two_machines_train_as_one_and_stop_together(
     save_dir = tmp_path / "checkpoints"
     assert [folder.name for folder in step_folders(save_dir)] == ["model_4", "model_6"]
     assert_same_weights(whole_of_two / "model_4", save_dir / "model_4", 1e-5)  # more threads on each rank
-    assert latest_checkpoint(save_dir) == save_dir / "model_6"
+    assert latest_folder(save_dir) == save_dir / "model_6"
     assert len(list((save_dir / "visualdl").iterdir())) == 1
     said = f"stopped by SIGTERM after step 6: wrote {save_dir / 'model_6'}; go on with --resume_from latest"
     assert said in first.output(rank=0).splitlines()
@@ -587,7 +588,7 @@ def test_a_disk_that_fills_up_ends_the_training_with_one_line(
     following = step_folder(save_dir, int(last.name.removeprefix("model_")) + 1)
     assert script.output().splitlines()[-1] == f"error: {following}: can't be written (File too large)"
     assert "Traceback" not in script.output()
-    assert latest_checkpoint(save_dir) == last
+    assert latest_folder(save_dir) == last
     assert leftovers(tmp_path) == []
 
 
@@ -612,4 +613,4 @@ def test_a_nan_loss_on_one_rank_stops_all(checkpoint: Path, model_folder: Path, 
         (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
         assert error.startswith(f"error: the loss of step 3 is nan; {where}; ")
         assert "Traceback" not in output
-    assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "model_2"
+    assert latest_folder(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "model_2"

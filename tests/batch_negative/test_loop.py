@@ -13,7 +13,7 @@ from batch_negative import evaluator as evaluator_module
 from batch_negative import loop as loop_module
 from batch_negative.batches import epoch_batches
 from batch_negative.evaluator import Evaluator
-from batch_negative.resume import EVALUATIONS_FILE, latest_checkpoint, read_training_state
+from batch_negative.resume import EVALUATIONS_FILE, read_training_state
 from common.errors import InputError
 from common.manifest import check_manifest, read_manifest
 from helpers import (
@@ -22,6 +22,7 @@ from helpers import (
     assert_same_weights,
     evaluation_options,
     file_size_limit,
+    latest_folder,
     poisoned,
     train_options,
     write_pairs,
@@ -228,7 +229,7 @@ def test_a_stopped_evaluation_is_made_again(
         stop_after(patched, evaluator_module, place, call)
         assert train_batch_neg.main(options) == 128 + signal.SIGTERM
     folder = tmp_path / "checkpoints" / f"model_{step}"
-    assert latest_checkpoint(tmp_path / "checkpoints") == folder
+    assert latest_folder(tmp_path / "checkpoints") == folder
     said = f"stopped by SIGTERM after step {step}: wrote {folder}; go on with --resume_from latest\n"
     assert said in capsys.readouterr().err
     assert len(evaluations(folder)["reports"]) == call - 1
@@ -244,7 +245,7 @@ def test_a_signal_after_an_evaluation_does_not_lose_it(
     with monkeypatch.context() as patched:
         stop_after(patched, Evaluator, "record")
         assert train_batch_neg.main(options) == 128 + signal.SIGTERM
-    folder = latest_checkpoint(tmp_path / "checkpoints")
+    folder = latest_folder(tmp_path / "checkpoints")
     assert folder.name == "model_7" and evaluations(folder)["last_step"] == 6
     assert train_batch_neg.main([*options, "--resume_from", "latest"]) == 0
     assert_same_training(tmp_path, whole)
@@ -258,7 +259,7 @@ def test_a_signal_while_saving_skips_the_evaluation(
     with monkeypatch.context() as patched:  # the manifests of model_4, model_best, model_8 and model_12
         stop_after(patched, checkpoint_module, "write_manifest", 4)
         assert train_batch_neg.main(options) == 128 + signal.SIGTERM
-    folder = latest_checkpoint(tmp_path / "checkpoints")
+    folder = latest_folder(tmp_path / "checkpoints")
     assert folder.name == "model_12" and evaluations(folder)["last_step"] == 6
     assert train_batch_neg.main([*options, "--resume_from", "latest"]) == 0
     assert_same_training(tmp_path, whole)
@@ -303,7 +304,7 @@ def test_a_failed_evaluation_leaves_a_checkpoint_to_go_on_from(
             train_batch_neg.main(options)
     said = f"the evaluation after step {step} failed; a training that goes on from it makes it again\n"
     assert said in capsys.readouterr().err
-    folder = latest_checkpoint(tmp_path / "checkpoints")
+    folder = latest_folder(tmp_path / "checkpoints")
     assert folder.name == f"model_{step}" and len(evaluations(folder)["reports"]) == call - 1
     assert train_batch_neg.main([*options, "--resume_from", "latest"]) == 0
     assert_same_training(tmp_path, whole)

@@ -13,7 +13,7 @@ import train_batch_neg
 from batch_negative import evaluator as evaluator_module
 from batch_negative.batches import PlannedStep
 from batch_negative.evaluator import Evaluator
-from batch_negative.resume import EVALUATIONS_FILE, latest_checkpoint, read_training_state
+from batch_negative.resume import EVALUATIONS_FILE, read_training_state
 from batch_negative.trainer import Step, Trainer
 from common.errors import InputError
 from common.files import write_json
@@ -23,6 +23,7 @@ from helpers import (
     assert_same_bits,
     assert_same_weights,
     evaluation_options,
+    latest_folder,
     run_script,
     train_options,
     write_pairs,
@@ -160,7 +161,7 @@ def test_an_unreadable_history_is_refused_by_name_and_passed_over(
     (folder / EVALUATIONS_FILE).write_text(content)
     with pytest.raises(InputError, match=rf"{EVALUATIONS_FILE}: isn't a JSON object"):
         read_training_state(folder)
-    assert latest_checkpoint(folder.parent) == folder.parent / "model_2"
+    assert latest_folder(folder.parent) == folder.parent / "model_2"
     assert f"passed over {folder / EVALUATIONS_FILE}" in capsys.readouterr().err
 
 
@@ -245,7 +246,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over(
         file.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
     with pytest.raises(InputError, match=rf"model_9.*{name}"):
         read_training_state(interrupted / "model_9")
-    assert latest_checkpoint(interrupted) == interrupted / "model_6"
+    assert latest_folder(interrupted) == interrupted / "model_6"
     assert f"passed over {interrupted / 'model_9'}" in capsys.readouterr().err
     options = train_options(model_folder, recall_data, interrupted, *COMMON, "--resume_from")
     with pytest.raises(InputError, match=name):
@@ -262,7 +263,7 @@ def test_a_folder_without_what_a_resumption_needs_is_passed_over(interrupted: Pa
     (interrupted / "model_9" / name).unlink()
     with pytest.raises(InputError, match=f"model_9: has no {name}, so no training can be resumed from it"):
         read_training_state(interrupted / "model_9")
-    assert latest_checkpoint(interrupted) == interrupted / "model_6"
+    assert latest_folder(interrupted) == interrupted / "model_6"
 
 
 def test_a_folder_without_training_state_is_refused(
@@ -421,7 +422,7 @@ def test_a_damaged_later_checkpoint_costs_no_good_one(
     with pytest.raises(InputError, match="the machine is gone"):
         train_batch_neg.main([*options, "--save_steps", "1", "--keep_checkpoints", "1"])
     assert [folder.name for folder in step_folders(interrupted)] == ["model_8", "model_9"]
-    assert latest_checkpoint(interrupted) == interrupted / "model_8"
+    assert latest_folder(interrupted) == interrupted / "model_8"
 
 
 def test_the_newest_checkpoints_are_kept(model_folder: Path, recall_data: Path, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import train_batch_neg
-from batch_negative.resume import latest_checkpoint, read_training_state
+from batch_negative.resume import read_training_state
 from common.errors import InputError
-from helpers import V1
+from helpers import V1, latest_folder
 from modeling.checkpoint_files import step_folders
 from modeling.weight_files import read_weights
 
@@ -118,4 +118,4 @@ def test_a_damaged_checkpoint_of_version_1_is_passed_over(name: str, damage: str
         file.write_bytes(content)
     with pytest.raises(InputError, match=name):
         read_training_state(file.parent)
-    assert latest_checkpoint(Path("run")) is None
+    assert latest_folder(Path("run")) is None
