@@ -1,7 +1,7 @@
 """Speed of encoding on a CPU: ours beside the loop of the original scripts, ONNX Runtime, OpenVINO and PyTorch.
 
 Each encodes the same texts with the same weights, in fresh processes that take turns. The last line is a JSON object;
-a ratio above 1 means that ours is faster. Where vectors aren't the same there are no ratios.
+a ratio above 1 means that ours is faster. If the vectors differ, there are no ratios.
 """
 
 import argparse
@@ -42,7 +42,7 @@ FOLDER = Path(__file__).parent
 REFERENCE, OURS, DYGRAPH, TWO_RANKS = "reference", "ours", "ours, --engine dygraph", "ours, two ranks"
 ONNX_RUNTIME, OPENVINO, OURS_BF16, OPENVINO_BF16 = "ONNX Runtime", "OpenVINO", "ours, bf16", "OpenVINO, bf16"
 BF16 = (OURS_BF16, OPENVINO_BF16)
-RATIOS = {  # name -> the row that is to be faster, and the other
+RATIOS = {  # name -> the row that should be faster, and the other
     "bf16_vs_reference": (OURS_BF16, REFERENCE),
     "bf16_vs_openvino_bf16": (OURS_BF16, OPENVINO_BF16),
     "fp32_vs_onnxruntime": (OURS, ONNX_RUNTIME),
@@ -50,17 +50,18 @@ RATIOS = {  # name -> the row that is to be faster, and the other
 }
 LARGEST_DIFFERENCE = 1e-4  # of a unit vector's components from ours in fp32
 LOWEST_BF16_COSINE = 0.99  # with ours in fp32
-# All texts warm the others up: they prepare each shape of a batch when it first comes. A pass of the reference is long.
+# The others are warmed up with all texts, since they prepare each shape of a batch when they first see it. A pass of
+# the reference takes long.
 REFERENCE_OPTIONS = ("--warm_up", "32", "--passes", "1")
 
 
-# With ERNIE's 0.02, random weights give all texts nearly the same vector, and no comparison in bf16 could fail: cosines
-# between texts are 0.98 and more; with this, 0.82 to 0.97.
+# With ERNIE's 0.02, random weights give all texts nearly the same vector (cosines of 0.98 and more), and a comparison
+# in bf16 couldn't fail. With this the cosines are 0.82 to 0.97.
 SPREAD = {"initializer_range": 0.1}
 
 
 class Sizes(NamedTuple):
-    """Of one run of this benchmark."""
+    """The sizes of one run."""
 
     model: dict[str, int]
     texts: int
@@ -111,7 +112,7 @@ def encoder_commands(
 
 
 def largest_differences(encodings: Mapping[str, Sequence[Encoding]]) -> dict[str, float]:
-    """How far the vectors of each row are from ours in fp32. Raises InputError where they aren't the same."""
+    """How far the vectors of each row are from ours in fp32. Raises InputError if they aren't the same."""
     expected = np.array(encodings[OURS][0].vectors)
     differences = {}
     for name, rounds in encodings.items():
@@ -121,12 +122,12 @@ def largest_differences(encodings: Mapping[str, Sequence[Encoding]]) -> dict[str
         is_same = cosine >= LOWEST_BF16_COSINE if name in BF16 else differences[name] <= LARGEST_DIFFERENCE
         if not is_same:  # NaN too
             distance = f"{differences[name]:.2g} (cosines down to {cosine:.4f})"
-            raise InputError(f"{name}: its vectors are off from ours by {distance}, so its speed says nothing")
+            raise InputError(f"{name}: its vectors differ from ours by {distance}, so its speed can't be compared")
     return differences
 
 
 def summary(encodings: Mapping[str, Sequence[Encoding]], sizes: Sizes) -> dict[str, object]:
-    """The ratios, None where a row is missing, and the figures that they are made of. Raises InputError."""
+    """The ratios, None if a row is missing, and the figures behind them. Raises InputError."""
     differences = largest_differences(encodings)
     passes = {name: [encoding.pass_seconds for encoding in rounds] for name, rounds in encodings.items()}
     seconds = {name: statistics.median(chain.from_iterable(rounds)) for name, rounds in passes.items()}
@@ -155,9 +156,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", help="folder with a config.json and a vocab.txt (default: a vocabulary made of the texts)"
     )
-    parser.add_argument("--batch_size", type=number_in_range(1), default=32, help="texts of full length a batch")
+    parser.add_argument("--batch_size", type=number_in_range(1), default=32, help="texts of full length per batch")
     parser.add_argument(
-        "--texts", type=number_in_range(2), help=f"texts, from all over the corpus (default: {FULL.texts})"
+        "--texts", type=number_in_range(2), help=f"texts, spread over the corpus (default: {FULL.texts})"
     )
     parser.add_argument("--passes", type=number_in_range(1), help=f"timed passes of a process (default: {FULL.passes})")
     parser.add_argument("--rounds", type=number_in_range(1), help=f"processes of each encoder (default: {FULL.rounds})")

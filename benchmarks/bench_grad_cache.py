@@ -1,7 +1,7 @@
-"""Memory and time of the gradient cache on a CPU: it must hardly need more of the first as the batch grows.
+"""Memory and time of the gradient cache on a CPU: its memory must hardly grow with the batch.
 
-The last line is a JSON object: the peak memory of one step of a large batch against that of a small one, and the time
-that a pair takes through the cache against plain training.
+The last line is a JSON object: the peak memory of one step of a large batch, divided by that of a small one, and the
+time per pair with the cache, divided by that of plain training.
 """
 
 import argparse
@@ -33,14 +33,14 @@ CHUNK = 32
 
 
 class Sizes(NamedTuple):
-    """Of one run of this benchmark."""
+    """The sizes of one run."""
 
     model: dict[str, int]
-    large_batch: int  # whose peak memory is compared with that of
+    large_batch: int  # its peak memory is compared with small_batch's
     small_batch: int
-    cached_batch: int  # whose time a pair is compared with that of
+    cached_batch: int  # its time per pair is compared with plain_batch's
     plain_batch: int
-    steps: int  # timed, of each process
+    steps: int  # timed ones of each process
     rounds: int
 
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ]
 
         cache = ["--grad_cache_chunk", str(CHUNK)]
-        # The first step of a process warms it up. Both kinds are timed on as many pairs.
+        # The first step of a process warms it up. Both kinds are timed on the same number of pairs.
         timed = interleaved(
             {
                 "plain": command(sizes.plain_batch, sizes.steps * sizes.cached_batch // sizes.plain_batch + 1),
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
     result = summary(timed, peaks, sizes)
     for name, seconds in result["seconds_per_pair"].items():
-        print(f"{name}: {seconds:.4f} s a pair")
+        print(f"{name}: {seconds:.4f} s per pair")
     for size, mib in result["peak_mib"].items():
         print(f"{size} pairs through the cache: {mib} MiB at most")
     print(json.dumps({**result, "machine": machine}))
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def summary(timed: dict[str, list[Training]], peaks: dict[int, int], sizes: Sizes) -> dict[str, object]:
-    """The ratios, and the figures that they are made of."""
+    """The ratios, and the figures behind them."""
     per_pair = {
         "plain": median_step_seconds(timed["plain"], 1) / sizes.plain_batch,
         "cached": median_step_seconds(timed["cached"], 1) / sizes.cached_batch,

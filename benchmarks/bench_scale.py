@@ -1,7 +1,8 @@
 """Time and memory of encoding and indexing corpora of growing size, with the tiny ERNIE of the example.
 
-The last line is a JSON object; `peak_mb_per_million` is the memory that encoding the largest corpus takes beyond the
-model, scaled to a million documents if it has another number, and `index_memory_ratio` that of indexing over the index.
+The last line is a JSON object; `peak_mb_per_million` is the memory that encoding the largest corpus takes in addition
+to the model, scaled to a million documents; `index_memory_ratio` is the memory that indexing takes, divided by the size
+of the index.
 """
 
 import argparse

@@ -24,8 +24,8 @@ from common.cli import ArgumentParser, number_in_range, run
 from common.errors import InputError
 
 FOLDER = Path(__file__).parent
-DIM, CLUSTERS, SPREAD = 256, 2000, 0.7  # of made vectors: a text's neighbours lie around a topic
-COPY_SPREAD = 0.3  # of the perturbed copies that stretch given vectors to more rows
+DIM, CLUSTERS, SPREAD = 256, 2000, 0.7  # of made vectors, which lie around centres as texts around topics
+COPY_SPREAD = 0.3  # of the perturbed copies that extend given vectors to more rows
 QUERIES, TOP = 1000, 50
 FULL_ROWS, QUICK_ROWS = [100_000, 1_000_000], [10_000]
 
@@ -72,8 +72,8 @@ def read_queries(path: str) -> np.ndarray:
     return queries
 
 
-def measure_size(vectors: np.ndarray, queries: np.ndarray, rounds: int, share: float) -> dict[str, Any]:
-    """Figures of every engine for one size, their processes taking turns."""
+def measure_size(vectors: np.ndarray, queries: np.ndarray, rounds: int, target_recall: float) -> dict[str, Any]:
+    """Figures of every engine for one size; their processes take turns."""
     index = ExactIndex(vectors.shape[1])
     index.add(vectors)
     _, exact = index.search(queries, TOP)
@@ -86,11 +86,12 @@ def measure_size(vectors: np.ndarray, queries: np.ndarray, rounds: int, share: f
         for number in range(1, rounds + 1):
             for engine in ENGINES:
                 python = BENCHMARKS_PYTHON if engine == "faiss" else sys.executable
-                command = [python, FOLDER / "measure_search.py", "--engine", engine, "--share", str(share), *files]
+                command = [python, FOLDER / "measure_search.py", "--engine", engine, *files]
+                command += ["--target_recall", str(target_recall)]
                 measured[engine].append(run_process(command, Path(name) / "report.json", dict))
                 print(f"{len(vectors)} vectors, round {number} of {rounds}: {engine}", file=sys.stderr, flush=True)
-    default_share = round(min(one["default_share"] for one in measured["ours"]), 4)
-    return {**summary(measured, len(vectors), len(queries)), "default_share": default_share}
+    default_recall = round(min(one["default_recall"] for one in measured["ours"]), 4)
+    return {**summary(measured, len(vectors), len(queries)), "default_recall": default_recall}
 
 
 def summary(measured: Mapping[str, Sequence[Mapping[str, Any]]], rows: int, queries: int) -> dict[str, Any]:
@@ -102,14 +103,14 @@ def summary(measured: Mapping[str, Sequence[Mapping[str, Any]]], rows: int, quer
                 queries / statistics.median(seconds for one in rounds for seconds in one["search_seconds"]), 1
             ),
             "ef": [one["ef"] for one in rounds],
-            "share": [round(one["share"], 4) for one in rounds],
+            "recall_vs_exact": [round(one["recall_vs_exact"], 4) for one in rounds],
         }
         for engine, rounds in measured.items()
     }
 
 
 def worst_ratios(sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The ratios of the JSON line."""
+    """The ratios of the JSON object, of the size where they are lowest."""
 
     def ratio(rate: str) -> float:
         return round(min(size["ours"][rate] / size["hnswlib"][rate] for size in sizes.values()), 3)
@@ -117,7 +118,7 @@ def worst_ratios(sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return {
         "build_vs_hnswlib": ratio("vectors_per_second"),
         "query_vs_hnswlib": ratio("queries_per_second"),
-        "recall_vs_exact": min(size["default_share"] for size in sizes.values()),
+        "recall_vs_exact": min(size["default_recall"] for size in sizes.values()),
     }
 
 
@@ -128,7 +129,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--queries", help="unit vectors, a .npy file (default: made, or perturbed vectors)")
     parser.add_argument("--rows", type=number_in_range(1000), nargs="+", help=f"index sizes (default: {FULL_ROWS})")
     parser.add_argument(
-        "--share", type=number_in_range(0.0, float, 1.0), default=0.99, help="recall that all engines reach"
+        "--target_recall",
+        type=number_in_range(0.0, float, 1.0),
+        default=0.99,
+        help="share of exact search's hits that every engine has to find",
     )
     parser.add_argument("--rounds", type=number_in_range(1), default=3, help="processes of each engine and size")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROWS} vectors")
@@ -151,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             queries, vectors = vectors[rows:], vectors[:rows]
         else:
             queries = perturbed(vectors[random.integers(rows, size=QUERIES)], COPY_SPREAD, random)
-        sizes[str(rows)] = measure_size(vectors, queries, args.rounds, args.share)
+        sizes[str(rows)] = measure_size(vectors, queries, args.rounds, args.target_recall)
         for engine in ENGINES:
             print(f"{rows:>9} {engine:8} {json.dumps(sizes[str(rows)][engine])}")
     print(json.dumps({**worst_ratios(sizes), "sizes": sizes, "machine": machine}))

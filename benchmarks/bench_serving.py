@@ -1,11 +1,11 @@
 """Speed of Pipeline Serving and of the C++ server beside one process that calls Paddle Inference directly.
 
-Direct: batches of --batch_size texts in their order, tokenised, padded and encoded one after the other. Served: as many
-clients as a batch has texts, each of which sends one text and waits for its vector. What they send is made before the
-time and what they get is compared with the right vectors after it, so that a service is timed and not Python's protobuf
-and JSON. The C++ server's clients send token ids, those of Pipeline Serving texts.
-The ways take turns. The last line is a JSON object; a ratio is texts/s served by texts/s direct, and cpp_vs_pipeline
-compares the faster ways of the two.
+Direct: batches of --batch_size texts in file order are tokenized, padded and encoded one after another. Served: as many
+clients as a batch has texts each send one text and wait for its vector. Requests are built before the timed part and
+answers are compared with the right vectors after it, so that the service is timed rather than Python's protobuf and
+JSON. The C++ server's clients send token ids, those of Pipeline Serving send texts.
+The ways take turns. The last line is a JSON object; a ratio is served texts/s divided by direct texts/s, and
+cpp_vs_pipeline compares the faster way of each.
 """
 
 import argparse
@@ -57,7 +57,7 @@ DIRECT = "direct"
 
 
 class Way(NamedTuple):
-    """To get vectors from a service."""
+    """A way to get vectors from a service."""
 
     connect: Callable[[], AbstractContextManager[Client]]
     metrics: Callable[[], dict[str, float]] | None  # the C++ server has none
@@ -69,12 +69,12 @@ class Measured(NamedTuple):
     texts: int
     seconds: float
     latencies: list[float]  # seconds, of each call
-    batches: int  # 0 where the service doesn't say
-    encoding_seconds: float  # of them all: what is left of `seconds` is the service's own
+    batches: int  # 0 if the service has no metrics
+    encoding_seconds: float  # of all batches; the rest of `seconds` is the service's own
 
 
 def measure_direct(model: Exported, texts: Sequence[str], batch_size: int, seconds: float) -> Measured:
-    """Encodes batches for so many seconds."""
+    """Encodes batches for this many seconds."""
     latencies = []
     start = time.perf_counter()
     for batch in batched(cycle(texts), batch_size):
@@ -87,7 +87,7 @@ def measure_direct(model: Exported, texts: Sequence[str], batch_size: int, secon
 
 
 def measure_service(way: Way, texts: Sequence[str], vectors: np.ndarray, clients: int, seconds: float) -> Measured:
-    """Lets clients call for so many seconds. Raises AssertionError for a wrong answer."""
+    """Lets clients call for this many seconds. Raises AssertionError for a wrong answer."""
     with way.connect() as client:
         requests = [client.prepare([text]) for text in texts]
     lock, rows = threading.Lock(), cycle(range(len(texts)))
@@ -120,7 +120,7 @@ def measure_service(way: Way, texts: Sequence[str], vectors: np.ndarray, clients
         raise failures[0]
     end = time.perf_counter()
     after = way.metrics() if way.metrics else {}
-    names = ("batch_texts_count", "batch_seconds_sum")
+    names = ("semantic_index_batch_size_texts_count", "semantic_index_batch_duration_seconds_sum")
     batches, encoding_seconds = (after.get(name, 0) - before.get(name, 0) for name in names)
     for row, _, answer in calls:
         vector = client.vectors(answer)
@@ -130,7 +130,7 @@ def measure_service(way: Way, texts: Sequence[str], vectors: np.ndarray, clients
 
 
 def summary(rounds: dict[str, list[Measured]]) -> dict[str, object]:
-    """The ratios, and the figures that they are made of."""
+    """The ratios, and the figures behind them."""
     speed = {
         way: statistics.median(measured.texts / measured.seconds for measured in of_way)
         for way, of_way in rounds.items()
@@ -177,10 +177,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_input_args(parser)
     parser.add_argument("--model_dir", type=Path, help="exported model to serve (default: base ERNIE, random weights)")
     parser.add_argument("--serving_bin", type=Path, help="also the C++ server: what deploy/C++/build.sh prints")
-    parser.add_argument("--batch_size", type=number_in_range(1), default=32, help="texts of a batch, and clients")
-    parser.add_argument(
-        "--threads", type=number_in_range(1), default=cpu_count(), help="CPU threads that encode, either way"
-    )
+    parser.add_argument("--batch_size", type=number_in_range(1), default=32, help="texts per batch, and clients")
+    parser.add_argument("--threads", type=number_in_range(1), default=cpu_count(), help="CPU threads that encode")
     parser.add_argument("--texts", type=number_in_range(1), default=512, help="titles to encode, again and again")
     parser.add_argument("--seconds", type=number_in_range(0.1, float), default=20.0, help="of each way in each round")
     parser.add_argument("--rounds", type=number_in_range(1), default=3, help="turns of each way")
@@ -214,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
                 ways |= {way: Way(partial(client, cpp_service), None) for way, client in CPP_CLIENTS.items()}
             measured: dict[str, list[Measured]] = {way: [] for way in (DIRECT, *ways)}
-            for number, way in product(range(1, rounds + 1), measured):  # a slow minute of the machine meets all ways
+            for number, way in product(range(1, rounds + 1), measured):  # a slow minute of the machine affects all ways
                 if way == DIRECT:
                     measured[way].append(measure_direct(model, texts, args.batch_size, seconds))
                 else:

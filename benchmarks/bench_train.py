@@ -58,7 +58,7 @@ def trainer_commands(inputs: Inputs, steps: int, batch_size: int) -> dict[str, l
 
 
 def summary(trainings: Mapping[str, Sequence[Training]], batch_size: int, warm_up: int) -> dict[str, object]:
-    """The ratios, and the figures that they are made of."""
+    """The ratios, and the figures behind them."""
     seconds = {name: median_step_seconds(rounds, warm_up) for name, rounds in trainings.items()}
     peer_seconds = min(seconds[SPINNING], seconds[SLEEPING])
     return {
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_input_args(parser)
-    parser.add_argument("--batch_size", type=number_in_range(2), default=64, help="pairs a step, over all processes")
+    parser.add_argument("--batch_size", type=number_in_range(2), default=64, help="pairs per step, over all processes")
     parser.add_argument("--steps", type=number_in_range(2), default=12, help="steps of each process, warm-up included")
     parser.add_argument("--warm_up", type=number_in_range(1), default=2, help="first steps that aren't counted")
     parser.add_argument("--rounds", type=number_in_range(1), default=5, help="processes of each trainer")

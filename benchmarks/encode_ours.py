@@ -1,4 +1,4 @@
-"""Encoding as recall.py does it on a CPU, less shards on disk: for bench_encode.py."""
+"""Encoding as in recall.py on a CPU, without shards on disk; bench_encode.py runs it."""
 
 import argparse
 import sys
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoder = load_encoder(
         args.model,
         batch_size=args.batch_size,
-        text_count=STATIC_FROM_TEXTS,  # whose engine is chosen, as in a large corpus
+        text_count=STATIC_FROM_TEXTS,  # so that "auto" chooses the engine of a large corpus
         engine=args.engine,
         precision=args.precision,
         max_seq_length=MAX_SEQ_LENGTH,

@@ -1,6 +1,6 @@
-"""Encoding with ONNX Runtime, OpenVINO or PyTorch in their best form: for bench_encode.py. Runs in .venv-benchmarks.
+"""Encoding with ONNX Runtime, OpenVINO or PyTorch, set up for speed; bench_encode.py runs it in .venv-benchmarks.
 
-Texts are tokenised, sorted by length and put into batches as ours are; all cores compute.
+Texts are tokenized, sorted by length and put into batches as ours are; all cores compute.
 """
 
 import argparse
@@ -18,9 +18,10 @@ from common.cli import ArgumentParser, run
 from common.cpu import cpu_count
 from common.errors import InputError
 from data import Embed, TextTokenizer, encode_texts
+from modeling.checkpoint_files import find_weights
 from modeling.weight_files import read_weights
 
-# A peer's packages are imported where they are used: a process takes one of them, and tests have none.
+# A process imports the packages of one peer only; the tests' environment has OpenVINO and PyTorch neither.
 LAYER_NAMES = {  # of an encoder layer: ERNIE's in PaddleNLP -> BERT's in transformers
     "self_attn.q_proj": "attention.self.query",
     "self_attn.k_proj": "attention.self.key",
@@ -105,7 +106,7 @@ def sentence_transformers_embed(folder: Path, tokenizer: TextTokenizer, _: str) 
 def torch_weights(folder: Path) -> dict[str, np.ndarray]:
     """The weights of a checkpoint with BERT's names; PyTorch's linear layers hold the transposed matrices."""
     weights = {}
-    for name, array in read_weights(folder / "model.safetensors").items():
+    for name, array in read_weights(find_weights(folder)).items():
         name = name.removeprefix("ptm.").replace("embeddings.layer_norm", "embeddings.LayerNorm")
         if name.startswith("encoder.layers."):
             _, _, number, part = name.split(".", 3)
@@ -117,7 +118,7 @@ def torch_weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 class Peer(NamedTuple):
-    """What encodes, and the packages that it takes."""
+    """What encodes, and the packages that it needs."""
 
     embed: Callable[[Path, TextTokenizer, str], Embed]  # (model's folder, tokenizer, precision)
     packages: tuple[str, ...]
@@ -135,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_encoder_args(parser)
     parser.add_argument("--peer", choices=PEERS, required=True, help="what encodes")
-    parser.add_argument("--precision", choices=OPENVINO_PRECISIONS, default="fp32", help="bf16: OpenVINO alone")
+    parser.add_argument("--precision", choices=OPENVINO_PRECISIONS, default="fp32", help="bf16: only OpenVINO")
     return parser
 
 

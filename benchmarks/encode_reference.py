@@ -1,4 +1,4 @@
-"""Encoding as the original scripts do it: for bench_encode.py."""
+"""Encoding as in the original scripts; bench_encode.py runs it."""
 
 import argparse
 import sys
@@ -14,13 +14,14 @@ from paddlenlp.transformers import ErnieConfig, ErnieTokenizer
 from benchmarks.harness import add_encoder_args, measure_encoding, write_report
 from benchmarks.reference import ReferenceModel, encode
 from common.cli import ArgumentParser, run
+from modeling.checkpoint_files import find_weights
 from modeling.weight_files import read_weights
 
 
 def load_reference(folder: str) -> ReferenceModel:
     """The model of a checkpoint's folder, in evaluation mode."""
     model = ReferenceModel(ErnieConfig.from_pretrained(folder))
-    model.set_state_dict(read_weights(Path(folder) / "model.safetensors"))
+    model.set_state_dict(read_weights(find_weights(folder)))
     model.eval()
     return model
 

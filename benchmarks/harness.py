@@ -43,8 +43,8 @@ BASE_ERNIE = {
     "num_hidden_layers": 12,
     "max_position_embeddings": 513,
 }
-# PyTorch's threads spin while they wait for each other, which is best on a quiet machine; on a busy one they had better
-# sleep. Whichever is faster is the peer.
+# PyTorch's threads spin while they wait for each other, which is faster on a quiet machine; on a busy one sleeping is.
+# Both are measured, and the faster one is the peer.
 SPINNING, SLEEPING = "sentence-transformers", "sentence-transformers, OMP_WAIT_POLICY=PASSIVE"
 PASSIVE = ("env", "OMP_WAIT_POLICY=PASSIVE")  # before a command
 SAMPLE = 16  # texts whose vectors are compared
@@ -91,9 +91,7 @@ def add_encoder_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint's folder, or the folder that it was exported to")
     parser.add_argument("--corpus_file", required=True, help="texts, one a line")
     parser.add_argument("--batch_size", type=number_in_range(1), default=32, help="texts of full length a batch")
-    parser.add_argument(
-        "--warm_up", type=number_in_range(1), required=True, help="first texts, encoded before, not timed"
-    )
+    parser.add_argument("--warm_up", type=number_in_range(1), required=True, help="texts to encode first, untimed")
     parser.add_argument("--passes", type=number_in_range(1), default=1, help="how often all texts are encoded")
     parser.add_argument("--report", required=True, help="JSON file to write the seconds of each pass to")
 
@@ -126,7 +124,7 @@ def measure_encoding(
 
 
 def sample_of(rows: Result, count: int) -> Result:
-    """`count` rows of an array or sequence, from all over it; all of them if they are fewer."""
+    """`count` rows of an array or sequence, spread evenly; all rows if there are fewer."""
     return rows[:: max(1, len(rows) // count)][:count]
 
 
@@ -162,14 +160,14 @@ class Inputs(NamedTuple):
 
     pairs: list[TextPair]
     model: Path
-    folder: Path  # for whatever else a benchmark writes
+    folder: Path  # for other files that a benchmark writes
 
 
 @contextmanager
 def benchmark_inputs(train_set_file: str | None, model: str | None, sizes: Mapping[str, int]) -> Iterator[Inputs]:
-    """Pairs and a model folder, made in a temporary folder where they aren't given.
+    """Pairs and a model folder, made in a temporary folder if they aren't given.
 
-    sizes: of the model that is made, in place of the example's. Raises InputError.
+    sizes: replace those of the example's model. Raises InputError.
     """
     with tempfile.TemporaryDirectory() as name:
         pairs = read_text_pairs(_made_file(name, "train.csv") if train_set_file is None else train_set_file)
@@ -182,7 +180,7 @@ class CorpusInputs(NamedTuple):
 
     corpus: Corpus
     model: Path
-    folder: Path  # for whatever else a benchmark writes
+    folder: Path  # for other files that a benchmark writes
 
 
 @contextmanager
@@ -215,13 +213,13 @@ def write_pairs(path: Path, pairs: Sequence[TextPair]) -> Path:
 
 
 def in_training_order(pairs: Sequence[TextPair], batch_size: int, seed: int) -> list[TextPair]:
-    """The pairs as the first epoch of ours takes them, for a trainer that goes by file order."""
+    """The pairs in the order of our first epoch, for a trainer that reads them in file order."""
     batches = epoch_batches(len(pairs), batch_size, seed=seed, epoch=1)
     return [pairs[row] for ranks in batches for rows in ranks for row in rows]
 
 
 def check_benchmarks_python() -> None:
-    """Raises InputError where the environment of the peers is missing."""
+    """Raises InputError if the environment of the peers is missing."""
     if not BENCHMARKS_PYTHON.exists():
         raise InputError(f"{BENCHMARKS_PYTHON.parents[1]}: no such environment; run sh scripts/setup.sh --benchmarks")
 
@@ -245,7 +243,7 @@ def run_process(command: Sequence[str | Path], report: Path, kind: type[Report])
 def interleaved(
     commands: Mapping[str, Sequence[str | Path]], rounds: int, folder: Path, kind: type[Report]
 ) -> dict[str, list[Report]]:
-    """Runs every command once a round, so that a slow minute of the machine meets all of them."""
+    """Runs every command once per round, so that a slow minute of the machine affects all of them."""
     reports: dict[str, list[Report]] = {name: [] for name in commands}
     for number in range(1, rounds + 1):
         for name, command in commands.items():
@@ -260,13 +258,13 @@ def median_step_seconds(trainings: Sequence[Training], warm_up: int) -> float:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What speed depends on, printed: processor, cores, its vector instructions, memory, and how busy it is."""
+    """Prints and returns what speed depends on: processor, cores, vector instructions, memory, load."""
     cpuinfo = read_cpuinfo()
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in cpuinfo.splitlines())}
     flags = cpu_flags(cpuinfo)
     load = os.getloadavg()[0]
     described = {
-        "cpu": fields.get("model name", platform.processor() or platform.machine()),
+        "cpu": fields.get("model name", platform.machine()),
         "cores": cpu_count(),
         "flags": [flag for flag in CPU_FLAGS if flag in flags],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -275,5 +273,5 @@ def describe_machine() -> dict[str, Any]:
     }
     print(json.dumps(described))
     if load > described["cores"] / 4:
-        print("note: other programs use this machine, and threads that wait for them make any figure doubtful")
+        print("note: other programs are using this machine, so these figures are unreliable")
     return described

@@ -1,4 +1,4 @@
-"""Writes what bench_encode.py's encoders take: a checkpoint of random weights, and its export with an ONNX graph."""
+"""Writes what bench_encode.py's encoders load: a checkpoint of random weights, and its export with an ONNX graph."""
 
 import argparse
 import sys

@@ -15,7 +15,7 @@ from common.cli import ArgumentParser, run
 from common.files import write_json
 from common.paddle_setup import set_up_paddle
 from data import read_corpus
-from retrieval.saved_index import SavedIndex, save_index
+from retrieval.saved_index import DocumentIndex, save_index
 
 if __name__ == "__main__":
     set_up_paddle()
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     set_device("cpu")
     encoder = load_encoder(args.params_path, batch_size=32, text_count=0, engine="static")
-    encoder.encode(["a text that takes the computation's own memory" * 40] * 32)
+    encoder.encode(["a long text, so that the computation takes its memory now" * 40] * 32)
     with_model = resident_bytes()
     start = time.perf_counter()
     corpus = read_corpus(args.corpus_file)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with_model = resident_bytes()
         start = time.perf_counter()
         index = build_index(IndexOptions(), embeddings)
-        save_index(args.index_dir, SavedIndex(index, corpus, encoder.fingerprint, corpus.sha256))
+        save_index(args.index_dir, DocumentIndex(index, corpus, encoder.fingerprint, corpus.sha256))
     seconds = time.perf_counter() - start
     index_bytes = sum(path.stat().st_size for path in Path(args.index_dir).glob(HNSW_FILE))
     write_json(

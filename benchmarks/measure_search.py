@@ -18,7 +18,7 @@ from common.files import write_json
 
 ENGINES = ("ours", "hnswlib", "faiss")
 REPEATS = 5  # of the timed search
-TUNED_ON = 200  # queries that our default ef is tuned on; the others judge it
+TUNED_ON = 200  # queries that our default ef is tuned on; it is measured on the others
 OPTIONS = IndexOptions()  # all engines get the links and the ef that are our defaults
 
 
@@ -51,7 +51,7 @@ class Ours(Engine):
         """Cosines of the hits, float32 [Q, k]."""
         return self.index.search(queries, k)[1]
 
-    def default_share(self, queries: np.ndarray, exact: np.ndarray) -> float:
+    def default_recall(self, queries: np.ndarray, exact: np.ndarray) -> float:
         """Share of exact search's hits (cosines [Q, k]) that the default setting finds for queries new to it."""
         k = exact.shape[1]
         self.index.tune_ef(queries[:TUNED_ON], k, DEFAULT_TARGET_RECALL)
@@ -105,8 +105,13 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(make: type[Engine], vectors: np.ndarray, queries: np.ndarray, exact: np.ndarray, share: float) -> dict:
-    """Seconds of building and of a search that finds `share` of exact search's hits (cosines [Q, k]), and its ef."""
+def measure(
+    make: type[Engine], vectors: np.ndarray, queries: np.ndarray, exact: np.ndarray, target_recall: float
+) -> dict:
+    """Seconds of building, and of a search with the smallest ef that finds this share of exact search's hits.
+
+    exact: their cosines [Q, k].
+    """
     k = exact.shape[1]
     start = time.perf_counter()
     engine = make(vectors)
@@ -116,11 +121,11 @@ def measure(make: type[Engine], vectors: np.ndarray, queries: np.ndarray, exact:
         engine.set_ef(ef)
         return recall_vs_exact(engine.search(queries, k), exact)
 
-    ef = smallest_ef(lambda ef: found(ef) >= share, k)
-    measured = {"build_seconds": build_seconds, "ef": ef, "share": found(ef)}
+    ef = smallest_ef(lambda ef: found(ef) >= target_recall, k)
+    measured = {"build_seconds": build_seconds, "ef": ef, "recall_vs_exact": found(ef)}
     measured["search_seconds"] = [seconds_of(lambda: engine.search(queries, k)) for _ in range(REPEATS)]
     if isinstance(engine, Ours):
-        measured["default_share"] = engine.default_share(queries, exact)
+        measured["default_recall"] = engine.default_recall(queries, exact)
     return measured
 
 
@@ -132,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--queries", required=True, help="unit vectors, float32 [Q, D], a .npy file")
     parser.add_argument("--exact", required=True, help="cosines of exact search's hits, float32 [Q, k], a .npy file")
     parser.add_argument(
-        "--share", type=number_in_range(0.0, float, 1.0), default=0.99, help="of them that must be found"
+        "--target_recall", type=number_in_range(0.0, float, 1.0), default=0.99, help="share of them to find"
     )
     parser.add_argument("--report", required=True, help="JSON file to write")
     return parser
@@ -143,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     make = {"ours": Ours, "hnswlib": Hnswlib, "faiss": Faiss}[args.engine]
     vectors, queries, exact = (np.load(path) for path in (args.vectors, args.queries, args.exact))
-    write_json(Path(args.report), measure(make, vectors, queries, exact, args.share))
+    write_json(Path(args.report), measure(make, vectors, queries, exact, args.target_recall))
     return 0
 
 

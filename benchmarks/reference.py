@@ -1,7 +1,7 @@
-"""The plain way to measure against: the loops of the original scripts, with nothing done for speed.
+"""The baseline of the benchmarks: the loops of the original scripts, without any optimization.
 
-PaddleNLP's model and pure Python tokenizer as they come, the environment untouched, texts tokenised one at a time in
-the loop and in file order, a batch padded to its longest text.
+It uses PaddleNLP's model and pure Python tokenizer and leaves the environment as it is. Texts are taken in file order
+and tokenized one at a time in the loop; a batch is padded to its longest text.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Trains the same dual tower with sentence-transformers: a peer to measure against, in speed and in quality.
+"""Trains the same dual tower with sentence-transformers, to compare speed and quality.
 
-It runs in .venv-benchmarks. The trainer's own loop was no faster than this one (docs/benchmarks.md), which tokenises
-all texts once, with the tokenizer that ours uses.
+It runs in .venv-benchmarks. This loop tokenizes all texts once, with our tokenizer; sentence-transformers' own trainer
+was no faster (docs/benchmarks.md).
 """
 
 import argparse
@@ -39,7 +39,7 @@ from common.files import read_json
 from common.logs import progress_bar
 from data import PAD, UNK, Embed, TextTokenizer, encode_texts, positives_by_query, read_corpus, read_text_pairs
 
-ERNIE_TO_BERT = (  # sizes and rates that both configs name alike
+ERNIE_TO_BERT = (  # sizes and rates with the same names in both configs
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -57,14 +57,14 @@ Features = dict[str, torch.Tensor]
 
 
 def bert_config(folder: str | Path) -> BertConfig:
-    """Of the sizes in the folder's config.json."""
+    """A config with the sizes in the folder's config.json."""
     sizes = read_json(Path(folder) / "config.json")
     return BertConfig(**{name: sizes[name] for name in ERNIE_TO_BERT if name in sizes})
 
 
 def as_sentence_transformer(bert: BertModel, head: Sequence[torch.nn.Module]) -> SentenceTransformer:
-    """The model with what turns its last layer into a vector."""
-    # The model is given ids; Transformer only insists on having a tokenizer.
+    """The model, followed by the modules that turn its last layer into a vector."""
+    # The model gets ids; Transformer only requires that there is a tokenizer.
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordPiece(unk_token=UNK)), pad_token=PAD)
     with tempfile.TemporaryDirectory() as temporary:
         bert.save_pretrained(temporary)

@@ -1,4 +1,4 @@
-"""A Pipeline service and a C++ server in processes of their own, and clients for them: for benchmark and tests."""
+"""A Pipeline service and a C++ server in processes of their own, and clients for them; for the benchmark and tests."""
 
 import http.client
 import json
@@ -27,7 +27,7 @@ HOST = "127.0.0.1"
 
 
 class Service(NamedTuple):
-    """A running one."""
+    """A running Pipeline service."""
 
     process: subprocess.Popen[str]
     rpc_port: int
@@ -36,7 +36,7 @@ class Service(NamedTuple):
 
 
 def _log_until(stream: Iterable[str], start: str) -> list[str]:
-    """The lines up to the first with this start. Raises InputError, which says all of them, if there is none."""
+    """The lines up to the first with this start. Raises InputError with all lines if there is none."""
     log = []
     for line in stream:
         log.append(line)
@@ -67,7 +67,7 @@ def running_service(model_dir: Path, *options: str) -> Iterator[Service]:
 
 
 def read_metrics(service: Service) -> dict[str, float]:
-    """What /metrics counts, by name and labels."""
+    """The values at /metrics, by name and labels."""
     with urllib.request.urlopen(f"http://{HOST}:{service.http_port}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
@@ -82,11 +82,11 @@ class ServiceError(Exception):
 
 
 class Client(NamedTuple):
-    """One that holds a connection open; in three parts, of which a load generator repeats `send` alone."""
+    """A client with an open connection, in three parts; a load generator repeats only `send`."""
 
     prepare: Callable[[Sequence[str]], bytes]  # a request for the vectors of texts
-    send: Callable[[bytes], Any]  # an answer to a request, as it comes
-    vectors: Callable[[Any], np.ndarray]  # float32 [N, D] of an answer. Raises ServiceError for one that says an error
+    send: Callable[[bytes], Any]  # the raw answer to a request
+    vectors: Callable[[Any], np.ndarray]  # float32 [N, D] of an answer. Raises ServiceError for an error
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors, float32 [N, D]."""
@@ -95,7 +95,7 @@ class Client(NamedTuple):
 
 @contextmanager
 def rpc_client(service: Service) -> Iterator[Client]:
-    """Calls over a gRPC connection of its own."""
+    """Calls over its own gRPC connection."""
 
     def prepare(texts: Sequence[str]) -> bytes:
         return adapter.Request(key=map(str, range(len(texts))), value=texts).SerializeToString()
@@ -113,7 +113,7 @@ def rpc_client(service: Service) -> Iterator[Client]:
 
 @contextmanager
 def http_connection(port: int, path: str, content_type: str) -> Iterator[Callable[[bytes], tuple[int, bytes]]]:
-    """Posts bodies over an HTTP connection of its own, which stays open; gives status and body of each answer."""
+    """Posts bodies over its own HTTP connection, which stays open; returns status and body of each answer."""
     connection = http.client.HTTPConnection(HOST, port)
 
     def send(body: bytes) -> tuple[int, bytes]:
@@ -149,11 +149,11 @@ CLIENTS = {"rpc": rpc_client, "http": http_client}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The C++ server, whose clients tokenise
+# The C++ server, whose clients tokenize
 
 
 class CppService(NamedTuple):
-    """A running one, and the tokenising of its model."""
+    """A running C++ server, and the tokenizer of its model."""
 
     port: int
     tokenizer: TextTokenizer
@@ -178,7 +178,7 @@ def running_cpp_service(program: Path, serving_server: Path, tokenizer: TextToke
         yield CppService(port, tokenizer)
     finally:
         process.terminate()
-        process.communicate()  # ends with the server, which answers what it has
+        process.communicate()  # ends with the server, after it has answered its requests
 
 
 def cpp_request(tokenizer: TextTokenizer, texts: Sequence[str]) -> bytes:
@@ -194,7 +194,7 @@ def cpp_vectors(response: bytes) -> np.ndarray:
 
 @contextmanager
 def cpp_rpc_client(service: CppService) -> Iterator[Client]:
-    """Calls over a baidu_std connection of its own."""
+    """Calls over its own baidu_std connection."""
 
     def prepare(texts: Sequence[str]) -> bytes:
         return cpp_clients.format_frame(cpp_request(service.tokenizer, texts))

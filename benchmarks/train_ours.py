@@ -1,4 +1,4 @@
-"""Training as train_batch_neg.py does it on a CPU, less logging, evaluation and checkpoints: for the benchmarks."""
+"""Training as in train_batch_neg.py on a CPU, without logging, evaluation and checkpoints; the benchmarks run it."""
 
 import argparse
 import sys
@@ -62,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     broadcast_parameters(model)
     speed_up_training(model)
-    plan = BatchSchedule(
+    schedule = BatchSchedule(
         len(pairs), args.batch_size, seed=args.seed, epochs=1, max_steps=args.steps, world_size=world_size
     )
     optimizer, scheduler = make_optimizer(
         model,
         learning_rate=args.learning_rate,
-        total_steps=plan.total_steps,
+        total_steps=schedule.total_steps,
         warmup_proportion=0.1,
         weight_decay=0.0,
         max_grad_norm=5.0,
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def step(planned: PlannedStep) -> float:
         return trainer.step(planned).loss
 
-    seconds, losses = timed_steps(step, plan.steps(0))
+    seconds, losses = timed_steps(step, schedule.steps(0))
     if args.report and is_main_process():
         write_report(args.report, Training(seconds, losses, *used(["paddlepaddle", "paddlenlp"])))
     log(f"{len(losses)} steps, last loss {losses[-1]:.4f}")

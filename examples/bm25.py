@@ -20,7 +20,7 @@ B = 0.75
 
 
 def unigrams_and_bigrams(text: str) -> list[str]:
-    """The characters of `text` without white space and each two that stand side by side."""
+    """The characters of `text` without white space, and all pairs of adjacent ones."""
     characters = "".join(text.split())
     return list(characters) + [characters[i : i + 2] for i in range(len(characters) - 1)]
 
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the recall result and says how large the search was."""
+    """Writes the recall result and prints how large the search was."""
     args = build_parser().parse_args(argv)
     queries = list(positives_by_query(read_text_pairs(args.similar_text_pair_file)))
     corpus = read_corpus(args.corpus_file)

@@ -221,7 +221,7 @@ STYLES = {
 def read_sections(path: Path) -> dict[str, list[Term]]:
     """Reads a word list: `[section]` lines, then one `term` or `term=synonym=synonym` a line.
 
-    Empty lines and lines that start with `#` say nothing.
+    Empty lines and lines that start with `#` are ignored.
     """
     sections: dict[str, list[Term]] = {}
     terms: list[Term] = []
@@ -253,7 +253,7 @@ def read_fields(terms_dir: Path = TERMS_DIR) -> list[Field]:
 
 
 def pick(rng: random.Random, items: Sequence[Item]) -> Item:
-    """An item, each as likely."""
+    """A random item; all are equally likely."""
     return items[int(rng.random() * len(items))]
 
 
@@ -268,7 +268,7 @@ def shuffled(rng: random.Random, items: Iterable[Item]) -> list[Item]:
 
 
 def pick_kind(rng: random.Random, kinds: tuple[Kind, ...]) -> Kind:
-    """A kind of title, as likely as its weight says."""
+    """A random kind of title, by weight."""
     return pick(rng, [kind for kind in kinds for _ in range(kind.weight)])
 
 
@@ -278,7 +278,7 @@ def slots_of(kind: Kind) -> list[str]:
 
 
 def other_spelling(rng: random.Random, word: Word, rate: float) -> str:
-    """With probability `rate` another spelling of the same term, where there is one."""
+    """With probability `rate` another spelling of the same term, if there is one."""
     others = [spelling for spelling in word.term if spelling != word.spelling]
     return pick(rng, others) if others and rng.random() < rate else word.spelling
 
@@ -352,7 +352,7 @@ def make_query(rng: random.Random, document: Document) -> str:
 
 
 def make_pairs(rng: random.Random, documents: list[Document], count: int, taken: set[str]) -> list[tuple[str, str]]:
-    """Makes `count` pairs of a query not in `taken` and its document, going round `documents`; no pair comes twice.
+    """Makes `count` pairs of a query not in `taken` and its document, cycling through `documents`; no pair comes twice.
 
     Raises InputError if the documents don't yield so many.
     """
@@ -374,8 +374,8 @@ def make_pairs(rng: random.Random, documents: list[Document], count: int, taken:
 def make_dataset(documents: int, train_pairs: int, dev_pairs: int, test_pairs: int, seed: int) -> dict[str, list[str]]:
     """The lines of each file, by file name.
 
-    Each dev and test pair takes a document of its own. Train goes round the other documents, and round again with new
-    queries if it has more pairs than they are. Raises InputError if the word lists don't yield so many.
+    Each dev and test pair takes its own document. Train cycles through the other documents, with new queries each time.
+    Raises InputError if the word lists don't yield so many.
     """
     if documents <= dev_pairs + test_pairs:
         needed = dev_pairs + test_pairs + 1
@@ -409,7 +409,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the four files and says how long they are."""
+    """Writes the four files and prints how long they are."""
     args = build_parser().parse_args(argv)
     dataset = make_dataset(args.documents, args.train_pairs, args.dev_pairs, args.test_pairs, args.seed)
     for name, lines in dataset.items():

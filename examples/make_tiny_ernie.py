@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes both files and says how many tokens there are."""
+    """Writes both files and prints how many tokens there are."""
     args = build_parser().parse_args(argv)
     config = read_json(args.config)
     vocabulary = build_vocabulary(texts_of(args.train_set_file, args.corpus_file), args.vocab_size)
