@@ -181,6 +181,16 @@ def run_script(*arguments: str | Path, ranks: int = 1, log_dir: Path | None = No
     return done
 
 
+def run_without_paddle(script: str | Path, *options: str | Path) -> tuple[int, str, str]:
+    """Runs a script in a process of its own, which must not import Paddle; gives exit code, stdout and stderr."""
+    done = run_script("-X", "importtime", script, *options)
+    lines = done.stderr.splitlines(keepends=True)
+    imports = [line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")]
+    assert "numpy" in imports  # that imports are seen
+    assert not {"paddle", "paddlenlp", "visualdl"}.intersection(name.partition(".")[0] for name in imports)
+    return done.returncode, done.stdout, "".join(line for line in lines if not line.startswith("import time:"))
+
+
 @contextlib.contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """This process can't write files of more bytes within it, as on a full disk."""

@@ -15,7 +15,7 @@ import recall
 import train_batch_neg
 from common.cli import run
 from common.version import __version__
-from helpers import V1, has_gpu, run_script, train_options
+from helpers import V1, has_gpu, run_without_paddle, train_options
 
 SCRIPTS = {
     module.__name__: module
@@ -44,20 +44,10 @@ MISSING_CHECKPOINTS = {
 }
 
 
-def run_without_paddle(script: str, *options: str | Path) -> tuple[int, str, str]:
-    """Runs a script in a process of its own, which must not import Paddle; gives exit code, stdout and stderr."""
-    done = run_script("-X", "importtime", f"{script}.py", *options)
-    lines = done.stderr.splitlines(keepends=True)
-    imports = [line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")]
-    assert "numpy" in imports  # that imports are seen
-    assert not {"paddle", "paddlenlp", "visualdl"}.intersection(name.partition(".")[0] for name in imports)
-    return done.returncode, done.stdout, "".join(line for line in lines if not line.startswith("import time:"))
-
-
 @pytest.mark.process
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_shown_without_paddle(script: str) -> None:
-    code, out, err = run_without_paddle(script, "--help")
+    code, out, err = run_without_paddle(f"{script}.py", "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: {script}.py [-h]")
 
@@ -65,13 +55,14 @@ def test_help_is_shown_without_paddle(script: str) -> None:
 @pytest.mark.process
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_version_is_shown_without_paddle(script: str) -> None:
-    assert run_without_paddle(script, "--version") == (0, f"{__version__}\n", "")
+    assert run_without_paddle(f"{script}.py", "--version") == (0, f"{__version__}\n", "")
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_wrong_option_is_refused_without_paddle(script: str, tmp_path: Path) -> None:
-    code, out, err = run_without_paddle(script, *MISSING_INPUTS[script], tmp_path / "missing", "--no_such_option")
+    options = [*MISSING_INPUTS[script], tmp_path / "missing", "--no_such_option"]
+    code, out, err = run_without_paddle(f"{script}.py", *options)
     assert (code, out) == (2, "")
     assert err == f"error: unrecognized arguments: --no_such_option (try {script}.py --help)\n"
 
@@ -79,7 +70,7 @@ def test_a_wrong_option_is_refused_without_paddle(script: str, tmp_path: Path) -
 @pytest.mark.process
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_missing_input_is_refused_without_paddle(script: str, tmp_path: Path) -> None:
-    code, out, err = run_without_paddle(script, *MISSING_INPUTS[script], tmp_path / "missing")
+    code, out, err = run_without_paddle(f"{script}.py", *MISSING_INPUTS[script], tmp_path / "missing")
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert f"{tmp_path / 'missing'}: no such " in err
@@ -90,7 +81,7 @@ def test_a_missing_input_is_refused_without_paddle(script: str, tmp_path: Path) 
 @pytest.mark.process
 @pytest.mark.parametrize("script", MISSING_CHECKPOINTS)
 def test_a_missing_checkpoint_is_refused_without_paddle(script: str, tmp_path: Path) -> None:
-    code, out, err = run_without_paddle(script, *MISSING_CHECKPOINTS[script], tmp_path / "missing")
+    code, out, err = run_without_paddle(f"{script}.py", *MISSING_CHECKPOINTS[script], tmp_path / "missing")
     assert (code, out, err) == (2, "", f"error: {tmp_path / 'missing'}: no such checkpoint\n")
 
 
