@@ -18,7 +18,7 @@ from common.paddle_setup import set_up_paddle
 from data import Corpus, parse_text, positives_by_query, read_corpus, read_text_pairs, write_hits
 from modeling.checkpoint_files import check_checkpoint
 from retrieval.metrics import report_missing_positives
-from retrieval.saved_index import SavedIndex, has_index
+from retrieval.saved_index import DocumentIndex, has_index
 
 if TYPE_CHECKING:
     from encoding.encoder import Encoder
@@ -110,7 +110,7 @@ def typed_queries(stream: TextIO | None) -> Iterator[str]:
             log(f"not a query: {error}")
 
 
-def answer(encoder: "Encoder", saved: SavedIndex, query: str, recall_num: int) -> list[str]:
+def answer(encoder: "Encoder", saved: DocumentIndex, query: str, recall_num: int) -> list[str]:
     """The query with the time that its answer took, then a line with rank, cosine and document for each hit."""
     start = time.perf_counter()
     ids, similarities = saved.index.search(encoder.encode([query]), recall_num)

@@ -35,7 +35,7 @@ RESUME_CRITICAL_OPTIONS = (  # must be unchanged to resume bit for bit
     "output_emb_size", "pooling", "dropout", "max_seq_length", "seed", "skip_bad_lines",
 )
 # fmt: on
-STARTING_OPTIONS = ("model_name_or_path", "from_scratch", "init_from_ckpt")  # runs may differ in these only
+STARTING_OPTIONS = ("model_name_or_path", "from_scratch", "init_from_ckpt")  # where the weights start; unchanged too
 NEEDED_OPTIONS = {  # the first has no effect without the second
     "eval_steps": "evaluate",
     "best_metric": "evaluate",
@@ -132,10 +132,7 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
 
 
 def check_options(given: Mapping[str, Any]) -> None:
-    """Raises InputError for an option without effect, or a checkpoint that can't be used.
-
-    given: the options that differ from their defaults.
-    """
+    """Raises InputError for an option without effect or an unusable checkpoint; given: those unlike their defaults."""
     for name, needed in NEEDED_OPTIONS.items():
         if name in given and needed not in given:
             raise InputError(f"--{name}: does nothing without --{needed}; add that, or leave it out")
@@ -151,7 +148,7 @@ def choose_metric(best_metric: str | None, recall_num: int) -> str:
     names = metric_names(recall_num)
     if best_metric and best_metric not in names:
         raise InputError(f"--best_metric {best_metric}: with --recall_num {recall_num} give one of {', '.join(names)}")
-    return best_metric or [name for name in ("recall@1", "recall@5") if name in names][-1]
+    return best_metric or ("recall@5" if "recall@5" in names else "recall@1")
 
 
 def read_evaluation(
@@ -180,10 +177,7 @@ def describe_run(args: Mapping[str, Any], world_size: int) -> dict[str, Any]:
 
 
 def prepare_folders(save_dir: Path, evaluator: "Evaluator | None") -> None:
-    """Rank 0 creates the folders of what will be written, and removes what killed runs left; the others wait for it.
-
-    Raises InputError if a folder can't be written.
-    """
+    """Rank 0 creates the folders to write, and removes what killed runs left; the others wait. Raises InputError."""
     from common.distributed import barrier
 
     if is_main_process():
@@ -191,16 +185,13 @@ def prepare_folders(save_dir: Path, evaluator: "Evaluator | None") -> None:
         if evaluator:
             evaluator.prepare_files()
         clear_leftovers(save_dir)
+        for checkpoint in step_folders(save_dir):  # a kill can leave a part of an evaluation in a finished checkpoint
+            clear_leftovers(checkpoint)
     barrier()
-    for checkpoint in step_folders(save_dir):  # their evaluations are written after them
-        clear_leftovers(checkpoint)
 
 
 def cache_chunk(grad_cache_chunk: int | None, use_cache: bool, chunk_numbers: int, batch_size: int) -> int | None:
-    """Texts that the gradient cache encodes at a time, None without it.
-
-    The original's chunk_numbers is the number of parts of the queries, and of the titles.
-    """
+    """Texts that the gradient cache encodes at a time, None without it; chunk_numbers: parts of a batch's queries."""
     if grad_cache_chunk is None and use_cache:
         return math.ceil(batch_size / chunk_numbers)
     return grad_cache_chunk
@@ -216,10 +207,12 @@ def prepare_model(model: "SemanticIndexBase", device: str, use_recompute: bool) 
         model.ptm.recompute_enable()
 
 
-def report_plan(total_steps: int, first: int, pairs: int, batch_size: int, world_size: int, cross_device: bool) -> None:
-    """Logs what the training is going to do after step `first`."""
+def report_plan(
+    total_steps: int, completed: int, pairs: int, batch_size: int, world_size: int, cross_device: bool
+) -> None:
+    """Logs what the training is going to do after the completed steps."""
     scored = batch_size * (world_size if cross_device else 1)
-    steps = f"steps {first + 1} to {total_steps} of {batch_size} pairs on each of {world_size} process(es)"
+    steps = f"steps {completed + 1} to {total_steps} of {batch_size} pairs on each of {world_size} process(es)"
     log(f"training on {pairs} pairs: {steps}; a query has {scored - 1} other titles as negatives")
 
 
@@ -243,23 +236,21 @@ def report_stop(received: int | None, step: int, written: Path | None, resumed: 
     """Logs how to continue after a signal, and returns the exit code; received: None if another rank got the signal."""
     number = signal.Signals(received or signal.SIGTERM)
     # Nothing was written if the signal came in the evaluation of the checkpoint that was resumed.
-    go_on = (
-        f": wrote {written}; go on with --resume_from latest" if written else f"; go on with --resume_from {resumed}"
-    )
-    log(f"stopped by {number.name} after step {step}{go_on}")
+    wrote = f": wrote {written}" if written else ""
+    go_on = f"go on with --resume_from {'latest' if written else resumed}"
+    log(f"stopped by {number.name} after step {step}{wrote}; {go_on}")
     return 128 + number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains, saves and evaluates."""
+    """Runs the training, and returns 0, or 128 + the signal that stopped it."""
     parser = build_parser()
     args = parser.parse_args(argv)
     check_options({name: value for name, value in vars(args).items() if value != parser.get_default(name)})
     save_dir, cross_device = Path(args.save_dir), not args.no_cross_device_negatives
     pairs = read_text_pairs(args.train_set_file, skip_bad_lines=args.skip_bad_lines)
-    index_options = IndexOptions(**options.pick(args, IndexOptions))
-    evaluation_options = options.pick(args, read_evaluation, index_options=index_options)
-    evaluation = read_evaluation(**evaluation_options) if args.evaluate else None
+    index_options = options.call(IndexOptions, args)
+    evaluation = options.call(read_evaluation, args, index_options=index_options) if args.evaluate else None
 
     set_up_paddle()
     from batch_negative.evaluator import Evaluator
@@ -276,33 +267,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_amp(args.use_amp, args.amp_dtype)
     rank, world_size = init_ranks()
     check_batch_size(args.batch_size, world_size, pairs, args.train_set_file, cross_device=cross_device)
-    more = options.pick(args, Evaluator, embedding_parent=save_dir, **(evaluation or {}))
-    evaluator = Evaluator(**more) if evaluation else None
+    evaluator = options.call(Evaluator, args, embedding_parent=save_dir, **evaluation) if evaluation else None
     run_config = describe_run(vars(args), world_size)
     prepare_folders(save_dir, evaluator)
-    start_options = options.pick(args, start_or_resume, save_dir=save_dir, run_config=run_config)
-    start = start_or_resume(evaluator=evaluator, model_options=options.pick(args, create_model), **start_options)
-    model, first = start.loaded.model, start.step
+    places = {"save_dir": save_dir, "run_config": run_config}
+    model_options = options.pick(args, create_model)
+    start = options.call(start_or_resume, args, evaluator=evaluator, model_options=model_options, **places)
+    model, completed = start.loaded.model, start.step
     prepare_model(model, args.device, args.use_recompute)
     chunk_texts = cache_chunk(args.grad_cache_chunk, args.use_gradient_cache, args.chunk_numbers, args.batch_size)
     masked = not args.no_false_negative_mask
     batcher = PairBatcher(start.loaded.tokenizer, pairs, mask_false_negatives=masked, chunk_texts=chunk_texts)
     lengths = batcher.lengths if args.group_by_length else None
-    schedule = BatchSchedule(len(pairs), lengths=lengths, **options.pick(args, BatchSchedule, world_size=world_size))
+    schedule = options.call(BatchSchedule, args, pair_count=len(pairs), world_size=world_size, lengths=lengths)
     steps = schedule.total_steps
-    optimizer, scheduler = make_optimizer(**options.pick(args, make_optimizer, model=model, total_steps=steps))
+    optimizer, scheduler = options.call(make_optimizer, args, model=model, total_steps=steps)
+    parts = {"model": model, "batcher": batcher, "optimizer": optimizer, "scheduler": scheduler}
     backward = cached_backward if chunk_texts else direct_backward
-    step_options = options.pick(args, Trainer, rank=rank, cross_device=cross_device, backward=backward)
-    trainer = Trainer(model, batcher, optimizer, scheduler, **step_options)
+    trainer = options.call(Trainer, args, rank=rank, cross_device=cross_device, backward=backward, **parts)
     if start.state:
         trainer.restore(start.state)
-    report_plan(steps, first, len(pairs), args.batch_size, world_size, cross_device)
-    warn_of_small_disk(save_dir, model, steps - first, args.save_steps, args.keep_checkpoints)
-    training_log = TrainingLog(save_dir / "visualdl", args.log_steps, steps, first) if is_main_process() else None
-    save_options = options.pick(args, TrainingLoop, save_dir=save_dir, run_config=run_config)
-    loop = TrainingLoop(start.loaded, trainer, schedule, evaluator, training_log, **save_options)
+    report_plan(steps, completed, len(pairs), args.batch_size, world_size, cross_device)
+    warn_of_small_disk(save_dir, model, steps - completed, args.save_steps, args.keep_checkpoints)
+    training_log = TrainingLog(save_dir / "visualdl", args.log_steps, steps, completed) if is_main_process() else None
+    parts = {"trainer": trainer, "schedule": schedule, "evaluator": evaluator, "log": training_log}
+    loop = options.call(TrainingLoop, args, loaded=start.loaded, **parts, **places)
     with StopSignals() as signals:
-        last = loop.run(first, signals, first_is_saved=start.is_in(save_dir))
+        last = loop.run(completed, signals, is_saved=start.is_in(save_dir))
         if loop.is_stopped:
             wait_for_rank_0(STOP_SECONDS)
             return report_stop(signals.received, last, loop.written, start.checkpoint)

@@ -12,9 +12,9 @@ from common.errors import InputError
 from common.logs import progress_bar
 from data import SORTING_WINDOW, TextPair, TextTokenizer, TokenIds
 
-# On classical sentences of 30 tokens on average:
-LENGTH_CHUNKS = 4  # chunks per batch; they pad to 36 tokens a text, one chunk to 64, 8 chunks to 33
-LENGTH_WINDOW = 4  # batches that --group_by_length sorts together; this pads to 32.6 tokens a text, 32 batches to 32.1
+# In brackets: tokens per text after padding, on classical Chinese sentences of 30 tokens on average.
+CHUNKS_PER_BATCH = 4  # (36; 1 chunk: 64, 8 chunks: 33)
+LENGTH_SORT_BATCHES = 4  # batches that --group_by_length sorts together (32.6; 32 batches: 32.1)
 
 
 class PairBatch(NamedTuple):
@@ -26,17 +26,18 @@ class PairBatch(NamedTuple):
 
     chunks: list[TokenIds]  # this rank's texts, longest first
     row_of_text: np.ndarray  # int64 [T], the row of each text in the concatenated chunks
-    sizes: list[tuple[int, int]]  # (B, H) of each rank
-    rank: int  # this rank's place in sizes
-    mask: np.ndarray | None  # bool [all B, all B + all H], True where a text isn't a negative of the query
+    sizes: list[tuple[int, int]]  # (B, H) of each rank that is scored together
+    rank: int  # this rank's place in sizes; 0 if it is scored alone
+    # bool [sum of B, sum of B + sum of H], True: not a negative of that query; the loss ignores the diagonal
+    mask: np.ndarray | None
 
     @property
     def text_counts(self) -> list[int]:
-        """T of each rank."""
+        """Number of texts of each rank."""
         return [2 * pairs + hard_negatives for pairs, hard_negatives in self.sizes]
 
     def split(self, rows: Any, rank: int) -> tuple[Any, Any, Any]:
-        """The rows of a rank's queries, titles and hard negatives, of its T rows in the order of its texts."""
+        """Splits a rank's T rows into those of its queries, titles and hard negatives."""
         pairs, _ = self.sizes[rank]
         return rows[:pairs], rows[pairs : 2 * pairs], rows[2 * pairs :]
 
@@ -44,7 +45,7 @@ class PairBatch(NamedTuple):
 class FalseNegativeMask:
     """Which texts of a batch are false negatives, according to the whole training file.
 
-    A title or hard negative is masked for a query if any line of the file pairs the query with an equal text.
+    A text is masked for a query if it equals the title of any line with that query.
     """
 
     def __init__(self, pairs: Sequence[TextPair]) -> None:
@@ -67,8 +68,8 @@ class FalseNegativeMask:
         """
         columns = np.concatenate([self._titles[title_rows], self._hard_negatives[hard_negative_rows]])
         combinations = self._queries[query_rows][:, None] * self._texts + columns[None, :]
-        found = np.searchsorted(self._positives, combinations)
-        return self._positives[np.minimum(found, len(self._positives) - 1)] == combinations
+        insertion = np.searchsorted(self._positives, combinations)
+        return self._positives[np.minimum(insertion, len(self._positives) - 1)] == combinations
 
 
 class TokenizedTexts:
@@ -78,7 +79,7 @@ class TokenizedTexts:
         dtype = np.min_scalar_type(tokenizer.vocabulary_size)
         tokens, lengths = [], []
         with progress_bar(len(texts), "tokenizing", "text") as progress:
-            for window in batched(texts, SORTING_WINDOW):
+            for window in batched(texts, SORTING_WINDOW):  # which bounds the memory of Python's lists
                 ids = tokenizer.tokenize(window)
                 tokens.append(np.fromiter(chain.from_iterable(ids), dtype))
                 lengths.append(np.array([len(text_ids) for text_ids in ids]))
@@ -97,7 +98,7 @@ class TokenizedTexts:
 class PairBatcher:
     """Makes a PairBatch from rows of the training file; all texts are tokenized once, at the start.
 
-    chunk_texts: maximum number of texts in a chunk; by default a batch has LENGTH_CHUNKS chunks of equal size.
+    chunk_texts: maximum number of texts in a chunk; by default a batch has CHUNKS_PER_BATCH chunks of equal size.
     """
 
     def __init__(
@@ -125,21 +126,21 @@ class PairBatcher:
         return total
 
     def __call__(self, rank_rows: Sequence[np.ndarray], rank: int = 0) -> PairBatch:
-        """The batch of `rank_rows[rank]`, scored against the texts of all `rank_rows`: int64 [B] each, may be empty."""
+        """The batch of one rank; rank_rows: int64 [B] for each rank, may be empty, which are scored together."""
         hard_negative_rows = [rows[self._has_hard_negative[rows]] for rows in rank_rows]
         rows = rank_rows[rank]
         titles = rows + len(self._has_hard_negative)
         hard_negatives = self._hard_negative_texts[hard_negative_rows[rank]]
         ids = [self._texts[text] for text in np.concatenate([rows, titles, hard_negatives])]
         longest_first = np.argsort([-len(text_ids) for text_ids in ids], kind="stable")
-        parts = -(-len(ids) // self._chunk_texts) if self._chunk_texts else LENGTH_CHUNKS
-        chunks = [chunk for chunk in np.array_split(longest_first, max(1, parts)) if len(chunk)]
+        chunk_count = math.ceil(len(ids) / self._chunk_texts) if self._chunk_texts else CHUNKS_PER_BATCH
+        chunks = [chunk for chunk in np.array_split(longest_first, max(1, chunk_count)) if len(chunk)]
         all_rows, mask = np.concatenate(rank_rows), None
         if self._false_negative_mask:
             mask = self._false_negative_mask(all_rows, all_rows, np.concatenate(hard_negative_rows))
         return PairBatch(
             chunks=[self._tokenizer.pad([ids[text] for text in chunk]) for chunk in chunks],
-            row_of_text=np.argsort(longest_first),
+            row_of_text=np.argsort(longest_first),  # the inverse permutation
             sizes=[(len(pairs), len(hard)) for pairs, hard in zip(rank_rows, hard_negative_rows, strict=True)],
             rank=rank,
             mask=mask,
@@ -151,8 +152,10 @@ def check_batch_size(
 ) -> None:
     """Raises InputError if a step needs more pairs than there are, or would have no negatives."""
     if batch_size * world_size > len(pairs):
-        remedy = f"{train_set_file} has {len(pairs)} pairs; use at most --batch_size {len(pairs) // world_size}"
-        raise InputError(f"--batch_size {batch_size} on {world_size} process(es): {remedy}")
+        most = len(pairs) // world_size
+        remedy = f"use at most --batch_size {most}" if most else f"use at most {len(pairs)} processes"
+        problem = f"--batch_size {batch_size} on {world_size} process(es): {train_set_file} has {len(pairs)} pairs"
+        raise InputError(f"{problem}; {remedy}")
     scored = batch_size * (world_size if cross_device else 1)
     if scored == 1 and not any(pair.hard_negative for pair in pairs):
         raise InputError("--batch_size 1: leaves no other title as a negative; use 2 or more")
@@ -169,13 +172,13 @@ class PlannedStep(NamedTuple):
 class BatchSchedule:
     """Which pairs each step trains on; depends on these arguments only.
 
-    batch_size: pairs on each rank; gradient_accumulation_steps: batches per step; max_steps: replaces epochs; lengths:
-    tokens of the pairs, to group pairs of similar length.
+    batch_size: pairs on each rank; gradient_accumulation_steps: batches per step; max_steps: if given,
+    `epochs` is ignored; lengths: tokens of each pair; if given, batches group pairs of similar length.
     """
 
     def __init__(
         self,
-        pairs: int,
+        pair_count: int,
         batch_size: int,
         *,
         seed: int,
@@ -186,20 +189,26 @@ class BatchSchedule:
         lengths: np.ndarray | None = None,
     ) -> None:
         self._batches_per_step = gradient_accumulation_steps
-        order: Any = {"seed": seed, "world_size": world_size, "lengths": lengths}
-        self._epoch_batches = partial(epoch_batches, pairs, batch_size, **order)
-        self.steps_per_epoch = math.ceil(math.ceil(pairs / (batch_size * world_size)) / gradient_accumulation_steps)
+        self._epoch_batches = partial(
+            epoch_batches, pair_count, batch_size, seed=seed, world_size=world_size, lengths=lengths
+        )
+        self.steps_per_epoch = math.ceil(
+            math.ceil(pair_count / (batch_size * world_size)) / gradient_accumulation_steps
+        )
         self.total_steps = max_steps or epochs * self.steps_per_epoch
 
-    def epoch(self, step: int) -> tuple[int, bool]:
-        """(epoch of a step, whether the step ends it)."""
-        epoch, position = divmod(step - 1, self.steps_per_epoch)
-        return epoch + 1, position == self.steps_per_epoch - 1
+    def epoch_of(self, step: int) -> int:
+        """The epoch of a step; both count from 1."""
+        return (step - 1) // self.steps_per_epoch + 1
 
-    def steps(self, first: int) -> Iterator[PlannedStep]:
-        """The steps after `first`."""
+    def ends_epoch(self, step: int) -> bool:
+        """Whether a step is the last one of its epoch."""
+        return step % self.steps_per_epoch == 0
+
+    def steps(self, completed: int) -> Iterator[PlannedStep]:
+        """The steps after the first `completed` ones."""
         epoch_steps: list[list[list[np.ndarray]]] = []
-        for number in range(first + 1, self.total_steps + 1):
+        for number in range(completed + 1, self.total_steps + 1):
             epoch, position = divmod(number - 1, self.steps_per_epoch)
             if position == 0 or not epoch_steps:
                 epoch_steps = list(batched(self._epoch_batches(epoch=epoch + 1), self._batches_per_step))
@@ -209,33 +218,37 @@ class BatchSchedule:
 def epoch_batches(
     count: int, batch_size: int, *, seed: int, epoch: int, world_size: int = 1, lengths: np.ndarray | None = None
 ) -> list[list[np.ndarray]]:
-    """Rows of every batch of an epoch for every rank: `[batch][rank]` is int64 [batch_size].
+    """Rows of every batch of an epoch for every rank: `[batch][rank]` is int64 [at most batch_size].
 
-    The order depends on (seed, epoch) only. The ranks take a batch's rows in turns, which also balances lengths. No row
-    is dropped: if the last batch has fewer rows than ranks, some ranks get none.
-    lengths: int64 [count]; if given, the rows of LENGTH_WINDOW batches are sorted by length and cut into batches again,
-    which are shuffled.
+    The shuffle depends on (seed, epoch) only. The ranks take a batch's rows in turns, which also balances lengths. No
+    row is dropped: the last batch may be smaller, and empty on some ranks.
+    lengths: int64 [count]; if given, the rows of LENGTH_SORT_BATCHES batches are sorted by length and cut into batches
+    again, which are shuffled.
     """
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(count)
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(count)
     batch_rows = batch_size * world_size
     batches = [order[start : start + batch_rows] for start in range(0, count, batch_rows)]
     if lengths is not None:
-        batches = [batch for window in batched(batches, LENGTH_WINDOW) for batch in _by_length(window, lengths, random)]
+        batches = [
+            batch
+            for window in batched(batches, LENGTH_SORT_BATCHES)
+            for batch in _regroup_by_length(window, lengths, rng)
+        ]
     return [[rows[rank::world_size] for rank in range(world_size)] for rows in batches]
 
 
-def _by_length(batches: list[np.ndarray], lengths: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:
+def _regroup_by_length(batches: list[np.ndarray], lengths: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
     """The rows of `batches` sorted by length and cut into batches of the same sizes, in random order."""
     rows = np.concatenate(batches)
     rows = rows[np.argsort(lengths[rows], kind="stable")]
     cuts = np.cumsum([len(batch) for batch in batches])[:-1]
     by_length = np.split(rows, cuts)
-    return [by_length[batch] for batch in random.permutation(len(by_length))]
+    return [by_length[batch] for batch in rng.permutation(len(by_length))]
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` items, the last one shorter."""
+    """Lists of `size` items, the last one may be shorter; itertools.batched of Python 3.12 yields tuples."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch

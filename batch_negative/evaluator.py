@@ -68,9 +68,9 @@ class Evaluator:
         evaluation = None
         with open_or_build_index(
             encoder, vectors, k, corpus=self.corpus, options=self.index_options, parent=self.embedding_parent
-        ) as built:
-            if built:
-                hits = list(hits_of(search(built.index, vectors, k), built.documents, queries))
+        ) as indexed:
+            if indexed:
+                hits = list(hits_of(search(indexed.index, vectors, k), indexed.documents, queries))
                 evaluation = evaluate(self.positives, ranking_by_query(hits), k)
                 write_hits(self._result_file, hits)
                 with atomic_write(self._report_file) as file:

@@ -21,10 +21,7 @@ def direct_backward(encode: Encode, chunks: int, loss_of: LossOf, factor: float)
 
 
 def cached_backward(encode: Encode, chunks: int, loss_of: LossOf, factor: float) -> paddle.Tensor:
-    """Keeps the activations of one chunk and encodes each chunk twice; arguments as above.
-
-    Gradient cache: Gao et al. 2021, https://arxiv.org/abs/2101.06983.
-    """
+    """Keeps the activations of one chunk, and encodes each twice (Gao et al. 2021, https://arxiv.org/abs/2101.06983)."""
     with paddle.no_grad():
         chunk_vectors = [encode(chunk) for chunk in range(chunks)]
     vectors = paddle.concat(chunk_vectors)

@@ -49,26 +49,26 @@ class TrainingLoop:
     is_stopped: bool = field(default=False, init=False)  # by a signal, to any rank
     _saved_step: int | None = field(default=None, init=False)  # whose checkpoint is in save_dir
 
-    def run(self, first: int, signals: StopSignals, *, first_is_saved: bool = True) -> int:
-        """Trains from the step after `first`, and returns the number of the last step.
+    def run(self, completed: int, signals: StopSignals, *, is_saved: bool = True) -> int:
+        """Trains after the first `completed` steps, and returns the number of the last step.
 
         A signal ends the training after the current step, which is saved. Raises InputError for a NaN or infinite loss
-        and, after saving the step, for an evaluation that fails. first_is_saved: whether the checkpoint that the
-        training was resumed from is in save_dir.
+        and, after saving the step, for an evaluation that fails. is_saved: whether the checkpoint of step
+        `completed` is in save_dir.
         """
-        self._saved_step = first if first_is_saved else None
+        self._saved_step = completed if is_saved else None
         try:
-            return self._run(first, signals)
+            return self._run(completed, signals)
         except NonFiniteLoss as error:
             raise InputError(explain(error, self.train_set_file)) from None
         finally:
             if self.log:
                 self.log.close()
 
-    def _run(self, first: int, signals: StopSignals) -> int:
-        if first and self._evaluation_ends_training(first, signals):
-            return first
-        for planned in self.schedule.steps(first):
+    def _run(self, completed: int, signals: StopSignals) -> int:
+        if completed and self._evaluation_ends_training(completed, signals):
+            return completed
+        for planned in self.schedule.steps(completed):
             step = self.trainer.step(planned, stop=signals.received is not None)
             if self.log:
                 self.log.step(step)
@@ -79,7 +79,7 @@ class TrainingLoop:
             if step.stop or self._evaluation_ends_training(step.number, signals):
                 return step.number
             if self.log:
-                self.log.resume_clock(time.monotonic() - paused_at)
+                self.log.exclude(time.monotonic() - paused_at)
         return self.schedule.total_steps
 
     def _evaluation_ends_training(self, step: int, signals: StopSignals) -> bool:
@@ -88,7 +88,7 @@ class TrainingLoop:
         if evaluator is None:
             return False
         if self._evaluation_is_due(step) and evaluator.last_step != step:
-            epoch, _ = self.schedule.epoch(step)
+            epoch = self.schedule.epoch_of(step)
             try:
                 with signals.raised():
                     evaluation = evaluator(*self.loaded, step, epoch)
@@ -113,8 +113,7 @@ class TrainingLoop:
         return ends
 
     def _evaluation_is_due(self, step: int) -> bool:
-        _, ends_epoch = self.schedule.epoch(step)
-        is_due = step % self.eval_steps == 0 if self.eval_steps else ends_epoch
+        is_due = step % self.eval_steps == 0 if self.eval_steps else self.schedule.ends_epoch(step)
         return is_due or step == self.schedule.total_steps
 
     def _keep_evaluation(self, evaluator: Evaluator, step: int, epoch: int) -> None:

@@ -164,10 +164,7 @@ def resume_mismatch(folder: Path, saved: Mapping[str, Any], run_config: Mapping[
 
 
 def check_resumable(folder: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raises InputError if `saved`, read from `folder`, differs from `ours`.
-
-    Values that an older version didn't save are taken to be equal, because the user named the folder.
-    """
+    """Raises InputError if `saved`, read from `folder`, differs; what an older version didn't save counts as equal."""
     if mismatch := resume_mismatch(folder, saved, {name: value for name, value in ours.items() if name in saved}):
         raise InputError(mismatch)
 

@@ -27,10 +27,7 @@ def make_optimizer(
     weight_decay: float,
     max_grad_norm: float,
 ) -> tuple[paddle.optimizer.AdamW, paddle.optimizer.lr.LRScheduler]:
-    """AdamW without weight decay on biases and norms, and a learning rate with linear warm-up and linear decay.
-
-    max_grad_norm: 0 doesn't clip.
-    """
+    """AdamW without weight decay on biases and norms, with linear warm-up and decay; max_grad_norm: 0 doesn't clip."""
     decayed = {
         parameter.name
         for name, parameter in model.named_parameters()

@@ -16,27 +16,24 @@ def format_duration(seconds: float) -> str:
 
 
 class TrainingLog:
-    """Prints a line every `log_steps` and writes the same values to VisualDL.
+    """Prints a line every `log_steps` and writes it to VisualDL; completed: the steps that were taken before."""
 
-    first: the step after which this training starts.
-    """
-
-    def __init__(self, folder: Path, log_steps: int, steps: int, first: int) -> None:
+    def __init__(self, folder: Path, log_steps: int, steps: int, completed: int) -> None:
         self._writer = LogWriter(str(folder))
-        self._log_steps, self._steps, self._first = log_steps, steps, first
-        self._pairs = self._taken = 0
-        self._since = self._start = time.monotonic()
+        self._log_steps, self._steps, self._completed = log_steps, steps, completed
+        self._pairs_since_line = self._steps_since_line = 0
+        self._line_time = self._start_time = time.monotonic()
 
     def step(self, step: Step) -> None:
         """Counts a step, and prints and writes a line if one is due."""
-        self._pairs += step.pairs
-        self._taken += 1
+        self._pairs_since_line += step.pairs
+        self._steps_since_line += 1
         if step.number % self._log_steps and step.number != self._steps:
             return
         now = time.monotonic()
-        steps_per_second = self._taken / (now - self._since)
-        pairs_per_second = self._pairs / (now - self._since)
-        left = (self._steps - step.number) * (now - self._start) / (step.number - self._first)
+        steps_per_second = self._steps_since_line / (now - self._line_time)
+        pairs_per_second = self._pairs_since_line / (now - self._line_time)
+        left = (self._steps - step.number) * (now - self._start_time) / (step.number - self._completed)
         print(
             f"global step {step.number}/{self._steps}, epoch: {step.epoch}, loss: {step.loss:.5f}, "
             f"lr: {step.learning_rate:.3g}, speed: {steps_per_second:.2f} step/s, {pairs_per_second:.1f} pairs/s, "
@@ -50,7 +47,7 @@ class TrainingLog:
             ("pairs_per_second", pairs_per_second),
         ):
             self._writer.add_scalar(f"train/{name}", value, step.number)
-        self._pairs, self._taken, self._since = 0, 0, now
+        self._pairs_since_line, self._steps_since_line, self._line_time = 0, 0, now
 
     def evaluation(self, evaluation: Evaluation, step: int) -> None:
         """Prints and writes the metrics of an evaluation."""
@@ -58,10 +55,10 @@ class TrainingLog:
             self._writer.add_scalar(f"evaluate/{name}", 100 * value, step)
         print("\n".join(format_lines(evaluation)), flush=True)
 
-    def resume_clock(self, paused: float) -> None:
-        """Subtracts `paused` seconds, of saving or evaluating, from the training time."""
-        self._since += paused
-        self._start += paused
+    def exclude(self, seconds: float) -> None:
+        """Leaves seconds of saving or evaluating out of the speed and the time left."""
+        self._line_time += seconds
+        self._start_time += seconds
 
     def close(self) -> None:
         """Writes what VisualDL has buffered."""

@@ -20,6 +20,11 @@ def pick(args: argparse.Namespace, function: Callable[..., Any], **given: Any) -
     return {**{name: getattr(args, name) for name in names}, **given}
 
 
+def call(function: Callable[..., Any], args: argparse.Namespace, **given: Any) -> Any:
+    """Calls a function or class with its arguments from `args` and `given`, see `pick`."""
+    return function(**pick(args, function, **given))
+
+
 def add_encoder_args(parser: argparse.ArgumentParser, device: str | None, params_path: str | None = None) -> None:
     """Options of the scripts that encode with a checkpoint; the last two arguments are defaults."""
     add_checkpoint_args(parser, params_path)

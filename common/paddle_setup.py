@@ -28,7 +28,7 @@ IRRELEVANT_WARNINGS = (
 def set_up_paddle() -> None:
     """Sets memory, threads and CPU dispatch, then imports Paddle; does nothing if Paddle has been imported already.
 
-    Third-party warnings that don't concern the user are hidden.
+    IRRELEVANT_WARNINGS are hidden from then on, and everything that Python prints on stderr during the import.
     """
     if "paddle" in sys.modules:
         return
@@ -37,20 +37,18 @@ def set_up_paddle() -> None:
     os.environ.setdefault("GLOG_minloglevel", "2")
     for message in IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    gc.disable()  # garbage collection takes a sixth of the import's time
-    with _default_signals(), contextlib.redirect_stderr(io.StringIO()):  # it warns about any OMP_NUM_THREADS but 1
+    with _prepared_for_import(), contextlib.redirect_stderr(io.StringIO()):
         paddle = importlib.import_module("paddle")
-        paddle.disable_signal_handler()  # it prints a native stack for SIGTERM; paddlenlp/__init__.py does this too
-    gc.enable()
+        paddle.disable_signal_handler()  # it prints a native stack on SIGTERM; PaddleNLP disables it as well
 
 
 def cpu_environment(environ: Mapping[str, str], cpuinfo: str, cores: int) -> dict[str, str]:
     """The variables that make Paddle use the whole CPU, except those that the user has set.
 
-    environ: the process's environment; cpuinfo: the text of /proc/cpuinfo; cores: cores of this machine.
+    environ: the process's environment; cpuinfo: the text of /proc/cpuinfo; cores: that this process may use.
 
-    Under `paddle.distributed.launch` an OMP_NUM_THREADS of 1 counts as unset: importing Paddle in the launcher sets it.
-    The ranks on this machine share its cores.
+    Paddle's launcher sets OMP_NUM_THREADS=1 for its ranks, so a 1 there isn't taken for the user's choice. The ranks on
+    this machine share the cores.
     """
     under_launch = "PADDLE_TRAINER_ID" in environ
     chosen = {}
@@ -60,7 +58,7 @@ def cpu_environment(environ: Mapping[str, str], cpuinfo: str, cores: int) -> dic
         # On AMD the MKL inside the Paddle wheel takes a slow path; this variable selects a faster one (7: AVX-512,
         # 5: AVX2). A type that the CPU lacks causes an illegal instruction, so its flags are checked first.
         flags = cpu_flags(cpuinfo)
-        if flags >= AVX512:
+        if AVX512.issubset(flags):
             chosen["MKL_DEBUG_CPU_TYPE"] = "7"
         elif "avx2" in flags:
             chosen["MKL_DEBUG_CPU_TYPE"] = "5"
@@ -68,39 +66,51 @@ def cpu_environment(environ: Mapping[str, str], cpuinfo: str, cores: int) -> dic
 
 
 @contextlib.contextmanager
-def _default_signals() -> Iterator[None]:
-    """Lets SIGINT and SIGTERM end the process: the import's native part would turn an exception into ImportError."""
-    is_main_thread = threading.current_thread() is threading.main_thread()  # no other may set handlers
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if is_main_thread}
-    handlers = {n: handler for n, handler in handlers.items() if callable(handler)}  # the others aren't Python's
-    for number in handlers:
-        signal.signal(number, signal.SIG_DFL)
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def _prepared_for_import() -> Iterator[None]:
+    """Inside this block SIGINT and SIGTERM end the process, since a handler's exception would become an ImportError.
+
+    No garbage is collected, which takes a sixth of the import's time.
+    """
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(handler := signal.getsignal(number)):  # not SIG_DFL, SIG_IGN or a C handler
+                handlers[number] = handler
+                signal.signal(number, signal.SIG_DFL)
+    collects_garbage = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects_garbage:
+            gc.enable()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def defer_paddlenlp() -> None:
-    """Makes `import paddlenlp.data`, then `import paddlenlp.transformers`, skip the rest of PaddleNLP.
+    """Lets PaddleNLP's submodules be imported without the code of `paddlenlp/__init__.py`; `paddlenlp.data` first.
 
-    `paddlenlp/__init__.py` imports its taskflow, data sets and data augmentation, and with them scikit-learn, pandas
-    and pyarrow: half of its import time. Here the package's own code runs only when an attribute is missing, as in
-    `from paddlenlp import Taskflow`. Does nothing if PaddleNLP has been imported already.
+    That code imports taskflow, data sets and data augmentation, and with them scikit-learn, pandas and pyarrow: half of
+    the import time. It runs once an attribute is missing, as in `from paddlenlp import Taskflow`. Does nothing if
+    PaddleNLP has been imported already.
     """
     if "paddlenlp" in sys.modules:
         return
     spec = importlib.util.find_spec("paddlenlp")
     if spec is None or spec.loader is None:  # not installed: the import itself says so
         return
+    # Not importlib's LazyLoader: importing a submodule would make it run the package's code.
     package, loader = importlib.util.module_from_spec(spec), spec.loader
+    namespace = vars(package)
 
     def load_all(name: str) -> Any:
         if name.startswith("__"):  # the import system looks for optional attributes such as __file__
             raise AttributeError(name)
-        del vars(package)["__getattr__"]
+        del namespace["__getattr__"]
         loader.exec_module(package)
         return getattr(package, name)
 
-    # Its modules import its version.
-    vars(package).update(__version__=importlib.metadata.version("paddlenlp"), __getattr__=load_all)
+    namespace["__getattr__"] = load_all  # PEP 562
+    namespace["__version__"] = importlib.metadata.version("paddlenlp")  # its modules import this
     sys.modules["paddlenlp"] = package

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived. Cleaning up works as for Ctrl-C."""
+    """SIGTERM as a KeyboardInterrupt, so that the same clean-up runs."""
 
 
 def terminate(*_: object) -> NoReturn:
@@ -16,7 +16,7 @@ def terminate(*_: object) -> NoReturn:
 
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM arrived inside `StopSignals.raised`, in this process or on another rank."""
+    """Work ends early: a signal arrived inside `StopSignals.raised`, or another rank has called `announce_exit`."""
 
 
 class StopSignals:
@@ -44,7 +44,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def raised(self) -> Iterator[None]:
-        """Inside this block a signal raises Stopped, also one that came before: for long work that can be dropped."""
+        """For work that may be abandoned: a signal, even one received before, raises Stopped inside this block."""
         self._raise = True
         try:
             if self.received:

@@ -41,10 +41,7 @@ def find_exported(model_dir: str | Path) -> Path:
 
 
 def check_exported(model_dir: str | Path, max_seq_length: int | None = None) -> Path:
-    """The folder of an exported model whose files are as its manifest says.
-
-    max_seq_length: what texts will be cut to, if it isn't the exported length. Raises InputError.
-    """
+    """The folder of an exported model that wasn't changed; max_seq_length: of texts, if given. Raises InputError."""
     folder = find_exported(model_dir)
     # A damaged graph or weights would end the process inside Paddle's C++.
     check_manifest(folder, remedy=EXPORT_AGAIN)

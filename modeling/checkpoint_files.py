@@ -41,10 +41,7 @@ def find_weights(path: str | Path) -> Path:
 
 
 def check_checkpoint(path: str | Path) -> Path:
-    """The weights file of a checkpoint, after a check of the files beside it but not of the weights.
-
-    Raises InputError if one of them is missing, can't be read, or differs from the manifest.
-    """
+    """The weights file of a checkpoint. Raises InputError if one of the other files is missing or was changed."""
     weights = find_weights(path)
     folder = weights.parent
     check_manifest(folder, only=lambda name: name not in WEIGHTS_FILES and not name.startswith(TRAINING_PREFIX))

@@ -1,6 +1,6 @@
 """The one way from a corpus and queries to hits, for recall.py and for the evaluation during training.
 
-With several ranks all of them encode; rank 0 indexes and searches.
+All ranks encode; rank 0 alone indexes and searches.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from common.logs import is_main_process, log, progress_bar
 from data import Corpus, Hit, encode_texts
 from encoding.encoder import Encoder
 from retrieval.embedding_store import SHARD_ROWS, Embeddings, EmbeddingsMetadata, temporary_folder
-from retrieval.saved_index import SavedIndex, has_index, load_index, locked_index, save_index
+from retrieval.saved_index import DocumentIndex, has_index, load_index, locked_index, save_index
 
 Rows = TypeVar("Rows", Sequence[str], np.ndarray)
-SAMPLE = 200  # queries on which the index is compared with exact search: half a point is one hit in 200
+SAMPLE = 200  # a sample of queries has 200 to 399 of them, or all if there are fewer
 
 
 class SearchResult(NamedTuple):
@@ -48,18 +48,18 @@ def pair_cosines(encoder: Encoder, queries: Sequence[str], titles: Sequence[str]
 
 
 def encode_corpus(encoder: Encoder, corpus: Corpus, folder: Path) -> Embeddings:
-    """The vectors of all documents, on disk. Shards that are there already are kept; the ranks share the others.
+    """The vectors of all documents, on disk. Existing shards are reused; the ranks divide the missing ones.
 
     Raises InputError if a vector isn't finite, or if the folder holds vectors of another corpus or model.
     """
-    what = (encoder.fingerprint, encoder.precision, corpus.sha256)
-    metadata = EmbeddingsMetadata(*what, len(corpus), encoder.embedding_size)
-    embeddings = Embeddings(folder, metadata)
+    what = (encoder.fingerprint, encoder.precision, corpus.sha256, len(corpus), encoder.embedding_size)
+    embeddings = Embeddings(folder, EmbeddingsMetadata(*what))
     rank, world_size = init_ranks()
-    own = [number for number in embeddings.missing() if number % world_size == rank]
+    own_shards = [number for number in embeddings.missing() if number % world_size == rank]
     shards = embeddings.shards
-    with progress_bar(sum(shards[number].stop - shards[number].start for number in own), "corpus", "text") as progress:
-        for number in own:
+    text_count = sum(shards[number].stop - shards[number].start for number in own_shards)
+    with progress_bar(text_count, "corpus", "text") as progress:
+        for number in own_shards:
             texts = corpus[shards[number]]
             vectors = encode_texts(encoder.embed, texts, encoder.tokenizer, encoder.batch_size, progress)
             embeddings.write(number, vectors)
@@ -81,12 +81,12 @@ def open_or_build_index(
     added: Corpus | None = None,
     index_dir: str | Path | None = None,
     embedding_dir: str | Path | None = None,
-) -> Iterator[SavedIndex | None]:
-    """On rank 0 the index to search: the one saved in `index_dir`, or else a new one of the corpus; None on others.
+) -> Iterator[DocumentIndex | None]:
+    """Yields the index to search on rank 0, None on the others.
 
-    A new index is saved if there is an `index_dir`, which documents to add need. A saved one is changed if there are
-    documents to add or a target recall. query_vectors, k: the searches that it is tuned for, unit vectors [Q, D].
-    parent, embedding_dir: for the vectors, see `new_index`. Raises InputError.
+    An index in `index_dir` is loaded; `added` or a target recall updates it there. Without one, `corpus` is encoded,
+    indexed, and saved to `index_dir` if that is given, which `added` needs. query_vectors, k: the searches to tune `ef`
+    for, unit vectors [Q, D]. parent, embedding_dir: see `new_index`. Raises InputError.
     """
     if index_dir and has_index(index_dir):
         if not is_main_process():
@@ -100,29 +100,29 @@ def open_or_build_index(
         raise InputError("there is neither a saved index nor a corpus to search")
     with new_index(encoder, corpus, options, parent, embedding_dir) as saved:
         if saved:
-            new = add_documents(encoder, saved, added) if added else []
+            new_documents = add_documents(encoder, saved, added) if added else []
             tune(saved.index, encoder, corpus, query_vectors, k)
             if index_dir and has_index(index_dir):
                 raise InputError(f"{index_dir}: another run has written it meanwhile; start again to search that")
-            saved = save_index(index_dir, saved, new) if index_dir else saved
+            saved = save_index(index_dir, saved, new_documents) if index_dir else saved
         yield saved
 
 
 @contextlib.contextmanager
 def new_index(
     encoder: Encoder, corpus: Corpus, options: IndexOptions, parent: str | Path, embedding_dir: str | Path | None = None
-) -> Iterator[SavedIndex | None]:
+) -> Iterator[DocumentIndex | None]:
     """Encodes the corpus on all ranks, and indexes it on rank 0; None on the others.
 
     The vectors are kept in `embedding_dir`, by default in a temporary folder in `parent` until the block ends.
     """
     with contextlib.ExitStack() as held:
         if not embedding_dir:
-            own = held.enter_context(temporary_folder(Path(parent))) if is_main_process() else None
-            embedding_dir = broadcast_object(own)
-        vectors = encode_corpus(encoder, corpus, Path(embedding_dir))
+            folder = held.enter_context(temporary_folder(Path(parent))) if is_main_process() else None
+            embedding_dir = broadcast_object(folder)
+        embeddings = encode_corpus(encoder, corpus, Path(embedding_dir))
         if is_main_process():
-            yield SavedIndex(build_index(options, vectors), corpus, encoder.fingerprint, corpus.sha256)
+            yield DocumentIndex(build_index(options, embeddings), corpus, encoder.fingerprint, corpus.sha256)
         else:
             yield None
 
@@ -136,8 +136,8 @@ def update_index(
     corpus: Corpus | None,
     added: Corpus | None,
     options: IndexOptions,
-) -> SavedIndex:
-    """Adds documents to a saved index, tunes it again and saves it, and keeps other runs from changing it meanwhile.
+) -> DocumentIndex:
+    """Under a lock on the saved index: adds `added`, if given, tunes `ef` for the target recall, if any, and saves it.
 
     Without a target recall in the options the index keeps its own, and its `ef` doesn't decrease. Raises InputError.
     """
@@ -145,16 +145,16 @@ def update_index(
         saved = load_index(index_dir, encoder.fingerprint, corpus)
         lowest_ef = 0
         if isinstance(saved.index, HnswIndex):
-            if options.target_recall is None:  # k may be smaller than that of the run before
+            if options.target_recall is None:  # tuning for a smaller k than the last run's must not lower ef
                 lowest_ef = saved.index.ef
             else:
                 saved.index.target_recall, saved.index.ef = options.target_recall, options.hnsw_ef
-        new = add_documents(encoder, saved, added) if added else []
+        new_documents = add_documents(encoder, saved, added) if added else []
         tune(saved.index, encoder, saved.documents, query_vectors, k, lowest_ef)
-        return save_index(index_dir, saved, new)
+        return save_index(index_dir, saved, new_documents)
 
 
-def add_documents(encoder: Encoder, saved: SavedIndex, added: Corpus) -> list[str]:
+def add_documents(encoder: Encoder, saved: DocumentIndex, added: Corpus) -> list[str]:
     """Adds the documents that the index doesn't have, and returns them. Raises InputError if it has all of them."""
     new = dict.fromkeys(added)
     for document in saved.documents:
@@ -170,7 +170,7 @@ def add_documents(encoder: Encoder, saved: SavedIndex, added: Corpus) -> list[st
 
 
 def sample_of(rows: Rows, *, other: bool = False) -> Rows:
-    """Up to twice SAMPLE of the rows, spread evenly; `other` gives a different sample if there are enough rows."""
+    """Up to twice SAMPLE of the rows, spread evenly; `other` gives different ones of 2 * SAMPLE rows or more."""
     step = max(1, len(rows) // SAMPLE)
     return rows[step // 2 if other else 0 :: step]
 
@@ -185,19 +185,20 @@ def tune(
 ) -> None:
     """Tunes `ef` for the index's target recall, if it has one, on a sample of the queries, unit vectors [Q, D].
 
-    The sample isn't the one on which `search` measures the recall. Without queries, documents stand in for them. `ef`
-    doesn't fall below lowest_ef.
+    From 2 * SAMPLE queries on, it isn't the sample on which `search` measures the recall. Without queries, documents
+    stand in for them. `ef` doesn't fall below lowest_ef.
     """
     if isinstance(index, HnswIndex) and index.target_recall:
-        queries = query_vectors if len(query_vectors) else encoder.encode(sample_of(documents))
-        index.tune_ef(sample_of(queries, other=True), k, index.target_recall)
+        has_queries = len(query_vectors) > 0
+        sample = sample_of(query_vectors, other=True) if has_queries else encoder.encode(sample_of(documents))
+        index.tune_ef(sample, k, index.target_recall)
         index.ef = max(index.ef, lowest_ef)
 
 
-def search(index: VectorIndex, queries: np.ndarray, k: int) -> SearchResult:
+def search(index: VectorIndex, query_vectors: np.ndarray, k: int) -> SearchResult:
     """Searches for all queries, unit vectors [Q, D], and compares a sample with exact search."""
-    ids, similarities = index.search(queries, k)
-    _, expected = index.search_exactly(sample_of(queries), k)
+    ids, similarities = index.search(query_vectors, k)
+    _, expected = index.search_exactly(sample_of(query_vectors), k)
     return SearchResult(ids, similarities, recall_vs_exact(sample_of(similarities), expected))
 
 

@@ -19,7 +19,7 @@ REMEDY = "remove the folder and build the index again"
 
 
 @dataclass(frozen=True)
-class SavedIndex:
+class DocumentIndex:
     """An index and its documents, in the order of their ids."""
 
     index: VectorIndex
@@ -33,16 +33,16 @@ def has_index(folder: str | Path) -> bool:
     return resolve_interrupted_replace(folder).exists()
 
 
-def save_index(folder: str | Path, saved: SavedIndex, added: Iterable[str] = ()) -> SavedIndex:
+def save_index(folder: str | Path, saved: DocumentIndex, new_documents: Iterable[str] = ()) -> DocumentIndex:
     """Writes a saved index and returns it with its documents there; a folder of that name is replaced as a whole.
 
-    added: documents in the index that come after `saved.documents`. Raises InputError if it can't be written.
+    new_documents: those in the index that come after `saved.documents`. Raises InputError if it can't be written.
     """
     index = saved.index
     with atomic_folder(folder) as temporary:
         index.save(temporary)
         with atomic_write(temporary / DOCUMENTS_FILE) as file:
-            file.writelines(document + "\n" for document in chain(saved.documents, added))
+            file.writelines(document + "\n" for document in chain(saved.documents, new_documents))
         content = {
             "ann": next(ann for ann, index_class in INDEX_CLASSES.items() if type(index) is index_class),
             **index.settings,
@@ -65,10 +65,7 @@ def _index_folder(folder: str | Path) -> Path:
 
 @contextlib.contextmanager
 def locked_index(folder: str | Path) -> Iterator[None]:
-    """Keeps other runs from changing a saved index between loading and replacing it.
-
-    Raises InputError if another run is changing it.
-    """
+    """Keeps other runs from changing a saved index until it has been replaced. Raises InputError if one does so now."""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locked(_index_folder(folder) / MANIFEST_FILE))
@@ -79,17 +76,17 @@ def locked_index(folder: str | Path) -> Iterator[None]:
         yield
 
 
-def load_index(folder: str | Path, model: str | None = None, corpus: Corpus | None = None) -> SavedIndex:
+def load_index(folder: str | Path, model: str | None = None, corpus: Corpus | None = None) -> DocumentIndex:
     """Reads a saved index. Raises InputError if one of its files is missing or has changed.
 
-    model, corpus: the encoder's fingerprint and the corpus that it must belong to, if they are given.
+    model, corpus: if given, raises InputError if the index belongs to another encoder (its fingerprint) or corpus.
     """
     folder = _index_folder(folder)
     check_manifest(folder, remedy=REMEDY)
     content = read_json(folder / INDEX_FILE)
     try:
         index = INDEX_CLASSES[content["ann"]].load(folder, content)
-        saved = SavedIndex(index, Corpus(folder / DOCUMENTS_FILE), content["model"], content["corpus"])
+        saved = DocumentIndex(index, Corpus(folder / DOCUMENTS_FILE), content["model"], content["corpus"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / INDEX_FILE}: isn't the description of an index (see {error}); {REMEDY}") from None
     if len(saved.documents) != len(index):

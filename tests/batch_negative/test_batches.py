@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from batch_negative.batches import (
-    LENGTH_WINDOW,
+    LENGTH_SORT_BATCHES,
     BatchSchedule,
     FalseNegativeMask,
     PairBatch,
@@ -54,7 +54,7 @@ def test_pairs_of_similar_length_come_together_in_random_order(world_size: int) 
         return sum(int((lengths[rows].max() - lengths[rows]).sum()) for rows in batches)
 
     assert padding(grouped) < padding(plain) / 2
-    windows = [grouped[start : start + LENGTH_WINDOW] for start in range(0, len(grouped), LENGTH_WINDOW)]
+    windows = [grouped[start : start + LENGTH_SORT_BATCHES] for start in range(0, len(grouped), LENGTH_SORT_BATCHES)]
     means = [[lengths[rows].mean() for rows in window] for window in windows[:-1]]
     assert any(window != sorted(window) for window in means)
 
@@ -189,7 +189,8 @@ def test_a_schedule_gives_each_pair_a_step_in_each_epoch() -> None:
         (3, 2, 4),
         (4, 2, 2),
     ]
-    assert [schedule.epoch(step.number) for step in steps] == [(1, False), (1, True), (2, False), (2, True)]
+    assert [schedule.epoch_of(step.number) for step in steps] == [1, 1, 2, 2]
+    assert [schedule.ends_epoch(step.number) for step in steps] == [False, True, False, True]
     for part in (steps[:2], steps[2:]):
         rows = [row for step in part for batch in step.batches for row in batch[0]]
         assert sorted(rows) == list(range(41))

@@ -17,7 +17,7 @@ from encoding.encoder import Encoder, load_encoder
 from helpers import unit_vectors, write_pairs
 from retrieval import pipeline
 from retrieval.embedding_store import Embeddings, EmbeddingsMetadata
-from retrieval.saved_index import SavedIndex, load_index, locked_index, save_index
+from retrieval.saved_index import DocumentIndex, load_index, locked_index, save_index
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ class Opened:
         self.encoder, self.corpus, self.query_vectors, self.folder = encoder, corpus, query_vectors, folder
         self.index_dir = folder / "index"
 
-    def __call__(self, *added: str, k: int = 20, **options: object) -> SavedIndex:
+    def __call__(self, *added: str, k: int = 20, **options: object) -> DocumentIndex:
         """added: new documents; options: of IndexOptions."""
         with pipeline.open_or_build_index(
             self.encoder,
@@ -247,7 +247,7 @@ def test_of_two_runs_that_change_an_index_one_is_refused(opened: Opened, monkeyp
     """While the other is changing it; a search isn't, nor is a change afterwards."""
     opened(ann="exact")
 
-    def save_late(*arguments: object) -> SavedIndex:
+    def save_late(*arguments: object) -> DocumentIndex:
         monkeypatch.undo()
         assert opened()
         for added, options in ((["文献other"], {}), ([], {"target_recall": 0.9})):
@@ -265,7 +265,7 @@ def test_an_index_is_locked_before_it_is_loaded_to_be_changed(opened: Opened, mo
     """Else documents that another run adds in between would be lost."""
     opened(ann="exact")
 
-    def load_locked(folder: str, *expected: Any) -> SavedIndex:
+    def load_locked(folder: str, *expected: Any) -> DocumentIndex:
         with pytest.raises(InputError, match="another run is changing it"), locked_index(folder):
             pass
         return load_index(folder, *expected)

@@ -15,7 +15,7 @@ from common.manifest import write_manifest
 from data import Corpus, read_corpus
 from encoding.encoder import load_encoder
 from helpers import file_size_limit, flip_a_bit, unit_vectors, write_pairs
-from retrieval.saved_index import SavedIndex, has_index, load_index, locked_index, save_index
+from retrieval.saved_index import DocumentIndex, has_index, load_index, locked_index, save_index
 
 DIM = 8
 
@@ -25,10 +25,10 @@ def corpus_of(folder: Path, count: int) -> Corpus:
     return read_corpus(write_pairs(folder / "corpus.csv", [(f"文{row}",) for row in range(count)]))
 
 
-def saved_index(folder: Path, count: int, ann: str = "hnswlib") -> SavedIndex:
+def saved_index(folder: Path, count: int, ann: str = "hnswlib") -> DocumentIndex:
     """One of random vectors, saved as `index` in the folder."""
     corpus = corpus_of(folder, count)
-    saved = SavedIndex(build_index(IndexOptions(ann), unit_vectors(count, DIM)), corpus, "model", corpus.sha256)
+    saved = DocumentIndex(build_index(IndexOptions(ann), unit_vectors(count, DIM)), corpus, "model", corpus.sha256)
     return save_index(folder / "index", saved)
 
 
