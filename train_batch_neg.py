@@ -15,11 +15,11 @@ from common import options
 from common.cli import ArgumentParser, non_negative_float, number_in_range, positive_int, proportion, run
 from common.errors import InputError
 from common.files import clear_leftovers, make_folder, sha256
-from common.logs import is_main_process, log
+from common.logs import is_main_process, log, process_count
 from common.paddle_setup import set_up_paddle
 from common.signals import StopSignals
 from data import positives_by_query, read_corpus, read_text_pairs
-from modeling.checkpoint_files import check_checkpoint, step_folders
+from modeling.checkpoint_files import check_checkpoint, find_checkpoint_folder, step_folders
 from retrieval.metrics import metric_names, report_missing_positives
 
 if TYPE_CHECKING:
@@ -131,24 +131,22 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
     add("--recall_num", type=positive_int, default=50, help="documents recalled for a query")
 
 
-def check_options(given: Mapping[str, Any]) -> None:
-    """Raises InputError for an option without effect or an unusable checkpoint; given: those unlike their defaults."""
+def check_options(given: Mapping[str, Any], device: str) -> None:
+    """Raises InputError for an option without effect or an unusable folder; given: those unlike their defaults."""
     for name, needed in NEEDED_OPTIONS.items():
         if name in given and needed not in given:
             raise InputError(f"--{name}: does nothing without --{needed}; add that, or leave it out")
     for name, other in (("model_name_or_path", "from_scratch"), ("use_gradient_cache", "grad_cache_chunk")):
         if name in given and other in given:
             raise InputError(f"--{name}: --{other} takes its place; leave one of them out")
+    if "use_amp" in given and device == "cpu":
+        raise InputError("--use_amp: Paddle trains in float32 on a CPU; leave it out, or use --device gpu")
     if "init_from_ckpt" in given:
         check_checkpoint(given["init_from_ckpt"])
-
-
-def choose_metric(best_metric: str | None, recall_num: int) -> str:
-    """The metric that decides on the best model. Raises InputError if it isn't computed."""
-    names = metric_names(recall_num)
-    if best_metric and best_metric not in names:
-        raise InputError(f"--best_metric {best_metric}: with --recall_num {recall_num} give one of {', '.join(names)}")
-    return best_metric or ("recall@5" if "recall@5" in names else "recall@1")
+    if "from_scratch" in given and not Path(given["from_scratch"]).is_dir():
+        raise InputError(f"--from_scratch {given['from_scratch']}: no such folder")
+    if given.get("resume_from", "latest") != "latest":
+        find_checkpoint_folder(given["resume_from"])
 
 
 def read_evaluation(
@@ -160,7 +158,10 @@ def read_evaluation(
     index_options: IndexOptions,
 ) -> dict[str, Any]:
     """Arguments of Evaluator. Raises InputError for files and options that can't be used."""
-    best_metric = choose_metric(best_metric, recall_num)
+    names = metric_names(recall_num)
+    if best_metric and best_metric not in names:
+        raise InputError(f"--best_metric {best_metric}: with --recall_num {recall_num} give one of {', '.join(names)}")
+    best_metric = best_metric or ("recall@5" if "recall@5" in names else "recall@1")
     positives = positives_by_query(read_text_pairs(similar_text_pair_file, skip_bad_lines=skip_bad_lines))
     corpus = read_corpus(corpus_file, skip_bad_lines=skip_bad_lines)
     check_index_args(index_options, len(corpus))
@@ -212,8 +213,9 @@ def report_plan(
 ) -> None:
     """Logs what the training is going to do after the completed steps."""
     scored = batch_size * (world_size if cross_device else 1)
-    steps = f"steps {completed + 1} to {total_steps} of {batch_size} pairs on each of {world_size} process(es)"
-    log(f"training on {pairs} pairs: {steps}; a query has {scored - 1} other titles as negatives")
+    if completed < total_steps:
+        steps = f"steps {completed + 1} to {total_steps} of {batch_size} pairs on each of {world_size} process(es)"
+        log(f"training on {pairs} pairs: {steps}; a query has {scored - 1} other titles as negatives")
 
 
 def warn_of_small_disk(
@@ -246,9 +248,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the training, and returns 0, or 128 + the signal that stopped it."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    check_options({name: value for name, value in vars(args).items() if value != parser.get_default(name)})
+    check_options({name: value for name, value in vars(args).items() if value != parser.get_default(name)}, args.device)
     save_dir, cross_device = Path(args.save_dir), not args.no_cross_device_negatives
     pairs = read_text_pairs(args.train_set_file, skip_bad_lines=args.skip_bad_lines)
+    check_batch_size(args.batch_size, process_count(), pairs, args.train_set_file, cross_device=cross_device)
     index_options = options.call(IndexOptions, args)
     evaluation = options.call(read_evaluation, args, index_options=index_options) if args.evaluate else None
 
@@ -257,16 +260,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from batch_negative.gradient_cache import cached_backward, direct_backward
     from batch_negative.loop import TrainingLoop
     from batch_negative.resume import start_or_resume
-    from batch_negative.trainer import Trainer, check_amp, make_optimizer
+    from batch_negative.trainer import Trainer, make_optimizer
     from batch_negative.training_log import TrainingLog
     from common.device import set_device
     from common.distributed import init_ranks, wait_for_rank_0
     from modeling.checkpoint import create_model
 
     set_device(args.device)
-    check_amp(args.use_amp, args.amp_dtype)
     rank, world_size = init_ranks()
-    check_batch_size(args.batch_size, world_size, pairs, args.train_set_file, cross_device=cross_device)
     evaluator = options.call(Evaluator, args, embedding_parent=save_dir, **evaluation) if evaluation else None
     run_config = describe_run(vars(args), world_size)
     prepare_folders(save_dir, evaluator)

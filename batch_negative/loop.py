@@ -113,8 +113,8 @@ class TrainingLoop:
         return ends
 
     def _evaluation_is_due(self, step: int) -> bool:
-        is_due = step % self.eval_steps == 0 if self.eval_steps else self.schedule.ends_epoch(step)
-        return is_due or step == self.schedule.total_steps
+        at_end = step == self.schedule.total_steps
+        return at_end or (step % self.eval_steps == 0 if self.eval_steps else self.schedule.ends_epoch(step))
 
     def _keep_evaluation(self, evaluator: Evaluator, step: int, epoch: int) -> None:
         """Saves the best model, and adds the evaluation to the step's checkpoint, if there is one."""

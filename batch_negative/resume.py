@@ -12,11 +12,11 @@ from batch_negative.model import SemanticIndexBatchNeg
 from common.device import set_seed
 from common.distributed import broadcast_parameters
 from common.errors import InputError
-from common.files import read_json, remove_folder, resolve_interrupted_replace, write_json
+from common.files import read_json, remove_folder, write_json
 from common.logs import log
 from common.manifest import MANIFEST_FILE, check_manifest
 from modeling.checkpoint import LoadedModel, create_model, load_checkpoint
-from modeling.checkpoint_files import TRAINING_PREFIX, step_folder, step_folders
+from modeling.checkpoint_files import TRAINING_PREFIX, find_checkpoint_folder, step_folder, step_folders
 from modeling.weight_files import read_weights, write_safetensors
 
 STATE_FILE = TRAINING_PREFIX + "state.json"
@@ -48,7 +48,10 @@ def read_training_state(folder: Path) -> TrainingState:
     check_manifest(folder)
     progress = _with_new_names(read_json(folder / STATE_FILE))
     if (folder / EVALUATIONS_FILE).is_file():
-        progress["evaluator"] = read_json(folder / EVALUATIONS_FILE)
+        try:
+            progress["evaluator"] = read_json(folder / EVALUATIONS_FILE)
+        except InputError as error:  # a power failure can cut it short
+            log(f"{error}; the evaluation is made again")
     if missing := [key for key in PROGRESS_KEYS if key not in progress]:
         raise InputError(f"{folder / STATE_FILE}: isn't a training state, it lacks {', '.join(missing)}")
     progress["run_config"] = _with_new_names(progress["run_config"])
@@ -119,9 +122,7 @@ def find_resumed(resume_from: str, save_dir: Path, run_config: Mapping[str, Any]
             else f"{save_dir}: no checkpoint to go on from yet; starting at step 0"
         )
         return latest
-    folder = resolve_interrupted_replace(resume_from)
-    if not folder.is_dir():
-        raise InputError(f"--resume_from {resume_from}: no such folder; give a checkpoint's folder or latest")
+    folder = find_checkpoint_folder(resume_from)
     state = read_training_state(folder)
     check_resumable(folder, state.progress["run_config"], run_config)
     return folder, state

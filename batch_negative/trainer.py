@@ -51,14 +51,6 @@ def make_optimizer(
     return optimizer, scheduler
 
 
-def check_amp(use_amp: bool, amp_dtype: str) -> None:
-    """Raises InputError if the device doesn't have mixed precision."""
-    if use_amp and paddle.get_device() == "cpu":
-        raise InputError("--use_amp: Paddle trains in float32 on a CPU; leave it out, or use --device gpu")
-    if use_amp and amp_dtype == "bfloat16" and not paddle.amp.is_bfloat16_supported():
-        raise InputError("--amp_dtype bfloat16: this GPU has no bfloat16; use --amp_dtype float16")
-
-
 class Step(NamedTuple):
     """The outcome of a training step."""
 
@@ -94,6 +86,8 @@ class Trainer:
     amp_loss_scale: float = 32768.0
 
     def __post_init__(self) -> None:
+        if self.use_amp and self.amp_dtype == "bfloat16" and not paddle.amp.is_bfloat16_supported():
+            raise InputError("--amp_dtype bfloat16: this GPU has no bfloat16; use --amp_dtype float16")
         is_enabled = self.use_amp and self.amp_dtype == "float16"
         self._scaler = paddle.amp.GradScaler(enable=is_enabled, init_loss_scaling=self.amp_loss_scale)
 

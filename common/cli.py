@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from common import __version__
 from common.errors import InputError
+from common.logs import process_count
 from common.signals import Terminated, terminate
-from common.version import __version__
 
 INPUT_ERROR_EXIT_CODE = 2
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors for a file that can't grow
@@ -91,7 +92,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")  # for a locale that lacks a character, such as GBK's
     if sys.stderr is None:  # it was closed before the start
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    has_peers = int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1
+    has_peers = process_count() > 1
     if not has_peers:  # a rank that waits for others in native code would never reach Python's handler
         signal.signal(signal.SIGTERM, terminate)
     code = _exit_code(main)

@@ -15,6 +15,11 @@ def is_main_process() -> bool:
     return os.environ.get("PADDLE_TRAINER_ID", "0") == "0"
 
 
+def process_count() -> int:
+    """Processes of this run: 1, or those under `paddle.distributed.launch`."""
+    return int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+
+
 def log(message: str) -> None:
     """Prints a line on stderr, on rank 0 only."""
     if is_main_process():

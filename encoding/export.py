@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import paddle
 
+from common import __version__
 from common.errors import InputError
 from common.files import sha256, write_json
 from common.manifest import write_manifest
-from common.version import __version__
 from data import Embed, TextTokenizer, TokenIds
 from encoding.exported_files import INPUT_NAMES, MODEL_CARD_FILE
 from encoding.onnx_graph import OnnxEncoder, export_onnx, onnx_packages

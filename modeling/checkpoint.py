@@ -11,12 +11,12 @@ import numpy as np
 import paddle
 
 from base_model import ModelConfig, SemanticIndexBase
+from common import __version__
 from common.errors import InputError
 from common.files import atomic_folder, read_json, write_json
 from common.logs import log
 from common.manifest import check_manifest, read_manifest, write_manifest
 from common.options import DEFAULT_EMBEDDING_SIZE, DEFAULT_MODEL
-from common.version import __version__
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer, max_position_tokens
 from modeling.backbone import Backbone, build_backbone, find_backbone, load_tokenizer, pretrained_weights
 from modeling.checkpoint_files import WEIGHTS_FILES, check_checkpoint
@@ -67,8 +67,6 @@ def create_model(
     source = from_scratch or model_name_or_path
     if checkpoint and not from_scratch and (checkpoint.parent / BACKBONE_CONFIG_FILE).is_file():
         source = str(checkpoint.parent)
-    if from_scratch and not Path(from_scratch).is_dir():
-        raise InputError(f"--from_scratch {from_scratch}: no such folder")
     backbone = find_backbone(source)
     max_seq_length = max_seq_length or min(DEFAULT_TRAIN_LENGTH, _position_tokens(backbone))
     config = ModelConfig(output_emb_size, pooling, dropout, max_seq_length)

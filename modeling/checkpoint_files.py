@@ -25,6 +25,14 @@ def step_folders(save_dir: Path) -> list[Path]:
     return [step_folder(save_dir, step) for step in sorted(int(name) for name in names if re.fullmatch("[0-9]+", name))]
 
 
+def find_checkpoint_folder(path: str) -> Path:
+    """The checkpoint that `--resume_from` names. Raises InputError if it is missing."""
+    folder = resolve_interrupted_replace(path)
+    if not folder.is_dir():
+        raise InputError(f"--resume_from {path}: no such folder; give a checkpoint's folder or latest")
+    return folder
+
+
 def find_weights(path: str | Path) -> Path:
     """The weights file of a checkpoint, given as a folder or as the file itself. Raises InputError if it is missing."""
     path = Path(path)

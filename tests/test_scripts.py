@@ -13,8 +13,8 @@ import inference
 import predict
 import recall
 import train_batch_neg
+from common import __version__
 from common.cli import run
-from common.version import __version__
 from helpers import V1, has_gpu, run_without_paddle, train_options
 
 SCRIPTS = {

@@ -16,11 +16,11 @@ from batch_negative.batches import PairBatcher, batched, epoch_batches
 from batch_negative.model import SemanticIndexBatchNeg
 from batch_negative.resume import read_training_state
 from batch_negative.trainer import make_optimizer
+from common import __version__
 from common.device import set_seed
 from common.errors import InputError
 from common.files import read_json
 from common.manifest import write_manifest
-from common.version import __version__
 from data import positives_by_query, read_hits, read_text_pairs
 from helpers import (
     Calls,
@@ -235,14 +235,16 @@ def test_a_place_that_cannot_be_written_is_found_before_any_model_loads(
     place = tmp_path / "place"
     place.mkdir() if option in ("--recall_result_file", "--evaluate_result") else place.touch()
     options = evaluation_options(recall_data, tmp_path / "results", option, str(place))
+    (tmp_path / "no model").mkdir()
     with pytest.raises(InputError, match=f"^{place}: can't be written"):
-        train_batch_neg.main(train_options(tmp_path / "nowhere", recall_data, tmp_path / "new", *options))
+        train_batch_neg.main(train_options(tmp_path / "no model", recall_data, tmp_path / "new", *options))
 
 
 def test_bad_data_is_found_before_any_model_loads(tmp_path: Path) -> None:
     bad = write_pairs(tmp_path / "train.csv", [("one column",)])
+    (tmp_path / "no model").mkdir()
     with pytest.raises(InputError, match=r"train\.csv:1: 1 column"):
-        train_batch_neg.main(["--train_set_file", str(bad), "--from_scratch", str(tmp_path / "nowhere")])
+        train_batch_neg.main(["--train_set_file", str(bad), "--from_scratch", str(tmp_path / "no model")])
 
 
 def test_an_unknown_metric_is_refused(recall_data: Path, tmp_path: Path) -> None:

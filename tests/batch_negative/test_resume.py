@@ -153,16 +153,18 @@ def test_a_complete_training_is_not_evaluated_again(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]"])
-def test_an_unreadable_history_is_refused_by_name_and_passed_over(
+def test_a_history_that_was_cut_short_costs_its_last_evaluation(
     evaluated: Evaluated, tmp_path: Path, capsys: pytest.CaptureFixture, content: str
 ) -> None:
+    """As after a power failure; the training state has the evaluations before."""
     shutil.copytree(evaluated[0], tmp_path, dirs_exist_ok=True)
     folder = tmp_path / "checkpoints" / "model_4"
+    whole = read_training_state(folder).progress["evaluator"]["reports"]
     (folder / EVALUATIONS_FILE).write_text(content)
-    with pytest.raises(InputError, match=rf"{EVALUATIONS_FILE}: isn't a JSON object"):
-        read_training_state(folder)
-    assert latest_folder(folder.parent) == folder.parent / "model_2"
-    assert f"passed over {folder / EVALUATIONS_FILE}" in capsys.readouterr().err
+    assert read_training_state(folder).progress["evaluator"]["reports"] == whole[:-1]
+    assert latest_folder(folder.parent) == folder
+    expected = f"{folder / EVALUATIONS_FILE}: isn't a JSON object; the evaluation is made again\n"
+    assert capsys.readouterr().err == expected * 2
 
 
 def test_a_complete_training_has_nothing_left_to_do(

@@ -15,9 +15,8 @@ from batch_negative.batches import PairBatcher, PlannedStep
 from batch_negative.gradient_cache import cached_backward, direct_backward
 from batch_negative.model import SemanticIndexBatchNeg
 from batch_negative.resume import read_training_state
-from batch_negative.trainer import NonFiniteLoss, Trainer, check_amp, make_optimizer
+from batch_negative.trainer import NonFiniteLoss, Trainer, make_optimizer
 from common.device import STRIDE_FLAG, set_device, set_seed
-from common.errors import InputError
 from data import TextPair
 from helpers import all_pairs, assert_close, train_options
 from modeling.checkpoint import create_model
@@ -261,7 +260,7 @@ def test_loss_scaling_stays_on(
     """GradScaler is told that there is a GPU; it counts the steps whose gradients are finite."""
     on_a_gpu = SimpleNamespace(is_gpu_place=lambda: True, is_xpu_place=lambda: False, is_custom_place=lambda: False)
     monkeypatch.setattr(grad_scaler, "_dygraph_tracer", lambda: SimpleNamespace(_expected_place=on_a_gpu))
-    monkeypatch.setattr("batch_negative.trainer.check_amp", lambda *_: None)
+    monkeypatch.setattr(train_batch_neg, "check_options", lambda *_: None)
     options = train_options(
         model_folder, recall_data, tmp_path, "--use_amp", "--amp_loss_scale", "1024", "--save_steps"
     )
@@ -271,10 +270,3 @@ def test_loss_scaling_stays_on(
     shutil.rmtree(tmp_path / "model_2")
     assert train_batch_neg.main([*options, "1", "--max_steps", "2", "--resume_from", "latest"]) == 0
     assert read_training_state(tmp_path / "model_2").progress["loss_scaler"] == scaler
-
-
-def test_mixed_precision_needs_a_gpu() -> None:
-    set_device("cpu")
-    check_amp(False, "float16")
-    with pytest.raises(InputError, match=r"^--use_amp: .*--device gpu"):
-        check_amp(True, "float16")

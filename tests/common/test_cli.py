@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from common import __version__
 from common.cli import ArgumentParser, number_in_range, run, text_argument, true_or_false
 from common.errors import InputError
 from common.logs import progress_bar
-from common.version import __version__
 from helpers import ROOT
 
 # ---------------------------------------------------------------------------------------------------------------------

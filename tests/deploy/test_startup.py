@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from common.version import __version__
+from common import __version__
 from helpers import ROOT, run_without_paddle
 
 pytestmark = pytest.mark.process

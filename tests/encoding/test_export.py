@@ -7,9 +7,9 @@ import paddle
 import pytest
 
 from base_model import SemanticIndexBase
+from common import __version__
 from common.errors import InputError
 from common.files import read_json, sha256
-from common.version import __version__
 from encoding import export
 from encoding.static_graph import StaticEncoder, export_static, load_exported
 from modeling.checkpoint import load_checkpoint

@@ -12,10 +12,10 @@ import pytest
 import train_batch_neg
 from base_model import ModelConfig, SemanticIndexBase
 from batch_negative.model import SemanticIndexBatchNeg
+from common import __version__
 from common.device import set_seed
 from common.errors import InputError
 from common.files import read_json, sha256, write_json
-from common.version import __version__
 from helpers import all_pairs, make_model_folder, new_model, train_options
 from modeling.checkpoint import create_model, load_checkpoint, model_fingerprint, save_checkpoint
 from modeling.weight_files import read_weights
