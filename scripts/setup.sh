@@ -13,7 +13,7 @@ unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_REQUIRE_HASHES # each woul
 
 usage() {
     cat <<'EOF'
-usage: sh scripts/setup.sh [--cpu | --gpu [CUDA]] [--onnx] [--serving] [--tests] [--benchmarks]
+usage: sh scripts/setup.sh [--cpu | --gpu [CUDA]] [--onnx] [--serving] [--tests | --fast-tests] [--benchmarks]
 
 Makes .venv in the repository root and installs requirements.lock into it. With nothing to do it returns at once; an
 interrupted set-up starts over. .venv belongs to this script: packages that you add to it may be lost.
@@ -23,6 +23,7 @@ interrupted set-up starts over. .venv belongs to this script: packages that you 
   --onnx         also what export_model.py --format onnx needs
   --serving      also Paddle Serving, which deploy/python/web_service.py needs
   --tests        also what the tests need, --onnx and --serving included
+  --fast-tests   also what sh scripts/test.sh --fast needs
   --benchmarks   also .venv-benchmarks: PyTorch and sentence-transformers, which the benchmarks measure against; needs
                  Python 3.11 or 3.12 and 3 GB more
   -h, --help     this text
@@ -269,6 +270,7 @@ while [ $# -gt 0 ]; do
     --gpu=*) device=${1#--gpu=} ;;
     --onnx | --serving) extras="$extras ${1#--}" ;;
     --tests) extras=$all_extras ;;
+    --fast-tests) extras="$extras tests" ;;
     --benchmarks) benchmarks=1 ;;
     -h | --help) usage && exit ;;
     *) fail "unknown option '$1'; sh scripts/setup.sh --help lists them" ;;

@@ -1,17 +1,46 @@
 #!/bin/sh
-# Sets up .venv if need be, then lints and runs all tests. Arguments go to pytest: sh scripts/test.sh -k recall
+# Sets up .venv if need be, then lints and runs the tests: sh scripts/test.sh [--fast] [PYTEST OPTIONS...]
 #
-# The tests of the C++ server need Debian or Ubuntu packages. Root gets them; where they can't be had, those tests are
-# left out, and this says so.
+#   --fast   only tests that start no process and no service; it builds nothing, and installs neither what the C++ server
+#            needs nor the extras of setup.sh --onnx and --serving
+#
+# All other arguments go to pytest: sh scripts/test.sh -k recall
+#
+# The tests of the C++ server need Debian or Ubuntu packages. As root this installs them; otherwise it leaves those tests
+# out and says so.
 set -eu
 
 cd "$(dirname -- "$0")/.."
-sh scripts/setup.sh --tests
-if ! sh deploy/C++/build.sh --fuzz --install-packages; then
-    echo "test: the tests of the C++ server are left out: install these packages to run them" >&2
-    set -- -m "not cpp" "$@"
-fi
 python=.venv/bin/python
+serving_tests='serving deploy/test_web_service.py benchmarks/test_bench_serving.py test_export_to_serving.py test_vector_consistency.py'
+fast=
+for argument; do
+    shift
+    if [ "$argument" = --fast ]; then fast=1; else set -- "$@" "$argument"; fi
+done
+
+if [ -n "$fast" ]; then
+    sh scripts/setup.sh --fast-tests
+    marks='not process and not server and not cpp'
+    left_out='tests of processes, of services, of the C++ server'
+    if [ ! -e .venv/setup/onnx ]; then
+        marks="$marks and not onnx"
+        left_out="$left_out, of ONNX"
+    fi
+    if [ ! -e .venv/setup/serving ]; then
+        for path in $serving_tests; do set -- "--ignore=tests/$path" "$@"; done
+        left_out="$left_out, of Paddle Serving"
+    fi
+    echo "test: left out: $left_out; sh scripts/test.sh runs them" >&2
+    set -- -m "$marks" "$@"
+    export SEMANTIC_INDEX_FAST_TESTS=1
+else
+    sh scripts/setup.sh --tests
+    if ! sh deploy/C++/build.sh --fuzz --install-packages; then
+        echo "test: left out: the tests of the C++ server; install these packages to run them" >&2
+        set -- -m "not cpp" "$@"
+    fi
+fi
 
 "$python" -m ruff check --quiet .
 "$python" -m ruff format --check --quiet .

@@ -47,6 +47,7 @@ def test_the_script_prints_the_difference_and_names_the_files(checkpoint: Path, 
     assert {file.name for file in (tmp_path / "output").iterdir()} == FILES
 
 
+@pytest.mark.onnx
 def test_onnx_on_request(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export(checkpoint, tmp_path / "output", "--format", "onnx") == 0
     assert {file.name for file in (tmp_path / "output").iterdir()} == {*FILES, f"{GRAPH_NAME}.onnx"}

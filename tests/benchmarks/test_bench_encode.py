@@ -23,6 +23,7 @@ def encoder_folders(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return checkpoint, exported
 
 
+@pytest.mark.onnx
 def test_all_encoders_give_the_same_vectors(
     encoder_folders: tuple[Path, Path], corpus_file: Path, tmp_path: Path
 ) -> None:
@@ -49,6 +50,7 @@ def test_all_encoders_give_the_same_vectors(
     np.testing.assert_allclose(encodings[bench_encode.OURS][0].vectors, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.onnx
 def test_weights_get_the_names_that_bert_has(encoder_folders: tuple[Path, Path]) -> None:
     ernie = read_weights(encoder_folders[0] / "model_state.pdparams")
     weights = encode_peers.torch_weights(encoder_folders[0])

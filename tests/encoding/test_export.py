@@ -30,6 +30,7 @@ def test_model_card(exported: Path, checkpoint: Path) -> None:
     assert 0 < card["largest_difference"]["paddle"] <= 1e-5
 
 
+@pytest.mark.onnx
 def test_onnx_is_exported_beside_paddles_graph(checkpoint: Path, tmp_path: Path) -> None:
     """Both are compared with the model."""
     differences = export.export_model(load_checkpoint(checkpoint), tmp_path, "onnx")

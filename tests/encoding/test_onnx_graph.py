@@ -15,6 +15,7 @@ from helpers import new_model
 TEXTS = ["水", "水稻的产量", "论水稻产量研究水稻,产量" * 10, "Deep Learning 2.0!"]
 
 
+@pytest.mark.onnx
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_onnx_gives_the_models_vectors(model_folder: Path, tmp_path: Path, pooling: str) -> None:
     """For one text and for several, short ones and one that is cut; with any number of threads."""
@@ -28,6 +29,7 @@ def test_onnx_gives_the_models_vectors(model_folder: Path, tmp_path: Path, pooli
             np.testing.assert_allclose(vectors, model.embed(*tokenizer(texts)), atol=1e-5)
 
 
+@pytest.mark.onnx
 def test_a_graph_that_cannot_be_converted_is_one_line(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """paddle2onnx logs the error, and fails in its own error handling."""
     paddle2onnx, _ = onnx_packages()

@@ -224,6 +224,7 @@ def test_unfinished_setup_starts_over(fresh: Repo) -> None:
     ("option", "added"),
     [
         ("--tests", {"pytest", "onnxruntime", "paddle_serving_server", "paddle_serving_client"}),
+        ("--fast-tests", {"pytest"}),
         ("--onnx", {"onnxruntime"}),
         ("--serving", {"paddle_serving_server", "paddle_serving_client"}),  # the latter's wheel is for Python 3.9
     ],

@@ -1,0 +1,77 @@
+"""scripts/test.sh, in a copy of the project whose other programs only say how they were called."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT, Completed
+
+pytestmark = pytest.mark.process
+SAY = '#!/bin/sh\necho "$(basename "$0") $*"\n'
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for program in ("scripts/setup.sh", "deploy/C++/build.sh", ".venv/bin/python"):
+        file = tmp_path / program
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(SAY)
+        file.chmod(0o755)
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(SAY + '[ "$2" != pytest ] || echo "fast: ${SEMANTIC_INDEX_FAST_TESTS:-}"\n')
+    shutil.copy(ROOT / "scripts" / "test.sh", tmp_path / "scripts")
+    return tmp_path
+
+
+def run(copy: Path, *arguments: str) -> Completed:
+    command = ["sh", copy / "scripts" / "test.sh", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_all_tests(copy: Path) -> None:
+    """The C++ server's included; other arguments go to pytest."""
+    done = run(copy, "-k", "recall or data")
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "setup.sh --tests",
+        "build.sh --fuzz --install-packages",
+        "python -m ruff check --quiet .",
+        "python -m ruff format --check --quiet .",
+        "python -m pytest -k recall or data",
+        "fast: ",
+    ]
+
+
+def test_without_the_packages_of_the_cpp_server(copy: Path) -> None:
+    (copy / "deploy/C++/build.sh").write_text("exit 2")
+    done = run(copy)
+    assert done.stderr == "test: left out: the tests of the C++ server; install these packages to run them\n"
+    assert "python -m pytest -m not cpp" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [("--fast", "-k", "recall"), ("-k", "recall", "--fast")])
+def test_fast_tests_build_and_install_nothing_more(copy: Path, arguments: tuple[str, ...]) -> None:
+    """And one line says what is left out."""
+    (copy / ".venv/setup").mkdir()
+    for extra in ("onnx", "serving"):
+        (copy / ".venv/setup" / extra).touch()
+    done = run(copy, *arguments)
+    assert done.stderr == (
+        "test: left out: tests of processes, of services, of the C++ server; sh scripts/test.sh runs them\n"
+    )
+    setup, _, _, pytest_call, fast = done.stdout.splitlines()
+    assert (setup, fast) == ("setup.sh --fast-tests", "fast: 1")
+    assert pytest_call == "python -m pytest -m not process and not server and not cpp -k recall"
+
+
+def test_fast_tests_without_extras_leave_their_tests_out(copy: Path) -> None:
+    done = run(copy, "--fast")
+    assert "of the C++ server, of ONNX, of Paddle Serving; sh scripts/test.sh runs them\n" in done.stderr
+    assert "not cpp and not onnx" in done.stdout
+    ignored = [word.removeprefix("--ignore=") for word in done.stdout.split() if word.startswith("--ignore=")]
+    assert "tests/serving" in ignored
+    assert [path for path in ignored if not (ROOT / path).exists()] == []
