@@ -44,5 +44,6 @@ fi
 
 "$python" -m ruff check --quiet .
 "$python" -m ruff format --check --quiet .
+"$python" -m mypy --no-error-summary
 find . -name '*.sh' -not -path './.venv*' -exec sh -c 'for script; do sh -n "$script" || exit 1; done' sh {} +
 exec "$python" -m pytest "$@"
