@@ -41,6 +41,7 @@ def test_all_tests(copy: Path) -> None:
         "build.sh --fuzz --install-packages",
         "python -m ruff check --quiet .",
         "python -m ruff format --check --quiet .",
+        "python -m mypy --no-error-summary",
         "python -m pytest -k recall or data",
         "fast: ",
     ]
