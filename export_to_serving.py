@@ -29,7 +29,7 @@ INT64, FLOAT32 = 0, 1  # of feed_type and fetch_type: `var_type_conversion` of p
 
 
 def serving_config(output_name: str, embedding_size: int, feed_aliases: Sequence[str], fetch_alias: str) -> Any:
-    """The names and types of a graph's inputs and output for Serving: a GeneralModelConfig message."""
+    """The names and types of a graph's inputs and output, as Serving's GeneralModelConfig message."""
     config = GeneralModelConfig()
     for name, alias in zip(INPUT_NAMES, feed_aliases, strict=True):
         config.feed_var.add(name=name, alias_name=alias, is_lod_tensor=False, feed_type=INT64)
@@ -60,7 +60,7 @@ def find_model(folder: Path, model_filename: str, params_filename: str) -> tuple
     weights = folder / params_filename
     if weights != graph.with_suffix(WEIGHTS_SUFFIX):
         options = f"--model_filename {model_filename}, --params_filename {params_filename}"
-        raise InputError(f"{options}: give a graph and its weights, with one name but for the suffix {WEIGHTS_SUFFIX}")
+        raise InputError(f"{options}: give a graph and its weights: same name, with the suffix {WEIGHTS_SUFFIX}")
     if not weights.is_file():
         raise InputError(f"--params_filename {params_filename}: {folder} has no such file; {EXPORT_AGAIN}")
     return graph, weights
@@ -99,19 +99,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--dirname", required=True, help="folder that export_model.py wrote")
-    graph = "graph in it; Paddle 3 writes .json, which is taken if there is no .pdmodel"
+    graph = "graph in it; if there is no .pdmodel, the .json of Paddle 3 is used"
     add("--model_filename", default=f"{GRAPH_NAME}.pdmodel", help=graph)
     add("--params_filename", default=f"{GRAPH_NAME}{WEIGHTS_SUFFIX}", help="weights in it")
     add("--server_path", default="./serving_server", help="folder to write for the server")
     add("--client_path", default="./serving_client", help="folder to write for clients")
-    add("--feed_alias_names", help="what clients call the inputs, with a comma between them")
-    add("--fetch_alias_names", help="what clients call the output")
-    add_switch(parser, "--show_proto", False, "print what Serving is told of inputs and output, and write nothing")
+    add("--feed_alias_names", help="names of the inputs for clients, separated by a comma")
+    add("--fetch_alias_names", help="name of the output for clients")
+    add_switch(parser, "--show_proto", False, "only print the description of inputs and output for Serving")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints which graph was taken and what was written."""
+    """Prints which graph was used and what was written."""
     args = build_parser().parse_args(argv)
     source, server, client = resolve_interrupted_replace(args.dirname), Path(args.server_path), Path(args.client_path)
     feed_aliases = args.feed_alias_names.split(",") if args.feed_alias_names else list(INPUT_NAMES)
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.fetch_alias_names and "," in args.fetch_alias_names:
         raise InputError(f"--fetch_alias_names {args.fetch_alias_names}: give one name, there is one output")
     if any(is_within(*pair) for pair in permutations((source, server, client), 2)):  # or one would be lost
-        raise InputError("--dirname, --server_path and --client_path: name three folders, none in another")
+        raise InputError("--dirname, --server_path and --client_path: give three folders, none of them inside another")
     graph, weights = find_model(source, args.model_filename, args.params_filename)
     if not args.show_proto:
         server_files, client_files = ([name + end for end in CONFIG_SUFFIXES] for name in CONFIGS)
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_replaceable(server, "--server_path", mark=server_files[0], others=others)
         check_replaceable(client, "--client_path", mark=client_files[0], others=client_files)
     if graph.name != args.model_filename:
-        print(f"took {graph.name}: Paddle 3 writes it in place of {args.model_filename}")
+        print(f"used {graph.name}: Paddle 3 writes it instead of {args.model_filename}")
 
     if args.show_proto:
         with tempfile.TemporaryDirectory() as folder:

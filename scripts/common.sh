@@ -1,7 +1,7 @@
-# For the scripts of this folder, which source it: goes to the repository's root and chooses Python and the device.
+# Sourced by the scripts in this folder: goes to the repository's root and chooses Python and the device.
 #
-# The first argument may be `gpu` (the default) or `cpu`; all others go to the Python script, where the last of an
-# option given twice wins. GPUS names the GPUs.
+# The first argument may be `gpu` (the default) or `cpu`; all others go to the Python script, in which the last one wins
+# if an option is given twice. GPUS names the GPUs.
 
 cd "$(dirname -- "$0")/.."
 device=gpu
@@ -14,7 +14,7 @@ esac
 python=python
 [ ! -x .venv/bin/python ] || python=.venv/bin/python
 
-# on_gpus LIST SCRIPT OPTIONS...: runs SCRIPT on the device, under the launcher where that is GPUs.
+# on_gpus LIST SCRIPT OPTIONS...: runs SCRIPT on the device; on GPUs, under the launcher.
 on_gpus() {
     gpus=${GPUS:-$1}
     shift

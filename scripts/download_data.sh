@@ -10,10 +10,10 @@ usage() {
 usage: sh scripts/download_data.sh [DIR]          download the dataset's recall/ folder into DIR
        sh scripts/download_data.sh --check [DIR]  only check that DIR/recall is complete
 
-DIR is the repository root unless given. A DIR/recall that is complete is left as it is, and no file is overwritten. A
-download that broke off is resumed. Without a network on this machine, put literature_search_data.zip into DIR yourself.
+DIR is the repository root by default. A complete DIR/recall is left as it is, and no file is overwritten. An interrupted
+download is resumed. Without a network on this machine, put literature_search_data.zip into DIR yourself.
 
-Environment: LITERATURE_SEARCH_DATA_URL names another address of the archive.
+Environment: LITERATURE_SEARCH_DATA_URL is another address of the archive.
 EOF
 }
 
@@ -22,7 +22,7 @@ fail() {
     exit 2
 }
 
-# Prints those of the dataset's files that the folder $1 lacks.
+# Prints the dataset's files that are missing in the folder $1.
 lacking() {
     for file in $files; do
         [ -f "$1/$file" ] && [ -s "$1/$file" ] || printf ' %s' "$file"
@@ -38,7 +38,7 @@ check() {
 
 is_archive() { "$python" -m zipfile -l "$1" >/dev/null 2>&1; }
 
-# Downloads $url to the file $1, going on where an earlier try broke off.
+# Downloads $url to the file $1, and resumes an earlier download.
 download() {
     is_archive "$1.part" || {
         if command -v curl >/dev/null; then
@@ -83,7 +83,7 @@ python=$root/.venv/bin/python
 mkdir -p "$dir"
 archive=$dir/literature_search_data.zip
 unpacked=$dir/.literature_search_data
-trap 'rm -rf "$unpacked" ${downloaded:+"$archive"}' EXIT # an archive that the user put there stays
+trap 'rm -rf "$unpacked" ${downloaded:+"$archive"}' EXIT # an archive that the user put there is kept
 downloaded=
 if [ ! -e "$archive" ]; then
     echo "download_data: downloading $url"
@@ -92,7 +92,7 @@ if [ ! -e "$archive" ]; then
 fi
 rm -rf "$unpacked"
 "$python" -m zipfile -e "$archive" "$unpacked" 2>/dev/null || fail "could not unpack $archive: damaged, or the disk is full"
-# Archives differ in whether a folder stands above recall/; macOS adds a shadow tree.
+# In some archives recall/ is inside another folder; macOS adds a shadow tree.
 recall=$(find "$unpacked" -type d -name recall -not -path '*/__MACOSX/*' | head -n 1)
 [ -n "$recall" ] || fail "$archive has no folder recall/; is it the literature search dataset?"
 lacks=$(lacking "$recall")

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The whole pipeline on a small dataset that it makes itself, offline, on the CPU. Writes to quickstart/ alone.
+# Runs the whole pipeline on a small generated dataset, offline and on the CPU. Writes only to quickstart/.
 set -eu
 cd "$(dirname -- "$0")/.."
 sh scripts/setup.sh
@@ -31,7 +31,7 @@ evaluate() { # NAME: metrics of its hits
         "$work/results/$1.metrics"
 }
 
-say "data: $data (made up, in the layout of the document)"
+say "data: $data (generated, in the layout of the document)"
 "$python" examples/make_dataset.py --output_dir "$work"
 "$python" examples/make_tiny_ernie.py --train_set_file "$data/train.csv" --corpus_file "$data/corpus.csv" \
     --output_dir "$work/tiny_ernie"

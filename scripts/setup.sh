@@ -1,35 +1,35 @@
 #!/bin/sh
 # Makes .venv and installs requirements.lock into it; see --help.
 #
-# .venv/setup/ holds one stamp for each part that is installed in full. The stamp `base` is absent while anything
-# changes, so an interrupted set-up never passes for a whole one: the next run starts over.
+# .venv/setup/ holds a stamp for each part that is completely installed. The stamp `base` is missing while anything
+# changes, so that the next run starts over after an interrupted set-up.
 set -eu
 
 cd "$(dirname -- "$0")/.."
 export PIP_PROGRESS_BAR=off PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
 without_wheels='jieba seqeval' # and hnswlib, which needs a compiler
 all_extras='onnx serving tests'
-unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_REQUIRE_HASHES # each would make pip install elsewhere, or not at all
+unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_REQUIRE_HASHES # with these pip installs elsewhere, or fails
 
 usage() {
     cat <<'EOF'
 usage: sh scripts/setup.sh [--cpu | --gpu [CUDA]] [--onnx] [--serving] [--tests | --fast-tests] [--benchmarks]
 
-Makes .venv in the repository root and installs requirements.lock into it. With nothing to do it returns at once; an
-interrupted set-up starts over. .venv belongs to this script: packages that you add to it may be lost.
+Creates .venv in the repository root and installs requirements.lock into it. If there is nothing to do, it returns at
+once; after an interruption it starts over. .venv belongs to this script: packages that you add to it may be lost.
 
-  --gpu [CUDA]   Paddle's GPU build in place of the CPU build; CUDA is cu118, cu126 (the default), cu129, ...
-  --cpu          back to the CPU build (with neither option .venv keeps the build that it has; at first the CPU's)
+  --gpu [CUDA]   Paddle's GPU build instead of the CPU build; CUDA is cu118, cu126 (the default), cu129, ...
+  --cpu          back to the CPU build (by default .venv keeps its build; a new .venv has the CPU build)
   --onnx         also what export_model.py --format onnx needs
   --serving      also Paddle Serving, which deploy/python/web_service.py needs
-  --tests        also what the tests need, --onnx and --serving included
+  --tests        also what the tests need, including --onnx and --serving
   --fast-tests   also what sh scripts/test.sh --fast needs
-  --benchmarks   also .venv-benchmarks: PyTorch and sentence-transformers, which the benchmarks measure against; needs
-                 Python 3.11 or 3.12 and 3 GB more
+  --benchmarks   also .venv-benchmarks, with PyTorch, sentence-transformers and others for the benchmarks; needs Python
+                 3.11 or 3.12 and another 3 GB
   -h, --help     this text
 
-Environment: PYTHON names the Python to use, otherwise the first of python3.11, python3.12, python3.10 and python3 that
-is 3.10, 3.11 or 3.12. pip's own settings apply (PIP_INDEX_URL, HTTPS_PROXY, pip.conf, ...).
+Environment: PYTHON is the Python to use; by default the first of python3.11, python3.12, python3.10 and python3 that is
+3.10, 3.11 or 3.12. pip's own settings apply (PIP_INDEX_URL, HTTPS_PROXY, pip.conf, ...).
 EOF
 }
 
@@ -40,7 +40,7 @@ fail() {
     exit 2
 }
 
-# Sets python and version to a Python that can make environments: the one below, where .venv itself is active.
+# Sets python and version to a Python that can create environments; if .venv itself is active, its base Python.
 find_python() {
     if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3.11 python3.12 python3.10 python3; fi
     found=
@@ -62,14 +62,14 @@ find_python() {
         "(with apt-get, conda or pyenv) and name it, as in PYTHON=/path/to/python3.11 sh scripts/setup.sh"
 }
 
-# Waits for another run of this script on $env, then keeps a third one waiting.
+# Waits for another run of this script on $env, and makes further runs wait.
 lock_env() {
     command -v flock >/dev/null || return 0
     exec 9>"$env/setup/lock"
     flock -n 9 || { say "waiting for another run of this script" && flock 9; }
 }
 
-# A fresh environment $env, which will take $1 GB.
+# Creates the environment $env, which will take $1 GB.
 make_env() {
     say "making $env with Python $version ($python)"
     rm -f "$env/setup/base" "$env/setup/hnswlib"
@@ -83,8 +83,8 @@ make_env() {
 
 find_site_packages() { "$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
 
-# Paddle's launcher imports Paddle before any code of ours runs, so the environment itself leaves out the warnings of
-# third parties that tell the user nothing.
+# Paddle's launcher imports Paddle before any code of ours runs, so irrelevant warnings of third parties are turned off
+# in the environment itself.
 quiet_third_parties() {
     site_packages=$(find_site_packages)
     for warning in "No ccache found" "Setuptools is replacing distutils"; do
@@ -92,13 +92,13 @@ quiet_third_parties() {
     done >"$site_packages/quiet_third_parties.pth"
 }
 
-# pip install into $env; what pip prints goes to the log, where this call's part starts at line $log_start.
+# pip install into $env; its output goes to the log, in which that of this call starts at line $log_start.
 install() {
     log_start=$(($(wc -l <"$env/setup.log") + 1))
     "$env/bin/python" -m pip install "$@" >>"$env/setup.log" 2>&1
 }
 
-# install of exactly what a lock file says. What has no wheels is built with the setuptools that .venv has by then.
+# Installs exactly what a lock file says. Packages without wheels are built with the setuptools in .venv.
 install_locked() { install --no-deps --require-hashes --no-build-isolation --use-pep517 "$@"; }
 
 log_tail() { tail -n "+$log_start" "$env/setup.log"; }
@@ -119,8 +119,8 @@ install_failed() {
     fail "${reason:-the installation stopped without a message} (details: $env/setup.log)"
 }
 
-# Puts the part of the lock file $3 (requirements.lock) that is about the packages $2 ($1 = 1), or about all others
-# ($1 = 0), into part.txt.
+# Writes the entries of the lock file $3 (by default requirements.lock) for the packages $2 ($1 = 1), or for all others
+# ($1 = 0), to part.txt.
 lock_part() {
     awk -v keep="$1" -v names="$2" '
         BEGIN { for (i = split(names, list, " "); i > 0; i--) named[list[i]] = 1 }
@@ -151,7 +151,7 @@ install_base() {
     echo "$base" >"$env/setup/base"
 }
 
-# Paddle's own index has the GPU builds, which bring the CUDA libraries; all else stays at the lock's versions.
+# Paddle's own index has the GPU builds, which bring the CUDA libraries; everything else keeps the lock's versions.
 install_paddle_gpu() {
     say "installing Paddle for $device (gigabytes)"
     sed -n 's/^\([A-Za-z0-9][^\\]*\).*/\1/p' "$env/setup/part.txt" >"$env/setup/constraints.txt"
@@ -160,7 +160,7 @@ install_paddle_gpu() {
         "paddlepaddle-gpu==$(sed -n 's/^paddlepaddle==\([^ ;]*\).*/\1/p' requirements.lock)"
 }
 
-# Says what compiling hnswlib lacks, and nothing where it lacks nothing.
+# Prints what is missing for compiling hnswlib, or nothing.
 hnswlib_lacks() {
     "$env/bin/python" - <<'EOF'
 import os, shutil, sys, sysconfig
@@ -190,7 +190,7 @@ install_hnswlib() {
         "all else works, with --ann exact. Then run sh scripts/setup.sh again to add it."
 }
 
-# The lock file of an extra, which a stamp of the same name says is installed.
+# The lock file of an extra; a stamp with the name of the extra says that it is installed.
 extra_lock() { case $1 in tests) echo tests/requirements.lock ;; *) echo "deploy/$1/requirements.lock" ;; esac }
 
 extra_is_current() { [ "$(stamp "$1")" = "$(cksum <"$(extra_lock "$1")")" ]; }
@@ -206,8 +206,8 @@ install_extra_lock() {
         --target "$site_packages" -r "$env/setup/part.txt"
 }
 
-# As its last deed Paddle Serving starts the server in a shell, waits, and drops its exit code; a SIGTERM would end the
-# one that waits. Here the server takes its place. Without a GPU, Paddle Serving doesn't pass --use_trt on.
+# At its end Paddle Serving starts the server in a shell, waits for it, and ignores its exit code; SIGTERM would end only
+# the waiting process. This makes the server replace that process, and passes --use_trt on, also without a GPU.
 patch_serving() {
     server=$(find_site_packages)/paddle_serving_server/server.py
     command='command + "-use_trt " * ("--use_trt" in sys.argv)'
@@ -229,7 +229,7 @@ install_extra() {
     echo "$base" >"$env/setup/base"
 }
 
-# Torch's CPU builds are on PyTorch's own index, so the lock can't hold them.
+# PyTorch's CPU builds are on its own index, so they can't be in the lock.
 install_benchmarks() {
     find_python
     case $version in 3.10.*) fail "the benchmarks need Python 3.11 or 3.12, this is $version ($python); name one with PYTHON" ;; esac
@@ -243,13 +243,13 @@ install_benchmarks() {
 
 stamp() { cat "$env/setup/$1" 2>/dev/null || true; }
 
-# Whether $env is complete, works, and has the Python that PYTHON asks for, if it does.
+# Whether $env is complete, works, and has the Python that PYTHON names, if it is set.
 is_current() {
     [ "$(stamp base)" = "$base" ] && [ -x "$env/bin/python" ] || return 1
     [ -z "${PYTHON:-}" ] || { find_python && grep -q "^version = $version" "$env/pyvenv.cfg"; }
 }
 
-# Makes $env ours to change, or fails.
+# Fails if $env was not created by this script; otherwise locks it.
 claim_env() {
     [ ! -e "$env" ] || [ -d "$env/setup" ] ||
         fail "$PWD/$env was not made by this script; move it away or delete it, then run this again"

@@ -8,7 +8,7 @@ from common.errors import InputError
 
 @contextlib.contextmanager
 def installed_packages() -> Iterator[None]:
-    """Around imports of what `setup.sh --serving` installs: InputError where something is missing."""
+    """For imports of what `setup.sh --serving` installs: turns an ImportError into an InputError."""
     try:
         yield
     except ImportError as error:

@@ -2,12 +2,12 @@
 
 Serving's own server isn't used, because:
 
-- its LocalPredictor finds no model that Paddle 3 wrote, and kills the whole process group, with the shell that started
-  it, if a model can't be loaded (ours: encoder_process.py);
-- its batches count requests instead of texts, can't join texts of different lengths, and make a lone client wait as
+- its LocalPredictor can't read the models of Paddle 3, and if loading fails it kills the whole process group, including
+  the shell that started it (ours: encoder_process.py);
+- its batches count requests instead of texts, can't join texts of different lengths, and make a single client wait as
   long as many (ours: batching.py);
-- its gRPC port listens on all interfaces, lets two servers share a port, and queues without bound (ours: below);
-- its HTTP gateway is a Go library that listens on all interfaces, and has neither limits nor /health (ours:
+- its gRPC port listens on all interfaces, lets two servers share a port, and has no limit on its queue (ours: below);
+- its HTTP gateway is a Go library that listens on all interfaces and has neither limits nor /health (ours:
   http_gateway.py);
 - it runs `np.load(allow_pickle=True)` on a request's tensors, which is code from the network.
 """
@@ -41,12 +41,12 @@ from serving.limits import (
 
 # Python 3.10 dropped this name; paddle_serving_client.httpclient imports it.
 vars(collections)["Iterable"] = collections.abc.Iterable
-# Its logger makes a folder PipelineServingLogs in the current one, takes over the root logger, and writes dozens of
-# lines a request, the texts among them where one fails.
+# Its logger creates a folder PipelineServingLogs in the current one, changes the root logger, and writes dozens of
+# lines per request, including the texts if one fails.
 sys.modules["paddle_serving_server.pipeline.logger"] = types.ModuleType("paddle_serving_server.pipeline.logger")
 logging.getLogger("paddle_serving_server").setLevel(logging.CRITICAL + 1)
 
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC says on stderr once more what its exceptions say
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # otherwise gRPC prints on stderr what its exceptions say
 
 with installed_packages():
     import grpc
@@ -60,20 +60,20 @@ with installed_packages():
 SERVICE = "ernie"  # name of the service, the original's
 OUTPUT = "output_embedding"
 METHOD = "baidu.paddle_serving.pipeline_serving.PipelineService"
-OTHER_RPC_CONNECTIONS = 256  # beside those whose request is answered
+OTHER_RPC_CONNECTIONS = 256  # in addition to those with a request in progress
 
 
 class ServiceOptions(NamedTuple):
-    """How a service batches, and what it takes."""
+    """How a service forms batches, and its limits."""
 
     batch_size: int  # texts
-    max_queue_delay: float  # seconds that a batch waits for requests that are expected
-    rpc_threads: int  # requests over gRPC at a time
+    max_queue_delay: float  # seconds that a batch waits for expected requests
+    rpc_threads: int  # concurrent requests over gRPC
     limits: Limits
 
 
 def vectors_json(vectors: np.ndarray) -> str:
-    """A JSON list of lists; 9 digits give back every float32."""
+    """A JSON list of lists; 9 digits reproduce every float32."""
     row = "[" + ",".join(["%.9g"] * vectors.shape[1]) + "]"
     return "[" + ",".join(row % tuple(vector) for vector in vectors.tolist()) + "]"
 
@@ -84,7 +84,7 @@ def error_response(number: int, message: str) -> Response:
 
 
 class PipelineService:
-    """Answers requests for vectors, over gRPC and for whatever else calls `answer`."""
+    """Answers requests for vectors, over gRPC and for other callers of `answer`."""
 
     def __init__(self, encoders: Sequence[EncoderProcess], options: ServiceOptions) -> None:
         self._options, self._encoders, self.limits = options, encoders, options.limits
@@ -95,7 +95,7 @@ class PipelineService:
 
     @property
     def healthy(self) -> bool:
-        """Whether every encoder could be started when it was last tried."""
+        """Whether the last start of every encoder succeeded."""
         return not any(encoder.broken for encoder in self._encoders)
 
     def answer(self, protocol: str, read: Callable[[], Request]) -> Response:
@@ -115,14 +115,14 @@ class PipelineService:
         if request.name not in ("", SERVICE):
             raise RequestError(NO_SUCH_SERVICE, f"no such service: this one is named {SERVICE}")
         if request.tensors:
-            raise RequestError(BAD_REQUEST, "tensors aren't taken: send texts as values")
+            raise RequestError(BAD_REQUEST, "tensors aren't accepted: send texts as values")
         texts = check_texts(request.key, request.value, self.limits)
         with self.admission.admitted(len(texts)):
             vectors = self._batcher.encode(texts)
         return Response(key=[OUTPUT], value=[vectors_json(vectors)])
 
     def listen(self, host: str, port: int) -> int:
-        """Opens the gRPC port, any free one for 0, and gives its number. Raises InputError if it is in use."""
+        """Opens the gRPC port (0: any free one) and returns its number. Raises InputError if it is in use."""
         self._rpc_server = grpc.server(
             ThreadPoolExecutor(self._options.rpc_threads, "rpc"),
             maximum_concurrent_rpcs=self._options.rpc_threads,
@@ -132,7 +132,7 @@ class PipelineService:
                 ("grpc.max_allowed_incoming_connections", self._options.rpc_threads + OTHER_RPC_CONNECTIONS),
             ],
         )
-        # The bytes come here unparsed: gRPC answers what isn't a Request without saying why.
+        # The bytes arrive unparsed, because gRPC rejects what isn't a Request without giving the reason.
         handler = grpc.unary_unary_rpc_method_handler(
             lambda data, _: self.answer("grpc", lambda: parse_request(data)),
             response_serializer=Response.SerializeToString,
@@ -150,10 +150,10 @@ class PipelineService:
         return bound
 
     def stop(self, seconds: float) -> bool:
-        """Takes no more requests, and ends when the others are answered; False if they weren't in so many seconds."""
+        """Rejects new requests and waits for the others; False if some weren't answered within this many seconds."""
         finished = self.admission.stop(seconds)
         if self._rpc_server:
-            self._rpc_server.stop(1.0).wait()  # what is left to do is sending
+            self._rpc_server.stop(1.0).wait()  # only answers are left to send
         if finished:
             self._batcher.stop()
         for encoder in self._encoders:
@@ -170,17 +170,17 @@ def parse_request(data: bytes) -> Request:
 
 
 def embed_remotely(endpoint: str, feed: Mapping[str, str]) -> Response:
-    """The answer of a service to texts by their keys. Raises InputError where none comes from "address:port"."""
+    """The answer of the service at "address:port" to texts by their keys. Raises InputError if there is none."""
     client = PipelineClient()
     client.connect([endpoint])
     try:
-        # With `clientip` it doesn't look up this machine's name, which fails where no DNS knows it.
+        # With `clientip` it doesn't look up this machine's name, which fails if DNS doesn't know it.
         return client.predict(feed_dict={**feed, "clientip": "127.0.0.1"})
     except grpc.RpcError as error:
         details = error.details()
         if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED:
             remedy = "start deploy/python/web_service.py, or name another with --endpoint"
-        elif "Concurrent RPC limit" in details:  # of maximum_concurrent_rpcs; others are of a message's bytes
+        elif "Concurrent RPC limit" in details:  # of maximum_concurrent_rpcs; others are about a message's size
             remedy = "the service is busy: try again later"
         else:
             remedy = "send fewer texts at a time"

@@ -15,7 +15,7 @@ from serving.metrics import Metrics
 
 
 class _Job(NamedTuple):
-    """The texts of a request, and their vectors once there are any."""
+    """The texts of a request, and its future vectors."""
 
     texts: Sequence[str]
     vectors: "Future[np.ndarray]"
@@ -24,9 +24,9 @@ class _Job(NamedTuple):
 class Batcher:
     """Joins the texts of waiting requests into batches, in a thread for each encoder.
 
-    A batch has at least `batch_size` texts, or all that are there. It waits up to `max_queue_delay` seconds for as many
-    requests as were unanswered before: clients that got their answers together send their next requests within moments.
-    A lone client never waits.
+    A batch has at least `batch_size` texts, or all that are waiting. It waits up to `max_queue_delay` seconds for as
+    many requests as were unanswered before, since clients that got their answers together send their next requests
+    soon after. A single client never waits.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Batcher:
                     more = self._jobs.get(timeout=max(wait, 0.0))
                 except Empty:
                     break
-                if more is None:  # of `stop`, which isn't called while a request waits; it ends this thread next
+                if more is None:  # from `stop`; put back, it ends this thread in the next round
                     self._jobs.put(None)
                     break
                 batch.append(more)
@@ -82,7 +82,7 @@ class Batcher:
             vectors = encoder.encode(texts)
             self._metrics.encoded(len(texts), time.monotonic() - start)
             parts = np.split(vectors, np.cumsum([len(job.texts) for job in batch])[:-1])
-        except Exception as error:  # it would end the thread, and with it all answers; its message could hold texts
+        except Exception as error:  # it would end the thread; its message could contain texts
             is_known = isinstance(error, EncoderStopped)
             what = f"the encoder {error}" if is_known else f"{type(error).__name__} in encoding a batch"
             service_log(f"error: {what}")

@@ -1,6 +1,6 @@
-"""An encoder in a process of its own: Paddle Inference holds Python's lock while it runs, which would stop the service.
+"""An encoder in a process of its own, because Paddle Inference holds Python's lock while it runs.
 
-Run as a program it is that process: `python -m serving.encoder_process FD JSON`.
+`python -m serving.encoder_process FD JSON` is that process.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ STOP_SECONDS = 5.0
 
 
 class EncoderOptions(NamedTuple):
-    """Of `static_graph.load_exported`, and the texts that are encoded at a time."""
+    """The options of `load_exported`, and the batch size."""
 
     model_dir: str
     device: str
@@ -35,14 +35,13 @@ class EncoderOptions(NamedTuple):
 
 
 class EncoderStopped(Exception):
-    """The process ended, or said what failed, while it should have encoded."""
+    """The process ended, or reported an error, instead of encoding."""
 
 
 class EncoderProcess:
-    """Starts the process and waits until it has encoded something. Raises InputError where the model can't be used.
+    """Starts the process and waits until it has encoded something. Raises InputError if the model can't be used.
 
-    It ends with `close`, and whenever this process ends, however that happens. Not to be used by several threads at a
-    time.
+    The process ends with `close`, and when this process ends in any way. Only one thread may use it at a time.
     """
 
     def __init__(self, options: EncoderOptions) -> None:
@@ -77,7 +76,7 @@ class EncoderProcess:
             raise InputError(message)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors, float32 [N, D]; a process that has died is started anew, once. Raises EncoderStopped."""
+        """Vectors, float32 [N, D]; a process that has died is restarted once. Raises EncoderStopped."""
         try:
             vectors = self._ask(texts)
         except EncoderStopped:
@@ -91,14 +90,14 @@ class EncoderProcess:
         return vectors
 
     def _ask(self, texts: Sequence[str]) -> Any:
-        with contextlib.suppress(OSError):  # _receive says how it ended
+        with contextlib.suppress(OSError):  # _receive reports how it ended
             self._connection.send(list(texts))
         return self._receive()
 
     def _receive(self) -> Any:
         try:
             return self._connection.recv()
-        except (EOFError, OSError, MemoryError):  # the last leaves a part unread
+        except (EOFError, OSError, MemoryError):  # after a MemoryError a part is unread
             self._connection.close()
             self._process.wait()
             raise EncoderStopped(f"ended with exit code {self._process.returncode}") from None
@@ -114,7 +113,7 @@ class EncoderProcess:
 
 
 def serve(connection: Connection, options: EncoderOptions) -> None:
-    """Answers lists of texts with their vectors until the other end is closed; a string is an error."""
+    """Answers lists of texts with their vectors until the other end is closed; a string as an answer is an error."""
     from common.paddle_setup import set_up_paddle
 
     if options.threads:
@@ -131,7 +130,7 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
     except InputError as error:
         connection.send(str(error))
         return
-    except Exception as error:  # such as the OSError that Paddle makes of CUDA's errors
+    except Exception as error:  # such as the OSErrors in which Paddle reports CUDA's errors
         connection.send(f"{options.model_dir}: {type(error).__name__}: {error}")
         return
     connection.send(None)
@@ -141,7 +140,7 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
             vectors = encode_texts(encoder.embed, texts, tokenizer, options.batch_size)
         except Exception as error:
             connection.send(f"{type(error).__name__} in encoding {len(texts)} texts")
-            if options.device == "gpu":  # which CUDA may have lost for as long as this process lives
+            if options.device == "gpu":  # after a CUDA error this process may not be able to use it any more
                 return
         else:
             connection.send(vectors)
@@ -149,10 +148,10 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
 
 def main(argv: Sequence[str]) -> NoReturn:
     """Runs until the service closes the connection or ends."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to every process, and the service has work left
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to every process; the service ends this one
     with Connection(int(argv[0])) as connection, contextlib.suppress(EOFError, OSError):  # the service is gone
         serve(connection, EncoderOptions(*json.loads(argv[1])))
-    os._exit(0)  # Paddle takes a second to end, for nothing
+    os._exit(0)  # skips the second that Paddle needs to shut down
 
 
 if __name__ == "__main__":

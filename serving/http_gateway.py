@@ -34,12 +34,12 @@ with installed_packages():
     from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
 
 PREDICTION_PATH = f"/{SERVICE}/prediction"
-REQUEST_SECONDS = 10.0  # in which a request's body must have come in, and in which a client must read its answer
-IDLE_SECONDS = 60.0  # in which the next request's head must have come in whole
-POLL_SECONDS = 0.02  # between looks at what can't be waited for
-SENDING_SECONDS = 2.0  # that a stop leaves for answers on their way
-OTHER_CONNECTIONS = 384  # beside those whose request is answered: they are idle, or ask for /health, or are refused
-BACKLOG = 128  # connections that the system opens before they are taken
+REQUEST_SECONDS = 10.0  # to receive a request's body, and for a client to read its answer
+IDLE_SECONDS = 60.0  # to receive the head of the next request
+POLL_SECONDS = 0.02  # between checks of what can't be waited for
+SENDING_SECONDS = 2.0  # that a stop waits for answers that are being sent
+OTHER_CONNECTIONS = 384  # in addition to those with a request in progress: idle, asking for /health, or refused
+BACKLOG = 128  # connections that the system opens before they are accepted
 STATUSES = {
     OK: HTTPStatus.OK,
     BAD_REQUEST: HTTPStatus.BAD_REQUEST,
@@ -55,7 +55,7 @@ ERROR_NUMBERS = {  # else BAD_REQUEST
 }
 FIELDS = {"key", "value", "tensors", "name", "method", "logid", "clientip"}  # of a Request
 
-# They log what can't be answered, and a path or an exception's message could hold texts.
+# They log failed requests, whose paths and messages may contain texts.
 logging.getLogger("tornado").setLevel(logging.CRITICAL + 1)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
 
@@ -74,7 +74,7 @@ def parse_json_request(body: bytes) -> Request:
     if not isinstance(content, dict):
         raise RequestError(BAD_REQUEST, 'the body isn\'t an object such as {"key": ["0"], "value": ["text"]}')
     if content.get("tensors"):
-        raise RequestError(BAD_REQUEST, "tensors aren't taken: send texts as values")
+        raise RequestError(BAD_REQUEST, "tensors aren't accepted: send texts as values")
     if not content.keys() <= FIELDS:
         raise RequestError(BAD_REQUEST, f"unknown fields: a request has {', '.join(sorted(FIELDS - {'tensors'}))}")
     keys, values = _strings(content, "key"), _strings(content, "value")
@@ -108,7 +108,7 @@ def response_json(response: Response) -> bytes:
 
 @stream_request_body
 class _Handler(RequestHandler):
-    """A request. It is answered once its body is there: a client that still sends wouldn't read the answer."""
+    """A request. It is answered after its whole body has arrived, since a client that sends doesn't read."""
 
     def initialize(self) -> None:
         self._gateway: HttpGateway = self.settings["gateway"]
@@ -121,13 +121,13 @@ class _Handler(RequestHandler):
             self._gateway.take(self)
 
     async def data_received(self, chunk: bytes) -> None:
-        await asyncio.sleep(0)  # else others wait while a client sends as fast as this reads
-        if self in self._gateway.taken and len(self._body) <= self._service.limits.bytes:  # else it will be refused
+        await asyncio.sleep(0)  # otherwise a client that sends as fast as this reads would block the others
+        if self in self._gateway.taken and len(self._body) <= self._service.limits.bytes:  # otherwise it is refused
             self._body += chunk
 
     def on_connection_close(self) -> None:
         super().on_connection_close()
-        if not self._is_whole:  # else it is still being computed
+        if not self._is_whole:  # otherwise it is still being computed
             self._gateway.taken.discard(self)
 
     def get(self) -> None:
@@ -179,21 +179,21 @@ class _Handler(RequestHandler):
         self._send(status, response_json(error_response(number, message)))
 
     def write_error(self, status_code: int, **_: Any) -> None:
-        """What Tornado finds wrong; its own pages are HTML."""
+        """Answers what Tornado refuses; Tornado's own error pages are HTML."""
         status = HTTPStatus(status_code)
         self._refuse(status, status.description or status.phrase)
 
     def log_exception(self, kind: type[BaseException], error: BaseException, _: object) -> None:
-        """Not its message, which could hold texts, and not what a client did wrong."""
+        """Logs neither the message, which could contain texts, nor a client's errors."""
         if not isinstance(error, HTTPError):
             service_log(f"error: {kind.__name__} in answering over HTTP")
 
     def compute_etag(self) -> None:
-        """None: no answer is asked for twice."""
+        """Returns None, because no answer is requested twice."""
 
 
 class _Server(HTTPServer):
-    """Counts its connections, and knows those that are idle: which wait for a request, until its head is there."""
+    """Counts its connections, and knows the idle ones: those that haven't received the head of a request."""
 
     def initialize(self, application: Application, **options: Any) -> None:
         super().initialize(application, **options)
@@ -214,9 +214,9 @@ class _Server(HTTPServer):
         super().on_close(server_conn)
 
     def close_idle(self) -> bool:
-        """Closes the connection that has been idle longest; False if there is none."""
+        """Closes the connection that has been idle longest; False if none is idle."""
         for connection in self.idle:
-            if connection.stream.reading():  # else the head is there, and just about to be handled
+            if connection.stream.reading():  # otherwise the head has arrived and is about to be handled
                 del self.idle[connection]
                 connection.stream.close()
                 return True
@@ -224,10 +224,10 @@ class _Server(HTTPServer):
 
 
 class HttpGateway:
-    """Opens the HTTP port and serves it in a thread of its own; port 0 takes any free one. Raises InputError.
+    """Opens the HTTP port (0: any free one) and serves it in its own thread. Raises InputError.
 
-    requests: for vectors, at a time; more are refused. Where OTHER_CONNECTIONS more than that are open, the next takes
-    the place of an idle one.
+    requests: concurrent requests for vectors; further ones are refused. If OTHER_CONNECTIONS more than that are open, a
+    new connection replaces an idle one.
     """
 
     def __init__(self, service: PipelineService, host: str, port: int, requests: int) -> None:
@@ -254,18 +254,18 @@ class HttpGateway:
             Application([(".*", _Handler)], gateway=self),
             idle_connection_timeout=IDLE_SECONDS,
             body_timeout=REQUEST_SECONDS,
-            max_body_size=sys.maxsize,  # _Handler keeps no more than it takes, and says what is too much
+            max_body_size=sys.maxsize,  # _Handler keeps at most the limit, and says what is too much
         )
         self._listen()
 
     def _listen(self) -> None:
-        if self._listener.fileno() >= 0:  # else it was stopped
+        if self._listener.fileno() >= 0:  # otherwise it was stopped
             self._loop.add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
         try:
             connection, address = self._listener.accept()
-        except OSError:  # such as too many open files; the connection still waits
+        except OSError:  # such as too many open files; the connection stays in the backlog
             self._loop.remove_reader(self._listener)
             self._loop.call_later(POLL_SECONDS, self._listen)
             return
@@ -275,7 +275,7 @@ class HttpGateway:
             connection.close()
 
     def take(self, handler: _Handler) -> None:
-        """Counts a request for vectors among those that are answered, if there are fewer than may be."""
+        """Counts a request for vectors as in progress, unless that would be too many."""
         if len(self.taken) < self._requests:
             self.taken.add(handler)
 
@@ -288,12 +288,12 @@ class HttpGateway:
         return STATUSES[response.err_no], response_json(response)
 
     def stop(self) -> None:
-        """Takes no more connections, and ends when the answers that are there have been sent."""
+        """Accepts no more connections, and returns when the finished answers have been sent."""
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self._pool.shutdown(wait=False)  # what isn't answered by now won't be
+        self._pool.shutdown(wait=False)  # requests without an answer by now get none
 
     async def _stop(self) -> None:
         self._loop.remove_reader(self._listener)

@@ -1,4 +1,4 @@
-"""What a request may hold, and what clients and the log are told. Imports neither Paddle nor Serving."""
+"""The limits of requests, their errors, and the log. Imports neither Paddle nor Serving."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from common.logs import log
 
-# Numbers of err_no, Serving's own (`CustomExceptionCode` of 0.9.0) where it has one; 51 to 99 are left to products.
+# Values of err_no: those of Serving's `CustomExceptionCode` (0.9.0); it leaves 51 to 99 to its users.
 OK = 0
 OVERLOADED = 51
 STOPPING = 3001
@@ -17,13 +17,13 @@ INTERNAL_ERROR = 10000
 
 
 def service_log(message: str) -> None:
-    """One line on stderr; a service goes on when whoever read its log is gone."""
+    """Prints a line on stderr; the service continues if nothing reads its log any more."""
     with suppress(OSError):
         log(message)
 
 
 class RequestError(Exception):
-    """A request that gets no vectors; the message is for its client and holds neither texts nor paths."""
+    """A request that gets no vectors; the message is for the client and contains neither texts nor paths."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -31,18 +31,18 @@ class RequestError(Exception):
 
 
 class Limits(NamedTuple):
-    """Of a request, all but the last."""
+    """Limits of a request, except the last."""
 
     texts: int
     characters: int  # of a text
     bytes: int
-    queued_texts: int  # of all requests together that aren't answered yet
+    queued_texts: int  # of all requests that aren't answered yet
 
 
 def check_texts(keys: Sequence[str], values: Sequence[str], limits: Limits) -> list[str]:
     """The texts of a request in the order of their keys "0", "1", ... Raises RequestError."""
     if len(keys) != len(values):
-        raise RequestError(BAD_REQUEST, f"{len(keys)} keys and {len(values)} values: give a key to each text")
+        raise RequestError(BAD_REQUEST, f"{len(keys)} keys and {len(values)} values: give each text a key")
     if not keys:
         raise RequestError(BAD_REQUEST, "no texts: send at least one, with the key 0")
     if len(keys) > limits.texts:
@@ -54,7 +54,7 @@ def check_texts(keys: Sequence[str], values: Sequence[str], limits: Limits) -> l
         raise RequestError(BAD_REQUEST, f"wrong keys: {len(keys)} texts have the keys 0 to {len(keys) - 1}") from None
     for number, text in enumerate(ordered):
         if not text.strip():
-            raise RequestError(BAD_REQUEST, f"text {number} is empty: send none that is")
+            raise RequestError(BAD_REQUEST, f"text {number} is empty: leave it out")
         if len(text) > limits.characters:
             raise RequestError(
                 BAD_REQUEST, f"text {number} has {len(text)} characters: send at most {limits.characters}"
@@ -63,7 +63,7 @@ def check_texts(keys: Sequence[str], values: Sequence[str], limits: Limits) -> l
 
 
 class Admission:
-    """Counts the requests and texts that aren't answered yet, and keeps them within bounds."""
+    """Counts the requests and texts that aren't answered yet, and limits them."""
 
     def __init__(self, queued_texts: int) -> None:
         self._limit = queued_texts
@@ -91,7 +91,7 @@ class Admission:
                 self._changed.notify_all()
 
     def stop(self, seconds: float) -> bool:
-        """Lets no more requests in, and waits for the others; False if some are still there after so many seconds."""
+        """Rejects new requests and waits for the others; False if some are left after this many seconds."""
         with self._changed:
             self.stopping = True
             return self._changed.wait_for(lambda: self.requests == 0, seconds)

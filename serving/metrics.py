@@ -20,7 +20,7 @@ disable_created_metrics()  # no creation time beside each count
 
 
 class Metrics:
-    """What a service has done since its start; safe to use from several threads."""
+    """Counts what a service does; safe to use from several threads."""
 
     def __init__(self, admission: Admission) -> None:
         self._registry = CollectorRegistry()

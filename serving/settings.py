@@ -49,12 +49,12 @@ def _choice(*choices: str) -> Callable[[str], str]:
 SETTINGS = {
     "model_dir": Setting(f"{LOCAL}.model_config", str, "folder of export_to_serving.py or export_model.py"),
     "host": Setting("host", str, "address to listen on; 0.0.0.0 for all"),
-    "rpc_port": Setting("rpc_port", PORT, "gRPC port; 0 takes any that is free"),
-    "http_port": Setting("http_port", PORT, "HTTP port; 0 takes any that is free"),
+    "rpc_port": Setting("rpc_port", PORT, "gRPC port; 0: any free one"),
+    "http_port": Setting("http_port", PORT, "HTTP port; 0: any free one"),
     "device": Setting(f"{LOCAL}.device", _choice("cpu", "gpu"), "cpu or gpu"),
     "precision": Setting(f"{LOCAL}.precision", _choice(*PRECISIONS), "fp32, bf16 or fp16 to compute in"),
     "workers": Setting(f"{OPERATOR}.concurrency", positive_int, "encoders; each is a process with the whole model"),
-    "threads": Setting(f"{LOCAL}.thread_num", THREADS, "CPU threads of an encoder; 0 divides all cores among them"),
+    "threads": Setting(f"{LOCAL}.thread_num", THREADS, "CPU threads of an encoder; 0: an equal share of all cores"),
     "max_seq_length": Setting(
         f"{LOCAL}.max_seq_length", LENGTH, "tokens that texts are cut to; 0: the exported model's"
     ),
@@ -65,7 +65,7 @@ SETTINGS = {
         "milliseconds that a batch waits for expected requests",
         old_names=("batch_wait_ms",),
     ),
-    "max_requests": Setting("worker_num", positive_int, "requests at a time, over gRPC and over HTTP each"),
+    "max_requests": Setting("worker_num", positive_int, "concurrent requests, over gRPC and over HTTP each"),
     "max_queued_texts": Setting(
         "limits.queued_texts",
         positive_int,
@@ -73,9 +73,9 @@ SETTINGS = {
         old_names=("max_waiting_texts",),
         old_keys=("limits.waiting_texts",),
     ),
-    "max_texts": Setting("limits.texts", positive_int, "texts of a request"),
-    "max_characters": Setting("limits.characters", positive_int, "characters of a text"),
-    "max_bytes": Setting("limits.bytes", number_in_range(1, below=2**31), "bytes of a request"),  # as gRPC counts them
+    "max_texts": Setting("limits.texts", positive_int, "texts per request"),
+    "max_characters": Setting("limits.characters", positive_int, "characters per text"),
+    "max_bytes": Setting("limits.bytes", number_in_range(1, below=2**31), "bytes per request"),  # as gRPC counts them
 }
 
 

@@ -47,7 +47,7 @@ def test_the_documents_command(exported: Path, tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"took {GRAPH}: Paddle 3 writes it in place of {GRAPH_NAME}.pdmodel\n" + (
+    assert done.stdout == f"used {GRAPH}: Paddle 3 writes it instead of {GRAPH_NAME}.pdmodel\n" + (
         "wrote serving_server and serving_client\n"
     )
     server, client = tmp_path / "serving_server", tmp_path / "serving_client"
@@ -173,7 +173,7 @@ def test_folders_in_one_another(exported: Path, tmp_path: Path, server: str, cli
     """Refused before anything is written."""
     shutil.copytree(exported, tmp_path / "output")
     options = ["--server_path", str(tmp_path / server), "--client_path", str(tmp_path / client)]
-    with pytest.raises(InputError, match="name three folders, none in another"):
+    with pytest.raises(InputError, match="give three folders, none of them inside another"):
         convert(tmp_path / "output", tmp_path, *options)
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
 

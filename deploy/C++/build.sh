@@ -65,14 +65,14 @@ print(f"-DPYTHON_LIBRARY={library}", f"-DPYTHON_LIBRARY_FOLDER={libraries}", sep
 PY
 ) || exit 2
 
-# Two builds at a time in one folder spoil each other's files.
+# Two concurrent builds in one folder would damage each other's files.
 mkdir -p -- "$build"
 if command -v flock >/dev/null; then
     exec 9>"$build/lock"
     flock 9
 fi
 
-# CMake refuses what it made before the repository was moved or copied.
+# CMake refuses its cache after the repository was moved or copied.
 cached=$(sed -n 's/^CMAKE_CACHEFILE_DIR:INTERNAL=//p' "$build/CMakeCache.txt" 2>/dev/null || true)
 [ -z "$cached" ] || [ "$cached" -ef "$build" ] || rm -rf "$build/CMakeCache.txt" "$build/CMakeFiles"
 

@@ -1,4 +1,4 @@
-"""What rpc_client.py and http_client.py share: the options, the messages and the two ways to send them."""
+"""What rpc_client.py and http_client.py share: options, messages, and the two protocols."""
 
 import argparse
 import http.client
@@ -28,10 +28,10 @@ FRAME_HEADER = struct.Struct(">4sII")  # magic, size of meta data and payload, s
 def build_parser(description: str | None) -> argparse.ArgumentParser:
     """The options of both clients."""
     parser = ArgumentParser(description=description)
-    parser.add_argument("--texts", nargs="+", type=text_argument, default=SAMPLE_TEXTS, help="what to get vectors of")
+    parser.add_argument("--texts", nargs="+", type=text_argument, default=SAMPLE_TEXTS, help="texts to encode")
     parser.add_argument("--endpoint", type=endpoint, default="127.0.0.1:9393", help="host:port of the server")
     parser.add_argument("--model_dir", default="serving_server", help="folder with the model's vocabulary")
-    parser.add_argument("--max_seq_length", type=number_in_range(3), help="tokens a text (default: the model's)")
+    parser.add_argument("--max_seq_length", type=number_in_range(3), help="tokens per text (default: the model's)")
     seconds = number_in_range(0.001, float)
     parser.add_argument("--timeout", type=seconds, default=20.0, help="seconds to wait for the server")
     return parser
@@ -62,8 +62,8 @@ def tokenize(texts: Sequence[str], model_dir: str, max_seq_length: int | None) -
 def make_request(tokens: TokenIds, log_id: int = 0, *, as_bytes: bool = False) -> Any:
     """A Request for the vectors of int64 [B, L] token ids.
 
-    as_bytes: send the ids, and get the vectors, as the tensors' bytes. As lists of numbers, the original's form, they
-    take protobuf ten times as long where it is pure Python, as the pinned version is.
+    as_bytes: send the ids, and get the vectors, as the tensors' bytes. Lists of numbers, the original's form, take the
+    pinned version of protobuf, which is pure Python, ten times as long.
     """
     request = Request(log_id=log_id)
     for name, array in zip(("input_ids", "token_type_ids"), tokens, strict=True):
@@ -73,7 +73,7 @@ def make_request(tokens: TokenIds, log_id: int = 0, *, as_bytes: bool = False) -
 
 
 def outputs(response: Any) -> dict[str, np.ndarray]:
-    """The vectors in a Response by their name, float32 [B, D]."""
+    """The vectors in a Response by name, float32 [B, D]."""
     tensors = [tensor for output in response.outputs for tensor in output.tensor]
     return {tensor.alias_name: _elements(tensor).reshape(tensor.shape) for tensor in tensors}
 
@@ -96,7 +96,8 @@ def http_inference(address: tuple[str, int], request: Any, timeout: float) -> An
     finally:
         connection.close()
     if answer.headers.get("Content-Type") != "application/proto":
-        raise InputError(f"--endpoint {address[0]}:{address[1]}: isn't this server ({answer.status} {answer.reason})")
+        where = f"--endpoint {address[0]}:{address[1]}"
+        raise InputError(f"{where}: isn't the C++ server ({answer.status} {answer.reason})")
     response = Response.FromString(body)
     if answer.status != http.client.OK:
         raise InputError(f"the server refused the request: {response.err_msg}")
@@ -118,7 +119,7 @@ def rpc_inference(address: tuple[str, int], request: Any, timeout: float) -> Any
 
 
 def format_frame(payload: bytes, correlation_id: int = 1) -> bytes:
-    """A request to GeneralModelService.inference as baidu_std sends it (brpc's docs/en/baidu_std.md)."""
+    """A request to GeneralModelService.inference as a frame of baidu_std (brpc's docs/en/baidu_std.md)."""
     meta = RpcMeta(request={"service_name": SERVICE, "method_name": "inference"}, correlation_id=correlation_id)
     meta_bytes = meta.SerializeToString()
     return FRAME_HEADER.pack(b"PRPC", len(meta_bytes) + len(payload), len(meta_bytes)) + meta_bytes + payload
@@ -143,6 +144,6 @@ def read_frame_bytes(stream: Any) -> tuple[bytes, bytes]:
 
 
 def no_answer(address: tuple[str, int], error: Exception) -> InputError:
-    """What to tell the user if there is no answer from a server."""
+    """The error for a server that doesn't answer."""
     remedy = "start the server with sh deploy/C++/start_server.sh"
     return InputError(f"--endpoint {address[0]}:{address[1]}: no answer ({error}); {remedy}")

@@ -8,7 +8,7 @@ from common.cli import run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the seconds that it took, and the vectors."""
+    """Prints the time in seconds, and the vectors."""
     args = build_parser(__doc__).parse_args(argv)
     request = make_request(tokenize(args.texts, args.model_dir, args.max_seq_length), as_bytes=True)
     start = time.perf_counter()

@@ -19,7 +19,7 @@ from data import SAMPLE_TEXTS
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
-    port = os.environ.get("SERVING_RPC_PORT") or "8080"  # as web_service.py has it
+    port = os.environ.get("SERVING_RPC_PORT") or "8080"  # as in web_service.py
     parser.add_argument("--endpoint", default=f"127.0.0.1:{port}", help="address and gRPC port of the service")
     text = "a text; may be given several times (default: the document's samples)"
     parser.add_argument("--text", action="append", type=text_argument, help=text)
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the request, the name of the output, and shape and content of the vectors, as the document shows them."""
     args = build_parser().parse_args(argv)
-    # Imported here, so that a missing Serving ends in a line.
+    # Imported here, so that a missing Paddle Serving is reported in one line.
     from serving.adapter import embed_remotely
 
     feed = {str(number): text for number, text in enumerate(args.text or SAMPLE_TEXTS)}

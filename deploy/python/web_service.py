@@ -18,24 +18,24 @@ from serving.limits import Limits, service_log
 from serving.settings import add_settings_args, check_ports, read_settings
 
 CONFIG_FILE = Path(__file__).with_name("config_nlp.yml")
-STOP_SECONDS = 25.0  # for what is in flight; Kubernetes and Docker Compose kill after 30 and 10
+STOP_SECONDS = 25.0  # for requests in progress; Kubernetes kills after 30, Docker Compose after 10
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, default=CONFIG_FILE, help="file with the settings that aren't given")
+    parser.add_argument("--config", type=Path, default=CONFIG_FILE, help="file with all other settings")
     add_settings_args(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the addresses when it is ready; a stop that could not finish what was in flight gives 1."""
+    """Prints the addresses when it is ready. Returns 1 if a stop left requests unanswered."""
     args = vars(build_parser().parse_args(argv))
     settings = read_settings(args, os.environ, args["config"])
     check_ports(settings)
     find_exported(settings["model_dir"])
-    # Imported here, so that a missing Serving ends in a line.
+    # Imported here, so that a missing Paddle Serving is reported in one line.
     from serving.adapter import PipelineService, ServiceOptions
     from serving.http_gateway import PREDICTION_PATH, HttpGateway
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         threads=settings["threads"] or max(1, cpu_count() // settings["workers"]),
         max_seq_length=settings["max_seq_length"] or None,
     )
-    # Outside of StopSignals: nothing is lost where a signal ends the process while models are loaded.
+    # Outside of StopSignals: a signal may end the process while the models are loaded.
     encoders = [EncoderProcess(encoder_options) for _ in range(settings["workers"])]
     with StopSignals() as signals:
         delay, requests = settings["max_queue_delay_ms"] / 1000, settings["max_requests"]
@@ -61,12 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 while True:
                     time.sleep(3600)
         except Stopped:
-            service_log("stopping: answering the requests that are here")
+            service_log("stopping: answering the requests in progress")
         finished = service.stop(STOP_SECONDS)
         gateway.stop()
         if not finished:
             service_log(f"error: some requests weren't answered within {STOP_SECONDS:g} s")
-        # Their threads would keep the process, and from here on a second signal would end it with an error.
+        # Their threads would keep the process alive, and a second signal would end it with an error.
         os._exit(0 if finished else 1)
 
 

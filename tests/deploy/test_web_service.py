@@ -173,7 +173,7 @@ BAD_BODIES = [
     (as_json(key=["0"], value=["\ud800"]), 400, "surrogate"),
     (as_json(key=["0"], value=["水稻"], logid=2**70), 400, "logid"),
     (as_json(key=["0"], value=["水稻"], text="小麦"), 400, "unknown fields"),
-    (as_json(key=["0"], value=["水稻"], tensors=[{"name": "0"}]), 400, "tensors aren't taken"),
+    (as_json(key=["0"], value=["水稻"], tensors=[{"name": "0"}]), 400, "tensors aren't accepted"),
     (as_json(key=["0"], value=["水稻"], name="other"), 404, "no such service"),
     (b" " * 10_000_000, 413, "at most 4194304 bytes"),
 ]
@@ -204,7 +204,7 @@ def test_bad_rpc_requests(service: Service) -> None:
         (Request(key=map(str, range(10_000)), value=["水"] * 10_000).SerializeToString(), f"at most {MAX_TEXTS}"),
         (Request(key=["1"], value=["水稻"]).SerializeToString(), "wrong keys"),
         (Request(key=["0"], value=["水稻", "小麦"]).SerializeToString(), "1 keys and 2 values"),
-        (tensor.SerializeToString(), "tensors aren't taken"),
+        (tensor.SerializeToString(), "tensors aren't accepted"),
     ]:
         response = call(service, data)
         assert response.err_no == BAD_REQUEST and message in response.err_msg and not response.value
@@ -231,7 +231,7 @@ def test_pickled_tensors_run_no_code(service: Service, tmp_path: Path) -> None:
     np.save(file, np.array([_Touch(tmp_path / "ran")], dtype=object), allow_pickle=True)
     request = Request()
     request.tensors.add(name="0", elem_type=13, byte_data=file.getvalue())
-    assert "tensors aren't taken" in call(service, request.SerializeToString()).err_msg
+    assert "tensors aren't accepted" in call(service, request.SerializeToString()).err_msg
     assert list(tmp_path.iterdir()) == []
     file.seek(0)
     np.load(file, allow_pickle=True)

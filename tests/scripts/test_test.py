@@ -64,8 +64,9 @@ def test_fast_tests_build_and_install_nothing_more(copy: Path, arguments: tuple[
     assert done.stderr == (
         "test: left out: tests of processes, of services, of the C++ server; sh scripts/test.sh runs them\n"
     )
-    setup, _, _, pytest_call, fast = done.stdout.splitlines()
+    setup, *linters, pytest_call, fast = done.stdout.splitlines()
     assert (setup, fast) == ("setup.sh --fast-tests", "fast: 1")
+    assert not [line for line in linters if not line.startswith(("python -m ruff ", "python -m mypy "))]
     assert pytest_call == "python -m pytest -m not process and not server and not cpp -k recall"
 
 
