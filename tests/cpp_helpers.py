@@ -25,7 +25,7 @@ GOOD = make_request(TOKENS).SerializeToString()
 
 
 class Server(NamedTuple):
-    """A running one."""
+    """A running C++ server."""
 
     process: subprocess.Popen[str]
     port: int
@@ -60,7 +60,7 @@ def start(command: list[Any], port: int, **options: Any) -> Server:
 
 
 def stop(server: Server) -> None:
-    """SIGTERM to the process that was started ends the server well; AddressSanitizer must have found nothing."""
+    """Ends a server with SIGTERM; AddressSanitizer must have found nothing."""
     server.process.terminate()
     assert server.process.wait(60) == 0
     server.reader.join(60)
@@ -82,7 +82,7 @@ def post(server: Server, body: bytes, headers: dict[str, str], path: str = clien
 
 
 def call(server: Server, frame: bytes) -> tuple[Any, bytes]:
-    """What baidu_std answers to some bytes."""
+    """The answer over baidu_std to some bytes."""
     with socket.create_connection(server.address, 60) as connection:
         connection.sendall(frame)
         with connection.makefile("rb") as stream:
@@ -90,6 +90,6 @@ def call(server: Server, frame: bytes) -> tuple[Any, bytes]:
 
 
 def many_texts(count: int) -> TokenIds:
-    """A request of texts of 40 tokens."""
+    """Token ids of texts of 40 tokens."""
     ids = np.random.default_rng(0).integers(1, 60, (count, 40))
     return ids, np.zeros_like(ids)

@@ -1,4 +1,4 @@
-"""What the tests of the Pipeline service share: an encoder that does as it is told, and ways to ask a service."""
+"""What the tests of the Pipeline service share: an encoder that they control, and requests to a service."""
 
 import json
 import socket
@@ -22,7 +22,7 @@ LIMITS = Limits(texts=4, characters=100, bytes=10_000, queued_texts=6)
 
 
 class FakeEncoder:
-    """Gives [number of the call, characters of the text] when `go` is set."""
+    """Returns [number of the call, characters of the text] once `go` is set."""
 
     broken = False
 
@@ -49,7 +49,7 @@ def ask(service: PipelineService, *texts: str) -> Response:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Waits for it."""
+    """Waits until the condition holds."""
     end = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < end
@@ -80,10 +80,10 @@ def post(service: Service, body: bytes, path: str = PREDICTION_PATH) -> tuple[in
 
 
 def at(gateway: HttpGateway) -> Service:
-    """What `get`, `post` and `read_metrics` ask: a gateway in this process."""
+    """A gateway in this process, for `get`, `post` and `read_metrics`."""
     return Service(None, 0, gateway.server_port, [])
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """What comes until the other end closes the connection."""
+    """All bytes until the other end closes the connection."""
     return b"".join(iter(lambda: connection.recv(65536), b""))

@@ -34,7 +34,7 @@ def read_configs(folder: Path, name: str) -> list[GeneralModelConfig]:
 
 @pytest.mark.process
 def test_the_documents_command(exported: Path, tmp_path: Path) -> None:
-    """Run as it is written, where Paddle 3 wrote .json: same files as the original converter's, and the vocabulary."""
+    """As in the document, although Paddle 3 wrote .json: the original converter's files, and the vocabulary."""
     (tmp_path / "output").symlink_to(exported)
     done = run_script(
         ROOT / "export_to_serving.py",
@@ -78,7 +78,7 @@ def test_the_converted_model_gives_the_same_vectors(exported: Path, tmp_path: Pa
 
 
 def test_aliases(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The output keeps the graph's name where it gets none; --show_proto writes nothing."""
+    """Without an alias the output keeps the graph's name; --show_proto writes nothing."""
     convert(exported, tmp_path, "--feed_alias_names", "ids,types", "--show_proto")
     config = text_format.Parse(capsys.readouterr().out.split("\n", 1)[1], GeneralModelConfig())
     assert [var.alias_name for var in config.feed_var] == ["ids", "types"]
@@ -90,7 +90,7 @@ def test_aliases(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_graph_and_weights_alone(exported: Path, tmp_path: Path) -> None:
-    """The original's exports are no more than that; converted, they are of use to C++ Serving. Twice, as it may be."""
+    """An export of the original has no other files; converted, C++ Serving can use it. Twice, since that is allowed."""
     source = tmp_path / "output"
     source.mkdir()
     for name in (GRAPH, WEIGHTS):
@@ -124,7 +124,7 @@ def test_what_cannot_be_converted(exported: Path, tmp_path: Path) -> None:
     "names", [(GRAPH, "vocab.txt"), ("config.json", WEIGHTS), (GRAPH, "other.pdiparams"), ("vocab.txt", WEIGHTS)]
 )
 def test_files_that_are_no_graph_with_its_weights(exported: Path, tmp_path: Path, names: tuple[str, str]) -> None:
-    """Such as others of the folder."""
+    """Such as other files in the folder."""
     source = shutil.copytree(exported, tmp_path / "output")
     shutil.copy(exported / WEIGHTS, source / "other.pdiparams")
     with pytest.raises(InputError, match="--model_filename"):
@@ -133,7 +133,7 @@ def test_files_that_are_no_graph_with_its_weights(exported: Path, tmp_path: Path
 
 
 def test_a_graph_beside_another(exported: Path, tmp_path: Path) -> None:
-    """The one that is named is taken, with its weights, whatever it is called."""
+    """The named one is used, with its weights."""
     source = shutil.copytree(exported, tmp_path / "output")
     for name in (GRAPH, WEIGHTS):
         (source / name).rename(source / f"other{Path(name).suffix}")

@@ -1,4 +1,4 @@
-"""One text, one vector: whatever computes it, alone or in a batch of others, however it is padded."""
+"""A text has the same vector from every engine and service, alone or in a batch, with any padding."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ Encode = Callable[[Sequence[str]], np.ndarray]  # texts -> float32 [N, D]
 
 @pytest.fixture(scope="module", params=["cls", "mean"])
 def forms(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint of random weights, its export in both formats (output), and what Serving reads."""
+    """A folder with a checkpoint of random weights, its export in both formats (output), and Serving's folders."""
     folder = tmp_path_factory.mktemp("forms")
     ernie = make_model_folder(folder / "ernie", max_position_embeddings=100, initializer_range=0.5)
     loaded = create_model(
@@ -61,7 +61,7 @@ def expected(forms: Path) -> np.ndarray:
 
 
 def check(ways: Mapping[str, Encode], expected: np.ndarray) -> None:
-    """Each way gives the expected vectors, whatever texts come along."""
+    """Each way gives the expected vectors, whichever texts are in the same batch."""
     for name, encode in ways.items():
         batches = {
             "alone": np.concatenate([encode([text]) for text in TEXTS]),
@@ -74,14 +74,14 @@ def check(ways: Mapping[str, Encode], expected: np.ndarray) -> None:
 
 
 def padded(tokenizer: TextTokenizer) -> TextTokenizer:
-    """One that fills every text up to the maximum."""
+    """A tokenizer that pads every text to the maximum."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.pad_to_max_seq_len = True
     return tokenizer
 
 
 def in_process(name: str, embed: Embed, tokenizer: TextTokenizer) -> dict[str, Encode]:
-    """A batch as it comes, padded to the maximum, and through the encoder loop."""
+    """A batch as it is, padded to the maximum, and with `encode_texts`."""
     return {
         name: lambda texts: embed(*tokenizer(texts)),
         f"{name}, padded": lambda texts: embed(*padded(tokenizer)(texts)),

@@ -22,7 +22,7 @@ def corpus_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
-    """Takes the place of trainers' processes, and is the list of their commands."""
+    """Replaces the trainers' processes; the list of their commands."""
     commands: list[Sequence[str]] = []
 
     def run_process(command: Sequence[str | Path], report: Path, kind: type) -> harness.Training:

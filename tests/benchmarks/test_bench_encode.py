@@ -98,7 +98,7 @@ SECONDS = {  # of a pass, by row
 
 
 def encodings_of(names: Sequence[str], **vectors: list[list[float]]) -> dict[str, list[harness.Encoding]]:
-    """Two processes of each row, the first of them slower; all have the same vectors but those that are given."""
+    """Two processes of each row, the first one slower; all have the same vectors, except those given."""
     unit = [[1.0, 0.0], [0.6, 0.8]]
     return {
         name: [

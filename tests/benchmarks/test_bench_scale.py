@@ -7,7 +7,7 @@ from benchmarks import bench_scale
 
 @pytest.mark.process
 def test_the_scale_benchmark_measures_both_stages(capsys: pytest.CaptureFixture[str]) -> None:
-    """Really, on two small corpora."""
+    """On two small corpora."""
     assert bench_scale.main(["--documents", "60", "20"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(result["sizes"]) == ["20", "60"]

@@ -10,7 +10,7 @@ from common.errors import InputError
 
 
 def test_vectors_of_the_search_benchmark(tmp_path: Path) -> None:
-    """Unit vectors, of which copies lie near what they copy; a folder of files reads as one."""
+    """Unit vectors, with copies near the originals; a folder of files is read as one."""
     random = np.random.default_rng(1)
     made = bench_search.made_vectors(300, random)
     more = bench_search.stretched(made, 500, random)
@@ -30,7 +30,7 @@ def test_vectors_of_the_search_benchmark(tmp_path: Path) -> None:
 
 
 def test_engines_of_the_search_benchmark_reach_the_target_recall(tmp_path: Path) -> None:
-    """Ours and bare hnswlib; faiss lives in the peers' environment."""
+    """Ours and bare hnswlib; faiss is in the peers' environment."""
     vectors = bench_search.made_vectors(1000, np.random.default_rng(2))
     queries = vectors[: measure_search.TUNED_ON + 50]
     exact = -np.sort(-(queries @ vectors.T), axis=1)[:, :20]

@@ -9,7 +9,7 @@ from helpers import all_pairs, write_pairs
 
 @pytest.mark.server
 def test_serving_benchmark_prints_what_can_be_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A tiny model and moments: the ratios are those of the speeds, and every text was answered."""
+    """With a tiny model and short times: the ratios are those of the speeds, and every text was answered."""
     pairs = write_pairs(tmp_path / "train.csv", all_pairs())
     sizes = ["--batch_size", "4", "--texts", "8", "--seconds", "0.3", "--rounds", "1", "--threads", "1"]
     bench_serving.main(["--train_set_file", str(pairs), "--model", str(folder), *sizes])

@@ -63,7 +63,7 @@ def test_a_trainer_reports_every_step(trainer: ModuleType, folder: Path, tmp_pat
 
 
 def test_all_trainers_take_the_same_batches() -> None:
-    """File order for the reference, and two ranks that share a batch out, have the batches of one rank."""
+    """The reference in file order, and two ranks that share each batch, have the batches of one rank."""
     one, two = (
         [
             np.concatenate(step.batches[0])

@@ -17,7 +17,7 @@ from modeling.checkpoint import load_checkpoint
 
 @pytest.fixture(scope="session")
 def serving_folder(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where export_to_serving.py wrote serving_server and serving_client."""
+    """A folder with serving_server and serving_client, written by export_to_serving.py."""
     folder = tmp_path_factory.mktemp("serving")
     paths = ["--server_path", str(folder / "serving_server"), "--client_path", str(folder / "serving_client")]
     export_to_serving.main(["--dirname", str(exported), *paths, "--fetch_alias_names", "output_embedding"])
@@ -44,14 +44,14 @@ def cpp_server(cpp_program: Path, serving_folder: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def model(checkpoint: Path) -> tuple[Callable[..., np.ndarray], TextTokenizer]:
-    """What a server's vectors must equal."""
+    """What computes the expected vectors, and the tokenizer."""
     model, tokenizer, *_ = load_checkpoint(checkpoint)
     return model.embed, tokenizer
 
 
 @pytest.fixture
 def cpp_answers(cpp_server: Server, model: Any) -> Iterator[None]:
-    """Whatever a test did, the next requests get the right vectors."""
+    """After the test, the next requests get the right vectors."""
     yield
     embed, tokenizer = model
     tokens = tokenizer(["水稻"])

@@ -1,4 +1,4 @@
-"""The build of the C++ server, and its parts that have tests of their own."""
+"""The build of the C++ server, and tests of its parts."""
 
 import gzip
 import os
@@ -44,7 +44,7 @@ def test_cudas_libraries_are_found_where_pip_puts_them(tmp_path: Path) -> None:
 
 @pytest.mark.cpp
 def test_builds_take_turns_and_paths_may_hold_spaces(tmp_path: Path) -> None:
-    """CMake's place is taken by a script that fails where another runs."""
+    """CMake is replaced by a script that fails while another one runs."""
     paddle = tmp_path / "a b*" / "paddle"
     (paddle / "version").mkdir(parents=True)
     (paddle / "__init__.py").touch()
@@ -61,7 +61,7 @@ def test_builds_take_turns_and_paths_may_hold_spaces(tmp_path: Path) -> None:
 
 @pytest.mark.process
 def test_missing_packages_are_named(tmp_path: Path) -> None:
-    """By build.sh, which installs nothing unasked."""
+    """By build.sh, which installs nothing by default."""
     (tmp_path / "dpkg-query").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "dpkg-query").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
@@ -75,7 +75,7 @@ def test_missing_packages_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.process
 def test_a_build_of_another_place_is_made_anew(tmp_path: Path) -> None:
-    """CMake refuses its cache once the repository was moved or copied."""
+    """CMake refuses its cache after the repository was moved or copied."""
     (tmp_path / "dpkg-query").write_text("#!/bin/sh\necho install ok installed\n")
     (tmp_path / "cmake").write_text("#!/bin/sh\nexit 1\n")
     for program in ("dpkg-query", "cmake"):
@@ -93,7 +93,7 @@ def test_a_build_of_another_place_is_made_anew(tmp_path: Path) -> None:
 
 @pytest.mark.cpp
 def test_how_texts_are_batched(tmp_path: Path) -> None:
-    """batcher_test.cpp ends at the first expectation that doesn't hold, and says which it is."""
+    """batcher_test.cpp ends at the first failed expectation and names it."""
     sources = [ROOT / "tests" / "batcher_test.cpp", CPP / "server" / "batcher.cpp"]
     program = tmp_path / "batcher_test"
     subprocess.run(["g++", "-std=c++17", "-pthread", "-I", CPP / "server", *sources, "-o", program], check=True)
@@ -102,8 +102,8 @@ def test_how_texts_are_batched(tmp_path: Path) -> None:
 
 
 @pytest.mark.cpp
-def test_the_parsers_bear_whatever_comes(tmp_path: Path) -> None:
-    """libFuzzer, from requests that they accept."""
+def test_the_parsers_survive_any_input(tmp_path: Path) -> None:
+    """libFuzzer, starting from requests that they accept."""
     done = subprocess.run(
         ["sh", CPP / "build.sh", "--fuzz", "--build-dir", tmp_path / "build", "--python", sys.executable],
         capture_output=True,

@@ -24,7 +24,7 @@ BAD_VALUES = [(["--model", "nope"], "--model nope"), (["--port", "99999"], "-por
 
 @pytest.mark.parametrize(("options", "named"), CPU_REFUSES + BAD_VALUES)
 def test_what_start_server_refuses(cpp_program: Path, serving_folder: Path, options: list[str], named: str) -> None:
-    """What a CPU can't do and wrong values, by name, before it starts anything."""
+    """Wrong values and what a CPU can't do, by name, before it starts anything."""
     done = subprocess.run(
         ["sh", CPP / "start_server.sh", "--model", serving_folder / "serving_server", *options],
         env=cpp_environment(SERVING_BIN=str(cpp_program)),

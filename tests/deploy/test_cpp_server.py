@@ -91,7 +91,7 @@ def test_the_clients_print_the_models_vectors(cpp_server: Server, serving_folder
 
 
 def test_the_documented_commands(cpp_program: Path, serving_folder: Path, tmp_path: Path) -> None:
-    """The server is started and asked as docs/cpp_server.md does it, on a free port and with the tests' build."""
+    """The server is started and called as in docs/cpp_server.md, on a free port and with the tests' build."""
     page = (ROOT / "docs" / "cpp_server.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)\n```", page, re.DOTALL)
     build, start_server, *questions = [block for block in blocks if "deploy/C++" in block]
@@ -144,7 +144,7 @@ def test_paddle_servings_own_client(
 
 
 def as_int32(request: Any) -> None:
-    """The second way to give token ids."""
+    """Changes a request to int32 token ids."""
     for tensor in request.tensor:
         tensor.int_data.extend(tensor.int64_data)
         tensor.elem_type = 2
@@ -152,7 +152,7 @@ def as_int32(request: Any) -> None:
 
 
 def as_bytes(request: Any) -> None:
-    """The third."""
+    """Changes a request to token ids as bytes."""
     for tensor in request.tensor:
         tensor.tensor_content = np.array(tensor.int64_data, dtype="<i8").tobytes()
         del tensor.int64_data[:]
@@ -185,7 +185,7 @@ def test_all_ways_to_send_a_request(cpp_server: Server, model: Any, change: Call
 
 
 def test_compressed_and_attached_frames(cpp_server: Server, model: Any) -> None:
-    """What brpc's clients may add; several requests of one connection are told apart by their numbers."""
+    """Additions that brpc's clients may make; several requests of one connection are told apart by their ids."""
     embed, tokenizer = model
     numbers = {}
     with socket.create_connection(cpp_server.address, 60) as connection, connection.makefile("rb") as stream:
@@ -309,7 +309,7 @@ BAD_BODIES = {
 
 @pytest.mark.parametrize("case", BAD_BODIES)
 def test_bad_bodies(cpp_server: Server, cpp_answers: None, case: str) -> None:
-    """Each is answered with an error in its own format, and takes no memory worth mentioning."""
+    """Each is answered with an error in its own format."""
     body, headers, expected = BAD_BODIES[case]
     status, content = post(cpp_server, body, headers)
     assert status == expected
@@ -319,14 +319,14 @@ def test_bad_bodies(cpp_server: Server, cpp_answers: None, case: str) -> None:
 
 @pytest.mark.parametrize("start", [b'{"tensor":[{"shape":', b'{"tensor":[{"name":\'"\',"shape":'])
 def test_deep_json_costs_nothing(cpp_server: Server, cpp_answers: None, start: bytes) -> None:
-    """Protobuf's parser isn't given it; it takes strings in either quotes."""
+    """It doesn't reach protobuf's parser, which accepts strings in either kind of quotes."""
     status, content = post(cpp_server, start + b"[" * 10**6, JSON)
     assert status == 400 and "nested too deeply" in json.loads(content)["err_msg"]
 
 
 @pytest.mark.parametrize("send", [clients.http_inference, clients.rpc_inference])
 def test_large_requests_that_are_sent_whole(cpp_server: Server, cpp_answers: None, send: Callable[..., Any]) -> None:
-    """Their clients hear why they are refused."""
+    """Their clients get the reason for the refusal."""
     with pytest.raises(InputError, match="refused the request: the body has more than 16777216 bytes"):
         send(cpp_server.address, Request(fetch_var_names=["x" * MAX_BODY]), 60)
 
@@ -364,7 +364,7 @@ def test_bad_http(cpp_server: Server, cpp_answers: None, request_bytes: bytes, s
 
 
 def test_http_1_0_keeps_a_connection_where_it_asks_to(cpp_server: Server, model: Any) -> None:
-    """As `ab -k` and older proxies do, who look for the header."""
+    """As with `ab -k` and older proxies, which look for the header."""
     body = make_request(model[1](TEXTS)).SerializeToString()
     head = f"POST /GeneralModelService/inference HTTP/1.0\r\nContent-Length: {len(body)}\r\n"
     head += "".join(f"{name}: {value}\r\n" for name, value in PROTO.items())
@@ -391,7 +391,7 @@ BAD_FRAMES = {
 
 
 def test_bad_frames(cpp_server: Server, cpp_answers: None) -> None:
-    """Those whose ends are known are answered and followed by others."""
+    """If the end of a bad frame is known, it is answered, and the next frames are read."""
     with socket.create_connection(cpp_server.address, 60) as connection, connection.makefile("rb") as stream:
         for case, (meta, number) in BAD_FRAMES.items():
             connection.sendall(frame_of(meta.SerializeToString(), GOOD))
@@ -412,7 +412,7 @@ def test_bad_frames(cpp_server: Server, cpp_answers: None) -> None:
     ],
 )
 def test_bad_frame_headers(cpp_server: Server, cpp_answers: None, header: bytes) -> None:
-    """Answered too, and then the connection ends, after a good frame as before any."""
+    """They are answered too, after a good frame or as the first one; then the connection ends."""
     for before in (b"", format_frame(GOOD)):
         with socket.create_connection(cpp_server.address, 60) as connection, connection.makefile("rb") as stream:
             connection.sendall(before + header)
@@ -422,7 +422,7 @@ def test_bad_frame_headers(cpp_server: Server, cpp_answers: None, header: bytes)
 
 
 def test_random_changes_of_requests(cpp_server: Server, cpp_answers: None) -> None:
-    """Bytes changed, left out and added anywhere end in an answer or in the end of the connection."""
+    """Bytes changed, removed and added anywhere lead to an answer or to the end of the connection."""
     generator = random.Random(0)
     head = (
         f"POST {clients.HTTP_PATH} HTTP/1.1\r\nContent-Type: application/proto\r\nContent-Length: {len(GOOD)}\r\n\r\n"
@@ -444,7 +444,7 @@ def test_random_changes_of_requests(cpp_server: Server, cpp_answers: None) -> No
 
 
 def test_bad_requests_write_nothing_to_the_log(start_alone: Callable[..., Server]) -> None:
-    """Where nobody reads it, the server would stand still."""
+    """The server would block if nothing read the log."""
     server = start_alone()
     lines = len(server.log)
     meta = b"\x0a\x00"  # an RpcMeta whose request lacks what it must have
@@ -458,7 +458,7 @@ def test_bad_requests_write_nothing_to_the_log(start_alone: Callable[..., Server
 
 
 def test_the_start_of_a_request_does_not_hold_up_a_stop(start_alone: Callable[..., Server]) -> None:
-    """Nor one behind a request that is still computed."""
+    """Nor does one after a request that is still being computed."""
     server = start_alone()
     frame = format_frame(GOOD)
     head = f"POST {clients.HTTP_PATH} HTTP/1.1\r\nContent-Type: application/proto\r\nContent-Length: 9\r\n\r\n".encode()
@@ -477,7 +477,7 @@ def test_the_start_of_a_request_does_not_hold_up_a_stop(start_alone: Callable[..
 
 
 def test_slow_and_vanished_clients(cpp_server: Server, cpp_answers: None) -> None:
-    """They hold up nobody."""
+    """They don't delay other clients."""
     frame = format_frame(GOOD)
     starts = [b"", b"P", b"POST /Gen", frame[:7], frame[:20], b"POST / HTTP/1.1\r\nContent-Length: 100\r\n\r\nabc"]
     slow = [socket.create_connection(cpp_server.address, 60) for _ in range(20) for _ in starts]
@@ -496,7 +496,7 @@ def test_slow_and_vanished_clients(cpp_server: Server, cpp_answers: None) -> Non
 
 
 def test_announced_large_requests_leave_room_for_small_ones(cpp_server: Server, cpp_answers: None) -> None:
-    """What may come in together is limited for large ones alone."""
+    """The total size of requests that are being received is limited only for large ones."""
     head = f"POST {clients.HTTP_PATH} HTTP/1.1\r\nContent-Type: application/proto\r\nContent-Length: {MAX_BODY}\r\n\r\n"
     announced = [socket.create_connection(cpp_server.address, 60) for _ in range(17)]
     for connection in announced:
@@ -535,7 +535,7 @@ def test_every_answer_under_load_is_the_right_one(cpp_server: Server, model: Any
 
 @pytest.mark.parametrize("option", ["-max_queued_texts", "-max_waiting_texts"])  # the latter from version 1
 def test_too_much_work_is_refused(start_alone: Callable[..., Server], model: Any, option: str) -> None:
-    """A request that doesn't fit into the queue gets an error at once; smaller ones go on."""
+    """A request that doesn't fit into the queue gets an error at once; smaller ones are still accepted."""
     server = start_alone(option, 8)
     refused = make_request(many_texts(9))
     with pytest.raises(InputError, match="too many texts are waiting; try again later"):
@@ -549,7 +549,7 @@ def test_too_much_work_is_refused(start_alone: Callable[..., Server], model: Any
 
 
 def test_sigterm_lets_what_is_going_on_end(start_alone: Callable[..., Server], model: Any) -> None:
-    """Requests taken are answered, idle connections end, new ones aren't accepted, and the exit code is 0."""
+    """Received requests are answered, idle connections end, new ones aren't accepted, and the exit code is 0."""
     server = start_alone()
     request = make_request(many_texts(1024))
     idle = socket.create_connection(server.address, 60)
@@ -590,7 +590,7 @@ def make_serving_folder(model: SemanticIndexBase, tokenizer: TextTokenizer, fold
 
 
 def test_the_host_and_the_cores_that_are_given(cpp_program: Path, serving_folder: Path, cpp_server: Server) -> None:
-    """A name is looked up, an empty one is none; a predictor for each core that the process may use."""
+    """A name is looked up, an empty one is ignored; there is a predictor for each core that the process may use."""
     core = min(os.sched_getaffinity(0))
     for host in ("localhost", ""):
         port = free_port()
@@ -625,7 +625,7 @@ def test_predictors_share_the_weights(cpp_program: Path, tmp_path: Path) -> None
 
 
 def test_ernie_3(cpp_program: Path, tmp_path: Path) -> None:
-    """Its table of task types says nothing about how long a text may be."""
+    """Its table of task types doesn't limit the length of a text."""
     model_folder = make_model_folder(tmp_path / "ernie", use_task_id=True, task_type_vocab_size=3)
     model, tokenizer = create_model(SemanticIndexBase, from_scratch=str(model_folder))
     model.eval()

@@ -54,7 +54,7 @@ finally:
 def test_vectors_of_options_and_files(
     exported: Path, checkpoint: Path, predict: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those of --text come first; they are the model's."""
+    """Those of --text come first; all equal the model's."""
     (tmp_path / "texts.txt").write_text("玉米\n\n土壤的评价\n", encoding="utf-8")
     options = ["--text", "水", "--text", LONG_TEXT, "--text_file", str(tmp_path / "texts.txt"), "--skip_bad_lines"]
     output = tmp_path / "vectors.npy"
@@ -82,7 +82,7 @@ def test_similarities_of_a_file(
 def test_max_seq_length_cuts_the_texts(
     exported: Path, checkpoint: Path, predict: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The original's deployment ignored it."""
+    """The original's deployment ignored the option."""
     vectors = []
     for length in (12, 40):
         output = tmp_path / f"{length}.npy"

@@ -1,4 +1,4 @@
-"""A real Pipeline service: its vectors, its load, and everything that clients and operators can do wrong."""
+"""A real Pipeline service: its vectors, its behaviour under load, and errors of clients and operators."""
 
 import contextlib
 import io
@@ -64,7 +64,7 @@ def service(serving_server: Path) -> Iterator[Service]:
 
 @pytest.fixture
 def answers(service: Service) -> Iterator[None]:
-    """Whatever a test did, the next request works."""
+    """After the test, the next request works."""
     yield
     for client in CLIENTS.values():
         with client(service) as embed:
@@ -80,7 +80,7 @@ def call(service: Service, data: bytes) -> Response:
 
 
 def encoders(process: int) -> list[int]:
-    """Those of its children that run the encoder's program; one not so far yet holds its parent up (vfork)."""
+    """Those of its children that run the encoder's program already; until then a child blocks its parent (vfork)."""
     commands = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children(process)}
     return [child for child, command in commands.items() if encoder_process.__name__.encode() in command]
 
@@ -96,7 +96,7 @@ def test_the_answer_keeps_the_originals_form(service: Service) -> None:
 
 
 def test_every_answer_under_load_is_the_right_one(service: Service, serving_server: Path) -> None:
-    """16 clients at a time, both ways in, one to five texts a request; some are computed together."""
+    """16 concurrent clients over both protocols, one to five texts per request; some are computed together."""
     exported = load_exported(serving_server)
     texts = [*TITLES, *TEXTS]
     expected = encode_texts(exported.encoder.embed, texts, exported.tokenizer, 32)
@@ -215,7 +215,7 @@ def test_bad_rpc_requests(service: Service) -> None:
 
 
 class _Touch:
-    """Unpickling it makes a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -276,7 +276,7 @@ def test_clients_that_hang_up(service: Service, sent: bytes) -> None:
     ids=lambda value: str(value)[:50],
 )
 def test_bad_http_heads(service: Service, head: bytes, status: bytes) -> None:
-    """One answer, in JSON or without a word, never a page of HTML or what was sent; none to a head without end."""
+    """One answer, in JSON or without a body, never HTML or what was sent; none to an endless head."""
     with socket.create_connection((HOST, service.http_port), timeout=30) as connection:
         connection.sendall(head + b"\r\nHost: a\r\nConnection: close\r\n\r\n")
         answer = read_all(connection)
@@ -287,7 +287,7 @@ def test_bad_http_heads(service: Service, head: bytes, status: bytes) -> None:
 
 @pytest.mark.usefixtures("answers")
 def test_other_ways_to_send_a_request(service: Service) -> None:
-    """In chunks, from HTTP/1.0, and with more in chunks than is taken."""
+    """In chunks, from HTTP/1.0, and in chunks that exceed the limit."""
     body = as_json(key=["0"], value=["水稻"])
     chunk = b"%x\r\n%s\r\n" % (len(body), body)
     post = b"POST /ernie/prediction HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
@@ -310,7 +310,7 @@ def test_other_ways_to_send_a_request(service: Service) -> None:
 
 @pytest.mark.usefixtures("answers")
 def test_a_killed_encoder_is_started_again(service: Service) -> None:
-    """Whether it dies idle or at work."""
+    """Whether it dies while idle or while encoding."""
     (encoder,) = children(service.process.pid)
     os.kill(encoder, signal.SIGKILL)
     until(lambda: not Path(f"/proc/{encoder}").exists() or "Z" in Path(f"/proc/{encoder}/stat").read_text())
@@ -321,7 +321,7 @@ def test_a_killed_encoder_is_started_again(service: Service) -> None:
 
 
 def test_sigterm_answers_what_is_in_flight_and_leaves_no_process(serving_server: Path) -> None:
-    """Clients that go on get right answers, then errors; no answer is wrong or cut off."""
+    """Clients that continue get right answers, then errors; no answer is wrong or cut off."""
     exported = load_exported(serving_server)
     texts = TITLES[:64]
     expected = encode_texts(exported.encoder.embed, texts, exported.tokenizer, 32)
@@ -367,7 +367,7 @@ def test_a_killed_service_leaves_no_process(serving_server: Path) -> None:
 
 
 def refusal(*options: str | Path) -> str:
-    """The line with which the service refuses to start."""
+    """The error line of a service that doesn't start."""
     done = run_script(ROOT / "deploy/python/web_service.py", *options)
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
@@ -406,7 +406,7 @@ def test_missing_packages(serving_server: Path, tmp_path: Path, script: str, pac
 
 @pytest.mark.parametrize("which", ["rpc_port", "http_port"])
 def test_a_port_in_use(service: Service, which: str) -> None:
-    """Said before the model is loaded."""
+    """Reported before the model is loaded."""
     port = getattr(service, which)
     ports = {"rpc_port": 0, "http_port": 0, which: port}
     line = refusal(*(str(word) for name, number in ports.items() for word in (f"--{name}", number)))
@@ -425,7 +425,7 @@ def test_many_rpc_connections_leave_room_for_http(serving_server: Path) -> None:
 
 
 def test_no_descriptors_left(serving_server: Path) -> None:
-    """New connections wait, those that are open go on."""
+    """New connections wait, open ones keep working."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with running_service(serving_server, "--threads", "1") as service, http_client(service) as embed:
         assert embed(["水稻"]).shape == (1, 16)

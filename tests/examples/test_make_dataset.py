@@ -34,7 +34,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
 
 
 def test_bytes_are_those_of_every_machine() -> None:
-    """A Python version that gives another digest is a defect; pin the new one when lists or code change."""
+    """Another digest with another Python version is a bug; update it if the lists or the code change."""
     lines = make_dataset.make_dataset(documents=60, train_pairs=80, dev_pairs=5, test_pairs=10, seed=0)
     assert digest(lines) == "2c4c1d23e0deece66cf665f3421cf9366c5f99947743e4b3c17c3ddd9ef27372"
 

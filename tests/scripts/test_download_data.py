@@ -46,7 +46,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
 
 def dataset(path: Path, top: str = "", files: list[str] = DATA_FILES) -> bytes:
-    """A ZIP archive of the dataset's layout, written to `path`."""
+    """A ZIP archive in the dataset's layout, written to `path`."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(f"{top}milvus/milvus_data.csv", "文献\n")
         archive.writestr("__MACOSX/recall/train.csv", "shadow")

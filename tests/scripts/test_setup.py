@@ -47,7 +47,7 @@ def write_wheel(
 
 
 class Repo:
-    """A copy of the scripts beside lock files of tiny packages, which wheels/ holds."""
+    """A copy of the scripts with lock files of tiny packages, which are in wheels/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -96,14 +96,14 @@ class Repo:
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
     def installed(self, module: str) -> str | None:
-        """The version of `module` in .venv, None where it isn't installed."""
+        """The version of `module` in .venv, None if it isn't installed."""
         code = f"import {module}; print({module}.version)"
         done = subprocess.run([self.path / ".venv/bin/python", "-c", code], capture_output=True, text=True)
         return done.stdout.strip() or None
 
 
 def files_of(folder: Path) -> dict[Path, int]:
-    """When each was written; what Python compiles on the way doesn't count."""
+    """The time of the last change of each file, except those that Python compiles."""
     return {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in str(path)}
 
 
@@ -114,7 +114,7 @@ def fresh(tmp_path: Path) -> Repo:
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Repo, list[str]]:
-    """A set-up repository, and what two runs that started at once printed."""
+    """A repository that is set up, and the output of two runs that started at the same time."""
     repo = Repo(tmp_path_factory.mktemp("setup") / "ready").write()
     runs = [repo.start(shell="sh"), repo.start(shell="bash")]
     outputs = [run.communicate(timeout=300) for run in runs]
@@ -156,7 +156,7 @@ def test_wrong_option(fresh: Repo, args: list[str]) -> None:
 
 
 def path_with(folder: Path, **scripts: str) -> str:
-    """A PATH of `folder` alone: the tools that the scripts use, and `scripts` (name: body), but no Python."""
+    """A PATH of `folder` only: the tools that the scripts use, and `scripts` (name: body), but no Python."""
     folder.mkdir()
     for tool in ("awk", "cat", "cksum", "df", "dirname", "flock", "grep", "mkdir", "rm", "sed", "tail", "wc"):
         (folder / tool).symlink_to(shutil.which(tool) or f"/bin/{tool}")
@@ -240,7 +240,7 @@ def test_extras_are_added_and_a_plain_run_keeps_them(ready: Repo, option: str, a
 
 
 def test_the_server_that_paddle_serving_starts_takes_its_place(ready: Repo) -> None:
-    """Also where an earlier setup.sh had changed the same line."""
+    """Also if an earlier setup.sh had changed the same line."""
     assert ready.run("--serving").returncode == 0
     (server,) = ready.path.glob(f".venv/lib/*/site-packages/{SERVER_FILE}")
     changed = server.read_text()

@@ -1,4 +1,4 @@
-"""scripts/test.sh, in a copy of the project whose other programs only say how they were called."""
+"""scripts/test.sh, in a copy of the project whose other programs only print how they were called."""
 
 import shutil
 import subprocess
@@ -33,7 +33,7 @@ def run(copy: Path, *arguments: str) -> Completed:
 
 
 def test_all_tests(copy: Path) -> None:
-    """The C++ server's included; other arguments go to pytest."""
+    """Including the C++ server's; other arguments go to pytest."""
     done = run(copy, "-k", "recall or data")
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
@@ -56,7 +56,7 @@ def test_without_the_packages_of_the_cpp_server(copy: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [("--fast", "-k", "recall"), ("-k", "recall", "--fast")])
 def test_fast_tests_build_and_install_nothing_more(copy: Path, arguments: tuple[str, ...]) -> None:
-    """And one line says what is left out."""
+    """One line says what is left out."""
     (copy / ".venv/setup").mkdir()
     for extra in ("onnx", "serving"):
         (copy / ".venv/setup" / extra).touch()

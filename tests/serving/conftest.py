@@ -1,4 +1,4 @@
-"""A Pipeline service in this process, with an encoder that does as it is told."""
+"""A Pipeline service in this process, with an encoder that the tests control."""
 
 from collections.abc import Iterator
 
@@ -29,7 +29,7 @@ def fake_service(encoder: FakeEncoder) -> Iterator[PipelineService]:
 
 @pytest.fixture
 def gateway(fake_service: PipelineService, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpGateway]:
-    """Of the fake service, with little patience, two requests at a time and six connections."""
+    """The fake service over HTTP, with short timeouts, for two concurrent requests and six connections."""
     monkeypatch.setattr(http_gateway, "REQUEST_SECONDS", 0.5)
     monkeypatch.setattr(http_gateway, "IDLE_SECONDS", 1.0)
     monkeypatch.setattr(http_gateway, "OTHER_CONNECTIONS", 4)

@@ -12,7 +12,7 @@ from serving.limits import OVERLOADED, STOPPING
 
 
 def test_overload_is_an_error_at_once(fake_service: PipelineService, encoder: FakeEncoder) -> None:
-    """Beyond waiting_texts, and only as long as they wait."""
+    """Above queued_texts, and only while those texts wait."""
     with ThreadPoolExecutor(8) as pool:
         futures = [pool.submit(ask, fake_service, "a", "b", "c") for _ in range(2)]
         until(lambda: fake_service.admission.texts == 6)
@@ -26,7 +26,7 @@ def test_overload_is_an_error_at_once(fake_service: PipelineService, encoder: Fa
 def test_an_unforeseen_error_is_an_answer(
     fake_service: PipelineService, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither the client nor the log learn its message, which could hold texts."""
+    """Neither the client nor the log gets its message, which could contain texts."""
 
     def fail(*_: object) -> None:
         raise ValueError(SECRET)
@@ -37,7 +37,7 @@ def test_an_unforeseen_error_is_an_answer(
 
 
 def test_stopping_answers_what_is_there(encoder: FakeEncoder) -> None:
-    """And refuses what comes later."""
+    """And rejects later requests."""
     service = PipelineService([encoder], ServiceOptions(4, 0.0, 16, LIMITS))
     with ThreadPoolExecutor(8) as pool:
         early = [pool.submit(ask, service, text) for text in ("a", "b")]
@@ -53,7 +53,7 @@ def test_stopping_answers_what_is_there(encoder: FakeEncoder) -> None:
 
 
 def test_overload_over_rpc(encoder: FakeEncoder) -> None:
-    """The client tells a busy service from texts that are too many, and from none."""
+    """The client tells apart a busy service, too many texts, and no service."""
     service = PipelineService([encoder], ServiceOptions(4, 0.0, 1, LIMITS))
     endpoint = f"{HOST}:{service.listen(HOST, 0)}"
     with ThreadPoolExecutor(1) as pool:

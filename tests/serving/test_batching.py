@@ -11,7 +11,7 @@ from serving.limits import INTERNAL_ERROR
 
 
 def test_waiting_requests_are_computed_together(fake_service: PipelineService, encoder: FakeEncoder) -> None:
-    """The first alone, then up to batch_size texts of those that came meanwhile; each gets its own vectors."""
+    """The first one alone, then up to batch_size texts of those that arrived meanwhile; each gets its own vectors."""
     with ThreadPoolExecutor(8) as pool:
         futures = {text: pool.submit(ask, fake_service, text) for text in ("a",)}
         until(lambda: encoder.batches == [["a"]])
@@ -33,7 +33,7 @@ def test_a_lone_client_never_waits(fake_service: PipelineService, encoder: FakeE
 
 
 def test_two_encoders_work_at_a_time() -> None:
-    """A request doesn't wait for the batch before it where another encoder is free."""
+    """A request doesn't wait for the batch before it if another encoder is free."""
     encoders = [FakeEncoder(), FakeEncoder()]
     service = PipelineService(encoders, ServiceOptions(4, 0.0, 16, LIMITS))
     with ThreadPoolExecutor(2) as pool:
@@ -58,7 +58,7 @@ def test_a_failing_encoder_fails_its_batch_alone(fake_service: PipelineService, 
 def test_an_unforeseen_error_fails_its_batch_alone(
     fake_service: PipelineService, encoder: FakeEncoder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The thread that encodes goes on."""
+    """The encoding thread continues."""
     encoder.go.set()
     answers: list[Response] = []
     threading.Thread(

@@ -19,8 +19,8 @@ from serving import encoder_process
 from serving.encoder_process import EncoderOptions, EncoderProcess, EncoderStopped, serve
 
 
-def test_an_encoder_tells_why_it_can_t_load_or_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's errors are OSErrors; after one on a GPU the process ends, since CUDA may be lost to it."""
+def test_an_encoder_reports_why_it_cannot_load_or_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's errors are OSErrors; after one on a GPU the process ends, since it may not be able to use CUDA again."""
 
     def sent(load: Callable[..., Any]) -> list[Any]:
         monkeypatch.setattr(static_graph, "load_exported", load)
@@ -47,7 +47,7 @@ def test_an_encoder_tells_why_it_can_t_load_or_compute(monkeypatch: pytest.Monke
 
 @pytest.mark.process
 def test_an_encoder_that_cannot_be_started_again(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is broken until the next texts, which start it where that works by then."""
+    """It stays broken until a later request can start it."""
     others = children(os.getpid())
     encoder = EncoderProcess(EncoderOptions(str(exported), "cpu", "fp32", 1, None, 4))
     (process,) = {*children(os.getpid())}.difference(others)

@@ -49,7 +49,7 @@ def test_an_unforeseen_error_over_http(
     ],
 )
 def test_a_body_is_never_another_request(gateway: HttpGateway, head: str, body: str) -> None:
-    """Nor where a proxy may see its end elsewhere."""
+    """Nor if a proxy may see the end of the body elsewhere."""
     with socket.create_connection((HOST, gateway.server_port), timeout=10) as connection:
         connection.sendall(f"{head}\r\nHost: a\r\n\r\n{body}".encode())
         answers = read_all(connection)  # one that stays open is closed as idle after a second
@@ -57,7 +57,7 @@ def test_a_body_is_never_another_request(gateway: HttpGateway, head: str, body: 
 
 
 def test_slow_clients_lose_their_connection(gateway: HttpGateway) -> None:
-    """One that sends nothing, and those that send a byte of a head or body now and then."""
+    """One that sends nothing, and those that send a byte of a head or body from time to time."""
     for head in ("", "GET /health HTTP/1.1\r\nHost: ", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"):
         with socket.create_connection((HOST, gateway.server_port), timeout=0.05) as connection:
             connection.sendall(head.encode())
@@ -94,7 +94,7 @@ def test_a_client_that_reads_no_refusals_loses_its_connection(gateway: HttpGatew
 
 
 def test_a_request_that_has_come_is_not_idle(gateway: HttpGateway, encoder: FakeEncoder) -> None:
-    """Though it isn't read yet when its connection would have to make room."""
+    """Even if it hasn't been read yet when a new connection needs room."""
     encoder.go.set()
     connections = [http.client.HTTPConnection(HOST, gateway.server_port, timeout=10) for _ in range(7)]
     for connection in connections[:6]:
@@ -109,7 +109,7 @@ def test_a_request_that_has_come_is_not_idle(gateway: HttpGateway, encoder: Fake
 
 
 def test_bodies_on_their_way_count_as_requests(gateway: HttpGateway, encoder: FakeEncoder) -> None:
-    """Until they are answered, or their clients have gone."""
+    """Until they are answered, or until their clients disconnect."""
     encoder.go.set()
     service, body = at(gateway), as_json(key=["0"], value=["a"])
     slow = [socket.create_connection((HOST, gateway.server_port)) for _ in range(2)]
@@ -126,7 +126,7 @@ def test_bodies_on_their_way_count_as_requests(gateway: HttpGateway, encoder: Fa
 def test_a_stop_tells_clients_and_does_not_wait_for_ever(
     fake_service: PipelineService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An answer after the stop is its connection's last; what isn't answered then is left."""
+    """An answer after the stop is its connection's last one; requests without an answer by then get none."""
     monkeypatch.setattr(http_gateway, "SENDING_SECONDS", 0.1)
     gateway = HttpGateway(fake_service, HOST, 0, requests=2)
     connections = [http.client.HTTPConnection(HOST, gateway.server_port, timeout=30) for _ in range(2)]
@@ -147,7 +147,7 @@ def test_a_stop_tells_clients_and_does_not_wait_for_ever(
 
 
 def test_idle_connections_make_room(gateway: HttpGateway, encoder: FakeEncoder) -> None:
-    """The longest idle one is closed for the next; those that stay go on."""
+    """The one that has been idle longest is closed for a new one; the others keep working."""
     encoder.go.set()
     connections = [http.client.HTTPConnection(HOST, gateway.server_port, timeout=10) for _ in range(8)]
     for connection in connections:
@@ -163,7 +163,7 @@ def test_idle_connections_make_room(gateway: HttpGateway, encoder: FakeEncoder) 
 
 
 def test_more_connections_at_work_are_refused(gateway: HttpGateway) -> None:
-    """At once, and taken again when others are gone."""
+    """At once, and accepted again after others have disconnected."""
     service = at(gateway)
     slow = [socket.create_connection((HOST, gateway.server_port)) for _ in range(6)]
     for connection in slow:
@@ -178,7 +178,7 @@ def test_more_connections_at_work_are_refused(gateway: HttpGateway) -> None:
 
 
 def test_more_requests_are_refused_at_once(gateway: HttpGateway, encoder: FakeEncoder) -> None:
-    """Over a connection that goes on; /health and /metrics aren't concerned."""
+    """Over a connection that stays open; /health and /metrics still answer."""
     service = at(gateway)
     body = as_json(key=["0"], value=["a"])
     refused = http.client.HTTPConnection(HOST, gateway.server_port, timeout=10)

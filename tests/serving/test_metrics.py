@@ -55,8 +55,8 @@ def test_the_queue_is_counted(fake_service: PipelineService, gateway: HttpGatewa
 
 
 @pytest.mark.process
-def test_metrics_leave_another_service_s_folder_alone(tmp_path: Path) -> None:
-    """That of Prometheus for several processes, even where it isn't there."""
+def test_metrics_do_not_use_the_folder_for_several_processes(tmp_path: Path) -> None:
+    """Prometheus's folder for several processes, even if it doesn't exist."""
     code = "from serving.limits import Admission; from serving.metrics import Metrics; Metrics(Admission(1)).text()"
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "none")}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)

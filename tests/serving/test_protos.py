@@ -19,7 +19,7 @@ def test_messages_are_those_of_the_proto_files(tmp_path: Path) -> None:
 
 
 def test_paddle_serving_reads_our_messages() -> None:
-    """In a process that has its messages, which have the same names."""
+    """In a process that also has its own messages, which have the same names."""
     from paddle_serving_server.proto import general_model_config_pb2, general_model_service_pb2
 
     request = Request(log_id=7)

@@ -23,7 +23,7 @@ OLD_NAMES = [("max_queue_delay_ms", "batch_wait_ms"), ("max_queued_texts", "max_
 
 @pytest.mark.parametrize(("name", "old_name"), OLD_NAMES)
 def test_names_of_version_1_still_work(name: str, old_name: str) -> None:
-    """As options and as variables; if both are given, the new name counts."""
+    """As options and as variables; if both names are given, the new one counts."""
     parser = ArgumentParser()
     add_settings_args(parser)
     variable, old_variable = f"SERVING_{name.upper()}", f"SERVING_{old_name.upper()}"
