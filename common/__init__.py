@@ -1,3 +1,3 @@
-"""What every part of the project shares: the command line, errors, files, the CPU and the device, ranks."""
+"""Shared by all packages: command line, errors, logs, signals, files, the CPU and the device, Paddle's setup, ranks."""
 
-__version__ = "2.0.0"  # --version, checkpoints and exports state it; CHANGELOG.md has the history
+__version__ = "2.0.0"  # printed by --version, and written into checkpoints and exports

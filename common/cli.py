@@ -1,4 +1,4 @@
-"""The command line of every script: its parser, types of options, and how a script ends."""
+"""The command line of every script: the parser, types of options, and exit codes."""
 
 import argparse
 import errno
@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from common import __version__
 from common.errors import InputError
@@ -16,32 +16,32 @@ from common.logs import process_count
 from common.signals import Terminated, terminate
 
 INPUT_ERROR_EXIT_CODE = 2
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors for a file that can't grow
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, a quota, a file size limit
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default unless it is None or a switch that is off."""
+    """Adds the default to the help of an option, unless it is None or False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with --version, without abbreviations, and with one line for a wrong option instead of the usage."""
+    """An argparse parser with --version and without abbreviations, which prints one line for a wrong option."""
 
     def __init__(self, description: str | None = None) -> None:
         super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
         self.add_argument("--version", action="version", version=__version__)
 
     def error(self, message: str) -> NoReturn:
-        """Exits with the message."""
+        """Prints the message on stderr and exits with code 2."""
         self.exit(INPUT_ERROR_EXIT_CODE, f"error: {message} (try {self.prog} --help)\n")
 
 
 def number_in_range(
     minimum: float, number: type = int, below: float = math.inf, or_zero: bool = False
 ) -> Callable[[str], float]:
-    """An argparse type: an int or float (`number`) with minimum <= value < below, or also 0 if `or_zero`."""
+    """An argparse type: an int or float (`number`) with minimum <= value < below; `or_zero` also allows 0."""
 
     def parse(text: str) -> float:
         value = number(text)
@@ -50,7 +50,7 @@ def number_in_range(
             raise argparse.ArgumentTypeError(f"{text} is out of range: give {minimum} or more{limit}")
         return value
 
-    parse.__name__ = number.__name__
+    parse.__name__ = number.__name__  # argparse names the type in its messages
     return parse
 
 
@@ -60,40 +60,41 @@ proportion = number_in_range(0.0, float, below=1.0)
 
 
 def add_switch(parser: argparse.ArgumentParser, name: str, default: bool, help_text: str) -> None:
-    """An option that takes True or False, or nothing for True, as in the original's and in Paddle Serving's scripts."""
-    form: Any = {"nargs": "?", "const": True, "type": true_or_false, "metavar": "True|False"}
-    parser.add_argument(name, default=default, help=help_text, **form)
+    """Adds an option that takes True or False, or nothing for True, as in the original and in Paddle Serving."""
+    parser.add_argument(
+        name, nargs="?", const=True, default=default, type=true_or_false, metavar="True|False", help=help_text
+    )
 
 
 def true_or_false(text: str) -> bool:
-    """An argparse type: True or False, the form of switches in the original's and in Paddle Serving's scripts."""
+    """An argparse type: True or False, in upper or lower case."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() == "true"
 
 
 def text_argument(text: str) -> str:
-    """An argparse type: a text that isn't blank."""
+    """An argparse type: a text that isn't blank and can be encoded in UTF-8."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the text is empty")
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # Python marks the bytes of an argument that it can't decode
+    except UnicodeEncodeError:  # Python turns bytes of an argument that it can't decode into surrogates
         raise argparse.ArgumentTypeError("the text isn't UTF-8") from None
     return text
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Runs a script's `main` and exits: with 2 and the message for an InputError, 130 for Ctrl-C, 143 for SIGTERM.
+    """Runs a script's `main` and exits with the code that it returns, or with another one after a line on stderr.
 
-    If stdout can't be written: 2 and one line for a full disk, 141 and nothing if its reader is gone.
+    2: InputError, or the disk of stdout is full; 130: Ctrl-C; 143: SIGTERM; 141, without a line: nobody reads stdout.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a locale that lacks a character, such as GBK's
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the locale's encoding lacks
     if sys.stderr is None:  # it was closed before the start
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     has_peers = process_count() > 1
-    if not has_peers:  # a rank that waits for others in native code would never reach Python's handler
+    if not has_peers:  # a rank that waits for others in C++ would never run a Python handler
         signal.signal(signal.SIGTERM, terminate)
     code = _exit_code(main)
     try:
@@ -102,14 +103,14 @@ def run(main: Callable[[], int]) -> NoReturn:
     except OSError as error:
         code = _report_output_error(error)
     if has_peers:
-        # Paddle's gloo sometimes aborts when the interpreter shuts it down, after all work is done.
+        # Skips the interpreter's shutdown, in which Paddle's gloo sometimes aborts.
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
 def _exit_code(main: Callable[[], int]) -> int:
-    """Runs `main` and gives the exit code, after a line on stderr if it failed."""
+    """Runs `main` and returns the exit code; prints a line on stderr if it failed."""
     try:
         return main()
     except InputError as error:
@@ -125,7 +126,7 @@ def _exit_code(main: Callable[[], int]) -> int:
 
 
 def _report_output_error(error: OSError) -> int:
-    """The exit code if stdout can't be written, after a line that says so on a full disk. Raises other errors again."""
+    """Returns the exit code if stdout has no reader or its disk is full, which it reports; re-raises other errors."""
     if isinstance(error, BrokenPipeError):
         code = 128 + signal.SIGPIPE
     elif error.errno in NO_SPACE:
@@ -133,6 +134,6 @@ def _report_output_error(error: OSError) -> int:
         code = INPUT_ERROR_EXIT_CODE
     else:
         raise error
-    # The text still in the buffer would fail once more when the interpreter ends.
+    # Otherwise the interpreter fails when it writes the rest of the buffer at its end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code

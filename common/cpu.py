@@ -1,4 +1,4 @@
-"""The CPU of this machine, and the memory that its C library keeps."""
+"""The CPU's cores and features, and the memory that the C library keeps."""
 
 import ctypes
 import os
@@ -8,12 +8,12 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
 def cpu_count() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_threads() -> int:
-    """Threads to compute with: OMP_NUM_THREADS, which `set_up_paddle` or the user sets, else one a core."""
+    """The number of threads to compute with: OMP_NUM_THREADS, from `set_up_paddle` or the user, else one per core."""
     return int(os.environ.get("OMP_NUM_THREADS", cpu_count()))
 
 
@@ -24,25 +24,25 @@ def read_cpuinfo() -> str:
 
 
 def cpu_flags(cpuinfo: str) -> set[str]:
-    """The processor's features as /proc/cpuinfo names them."""
+    """The names of the CPU's features, such as avx2, in the text of /proc/cpuinfo."""
     return {flag for line in cpuinfo.splitlines() if line.startswith("flags") for flag in line.split()}
 
 
 def has_bf16() -> bool:
-    """Whether this CPU multiplies in bfloat16.
+    """Whether this CPU has instructions that multiply in bfloat16.
 
-    On other CPUs with AVX-512 oneDNN converts to float32 and back, which is no faster than float32
+    On other CPUs with AVX-512, oneDNN converts to float32 and back, which is no faster than float32
     (https://docs.openvino.ai/2021.4/openvino_docs_IE_DG_Bfloat16Inference.html).
     """
     return "avx512_bf16" in cpu_flags(read_cpuinfo())
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc's malloc keep the memory of freed tensors for the next ones; does nothing with another C library.
+    """Makes glibc's malloc reuse the memory of freed tensors; does nothing with another C library.
 
-    By default glibc maps each large tensor anew and unmaps it after use, and the kernel zeroes its pages every time: an
-    element-wise operation on 16 MB then takes 2 to 7 times as long. The process keeps its peak memory until it ends or
-    calls `release_freed_memory`.
+    By default glibc maps memory for each large tensor and unmaps it after use, and the kernel zeroes the pages every
+    time: an element-wise operation on 16 MB then takes 2 to 7 times as long. The price is that the process keeps its
+    peak memory until it ends or calls `release_freed_memory`.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
@@ -51,7 +51,7 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Returns to the system what `keep_freed_memory` has kept; takes 0.1 s for a gigabyte."""
+    """Returns the memory that malloc keeps to the system; takes 0.1 s per gigabyte."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim:
         malloc_trim(0)

@@ -1,4 +1,4 @@
-"""The device to compute on, the precisions that it has, and seeds."""
+"""The device to compute on, the precisions that it supports, and random seeds."""
 
 import os
 import random
@@ -11,11 +11,11 @@ from common.errors import InputError
 
 STRIDE_FLAG = "FLAGS_use_stride_kernel"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # Paddle's names of the precisions
-BF16_COMPUTE_CAPABILITY = 8  # of a GPU: Ampere and later
+BF16_COMPUTE_CAPABILITY = 8  # lowest major version: Ampere and later GPUs
 
 
 def choose_device(device: str | None) -> str:
-    """The device, "cpu" or "gpu"; None takes a GPU if there is one. Raises InputError if there is no GPU to take."""
+    """Returns "cpu" or "gpu"; for None, "gpu" if there is one. Raises InputError for "gpu" if there is none."""
     if device == "cpu":
         return device
     try:
@@ -29,21 +29,21 @@ def choose_device(device: str | None) -> str:
 
 
 def set_device(device: str | None) -> None:
-    """Computes on the device that `choose_device` gives. Raises InputError as that does.
+    """Makes Paddle compute on the device that `choose_device` returns. Raises InputError as that does.
 
-    On a CPU transpositions copy at once, unless the user's environment says otherwise: a training step or an encoded
-    text then takes about a fifth less time (docs/benchmarks.md), with bit-identical results.
+    On a CPU it also makes a transposition copy its input at once, unless the environment sets STRIDE_FLAG: training and
+    encoding then take about a fifth less time (docs/benchmarks.md), with bit-identical results.
     """
     device = choose_device(device)
-    # Without a number Paddle takes the GPU that the launcher assigned to this rank.
+    # "gpu" without a number is the GPU that the launcher assigned to this rank.
     paddle.set_device(device)
     if device == "cpu" and STRIDE_FLAG not in os.environ:
-        # By default a transposition only changes strides, and each kernel that uses it copies element by element.
+        # By default a transposition only changes strides, and every kernel that reads it copies it element by element.
         paddle.set_flags({STRIDE_FLAG: False})
 
 
 def check_precision(precision: str, device: str) -> None:
-    """Raises InputError if `device`, "cpu" or "gpu", can't compute in a precision of DTYPES on this machine."""
+    """Raises InputError if this machine's `device`, "cpu" or "gpu", can't compute in `precision`, a key of DTYPES."""
     if device == "cpu" and precision == "fp16":
         raise InputError("--precision fp16: a CPU doesn't compute in it; use fp32, or bf16 if it has avx512_bf16")
     if device == "cpu" and precision == "bf16" and not has_bf16():
@@ -55,7 +55,7 @@ def check_precision(precision: str, device: str) -> None:
 
 
 def set_seed(seed: int) -> None:
-    """Seeds Python, NumPy and Paddle."""
+    """Seeds the random generators of Python, NumPy and Paddle."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     paddle.seed(seed)

@@ -16,7 +16,7 @@ from paddle.base import core
 from common.signals import Stopped
 
 SECONDS_BETWEEN_POLLS = 0.02  # while a rank waits for the others
-_barriers = itertools.count()
+_barriers = itertools.count()  # the same number on all ranks at the same barrier
 _RANK_0_ARRIVED = "semantic_index/rank_0_arrived"
 _EXITED = "semantic_index/exited"
 
@@ -31,9 +31,9 @@ def init_ranks() -> tuple[int, int]:
 
 
 def barrier() -> None:
-    """Returns when all ranks have arrived. Raises Stopped if one has called `announce_exit`.
+    """Waits until all ranks have arrived. Raises Stopped if one of them has called `announce_exit` instead.
 
-    The ranks poll the launcher's store: a collective would time out after 30 minutes and ignore signals.
+    The ranks poll the launcher's store, because a collective would time out after 30 minutes and ignore signals.
     """
     if dist.get_world_size() == 1:
         return
@@ -43,7 +43,7 @@ def barrier() -> None:
         if _store_add(_EXITED, 0):
             raise Stopped
         time.sleep(SECONDS_BETWEEN_POLLS)
-    # Rank 0 hosts the store and may end right after this, so it waits until the others have seen that all are here.
+    # Rank 0 hosts the store and may end right after this, so it waits until the others have seen that all arrived.
     if dist.get_rank():
         _store_add(name, 1)
     while dist.get_rank() == 0 and _store_add(name, 0) < 2 * dist.get_world_size() - 1:
@@ -57,7 +57,7 @@ def announce_exit() -> None:
 
 
 def _store_add(key: str, amount: int) -> int:
-    """Adds to a number in the store and returns the sum. Holds signals back, since they would break the connection."""
+    """Adds to a counter in the store and returns the sum. Blocks signals meanwhile: they would break the connection."""
     held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
         return core.create_or_get_global_tcp_store().add(key, amount)
@@ -66,7 +66,7 @@ def _store_add(key: str, amount: int) -> int:
 
 
 def wait_for_rank_0(seconds: float) -> None:
-    """Returns when rank 0 has arrived too, or after `seconds`; rank 0 itself doesn't wait."""
+    """Waits until rank 0 has called this too, but at most `seconds`; rank 0 itself doesn't wait."""
     if dist.get_world_size() == 1:
         return
     end = time.monotonic() + seconds
@@ -86,9 +86,9 @@ def broadcast_parameters(model: paddle.nn.Layer) -> None:
 
 
 def all_reduce_gradients(parameters: Iterable[paddle.Tensor], numbers: Sequence[float]) -> list[float]:
-    """Replaces each gradient by its sum over the ranks, and returns the sums of `numbers`; uses one collective.
+    """Replaces each gradient by its sum over the ranks, and returns the sums of `numbers`, in one collective.
 
-    A parameter without a gradient on every rank, such as the pooler's with mean pooling, stays without one.
+    A parameter that has a gradient on no rank, such as the pooler's with mean pooling, stays without one.
     """
     if dist.get_world_size() == 1:
         return list(numbers)
@@ -100,21 +100,22 @@ def all_reduce_gradients(parameters: Iterable[paddle.Tensor], numbers: Sequence[
     summed = paddle.concat(flat)
     dist.all_reduce(summed)
     start = len(numbers) + len(parameters)
-    first_numbers = summed[:start].tolist()
-    for parameter, used in zip(parameters, first_numbers[len(numbers) :], strict=True):
-        if used:
+    sums = summed[:start].tolist()
+    for parameter, ranks_with_gradient in zip(parameters, sums[len(numbers) :], strict=True):
+        if ranks_with_gradient:
             parameter.grad = summed[start : start + parameter.size].reshape(parameter.shape)
         start += parameter.size
-    return first_numbers[: len(numbers)]
+    return sums[: len(numbers)]
 
 
 def gather_rows(own: paddle.Tensor, counts: Sequence[int], own_rank: int) -> list[paddle.Tensor]:
-    """The rows of every rank, [counts[rank], D] each; gradients flow only into `own` [counts[own_rank], D].
+    """The rows of all ranks: a tensor [counts[rank], D] of each. Gradients flow only into `own` [counts[own_rank], D].
 
-    Ranks with fewer rows pad them for the collective. With one count the result is `[own]`.
+    With one rank the result is `[own]`.
     """
     if len(counts) == 1:
         return [own]
+    # The collective needs tensors of the same shape.
     padding = paddle.zeros([max(counts) - counts[own_rank], own.shape[1]], own.dtype)
     gathered: list[paddle.Tensor] = []
     dist.all_gather(gathered, paddle.concat([own.detach(), padding]))
@@ -122,7 +123,7 @@ def gather_rows(own: paddle.Tensor, counts: Sequence[int], own_rank: int) -> lis
 
 
 def all_gather_arrays(own: np.ndarray) -> list[np.ndarray]:
-    """The arrays of all ranks, on every rank; they must have one shape and type."""
+    """The arrays of all ranks, on every rank; they must have the same shape and dtype."""
     if dist.get_world_size() == 1:
         return [own]
     barrier()
@@ -142,16 +143,16 @@ def broadcast_object(own: Any) -> Any:
 
 
 def encode_on_all_ranks(count: int, width: int, encode: Callable[[slice], np.ndarray]) -> np.ndarray:
-    """Each rank encodes a share of `count` rows; every rank gets all vectors, float32 [count, width].
+    """Divides `count` rows among the ranks to encode them; every rank gets all vectors, float32 [count, width].
 
-    encode: gives the vectors [n, width] of a slice of rows. The ranks take rows in turns, because neighbouring lines of
-    a file often have similar lengths.
+    encode: returns the vectors, float32 [n, width], of a slice of the rows. A rank's slice takes every world_size-th
+    row, because neighbouring lines of a file often have similar lengths.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    share = encode(slice(rank, None, world_size))
+    own = encode(slice(rank, None, world_size))
     if world_size == 1 or not count:
-        return share
-    # The collective needs arrays of one shape, so shares that are one row shorter are padded at the end.
+        return own
+    # The collective needs arrays of the same shape, and some ranks have one row less.
     padded = np.zeros((-(-count // world_size), width), dtype=np.float32)
-    padded[: len(share)] = share
+    padded[: len(own)] = own
     return np.stack(all_gather_arrays(padded), axis=1).reshape(-1, width)[:count]

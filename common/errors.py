@@ -1,5 +1,5 @@
-"""The error for everything that the user can put right."""
+"""The error for everything that the user can fix."""
 
 
 class InputError(ValueError):
-    """Something that the user gave can't be used; the message says where it is and what to do about it."""
+    """An option, file or text from the user can't be used; the message names it and, if possible, says what to do."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and locks."""
+"""Reading files, writing files and folders that appear whole or not at all, and locks."""
 
 import contextlib
 import fcntl
@@ -15,10 +15,10 @@ from typing import Any
 
 from common.errors import InputError
 
-REPLACED_SUFFIX = ".replaced"
+REPLACED_SUFFIX = ".replaced"  # of the old folder while a new one takes its place
 TEMPORARY_SUFFIX = ".tmp"
 LOCK_FILE = "lock"  # in a temporary folder: while its owner holds the lock, nobody else removes the folder
-HASHED_BYTES = 1 << 20  # at a time
+HASHED_BYTES = 1 << 20  # per read
 
 
 def open_for_reading(path: str | Path) -> io.BufferedReader:
@@ -36,7 +36,7 @@ def open_for_reading(path: str | Path) -> io.BufferedReader:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises InputError for anything else."""
+    """Reads a JSON object. Raises InputError if the file can't be opened or holds anything else."""
     with open_for_reading(path) as file:
         try:
             content = json.loads(file.read())
@@ -60,7 +60,7 @@ def sha256(path: str | Path) -> str:
 
 
 def _temporary_name(path: Path) -> Path:
-    # Shortened, so that a name of the longest legal length still works.
+    # Shortened, because a name of the longest legal length would become too long.
     return path.with_name(f".{path.name[:60]}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
 
 
@@ -69,12 +69,12 @@ def _replaced_name(path: Path) -> Path:
 
 
 def _link_target(path: Path) -> Path:
-    """The target of a link, which is what gets replaced, or the path itself; a link if links form a loop."""
+    """The path itself or, for a link, its target, since that is what gets replaced; a link if links form a loop."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path  # `resolve` fails on a loop
 
 
 def _replaceable(path: str | Path, is_kind: Callable[[Path], bool]) -> Path:
-    """The file or folder to write: a link's target. Raises InputError if something of another kind exists there."""
+    """The file or folder to write, with links followed. Raises InputError if it exists and isn't of the kind."""
     path = Path(path)
     try:
         target = _link_target(path)
@@ -88,16 +88,16 @@ def _replaceable(path: str | Path, is_kind: Callable[[Path], bool]) -> Path:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
-    """Opens a file that appears under `path` only if the block succeeds. Creates the folder if needed.
+    """Opens a file for writing that appears at `path` only if the block succeeds. Creates its folder if needed.
 
-    mode: "w" for UTF-8 text with LF, "wb" for bytes. Raises InputError if the file can't be written.
+    mode: "w" for UTF-8 text with LF, "wb" for bytes. Raises InputError for an OSError, also one of the block.
     """
     path = _replaceable(path, Path.is_file)
     temporary = _temporary_name(path)
-    text_options: Any = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, **text_options) as file:
+        with open(temporary, mode, encoding=encoding, newline=newline) as file:
             yield file
         os.replace(temporary, path)
     except OSError as error:
@@ -108,7 +108,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object for people to read. Raises InputError if it can't be written."""
+    """Writes an indented JSON object. Raises InputError if it can't be written."""
     with atomic_write(path) as file:
         json.dump(content, file, ensure_ascii=False, indent=2)
         file.write("\n")
@@ -116,7 +116,7 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Gives a new folder that replaces `path` once the block has succeeded and its files are on disk.
+    """Yields a new folder that replaces `path` once the block has succeeded and the files are flushed to disk.
 
     A kill between the two renames of a replacement leaves the old folder under another name, which
     `resolve_interrupted_replace` finds. If the folder can't be written, raises InputError and keeps the old one.
@@ -134,7 +134,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         temporary.rename(path)
         _flush_to_disk(path.parent)
         remove_folder(_replaced_name(path))
-    except InputError as error:
+    except InputError as error:  # of a file that the block writes
         raise InputError(str(error).replace(str(temporary), str(path))) from None
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -153,15 +153,15 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def resolve_interrupted_replace(path: str | Path) -> Path:
-    """`path`, or the old folder under its other name if a kill interrupted the replacement of `path`."""
+    """Returns `path`, or where the old folder is if a kill interrupted its replacement between the two renames."""
     path = Path(path)
-    place = _link_target(path)
-    replaced = _replaced_name(place) if place.name else place
+    target = _link_target(path)
+    replaced = _replaced_name(target) if target.name else target
     return replaced if replaced.is_dir() and not path.exists() else path
 
 
 def restore_folder(path: Path) -> None:
-    """Completes an interrupted replacement: puts the old folder back, or removes it if the new one is in place."""
+    """Ends an interrupted replacement: puts the old folder back, or removes it if the new one is in place."""
     if resolve_interrupted_replace(path) != path:
         _replaced_name(path).rename(path)
     else:
@@ -169,26 +169,26 @@ def restore_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder if it exists; a kill never leaves a part of it under its name."""
+    """Removes a folder if it exists. Renames it first, so that a kill never leaves a part of it under its name."""
     if path.is_dir():
-        temporary = path if path.name.endswith(TEMPORARY_SUFFIX) else _temporary_name(path)
-        if temporary != path:
-            path.rename(temporary)
-        shutil.rmtree(temporary)
+        if not path.name.endswith(TEMPORARY_SUFFIX):
+            path = path.rename(_temporary_name(path))
+        shutil.rmtree(path)
 
 
 def clear_leftovers(folder: str | Path) -> None:
-    """Removes what killed writers left in a folder that no one else writes to. Raises InputError if it can't.
+    """Removes what killed writers left in a folder that nobody else writes to, and ends interrupted replacements.
 
-    Skips folders with a LOCK_FILE: they belong to `retrieval.embedding_store`.
+    Raises InputError if it can't. Skips folders with a LOCK_FILE, which `retrieval.embedding_store` removes itself.
     """
     try:
         for path in Path(folder).glob(f".*{REPLACED_SUFFIX}"):
             restore_folder(path.with_name(path.name[1:].removesuffix(REPLACED_SUFFIX)))
         for path in Path(folder).glob(f".*.{'[0-9a-f]' * 8}{TEMPORARY_SUFFIX}"):
-            if (path / LOCK_FILE).exists():
-                continue
-            remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
+            elif not (path / LOCK_FILE).exists():
+                remove_folder(path)
     except OSError as error:
         raise InputError(f"{error.filename}: can't be removed ({error.strerror})") from None
 
@@ -204,7 +204,7 @@ def make_folder(path: str | Path) -> None:
 
 
 def prepare_file(path: str | Path) -> None:
-    """Creates the folder of a file before long work. Raises InputError if the file couldn't be written."""
+    """Creates the folder of a file that will be written after long work. Raises InputError if it can't be written."""
     make_folder(_replaceable(path, Path.is_file).parent)
 
 
@@ -217,7 +217,7 @@ def is_within(path: str | Path, folder: str | Path) -> bool:
 def locked(path: Path) -> Iterator[None]:
     """Holds an exclusive lock on a file, which is created if needed; the system releases it if the process is killed.
 
-    Raises BlockingIOError if another process holds it, and other kinds of OSError if it can't be locked.
+    Raises BlockingIOError if another process holds it or has just replaced the file, other OSErrors if it can't lock.
     """
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Lines on stderr and progress bars."""
+"""Log lines and progress bars on stderr."""
 
 import io
 import os
@@ -6,17 +6,17 @@ import sys
 
 from tqdm import tqdm
 
-SECONDS_BETWEEN_LINES = 10.0  # of progress where stderr isn't a terminal, such as in a log file
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where stderr isn't a terminal
 SECONDS_BEFORE_BAR = 1.0  # on a terminal
 
 
 def is_main_process() -> bool:
-    """Whether this process reports: the only one, or rank 0 under `paddle.distributed.launch`."""
+    """Whether this is rank 0 under `paddle.distributed.launch`, or the only process. Only this one logs."""
     return os.environ.get("PADDLE_TRAINER_ID", "0") == "0"
 
 
 def process_count() -> int:
-    """Processes of this run: 1, or those under `paddle.distributed.launch`."""
+    """The number of ranks under `paddle.distributed.launch`, else 1."""
     return int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
 
 
@@ -27,23 +27,23 @@ def log(message: str) -> None:
 
 
 class LineProgress(tqdm):
-    """Progress where stderr isn't a terminal: whole lines at intervals in place of a bar, none for short work."""
+    """Progress where stderr isn't a terminal: a line every SECONDS_BETWEEN_LINES, so none for shorter work."""
 
-    printed_n = 0
+    printed_n = 0  # `n` in the last line
 
     def __init__(self, total: int, desc: str, unit: str) -> None:
-        times = {"mininterval": SECONDS_BETWEEN_LINES, "delay": SECONDS_BETWEEN_LINES, "miniters": 1, "smoothing": 0}
-        super().__init__(total=total, desc=desc, unit=unit, ncols=0, file=io.StringIO(), **times)
+        timing = {"mininterval": SECONDS_BETWEEN_LINES, "delay": SECONDS_BETWEEN_LINES, "miniters": 1, "smoothing": 0}
+        super().__init__(total=total, desc=desc, unit=unit, ncols=0, file=io.StringIO(), **timing)
 
     def display(self, *_: object, **__: object) -> None:
-        """Prints the line, unless the last one said the same: tqdm shows its state once more at the end."""
+        """Prints a line, unless nothing was done since the last one: tqdm displays its state again at the end."""
         if self.n != self.printed_n:
             self.printed_n = self.n
             print(self, file=sys.stderr, flush=True)
 
 
 def progress_bar(total: int, desc: str, unit: str) -> tqdm:
-    """A context with `update(n)`: a tqdm bar on a terminal, else a line every 10 s, neither for short work."""
+    """A context manager with `update(n)`: a tqdm bar on a terminal, else a line every 10 s; nothing for short work."""
     if sys.stderr.isatty():
         return tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True, delay=SECONDS_BEFORE_BAR)
     return LineProgress(total, desc, unit)

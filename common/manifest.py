@@ -1,4 +1,4 @@
-"""The manifest of a folder: the size and SHA-256 of each file, which tell whether it is as it was written."""
+"""The manifest of a folder: the size and SHA-256 of each file, by which damaged and changed files are found."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,13 +12,13 @@ CHECKPOINT_REMEDY = f"take another checkpoint, or remove {MANIFEST_FILE} if you 
 
 
 def write_manifest(folder: Path, **more: Any) -> None:
-    """Writes the size and SHA-256 of each file of a folder into the folder, and `more` beside them."""
+    """Writes the manifest of the files in a folder into the folder; `more`: further entries."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST_FILE)
     write_json(folder / MANIFEST_FILE, {"files": {path.name: _fingerprint(path) for path in files}, **more})
 
 
 def read_manifest(folder: Path, remedy: str = CHECKPOINT_REMEDY) -> dict[str, Any]:
-    """The content of a folder's manifest; without one, a manifest without files. Raises InputError if it isn't one."""
+    """The folder's manifest, or one that lists no files if there is none. Raises InputError if it can't be read."""
     if not (folder / MANIFEST_FILE).is_file():
         return {"files": {}}
     manifest = read_json(folder / MANIFEST_FILE)
@@ -30,9 +30,9 @@ def read_manifest(folder: Path, remedy: str = CHECKPOINT_REMEDY) -> dict[str, An
 def check_manifest(
     folder: Path, *, only: Callable[[str], bool] = lambda name: True, remedy: str = CHECKPOINT_REMEDY
 ) -> None:
-    """Raises InputError naming the first file that differs from the manifest. A folder without a manifest passes.
+    """Raises InputError for the first file that is missing or differs from the manifest; passes without a manifest.
 
-    only: whether a file of this name is checked; remedy: what the user can do.
+    only: tells for a file's name whether the file is checked; remedy: what the user can do, for the message.
     """
     for name, expected in read_manifest(folder, remedy)["files"].items():
         path = folder / name
@@ -47,8 +47,8 @@ def check_manifest(
 def check_replaceable(folder: Path, option: str, mark: str, others: Iterable[str] = ()) -> None:
     """Raises InputError if replacing a folder would lose a file that no export wrote.
 
-    option: the option that names the folder, for the message; mark: a file that every export of this kind has; others:
-    files that it may have in addition to those in its manifest.
+    option: the option that names the folder, for the message; mark: a file that every export of this kind has, without
+    which the folder's manifest doesn't count; others: files that an export may have besides those in its manifest.
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     written = {MANIFEST_FILE}

@@ -15,52 +15,52 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def pick(args: argparse.Namespace, function: Callable[..., Any], **given: Any) -> dict[str, Any]:
-    """Keyword arguments for a function or class: those in `args` that have the name of a parameter, and `given`."""
+    """Keyword arguments for a function or class: the options in `args` that are named like a parameter, and `given`."""
     names = [name for name in inspect.signature(function).parameters if name in args and name not in given]
     return {**{name: getattr(args, name) for name in names}, **given}
 
 
 def call(function: Callable[..., Any], args: argparse.Namespace, **given: Any) -> Any:
-    """Calls a function or class with its arguments from `args` and `given`, see `pick`."""
+    """Calls a function or class with the arguments that `pick` finds."""
     return function(**pick(args, function, **given))
 
 
 def add_encoder_args(parser: argparse.ArgumentParser, device: str | None, params_path: str | None = None) -> None:
-    """Options of the scripts that encode with a checkpoint; the last two arguments are defaults."""
+    """Adds the options of scripts that encode with a checkpoint; device, params_path: defaults of these options."""
     add_checkpoint_args(parser, params_path)
     add_skip_bad_lines_arg(parser)
     add_encoding_args(parser)
-    engine = (
+    engine_help = (
         "dygraph, or the static graph of Paddle Inference, compiled once and kept in the checkpoint's folder; "
-        f"auto: static on a CPU from {STATIC_FROM_TEXTS} texts on"
+        f"auto: static on a CPU from {STATIC_FROM_TEXTS} texts on, or with bf16"
     )
-    parser.add_argument("--engine", choices=ENGINES, default="auto", help=engine)
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help=engine_help)
     add_precision_arg(parser)
     add_device_arg(parser, device)
 
 
 def add_checkpoint_args(parser: argparse.ArgumentParser, params_path: str | None = None) -> None:
-    """Options of the scripts that use a trained model; without a default, `--params_path` is required."""
-    checkpoint = "checkpoint: its folder, or the .pdparams file in it"
-    parser.add_argument("--params_path", required=params_path is None, default=params_path, help=checkpoint)
-    size = "length of a vector; read from the checkpoint, another value is an error"
-    parser.add_argument("--output_emb_size", type=number_in_range(0), help=size)
-    backbone = "backbone of a checkpoint without a config.json, such as those of the original scripts"
-    parser.add_argument("--model_name_or_path", default=DEFAULT_MODEL, help=backbone)
+    """Adds the options of scripts that use a trained model; without a default, `--params_path` is required."""
+    path_help = "checkpoint: its folder, or the .pdparams file in it"
+    parser.add_argument("--params_path", required=params_path is None, default=params_path, help=path_help)
+    size_help = "length of a vector (default: the checkpoint's; another value is an error)"
+    parser.add_argument("--output_emb_size", type=number_in_range(0), help=size_help)
+    backbone_help = "backbone of a checkpoint without a config.json, such as those of the original scripts"
+    parser.add_argument("--model_name_or_path", default=DEFAULT_MODEL, help=backbone_help)
 
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:
-    """Options of training that describe the model."""
+    """Adds the options of training that describe the model."""
     add = parser.add_argument_group("model").add_argument
-    backbone = "pretrained PaddleNLP encoder: a name, or a folder with config, vocabulary and weights"
-    add("--model_name_or_path", default=DEFAULT_MODEL, help=backbone)
-    scratch = "start from random weights; FOLDER has a config.json and a vocab.txt"
-    add("--from_scratch", metavar="FOLDER", help=scratch)
+    backbone_help = "pretrained PaddleNLP encoder: a name, or a folder with config, vocabulary and weights"
+    add("--model_name_or_path", default=DEFAULT_MODEL, help=backbone_help)
+    scratch_help = "start from random weights; FOLDER has a config.json and a vocab.txt"
+    add("--from_scratch", metavar="FOLDER", help=scratch_help)
     add("--init_from_ckpt", help="start from the weights of this checkpoint (folder or .pdparams)")
-    size = "length of a vector; 0 keeps the backbone's hidden size, without a linear reduction"
-    add("--output_emb_size", type=number_in_range(0), default=DEFAULT_EMBEDDING_SIZE, help=size)
-    pooling = "cls: the pooled output; mean: the mean over tokens, which learns faster from scratch"
-    add("--pooling", choices=["cls", "mean"], default="cls", help=pooling)
+    size_help = "length of a vector; 0 keeps the backbone's hidden size, without a linear reduction"
+    add("--output_emb_size", type=number_in_range(0), default=DEFAULT_EMBEDDING_SIZE, help=size_help)
+    pooling_help = "cls: the pooled output; mean: the mean over tokens, which learns faster from scratch"
+    add("--pooling", choices=["cls", "mean"], default="cls", help=pooling_help)
     add("--dropout", type=proportion, default=0.1, help="dropout of the vector")
 
 
@@ -71,46 +71,46 @@ def add_encoding_args(
     batch: str = "texts of max_seq_length tokens; more if they are shorter",
     length: str = "the checkpoint's",
 ) -> None:
-    """Options of every script that turns texts into vectors.
+    """Adds the options of every script that turns texts into vectors.
 
     batch: what `--batch_size` counts; length: the default of `--max_seq_length`, both for the help.
     """
     parser.add_argument("--batch_size", type=positive_int, default=batch_size, help=f"in a batch: {batch}")
-    tokens = f"tokens of a text, with [CLS] and [SEP]; longer texts are cut (default: {length})"
-    parser.add_argument("--max_seq_length", type=number_in_range(3), help=tokens)
+    length_help = f"tokens of a text, with [CLS] and [SEP]; longer texts are cut (default: {length})"
+    parser.add_argument("--max_seq_length", type=number_in_range(3), help=length_help)
 
 
 def add_precision_arg(parser: argparse.ArgumentParser) -> None:
-    """`--precision`."""
-    precision = "of the computation; vectors are stored as float32"
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=precision)
+    """Adds `--precision`."""
+    precision_help = "precision of the computation; vectors are stored as float32"
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=precision_help)
 
 
 def add_device_arg(parser: argparse.ArgumentParser, default: str | None) -> None:
-    """`--device`; a default of None means a GPU if there is one."""
-    device = "where to compute" if default else "where to compute (default: gpu if there is one, else cpu)"
-    parser.add_argument("--device", choices=["cpu", "gpu"], default=default, help=device)
+    """Adds `--device`; a default of None means a GPU if there is one."""
+    device_help = "where to compute" if default else "where to compute (default: gpu if there is one, else cpu)"
+    parser.add_argument("--device", choices=["cpu", "gpu"], default=default, help=device_help)
 
 
 def add_skip_bad_lines_arg(parser: argparse.ArgumentParser) -> None:
-    """The switch for files with lines that can't be used."""
+    """Adds `--skip_bad_lines`, for files with lines that can't be used."""
     parser.add_argument("--skip_bad_lines", action="store_true", help="leave bad lines out and report how many")
 
 
 def add_evaluation_file_args(
     parser: argparse._ActionsContainer, *, train: bool = False, required: bool = False
 ) -> None:
-    """The files that an evaluation reads, and the recall result that it writes; training has defaults for them."""
+    """Adds the options of the files that an evaluation reads and writes; train: with the defaults of training."""
     add_pair_file_arg(parser, "./recall/dev.csv" if train else None, required)
-    corpus = "./recall/corpus.csv" if train else None
-    parser.add_argument("--corpus_file", required=required, default=corpus, help="documents to search, one a line")
+    corpus_file = "./recall/corpus.csv" if train else None
+    parser.add_argument("--corpus_file", required=required, default=corpus_file, help="documents to search, one a line")
     parser.add_argument("--recall_result_dir", default="recall_result_dir", help="folder of the recall result")
-    result = "recall_result_init.txt" if train else "recall_result.txt"
-    parser.add_argument("--recall_result_file", default=result, help="file name of the recall result")
+    result_file = "recall_result_init.txt" if train else "recall_result.txt"
+    parser.add_argument("--recall_result_file", default=result_file, help="file name of the recall result")
 
 
 def add_pair_file_arg(parser: argparse._ActionsContainer, default: str | None = None, required: bool = False) -> None:
-    """The evaluation pairs, under both names that the document uses."""
+    """Adds the option of the evaluation pairs, under both names that the original uses."""
     names = ("--similar_text_pair_file", "--similar_text_pair")
-    pairs = "pairs whose queries are searched and whose titles are the right answers"
-    parser.add_argument(*names, required=required, default=default, help=pairs)
+    pairs_help = "pairs whose queries are searched and whose titles are the right answers"
+    parser.add_argument(*names, required=required, default=default, help=pairs_help)

@@ -1,4 +1,4 @@
-"""What must happen before Paddle and PaddleNLP are imported."""
+"""Settings that have to be made before Paddle and PaddleNLP are imported."""
 
 import contextlib
 import gc
@@ -28,7 +28,7 @@ IRRELEVANT_WARNINGS = (
 def set_up_paddle() -> None:
     """Sets memory, threads and CPU dispatch, then imports Paddle; does nothing if Paddle has been imported already.
 
-    IRRELEVANT_WARNINGS are hidden from then on, and everything that Python prints on stderr during the import.
+    Hides IRRELEVANT_WARNINGS from then on, and everything that Python prints on stderr during the import.
     """
     if "paddle" in sys.modules:
         return
@@ -39,16 +39,16 @@ def set_up_paddle() -> None:
         warnings.filterwarnings("ignore", message=message)
     with _prepared_for_import(), contextlib.redirect_stderr(io.StringIO()):
         paddle = importlib.import_module("paddle")
-        paddle.disable_signal_handler()  # it prints a native stack on SIGTERM; PaddleNLP disables it as well
+        paddle.disable_signal_handler()  # it prints a C++ stack on SIGTERM; PaddleNLP disables it too
 
 
 def cpu_environment(environ: Mapping[str, str], cpuinfo: str, cores: int) -> dict[str, str]:
-    """The variables that make Paddle use the whole CPU, except those that the user has set.
+    """The environment variables that make Paddle use the whole CPU, except those that the user has set.
 
-    environ: the process's environment; cpuinfo: the text of /proc/cpuinfo; cores: that this process may use.
+    environ: the process's environment; cpuinfo: the text of /proc/cpuinfo; cores: how many this process may use.
 
-    Paddle's launcher sets OMP_NUM_THREADS=1 for its ranks, so a 1 there isn't taken for the user's choice. The ranks on
-    this machine share the cores.
+    Paddle's launcher sets OMP_NUM_THREADS=1 for its ranks, so under it a 1 isn't taken for the user's choice. The ranks
+    on this machine divide the cores.
     """
     under_launch = "PADDLE_TRAINER_ID" in environ
     chosen = {}
@@ -67,9 +67,9 @@ def cpu_environment(environ: Mapping[str, str], cpuinfo: str, cores: int) -> dic
 
 @contextlib.contextmanager
 def _prepared_for_import() -> Iterator[None]:
-    """Inside this block SIGINT and SIGTERM end the process, since a handler's exception would become an ImportError.
+    """Inside this block SIGINT and SIGTERM end the process: an exception of their handler would become an ImportError.
 
-    No garbage is collected, which takes a sixth of the import's time.
+    Garbage collection is off, since it would take a sixth of the import's time.
     """
     handlers = {}
     if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
@@ -89,10 +89,10 @@ def _prepared_for_import() -> Iterator[None]:
 
 
 def defer_paddlenlp() -> None:
-    """Lets PaddleNLP's submodules be imported without the code of `paddlenlp/__init__.py`; `paddlenlp.data` first.
+    """Lets PaddleNLP's submodules be imported without running `paddlenlp/__init__.py`; import `paddlenlp.data` first.
 
-    That code imports taskflow, data sets and data augmentation, and with them scikit-learn, pandas and pyarrow: half of
-    the import time. It runs once an attribute is missing, as in `from paddlenlp import Taskflow`. Does nothing if
+    That file imports taskflow, datasets and data augmentation, and with them scikit-learn, pandas and pyarrow: half of
+    the import time. It runs when an attribute is first missing, as in `from paddlenlp import Taskflow`. Does nothing if
     PaddleNLP has been imported already.
     """
     if "paddlenlp" in sys.modules:

@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do to a script."""
+"""How scripts react to SIGINT and SIGTERM."""
 
 import contextlib
 import signal
@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM as a KeyboardInterrupt, so that the same clean-up runs."""
+    """SIGTERM as a KeyboardInterrupt, so that the same clean-up runs as after Ctrl-C."""
 
 
 def terminate(*_: object) -> NoReturn:
@@ -16,11 +16,11 @@ def terminate(*_: object) -> NoReturn:
 
 
 class Stopped(Exception):
-    """Work ends early: a signal arrived inside `StopSignals.raised`, or another rank has called `announce_exit`."""
+    """Ends work early: a signal arrived inside `StopSignals.raised`, or another rank has called `announce_exit`."""
 
 
 class StopSignals:
-    """A context in which SIGINT and SIGTERM only set `received`, so that the work in hand can be finished."""
+    """A context manager in which SIGINT and SIGTERM only set `received`, so that the work in hand can be finished."""
 
     def __init__(self) -> None:
         self.received: int | None = None  # number of the first signal
@@ -44,7 +44,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def raised(self) -> Iterator[None]:
-        """For work that may be abandoned: a signal, even one received before, raises Stopped inside this block."""
+        """For work that may be abandoned: inside this block a signal raises Stopped, also one that came before it."""
         self._raise = True
         try:
             if self.received:
