@@ -1,1 +1,1 @@
-"""The model: its backbone, its checkpoint folder, weight files, fast layers for training on a CPU."""
+"""The model's backbone, checkpoint folder and weight files, and faster layers for training on a CPU."""

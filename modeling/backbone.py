@@ -1,4 +1,4 @@
-"""The backbone: an encoder of PaddleNLP, its weights and its tokenizer."""
+"""The backbone, an encoder of PaddleNLP: finding and building it, its pretrained weights and its tokenizer."""
 
 import contextlib
 import inspect
@@ -24,8 +24,8 @@ from paddlenlp.transformers.auto.configuration import MODEL_NAMES_MAPPING
 from paddlenlp.utils.download import resolve_file_path
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
-SMALLEST_NUMBERS = {"max_position_embeddings": 3, "vocab_size": 1, "pad_token_id": 0}  # required in a config
-# Rounding changes a component of the last layer's output by 1e-5, padding that isn't masked by 0.002.
+SMALLEST_NUMBERS = {"max_position_embeddings": 3, "vocab_size": 1, "pad_token_id": 0}  # least values in a config
+# On a component of the last layer's output: rounding changes it by 1e-5, padding that isn't masked by 0.002.
 LARGEST_EFFECT_OF_PADDING = 1e-3
 
 
@@ -38,7 +38,7 @@ class Backbone(NamedTuple):
 
 
 def find_backbone(name_or_path: str | Path) -> Backbone:
-    """The class and config for a folder or a name that PaddleNLP knows; may download a config. Raises InputError."""
+    """The class and config of a folder or a name that PaddleNLP knows; may download the config. Raises InputError."""
     paddlenlp_logger.set_level("ERROR")
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / BACKBONE_CONFIG_FILE).is_file():
@@ -46,7 +46,7 @@ def find_backbone(name_or_path: str | Path) -> Backbone:
     if folder.is_dir():
         read_json(folder / BACKBONE_CONFIG_FILE)
     try:
-        # The full path, because PaddleNLP uses its own config for a relative folder that has one of its names.
+        # The full path, because PaddleNLP takes a relative path like `ernie-1.0` for the name of its own model.
         config = AutoConfig.from_pretrained(str(folder.resolve() if folder.is_dir() else name_or_path))
     except Exception as error:  # PaddleNLP raises anything from KeyError to its own classes
         raise (_unreadable(folder, error) if folder.exists() else _not_found(name_or_path)) from None
@@ -54,12 +54,12 @@ def find_backbone(name_or_path: str | Path) -> Backbone:
     try:
         config.architectures = [MODEL_NAMES_MAPPING[model_type] + "Model"]
         model_class = AutoModel._get_model_class_from_config(None, None, config)
-    except (KeyError, AttributeError):  # AttributeError: PaddleNLP has a config of that type, but no such class
+    except (KeyError, AttributeError):  # AttributeError: PaddleNLP knows the type, but has no class of that name
         raise InputError(f"{name_or_path}: PaddleNLP knows no model of type {model_type!r}") from None
-    for key, least in SMALLEST_NUMBERS.items():
+    for key, minimum in SMALLEST_NUMBERS.items():
         value = getattr(config, key, None)
-        if not isinstance(value, int) or value < least:
-            problem = f"has {key} {value!r}, which must be a whole number, {least} or more"
+        if not isinstance(value, int) or value < minimum:
+            problem = f"has {key} {value!r}, which must be a whole number, {minimum} or more"
             raise InputError(f"{name_or_path}: the config of {model_class.__name__} {problem}")
     return Backbone(str(name_or_path), model_class, config)
 
@@ -71,42 +71,45 @@ def _unreadable(source: str | Path, error: Exception) -> InputError:
 
 
 def _not_found(name: str | Path) -> InputError:
-    """The error for a name that PaddleNLP can't download."""
+    """The error for a name that is no folder, and that PaddleNLP doesn't know or can't download."""
     remedy = "check the name and the network, or give a local folder"
     return InputError(f"{name}: is no folder here, and can't be downloaded; {remedy}")
 
 
 def build_backbone(backbone: Backbone) -> PretrainedModel:
-    """The encoder with random weights. Raises InputError if this project can't use it."""
+    """The encoder with random weights, in training mode.
+
+    Raises InputError if it can't be built, has other inputs or outputs than ERNIE and BERT, or doesn't mask padding.
+    """
     try:
         ptm = backbone.model_class(backbone.config)
     except Exception as error:
         raise _unreadable(backbone.source, error) from None
     name = f"{backbone.source}: {backbone.model_class.__name__}"
-    wanted = "need an encoder such as ERNIE or BERT"
+    remedy = "need an encoder such as ERNIE or BERT"
     if not {"input_ids", "token_type_ids"} <= set(inspect.signature(ptm.forward).parameters):
-        raise InputError(f"{name} doesn't take input_ids and token_type_ids; {wanted}")
+        raise InputError(f"{name} doesn't take input_ids and token_type_ids; {remedy}")
     ptm.eval()
     config = backbone.config
-    padded = paddle.full([1, 3], 0 if config.pad_token_id else 1, "int64")
+    padded = paddle.full([1, 3], 0 if config.pad_token_id else 1, "int64")  # any token but [PAD]
     padded[0, 2] = config.pad_token_id
     with paddle.no_grad(), _without_tf32():
         try:
-            alone, outputs = [list(ptm(ids, paddle.zeros_like(ids))) for ids in (padded[:, :2], padded)]
+            short_outputs, outputs = [list(ptm(ids, paddle.zeros_like(ids))) for ids in (padded[:, :2], padded)]
             shapes = [tuple(output.shape) for output in outputs]
         except Exception:
             shapes = []
     if shapes != [(1, 3, config.hidden_size), (1, config.hidden_size)]:
-        raise InputError(f"{name} doesn't return (sequence, pooled); {wanted}")
-    if not (alone[0] - outputs[0][:, :2]).abs().max() < LARGEST_EFFECT_OF_PADDING:
-        raise InputError(f"{name} doesn't mask padding, so a text's vector would change with it; {wanted}")
+        raise InputError(f"{name} doesn't return (sequence, pooled); {remedy}")
+    if not (short_outputs[0] - outputs[0][:, :2]).abs().max() < LARGEST_EFFECT_OF_PADDING:  # NaN too
+        raise InputError(f"{name} doesn't mask padding, so a text's vector would change with it; {remedy}")
     ptm.train()
     return ptm
 
 
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Inside this block a GPU multiplies in float32: TF32, Paddle's default, has a rounding error of a thousandth."""
+    """Inside this block a GPU multiplies in float32: Paddle's default, TF32, rounds to about a thousandth."""
     is_on = core.get_cublas_switch()
     core.set_cublas_switch(False)
     try:
@@ -116,7 +119,7 @@ def _without_tf32() -> Iterator[None]:
 
 
 def pretrained_weights(backbone: Backbone) -> Path:
-    """The weights file of a pretrained backbone, in its folder or PaddleNLP's cache. Raises InputError if missing."""
+    """The backbone's weights file, in its folder or downloaded into PaddleNLP's cache. Raises InputError if missing."""
     folder = Path(backbone.source)
     if folder.is_dir():
         for name in WEIGHTS_FILES:
@@ -135,7 +138,7 @@ def pretrained_weights(backbone: Backbone) -> Path:
 
 
 def load_tokenizer(name_or_path: str | Path, max_seq_length: int) -> TextTokenizer:
-    """The tokenizer of a folder with a vocabulary, or of a name that PaddleNLP knows. Raises InputError."""
+    """The tokenizer of a folder with a vocab.txt, or of a name, which PaddleNLP may download. Raises InputError."""
     if Path(name_or_path).is_dir():
         return TextTokenizer.load(name_or_path, max_seq_length)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The checkpoint folder, which describes a model completely: how it is created, loaded and saved."""
+"""Creating a model, and saving it in and loading it from a checkpoint folder, which describes it completely."""
 
 import hashlib
 import json
@@ -22,9 +22,9 @@ from modeling.backbone import Backbone, build_backbone, find_backbone, load_toke
 from modeling.checkpoint_files import WEIGHTS_FILES, check_checkpoint
 from modeling.weight_files import read_weights
 
-DEFAULT_TRAIN_LENGTH = 512  # default of train_batch_neg.py, limited to the position table
-REPORTED_PARAMETERS = 3
-NOT_OF_THE_MODEL = ("_name_or_path", "paddlenlp_version")  # entries of a backbone's config that vectors don't depend on
+DEFAULT_TRAIN_LENGTH = 512  # of train_batch_neg.py; less for a shorter position table
+REPORTED_PARAMETERS = 3  # names in a message
+NOT_OF_THE_MODEL = ("_name_or_path", "paddlenlp_version")  # of a backbone's config: don't change the vectors
 
 Model = TypeVar("Model", bound=SemanticIndexBase)
 
@@ -41,8 +41,8 @@ class LoadedCheckpoint(NamedTuple):
 
     model: Any  # of the class that was asked for
     tokenizer: TextTokenizer
-    fingerprint: str  # `model_fingerprint`
-    weights: Path  # the file that they came from
+    fingerprint: str  # see `model_fingerprint`
+    weights: Path  # the weights file
 
 
 def create_model(
@@ -58,19 +58,19 @@ def create_model(
 ) -> LoadedModel:
     """The model that a training starts from, in training mode.
 
-    Its backbone has pretrained weights, those of `init_from_ckpt`, or random ones with `from_scratch`.
-    max_seq_length: by default 512, or the size of the position table if that is less. Raises InputError.
+    Its weights are those of `init_from_ckpt` if given, else random with `from_scratch`, else pretrained; the linear
+    reduction's are random unless the file has them in the right shape. max_seq_length: by default 512, or the size of
+    the position table if that is less. Raises InputError.
     """
     checkpoint = check_checkpoint(init_from_ckpt) if init_from_ckpt else None
     if checkpoint:
-        check_manifest(checkpoint.parent, only=checkpoint.name.__eq__)
+        _check_weights_file(checkpoint)
     source = from_scratch or model_name_or_path
     if checkpoint and not from_scratch and (checkpoint.parent / BACKBONE_CONFIG_FILE).is_file():
         source = str(checkpoint.parent)
     backbone = find_backbone(source)
-    max_seq_length = max_seq_length or min(DEFAULT_TRAIN_LENGTH, _position_tokens(backbone))
-    config = ModelConfig(output_emb_size, pooling, dropout, max_seq_length)
-    tokenizer = _load_tokenizer(checkpoint, source, backbone, max_seq_length)
+    tokenizer = _load_tokenizer(checkpoint, source, backbone, max_seq_length, DEFAULT_TRAIN_LENGTH)
+    config = ModelConfig(output_emb_size, pooling, dropout, tokenizer.max_seq_length)
     weights_file = checkpoint or (None if from_scratch else pretrained_weights(backbone))
     model = cls(build_backbone(backbone), config)
     _check_vocabulary(tokenizer, backbone)
@@ -90,8 +90,8 @@ def load_checkpoint(
     """A trained model, in evaluation mode.
 
     params_path: the checkpoint's folder, or the weights file in it. A checkpoint of the original scripts has no
-    configs: its backbone is `model_name_or_path`, and its embedding size is read from the weights. output_emb_size is
-    compared with the checkpoint's; max_seq_length replaces the checkpoint's. Raises InputError.
+    configs: its backbone is `model_name_or_path`, and its embedding size is read from the weights. output_emb_size, if
+    given, must be the checkpoint's; max_seq_length replaces the checkpoint's. Raises InputError.
     """
     file = check_checkpoint(params_path)
     source = file.parent if (file.parent / BACKBONE_CONFIG_FILE).is_file() else model_name_or_path
@@ -99,7 +99,7 @@ def load_checkpoint(
     try:
         weights = read_weights(file)
     except InputError:
-        check_manifest(file.parent, only=file.name.__eq__)  # says more about a damaged file
+        _check_weights_file(file)  # says more about a damaged file
         raise
     config = _read_model_config(file, weights)
     if output_emb_size is not None and output_emb_size != config.output_emb_size:
@@ -108,13 +108,12 @@ def load_checkpoint(
     model = cls(build_backbone(backbone), config)
     _set_weights(model, weights, file, backbone, head_is_optional=False)
     model.eval()
-    length = max_seq_length or min(config.max_seq_length, _position_tokens(backbone))
-    tokenizer = _load_tokenizer(file, source, backbone, length)
+    tokenizer = _load_tokenizer(file, source, backbone, max_seq_length, config.max_seq_length)
     _check_vocabulary(tokenizer, backbone)
     fingerprint = model_fingerprint(model, tokenizer)
-    # The fingerprint covers the weights. Only if it differs, as with another length, the file is hashed as well.
+    # The fingerprint covers the weights, so the file needs hashing only if it differs, as with another max_seq_length.
     if fingerprint != read_manifest(file.parent).get("fingerprint"):
-        check_manifest(file.parent, only=file.name.__eq__)
+        _check_weights_file(file)
     return LoadedCheckpoint(model, tokenizer, fingerprint, file)
 
 
@@ -124,10 +123,10 @@ def save_checkpoint(
     tokenizer: TextTokenizer,
     add_files: Callable[[Path], object] | None = None,
 ) -> None:
-    """Writes a folder from which `load_checkpoint` needs nothing else, and replaces one of that name as a whole.
+    """Writes a folder that is all `load_checkpoint` needs; replaces an existing folder as a whole.
 
-    add_files: writes more files into the folder. Raises InputError if it can't be written, or if a weight isn't finite,
-    since such a model would be useless.
+    add_files: writes more files into the folder that it is given. Raises InputError if the folder can't be written, or
+    if a weight isn't finite.
     """
     for name, value in model.state_dict().items():
         if not np.isfinite(value.numpy()).all():
@@ -142,7 +141,7 @@ def save_checkpoint(
 
 
 def write_model_files(folder: Path, model: SemanticIndexBase, tokenizer: TextTokenizer) -> None:
-    """Writes everything that describes a model except its weights: both configs and the vocabulary."""
+    """Writes what describes a model besides its weights: both configs and the tokenizer's files."""
     config = replace(model.config, max_seq_length=tokenizer.max_seq_length)
     write_json(folder / BACKBONE_CONFIG_FILE, model.ptm.config.to_dict())
     write_json(folder / MODEL_CONFIG_FILE, {**asdict(config), "version": __version__})
@@ -152,7 +151,7 @@ def write_model_files(folder: Path, model: SemanticIndexBase, tokenizer: TextTok
 def model_fingerprint(model: SemanticIndexBase, tokenizer: TextTokenizer) -> str:
     """SHA-256, in hex, of the weights and of all settings that the vectors depend on, except the precision.
 
-    Saved indexes and stored vectors of every version contain it: it must not change.
+    Indexes and vectors that earlier versions saved contain it, so the way to compute it must not change.
     """
     backbone = model.ptm.config.to_dict()
     settings = {
@@ -168,8 +167,13 @@ def model_fingerprint(model: SemanticIndexBase, tokenizer: TextTokenizer) -> str
     return digest.hexdigest()
 
 
+def _check_weights_file(file: Path) -> None:
+    """Raises InputError if the weights file differs from the manifest beside it."""
+    check_manifest(file.parent, only=lambda name: name == file.name)
+
+
 def _read_model_config(file: Path, weights: Mapping[str, np.ndarray]) -> ModelConfig:
-    """The ModelConfig beside a weights file; for a checkpoint of the original scripts, what the weights tell."""
+    """The ModelConfig beside a weights file; without one, the defaults with the weights' embedding size."""
     config_file = file.parent / MODEL_CONFIG_FILE
     if not config_file.is_file():
         reduction = weights.get("emb_reduce_linear.weight")
@@ -185,21 +189,25 @@ def _read_model_config(file: Path, weights: Mapping[str, np.ndarray]) -> ModelCo
     return config
 
 
-def _position_tokens(backbone: Backbone) -> int:
-    """`max_position_tokens` of a backbone."""
-    return max_position_tokens(backbone.config.to_dict())
+def _load_tokenizer(
+    file: Path | None, source: str | Path, backbone: Backbone, max_seq_length: int | None, default_length: int
+) -> TextTokenizer:
+    """The tokenizer in the folder of `file` if that has a vocabulary, else that of `source`.
 
-
-def _load_tokenizer(file: Path | None, source: str | Path, backbone: Backbone, max_seq_length: int) -> TextTokenizer:
-    """The tokenizer of the checkpoint's folder if that has a vocabulary, else the backbone's."""
-    if max_seq_length > _position_tokens(backbone):
-        limit = f"the position table of {backbone.source} has {_position_tokens(backbone)} rows"
+    Texts are cut at max_seq_length or, if it is None, at default_length or a shorter position table. Raises InputError,
+    also if max_seq_length exceeds the position table.
+    """
+    longest = max_position_tokens(backbone.config.to_dict())
+    if max_seq_length and max_seq_length > longest:
+        limit = f"the position table of {backbone.source} has {longest} rows"
         raise InputError(f"--max_seq_length {max_seq_length}: {limit}; use at most that many tokens")
-    has_vocabulary = file is not None and (file.parent / VOCABULARY_FILE).is_file()
-    return load_tokenizer(file.parent if file and has_vocabulary else source, max_seq_length)
+    if file and (file.parent / VOCABULARY_FILE).is_file():
+        source = file.parent
+    return load_tokenizer(source, max_seq_length or min(default_length, longest))
 
 
 def _check_vocabulary(tokenizer: TextTokenizer, backbone: Backbone) -> None:
+    """Raises InputError if the tokenizer's ids don't fit the backbone's embeddings."""
     rows = backbone.config.vocab_size
     if tokenizer.vocabulary_size > rows:
         raise InputError(f"{backbone.source}: its {VOCABULARY_FILE} has more lines than the model's {rows} embeddings")
@@ -210,9 +218,10 @@ def _check_vocabulary(tokenizer: TextTokenizer, backbone: Backbone) -> None:
 def _set_weights(
     model: SemanticIndexBase, weights: Mapping[str, np.ndarray], file: Path, backbone: Backbone, head_is_optional: bool
 ) -> None:
-    """Copies the weights of `file` into the model, and logs those that don't fit.
+    """Copies the weights of `file` into the model, and logs the names that don't fit.
 
-    Raises InputError if a parameter is missing or has another shape. With `head_is_optional` the reduction's may.
+    Raises InputError if a parameter is missing or has another shape. With `head_is_optional` the linear reduction's
+    may: it keeps its values. The number of parameters taken is then always logged.
     """
     weights = _with_our_names(weights, backbone.model_class.base_model_prefix)
     parameters = model.state_dict()
@@ -226,14 +235,11 @@ def _set_weights(
         ],
         "unexpected": [name for name in weights if name not in parameters],
     }
-    serious = [
-        name
-        for kind in ("missing", "wrong-shaped")
-        for name in problems[kind]
-        if not (head_is_optional and name.startswith("emb_reduce_linear."))
-    ]
-    report = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names)
-    if serious:
+    errors = problems["missing"] + problems["wrong-shaped"]
+    if head_is_optional:
+        errors = [error for error in errors if not error.startswith("emb_reduce_linear.")]
+    report = "; ".join(f"{len(names)} {kind}: {_first_names(names)}" for kind, names in problems.items() if names)
+    if errors:
         raise InputError(f"{file}: doesn't fit {backbone.model_class.__name__} of {backbone.source} ({report})")
     if report or head_is_optional:
         log(f"{file}: took {len(fitting)} of {len(parameters)} parameters" + (f" ({report})" if report else ""))
@@ -248,12 +254,12 @@ def _as_float32(array: np.ndarray) -> np.ndarray:
 
 
 def _with_our_names(weights: Mapping[str, np.ndarray], backbone_prefix: str) -> dict[str, np.ndarray]:
-    """Names of a plain PaddleNLP backbone (`embeddings.…` or `ernie.embeddings.…`) become ours (`ptm.embeddings.…`)."""
+    """Renames a PaddleNLP backbone's weights (`embeddings.…` or `ernie.embeddings.…`) to ours (`ptm.embeddings.…`)."""
     if any(name.startswith("ptm.") for name in weights):
         return dict(weights)
     return {"ptm." + name.removeprefix(backbone_prefix + "."): array for name, array in weights.items()}
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     more = len(names) - REPORTED_PARAMETERS
     return ", ".join(names[:REPORTED_PARAMETERS]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are, and whether they can be used. Imports no Paddle."""
+"""Finds checkpoints and checks their files. Imports no Paddle."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from common.manifest import check_manifest
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, read_vocabulary
 
 SAFETENSORS_FILE = "model.safetensors"
-WEIGHTS_FILES = ("model_state.pdparams", SAFETENSORS_FILE)  # the first is preferred; version 1 wrote both
+WEIGHTS_FILES = ("model_state.pdparams", SAFETENSORS_FILE)  # in this order; version 1 wrote both
 TRAINING_PREFIX = "training_"  # of the files that only --resume_from reads
 STEP_FOLDER = "model_"  # followed by the step's number
 
@@ -20,13 +20,13 @@ def step_folder(save_dir: Path, step: int) -> Path:
 
 
 def step_folders(save_dir: Path) -> list[Path]:
-    """The checkpoints in a training's folder, in the order of their steps."""
+    """The checkpoint folders in `save_dir`, in the order of their steps."""
     names = [path.name.removeprefix(STEP_FOLDER) for path in save_dir.glob(f"{STEP_FOLDER}*") if path.is_dir()]
     return [step_folder(save_dir, step) for step in sorted(int(name) for name in names if re.fullmatch("[0-9]+", name))]
 
 
 def find_checkpoint_folder(path: str) -> Path:
-    """The checkpoint that `--resume_from` names. Raises InputError if it is missing."""
+    """The checkpoint whose folder `--resume_from` names. Raises InputError if it is missing."""
     folder = resolve_interrupted_replace(path)
     if not folder.is_dir():
         raise InputError(f"--resume_from {path}: no such folder; give a checkpoint's folder or latest")
@@ -49,7 +49,7 @@ def find_weights(path: str | Path) -> Path:
 
 
 def check_checkpoint(path: str | Path) -> Path:
-    """The weights file of a checkpoint. Raises InputError if one of the other files is missing or was changed."""
+    """Finds the weights file of a checkpoint, and checks the other files that inference needs. Raises InputError."""
     weights = find_weights(path)
     folder = weights.parent
     check_manifest(folder, only=lambda name: name not in WEIGHTS_FILES and not name.startswith(TRAINING_PREFIX))
@@ -62,7 +62,7 @@ def check_checkpoint(path: str | Path) -> Path:
 
 
 def _newest_in(path: Path) -> str:
-    """For the message about a missing checkpoint: the newest one of the training that `path` points into."""
+    """The end of a message about a missing checkpoint: the newest one in `path` or its nearest existing parent."""
     folder = next((folder for folder in (path, *path.parents) if folder.is_dir()), path)
     checkpoints = step_folders(folder)
     return f"; the newest in {folder} is {checkpoints[-1].name}" if checkpoints else ""

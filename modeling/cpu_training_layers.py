@@ -1,7 +1,7 @@
 """Faster float32 versions of Paddle's layers for training on a CPU; docs/benchmarks.md has the figures.
 
 Paddle computes the gradients of biases and of layer norm element by element in one thread, and draws dropout masks with
-a slow generator. These layers use matrix products on all threads instead, and NumPy's vector instructions for the rest.
+a slow generator. These layers use matrix products on all threads instead, and NumPy for the rest.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from paddle.autograd import PyLayer
 
 
 def _array(tensor: paddle.Tensor) -> np.ndarray:
-    """The tensor's memory as an array, without a copy; read-only."""
+    """The tensor's memory as a read-only array, without a copy."""
     return np.from_dlpack(tensor.detach())
 
 
@@ -29,7 +29,7 @@ def _row_sum(rows: paddle.Tensor) -> paddle.Tensor:
 
 
 class _Linear(PyLayer):
-    """`x W + b` and its gradients."""
+    """`x @ weight + bias` and its gradients: x [..., in], weight [in, out], bias [out]."""
 
     @staticmethod
     def forward(ctx: Any, x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor) -> paddle.Tensor:
@@ -39,17 +39,13 @@ class _Linear(PyLayer):
     @staticmethod
     def backward(ctx: Any, gradient: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
         x, weight = ctx.saved_tensor()
-        rows = gradient.reshape([-1, gradient.shape[-1]])
-        x_rows = x.reshape([-1, x.shape[-1]])
-        return (
-            paddle.matmul(gradient, weight, transpose_y=True),
-            paddle.matmul(x_rows, rows, transpose_x=True),
-            _row_sum(rows),
-        )
+        x_rows, g_rows = x.reshape([-1, x.shape[-1]]), gradient.reshape([-1, gradient.shape[-1]])
+        dx = paddle.matmul(gradient, weight, transpose_y=True)
+        return dx, paddle.matmul(x_rows, g_rows, transpose_x=True), _row_sum(g_rows)
 
 
 class CpuLinear(nn.Linear):
-    """nn.Linear with a fast gradient of the bias."""
+    """nn.Linear with bias, and with a fast gradient of it."""
 
     def forward(self, input: paddle.Tensor) -> paddle.Tensor:
         """float32 [..., in] -> [..., out]."""
@@ -57,7 +53,7 @@ class CpuLinear(nn.Linear):
 
 
 class _LayerNorm(PyLayer):
-    """Normalizes over the last axis: `c / s * weight + bias`, c = x - mean(x), s = sqrt(mean(c^2) + epsilon)."""
+    """Layer norm over the last axis: `c / s * weight + bias` with c = x - mean(x), s = sqrt(mean(c^2) + epsilon)."""
 
     @staticmethod
     def forward(
@@ -98,15 +94,15 @@ class CpuLayerNorm(nn.LayerNorm):
 
 
 class _Dropout(PyLayer):
-    """Sets a share of the elements to zero and scales up the others.
+    """Sets elements to zero with probability `p` and scales up the others.
 
-    The mask depends on the state of Paddle's generator, like that of F.dropout. It uses 16 random bits for an element,
-    so the share is rounded to a multiple of 1 / 65,536; the scale fits the rounded share.
+    The mask depends on the state of Paddle's generator, like that of F.dropout. It takes 16 random bits per element, so
+    p is rounded to a multiple of 1 / 65,536; the scale fits the rounded p.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: paddle.Tensor, share: float) -> paddle.Tensor:
-        dropped = min(round(share * 2**16), 2**16 - 1)
+    def forward(ctx: Any, x: paddle.Tensor, p: float) -> paddle.Tensor:
+        dropped = min(round(p * 2**16), 2**16 - 1)  # of the 2**16 values of an element's bits
         generator = np.random.SFC64(paddle.randint(0, 2**31 - 1, [2]).numpy())
         bits = generator.random_raw(-(-x.size // 4)).view(np.uint16)[: x.size]
         ctx.kept = (bits >= dropped).reshape(x.shape)
@@ -124,16 +120,16 @@ class _Dropout(PyLayer):
         return _tensor(result)
 
 
-def dropout(x: paddle.Tensor, share: float, training: bool) -> paddle.Tensor:
+def dropout(x: paddle.Tensor, p: float, training: bool) -> paddle.Tensor:
     """F.dropout in mode upscale_in_train, with other masks."""
-    return _Dropout.apply(x, share) if training and 0 < share < 1 and x.size else F.dropout(x, share, training=training)
+    return _Dropout.apply(x, p) if training and 0 < p < 1 and x.size else F.dropout(x, p, training=training)
 
 
 class CpuDropout(nn.Dropout):
-    """nn.Dropout with a fast generator."""
+    """nn.Dropout over all axes in mode upscale_in_train, with a fast generator."""
 
     def forward(self, input: paddle.Tensor) -> paddle.Tensor:
-        """float32 of any shape."""
+        """float32, any shape; the result has the same."""
         return dropout(input, self.p, self.training)
 
 
@@ -148,9 +144,9 @@ class CpuMultiHeadAttention(nn.MultiHeadAttention):
         attn_mask: paddle.Tensor | None = None,
         cache: Any = None,
     ) -> Any:
-        """float32 [B, L, D] each; attn_mask: float32, added to the logits [B, heads, L, L]."""
-        added = attn_mask is not None and attn_mask.dtype == query.dtype
-        if key is None or value is None or not added or cache is not None or self.need_weights:
+        """query: float32 [B, Q, D]; key, value: [B, L, D]; attn_mask: added to the logits [B, heads, Q, L]."""
+        is_added = attn_mask is not None and attn_mask.dtype == query.dtype  # Paddle converts other masks
+        if key is None or value is None or not is_added or cache is not None or self.need_weights:
             return super().forward(query, key, value, attn_mask, cache)
         q, k, v = self._prepare_qkv(query, key, value)
         logits = paddle.matmul(q * self.head_dim**-0.5, k, transpose_y=True) + attn_mask
@@ -159,7 +155,7 @@ class CpuMultiHeadAttention(nn.MultiHeadAttention):
 
 
 def speed_up_training(model: nn.Layer) -> None:
-    """Gives the model's layers these forward and backward passes; parameters and their names don't change."""
+    """Makes the model's layers compute as above; parameters and their names stay. Leaves subclasses alone."""
     for layer in model.sublayers():
         if type(layer) is nn.Linear and layer.bias is not None:
             layer.__class__ = CpuLinear

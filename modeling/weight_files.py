@@ -11,25 +11,25 @@ from safetensors.numpy import load_file, save
 
 from common.errors import InputError
 
-# paddle.save adds this entry, which maps structured names to internal ones, to every state dict.
+# An entry that paddle.save adds to every state dict: structured names -> Paddle's internal names.
 STRUCTURE_KEY = "StructuredToParameterName@@"
 
 
 def _latin1_encode(text: str, encoding: str) -> bytes:
-    """Pickles of protocol 2 call this to rebuild bytes; `_codecs.encode` itself would accept any codec."""
+    """Replaces `_codecs.encode`, which pickles of protocol 2 call to rebuild bytes, but which accepts any codec."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"codec {encoding!r}")
     return text.encode("latin1")
 
 
-RECONSTRUCT = vars(np.core.multiarray)["_reconstruct"]  # makes an array before its content is read
+RECONSTRUCT = vars(np.core.multiarray)["_reconstruct"]  # creates an array, whose content is read later
 
 
 class _WeightsUnpickler(pickle._Unpickler):
-    """Admits only the names that arrays in a dict need.
+    """Loads only the classes and functions that a dict of arrays needs.
 
-    It is Python's own implementation: the one in C fills the memory if a damaged or hostile file uses a large index
-    into the table of objects read so far. Both read an array in one piece.
+    It is the implementation in Python, because the one in C fills the memory if a damaged or hostile file has a large
+    index into the table of objects read so far. It is fast enough, since both read an array in one piece.
     """
 
     ADMITTED: ClassVar = {
@@ -52,13 +52,13 @@ class _WeightsUnpickler(pickle._Unpickler):
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     """Parameter name -> array, from a `.pdparams` or `.safetensors` file.
 
-    Raises InputError if the file is missing, damaged, holds anything but arrays, or asks to run code.
+    Raises InputError if the file is missing or damaged, holds no arrays or anything else, or asks to run code.
     """
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            safe = path.suffix == ".safetensors"
-            content = load_file(path) if safe else _WeightsUnpickler(file, encoding="latin1").load()
+            is_safetensors = path.suffix == ".safetensors"
+            content = load_file(path) if is_safetensors else _WeightsUnpickler(file, encoding="latin1").load()
     except OSError as error:
         raise InputError(f"{path}: no such weights file, or it can't be read ({error.strerror or error})") from None
     except MemoryError:
@@ -70,24 +70,20 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: isn't a weights file (it holds a {type(content).__name__}, not named arrays)")
     if not all(isinstance(name, str) for name in content):
         raise InputError(f"{path}: isn't a weights file (a name in it is no text)")
-    weights = {}
-    for name, value in content.items():
-        if name != STRUCTURE_KEY:
-            array = _array(value)
-            if array is None:
-                raise InputError(f"{path}: isn't a weights file ({name!r} is no array)")
-            weights[name] = array
+    weights = {name: _array(path, name, value) for name, value in content.items() if name != STRUCTURE_KEY}
     if not weights:
         raise InputError(f"{path}: isn't a weights file (it is empty)")
     return weights
 
 
 def write_safetensors(path: Path, weights: Mapping[str, np.ndarray]) -> None:
-    """Writes parameter name -> array. Raises OSError if it can't be written."""
+    """Writes parameter name -> array to a `.safetensors` file. Raises OSError if it can't be written."""
     path.write_bytes(save({name: np.ascontiguousarray(array) for name, array in weights.items()}))
 
 
-def _array(value: Any) -> np.ndarray | None:
-    if isinstance(value, tuple) and len(value) == 2:
-        value = value[1]
-    return value if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" else None
+def _array(path: Path, name: str, value: Any) -> np.ndarray:
+    """The array of an entry, which may be an (internal name, array). Raises InputError if it isn't one of numbers."""
+    array = value[1] if isinstance(value, tuple) and len(value) == 2 else value
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+        raise InputError(f"{path}: isn't a weights file ({name!r} is no array)")
+    return array
