@@ -1,1 +1,1 @@
-"""From a checkpoint or an exported model to vectors: dygraph, Paddle Inference and ONNX Runtime."""
+"""Encoding texts with a checkpoint or an exported model, in dygraph, Paddle Inference or ONNX Runtime; exporting it."""

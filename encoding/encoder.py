@@ -1,4 +1,4 @@
-"""From a checkpoint to vectors: `load_encoder` chooses the engine, an Encoder turns texts into vectors."""
+"""Encoding texts with a checkpoint: `load_encoder` chooses the engine and returns an Encoder."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,21 +23,21 @@ from data import Embed, TextTokenizer, encode_texts
 from encoding.static_graph import StaticEncoder, export_static
 from modeling.checkpoint import load_checkpoint
 
-STATIC_FOLDER = "static"  # in a checkpoint's folder: compiled graphs by GRAPH_VERSION and fingerprint
-GRAPH_VERSION = 2  # changes with the way in which a graph computes; graphs of other versions are ignored
-SAMPLE_DOCUMENTS, SAMPLE_QUERIES, SAMPLE_TOP = 1000, 100, 10  # on which a precision is compared with fp32
+STATIC_FOLDER = "static"  # in a checkpoint's folder: holds compiled graphs, by GRAPH_VERSION and fingerprint
+GRAPH_VERSION = 2  # raise it when graphs compute differently; graphs of other versions are ignored
+SAMPLE_DOCUMENTS, SAMPLE_QUERIES, SAMPLE_TOP = 1000, 100, 10  # for the comparison of a precision with fp32
 
 
 class Encoder(NamedTuple):
-    """Turns texts into unit vectors."""
+    """Turns texts into unit vectors: an engine's `embed`, and how to call it."""
 
     embed: Embed
     tokenizer: TextTokenizer
     embedding_size: int
-    batch_size: int  # texts of max_seq_length tokens
-    fingerprint: str = ""  # hash of everything that determines the vectors, except the precision
+    batch_size: int  # in texts of max_seq_length tokens; see `data.encode_texts`
+    fingerprint: str = ""  # see `model_fingerprint`
     precision: str = "fp32"
-    embed_fp32: Embed | None = None  # for comparison, if the precision is another
+    embed_fp32: Embed | None = None  # None if the precision is fp32
 
     def encode(self, texts: Sequence[str], desc: str | None = None) -> np.ndarray:
         """Unit vectors, float32 [N, D], in the texts' order. desc: name of a progress bar; None shows none."""
@@ -58,11 +58,11 @@ def load_encoder(
     output_emb_size: int | None = None,
     max_seq_length: int | None = None,
 ) -> Encoder:
-    """The encoder of a checkpoint, on Paddle's current device; with several ranks, all call it together.
+    """The encoder of a checkpoint, on Paddle's current device; with several ranks, all must call it together.
 
-    text_count: about how many texts it will encode, which decides on engine "auto". The other arguments are the
-    options of those names and are described at `load_checkpoint`. Raises InputError, also if the device lacks the
-    precision.
+    text_count: about how many texts it will encode; on a CPU, engine "auto" is static from STATIC_FROM_TEXTS on, or
+    with another precision than fp32. The other arguments are command-line options; the last three are explained at
+    `load_checkpoint`. Raises InputError, also if the device or the engine lacks the precision.
     """
     device = paddle.get_device().split(":")[0]
     check_precision(precision, device)
@@ -74,19 +74,19 @@ def load_encoder(
         output_emb_size=output_emb_size,
         max_seq_length=max_seq_length,
     )
-    worthwhile = device == "cpu" and (precision != "fp32" or text_count >= STATIC_FROM_TEXTS)
-    if engine == "static" or (engine == "auto" and worthwhile):
+    prefers_static = device == "cpu" and (precision != "fp32" or text_count >= STATIC_FROM_TEXTS)
+    if engine == "static" or (engine == "auto" and prefers_static):
         embed = _static_embed(model, weights.parent, fingerprint, device, precision)
     elif precision == "fp32":
         embed = model.embed
     else:
-        embed = partial(_embed_in, model, DTYPES[precision])
+        embed = partial(_embed_amp, model, DTYPES[precision])
     embed_fp32 = None if precision == "fp32" else model.embed
     return Encoder(embed, tokenizer, model.embedding_size, batch_size, fingerprint, precision, embed_fp32)
 
 
 def _static_embed(model: SemanticIndexBase, folder: Path, fingerprint: str, device: str, precision: str) -> Embed:
-    """`embed` of the compiled graph, which is compiled once and kept; all ranks call it together."""
+    """`embed` of the compiled graph, which rank 0 compiles if it isn't kept yet; all ranks must call this together."""
     compiled = folder / STATIC_FOLDER / f"{GRAPH_VERSION}-{fingerprint[:16]}"
     load = partial(StaticEncoder, device=device, precision=precision)
     rank, _ = init_ranks()
@@ -95,13 +95,13 @@ def _static_embed(model: SemanticIndexBase, folder: Path, fingerprint: str, devi
     encoder = encoder or _load_compiled(compiled, load)
     if encoder:
         return encoder.embed
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary:  # the graph can't be kept, so each rank compiles its own
         export_static(model, Path(temporary))
         return load(temporary).embed
 
 
 def _compile(model: SemanticIndexBase, compiled: Path, load: Callable[[Path], StaticEncoder]) -> StaticEncoder | None:
-    """Writes the graph and loads it; None if it can't be written."""
+    """Compiles the graph into the folder and loads it; None if it can't be written or loaded."""
     log(f"compiling the model into {compiled}")
     try:
         with atomic_folder(compiled) as temporary:
@@ -115,7 +115,7 @@ def _compile(model: SemanticIndexBase, compiled: Path, load: Callable[[Path], St
 
 
 def _load_compiled(compiled: Path, load: Callable[[Path], StaticEncoder]) -> StaticEncoder | None:
-    """The graph; None if it is missing, changed, or can't be loaded."""
+    """Loads a graph that is kept; None if it is missing, changed, or can't be loaded."""
     if not (compiled / MANIFEST_FILE).is_file():
         return None
     try:
@@ -125,8 +125,8 @@ def _load_compiled(compiled: Path, load: Callable[[Path], StaticEncoder]) -> Sta
         return None
 
 
-def _embed_in(model: SemanticIndexBase, dtype: str, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
-    """`model.embed` on a GPU with matrix products in another type."""
+def _embed_amp(model: SemanticIndexBase, dtype: str, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
+    """`model.embed` with matrix products in `dtype`, by automatic mixed precision."""
     with paddle.amp.auto_cast(dtype=dtype, level="O1"):
         return model.embed(input_ids, token_type_ids)
 
@@ -134,8 +134,8 @@ def _embed_in(model: SemanticIndexBase, dtype: str, input_ids: np.ndarray, token
 class Fidelity(NamedTuple):
     """How close the vectors of a precision are to those of fp32, on a sample."""
 
-    lowest_cosine: float  # of a text's vector with its fp32 vector
-    recall_vs_fp32: float  # share of fp32's nearest documents that are found
+    lowest_cosine: float  # between a text's vector and its fp32 vector
+    recall_vs_fp32: float  # share of fp32's SAMPLE_TOP nearest documents that are found
 
     def __str__(self) -> str:
         cosines = f"on a sample its vectors have cosines of {self.lowest_cosine:.5f} or more with those of fp32"
@@ -143,17 +143,17 @@ class Fidelity(NamedTuple):
 
 
 def compare_with_fp32(encoder: Encoder, documents: Sequence[str], queries: Sequence[str]) -> Fidelity:
-    """Encodes the first texts in both precisions. Raises InputError for a vector that isn't a unit vector."""
+    """Encodes the first documents and queries in both precisions. Raises InputError for a vector whose norm isn't 1."""
     documents, queries = documents[:SAMPLE_DOCUMENTS], queries[:SAMPLE_QUERIES]
-    twin = encoder._replace(embed=encoder.embed_fp32 or encoder.embed)
-    vectors, exact_vectors = [np.concatenate([one.encode(documents), one.encode(queries)]) for one in (encoder, twin)]
+    encoders = (encoder, encoder._replace(embed=encoder.embed_fp32 or encoder.embed))
+    vectors, fp32_vectors = [np.concatenate([each.encode(documents), each.encode(queries)]) for each in encoders]
     found = []
-    for rows in (vectors, exact_vectors):
+    for rows in (vectors, fp32_vectors):
         index = ExactIndex(encoder.embedding_size)
         index.add(rows[: len(documents)])
         ids, _ = index.search(rows[len(documents) :], SAMPLE_TOP)
         # Compared by fp32's cosines: which of several equal documents is found doesn't matter.
-        cosines = np.einsum("qd,qkd->qk", exact_vectors[len(documents) :], exact_vectors[ids])
+        cosines = np.einsum("qd,qkd->qk", fp32_vectors[len(documents) :], fp32_vectors[ids])
         found.append(-np.sort(-cosines, axis=1))
-    lowest = (vectors * exact_vectors).sum(axis=1).min()
+    lowest = (vectors * fp32_vectors).sum(axis=1).min()
     return Fidelity(float(lowest), recall_vs_exact(found[0], found[1]))

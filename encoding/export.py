@@ -1,4 +1,4 @@
-"""Exporting a model: the static graph, everything that is needed to run it, and a check against the model."""
+"""Exporting a model: its static graph and all that is needed to run it, checked against the model."""
 
 import platform
 from importlib.metadata import version
@@ -19,24 +19,24 @@ from modeling.checkpoint import LoadedCheckpoint, write_model_files
 from modeling.checkpoint_files import SAFETENSORS_FILE
 from modeling.weight_files import write_safetensors
 
-LARGEST_DIFFERENCE = 1e-5  # between the components of the model's and of the exported graph's unit vectors
+LARGEST_DIFFERENCE = 1e-5  # between a component of the model's and of the exported graph's unit vector
 CHECKED_BATCH_SIZES = (1, 2, 7)
 
 
 def export_model(loaded: LoadedCheckpoint, folder: Path, form: str = "paddle") -> dict[str, float]:
     """Writes what `static_graph.load_exported` reads into an existing folder.
 
-    form: "onnx" also writes the graph in ONNX, "safetensors" the weights in that format. Returns each graph's largest
-    difference from the model. Raises InputError if it is too large.
+    form: "onnx" also writes the graph in ONNX, "safetensors" the weights in that format. Returns the largest difference
+    of each graph, "paddle" and "onnx", from the model. Raises InputError if one exceeds LARGEST_DIFFERENCE.
     """
     model, tokenizer, fingerprint, checkpoint = loaded
     export_static(model, folder)
     encoder = StaticEncoder(folder)
-    encoders: dict[str, Embed] = {"paddle": encoder.embed}
+    embeds: dict[str, Embed] = {"paddle": encoder.embed}
     if form == "onnx":
         export_onnx(folder)
-        encoders["onnx"] = OnnxEncoder(folder).embed
-    differences = {name: largest_difference(model.embed, embed, tokenizer) for name, embed in encoders.items()}
+        embeds["onnx"] = OnnxEncoder(folder).embed
+    differences = {name: largest_difference(model.embed, embed, tokenizer) for name, embed in embeds.items()}
     for name, difference in differences.items():
         if not difference <= LARGEST_DIFFERENCE:  # NaN too
             raise InputError(f"{folder}: the {name} graph is off by {difference:.2g}, more than {LARGEST_DIFFERENCE:g}")
@@ -61,17 +61,17 @@ def export_model(loaded: LoadedCheckpoint, folder: Path, form: str = "paddle") -
 
 
 def largest_difference(first: Embed, second: Embed, tokenizer: TextTokenizer) -> float:
-    """The largest difference between components of two encoders' vectors, over batches of several sizes and lengths."""
+    """The largest difference in any component of two encoders' vectors, on random batches of several shapes."""
     lengths = sorted({3, tokenizer.max_seq_length // 2 + 1, tokenizer.max_seq_length})
     batches = [random_tokens(tokenizer, size, length) for size in CHECKED_BATCH_SIZES for length in lengths]
     return float(np.max([np.abs(first(*tokens) - second(*tokens)).max() for tokens in batches]))
 
 
 def random_tokens(tokenizer: TextTokenizer, batch_size: int, length: int) -> TokenIds:
-    """A batch of random tokens in the form of TextTokenizer, padded to `length`; reproducible for the same sizes."""
+    """Random token ids as TextTokenizer returns them, [batch_size, length]; the same for the same sizes."""
     random = np.random.default_rng([batch_size, length])
-    real = [token for token in range(tokenizer.vocabulary_size) if token != tokenizer.pad_id]
-    input_ids = random.choice(real, (batch_size, length))
-    for row in range(1, batch_size):
+    real_ids = [token for token in range(tokenizer.vocabulary_size) if token != tokenizer.pad_id]
+    input_ids = random.choice(real_ids, (batch_size, length))
+    for row in range(1, batch_size):  # the first text has the full length
         input_ids[row, random.integers(1, length + 1) :] = tokenizer.pad_id
     return input_ids, np.zeros_like(input_ids)

@@ -1,4 +1,4 @@
-"""The exported graph in ONNX: its conversion, and running it with ONNX Runtime; needs `setup.sh --onnx`."""
+"""The exported graph in ONNX: converting it, and running it with ONNX Runtime; needs `setup.sh --onnx`."""
 
 import importlib
 import logging
@@ -12,12 +12,12 @@ from common.errors import InputError
 from encoding.exported_files import GRAPH_NAME, INPUT_NAMES, WEIGHTS_SUFFIX, graph_file
 
 ONNX_SUFFIX = ".onnx"
-OPSET = 17  # the first with a layer normalization operator
-LOG_ERRORS = 3  # ONNX Runtime's log level; at a lower one it warns about each unused constant of the graph
+OPSET = 17  # the first that has layer normalization as an operator
+LOG_ERRORS = 3  # ONNX Runtime's log level; at the default, it warns about each unused constant of the graph
 
 
 def onnx_packages() -> tuple[ModuleType, ModuleType]:
-    """paddle2onnx and onnxruntime. Raises InputError if one is missing."""
+    """Imports paddle2onnx and onnxruntime. Raises InputError if one is missing."""
     try:
         return importlib.import_module("paddle2onnx"), importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -30,15 +30,15 @@ def export_onnx(folder: Path) -> None:
     logging.getLogger("paddle2onnx").setLevel(logging.ERROR)
     graph, weights = graph_file(folder), folder / (GRAPH_NAME + WEIGHTS_SUFFIX)
     try:
-        # Its default optimize_tool folds constants with Polygraphy, which installs packages from the network.
+        # The default optimize_tool folds constants with Polygraphy, which installs packages from the network.
         onnx = paddle2onnx.export(str(graph), str(weights), opset_version=OPSET, optimize_tool=None)
-    except UnboundLocalError:  # a bug in its error handling, after it has logged the error
+    except UnboundLocalError:  # a bug of its error handling; it has logged the error before
         raise InputError(f"{graph}: paddle2onnx can't convert it (see above)") from None
     (folder / (GRAPH_NAME + ONNX_SUFFIX)).write_bytes(onnx)
 
 
 class OnnxEncoder:
-    """Runs an exported ONNX graph on the CPU."""
+    """Runs an exported ONNX graph on the CPU; threads: by default as `cpu_threads` says."""
 
     def __init__(self, folder: str | Path, *, threads: int | None = None) -> None:
         _, onnxruntime = onnx_packages()

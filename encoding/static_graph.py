@@ -1,4 +1,4 @@
-"""The model as a static graph: its export, and running it with Paddle Inference. Imports no PaddleNLP."""
+"""The model as a static graph: exporting it, and running it with Paddle Inference. Imports no PaddleNLP."""
 
 import contextlib
 import tempfile
@@ -23,14 +23,14 @@ from data import MODEL_CONFIG_FILE, TextTokenizer
 from encoding.exported_files import GRAPH_NAME, GRAPH_SUFFIXES, INPUT_NAMES, WEIGHTS_SUFFIX, check_exported, graph_file
 
 SHAPES_KEPT = 64  # shapes of batches in oneDNN's cache
-# Not used on a GPU: if a batch has as many texts as tokens, their kernel (multihead_matmul_kernel.cu of Paddle 3.3)
+# Left out on a GPU: if a batch has as many texts as tokens, their kernel (multihead_matmul_kernel.cu of Paddle 3.3)
 # applies the first text's mask to all texts.
 ATTENTION_PASSES = [f"multihead_matmul_fuse_pass{version}" for version in ("", "_v2", "_v3")]
-GPU_MEMORY_MIB = 256  # initial memory of a predictor
+GPU_MEMORY_MIB = 256  # that a predictor reserves at first
 
 
 class _PooledEmbedding(nn.Layer):
-    """`get_pooled_embedding` as a forward pass, which is what Paddle exports."""
+    """A model whose forward pass is `get_pooled_embedding`, because Paddle exports the forward pass."""
 
     def __init__(self, model: nn.Layer) -> None:
         super().__init__()
@@ -43,10 +43,10 @@ class _PooledEmbedding(nn.Layer):
 
 @contextlib.contextmanager
 def _without_dropout(model: nn.Layer) -> Iterator[None]:
-    """Inside this block the model is in evaluation mode and has no dropout operators.
+    """Inside this block the model is in evaluation mode, and its dropout rates are 0, so that a graph has no dropout.
 
-    In a graph for inference dropout only copies, but it keeps oneDNN from fusing the operators around it, and in bf16
-    each copy is converted to float32 and back.
+    Dropout only copies in inference, but keeps oneDNN from fusing the operators around it, and in bf16 each copy is
+    converted to float32 and back.
     """
     training = model.training
     rates = [
@@ -68,19 +68,19 @@ def _without_dropout(model: nn.Layer) -> Iterator[None]:
 
 
 def export_static(model: nn.Layer, folder: Path) -> None:
-    """Writes graph and weights of a SemanticIndexBase into an existing folder, for any batch size and length.
+    """Writes the graph and weights of a SemanticIndexBase into an existing folder, for any batch size and length.
 
     Inputs: input_ids and token_type_ids, int64 [B, L]. Output: unit vectors, float32 [B, D]. Raises InputError if the
-    weights were cut short.
+    end of the weights is missing.
     """
     spec = [InputSpec([None, None], "int64", name) for name in INPUT_NAMES]
     with _without_dropout(model):
         graph = paddle.jit.to_static(_PooledEmbedding(model), input_spec=spec, full_graph=True)
         paddle.jit.save(graph, str(folder / GRAPH_NAME))
-    # Paddle reports no error if a full disk cuts the file short, and loads it if only the last weights are incomplete.
+    # Paddle reports no error if a full disk cuts the file short, and loads it if only the last tensor is incomplete.
     weights = folder / (GRAPH_NAME + WEIGHTS_SUFFIX)
     ends = [tensor.flatten()[-16:].numpy().tobytes() for tensor in (*model.parameters(), *model.buffers())]
-    if not any(_last_bytes(weights, len(end)) == end for end in ends):
+    if not any(_last_bytes(weights, len(end)) == end for end in ends):  # any tensor may be the last
         raise InputError(f"{weights}: isn't written to its end; see whether the disk is full")
 
 
@@ -91,7 +91,7 @@ def _last_bytes(file: Path, count: int) -> bytes:
 
 
 def check_tensorrt(device: str) -> None:
-    """Raises InputError if `device` or this Paddle has no TensorRT."""
+    """Raises InputError if `device` is the CPU, or this Paddle is built without TensorRT."""
     if device == "cpu":
         raise InputError("--use_tensorrt: needs --device gpu, and this is the CPU; leave the option out")
     if inference.get_trt_compile_version() == (0, 0, 0):
@@ -99,10 +99,10 @@ def check_tensorrt(device: str) -> None:
 
 
 def convert_to_tensorrt(folder: Path, target: Path, *, precision: str, batch_size: int, length: int) -> None:
-    """Writes an exported graph with TensorRT engines, for batches of up to `batch_size`, into an existing folder.
+    """Converts the graph in `folder` to one with TensorRT engines in `target`, which must exist.
 
-    length: all texts are padded to it. A predictor's own `enable_tensorrt_engine` can't be used: it takes only the
-    `.pdmodel` graphs of Paddle 2. Raises InputError if TensorRT is missing.
+    It takes batches of up to `batch_size` texts, all padded to `length` tokens. A predictor's `enable_tensorrt_engine`
+    takes only the `.pdmodel` graphs of Paddle 2. Raises InputError if TensorRT is missing.
     """
     try:
         from paddle.tensorrt import export as tensorrt  # not in builds for the CPU
@@ -123,10 +123,10 @@ def convert_to_tensorrt(folder: Path, target: Path, *, precision: str, batch_siz
 
 
 class _OnednnCache:
-    """Keeps the cache of kernels and reordered weights that Paddle holds for oneDNN small and correct.
+    """Runs a predictor so that Paddle's cache of oneDNN kernels and reordered weights stays small and correct.
 
     By default there is a cache for each of the last 10 shapes of a batch, 4 GB with base ERNIE, and any other shape
-    reorders the weights again. With a capacity of 0 all shapes share one cache, which grows by 2 MB a shape and is
+    reorders the weights again. With a capacity of 0 all shapes share one cache, which grows by 2 MB per shape and is
     cleared when a thread that has run the predictor ends. Its keys are the concatenated digits of a shape: 5 × 43 and
     54 × 3 have the same key, and the second of them makes the predictor fail.
     """
@@ -136,7 +136,7 @@ class _OnednnCache:
         self._shapes: dict[str, tuple[int, ...]] = {}  # the cached shapes by their digits
 
     def run(self, predictor: inference.Predictor, shape: tuple[int, ...]) -> None:
-        """Runs the predictor on its input of this shape."""
+        """Runs the predictor on its input of this shape, and clears the cache if it is full or has the shape's key."""
         digits = "".join(map(str, shape))
         if self._shapes.setdefault(digits, shape) == shape and len(self._shapes) <= SHAPES_KEPT:
             predictor.run()
@@ -152,10 +152,10 @@ class _OnednnCache:
 
 
 class StaticEncoder:
-    """Runs an exported graph, on a CPU with oneDNN or on a GPU with CUDA.
+    """Runs an exported graph, on a CPU with oneDNN or on a GPU with CUDA. Only one thread may call it at a time.
 
-    threads: CPU threads for everything that this process computes; by default OMP_NUM_THREADS. Only one thread may call
-    it at a time. Raises InputError if the graph can't be loaded or the device lacks the precision.
+    threads: CPU threads for everything that this process computes, by default as `cpu_threads` says; onednn: False
+    computes on a CPU without it. Raises InputError if the graph can't be loaded or the device lacks the precision.
     """
 
     def __init__(
@@ -181,8 +181,8 @@ class StaticEncoder:
         if device == "gpu":
             low_precision = {"bf16": inference.PrecisionType.Bfloat16, "fp16": inference.PrecisionType.Half}
             number = int(paddle.device.get_device().removeprefix("gpu:"))
-            kind = low_precision.get(precision, inference.PrecisionType.Float32)
-            config.enable_use_gpu(GPU_MEMORY_MIB, number, kind)
+            precision_type = low_precision.get(precision, inference.PrecisionType.Float32)
+            config.enable_use_gpu(GPU_MEMORY_MIB, number, precision_type)
             for name in ATTENTION_PASSES:
                 config.delete_pass(name)
         else:
@@ -197,7 +197,7 @@ class StaticEncoder:
                 config.enable_mkldnn_bfloat16()
         try:
             self._predictor = inference.create_predictor(config)
-        except RuntimeError as error:  # for example, a full disk cut the file short, which Paddle doesn't report
+        except RuntimeError as error:  # for example if a full disk cut the file short, which Paddle doesn't report
             reason = str(error).strip().splitlines()[0]
             remedy = "; see whether the disk is full, and write it again" if device == "cpu" else ""
             raise InputError(f"{folder}: Paddle can't load the graph ({reason}){remedy}") from None
@@ -217,7 +217,7 @@ class StaticEncoder:
 
 
 class Exported(NamedTuple):
-    """An exported model: `data.encode_texts` takes `encoder.embed` and `tokenizer`."""
+    """An exported model, for `data.encode_texts(encoder.embed, texts, tokenizer, ...)`."""
 
     encoder: StaticEncoder
     tokenizer: TextTokenizer
@@ -233,10 +233,10 @@ def load_exported(
     tensorrt_batch_size: int | None = None,
     max_seq_length: int | None = None,
 ) -> Exported:
-    """Loads an exported folder whose files are as its manifest says; the first arguments are StaticEncoder's.
+    """Loads an exported folder. device, precision, threads, onednn: as for StaticEncoder.
 
-    tensorrt_batch_size: runs the graph in TensorRT, with at most this many texts, each padded to the maximum.
-    max_seq_length: replaces the exported one, up to the size of the model's position table. Raises InputError.
+    tensorrt_batch_size: runs the graph in TensorRT, on at most this many texts at a time, all padded to max_seq_length.
+    max_seq_length: replaces the exported one. Raises InputError, also if a file differs from the manifest.
     """
     folder = check_exported(model_dir, max_seq_length)
     length = max_seq_length or read_json(folder / MODEL_CONFIG_FILE)["max_seq_length"]
@@ -247,7 +247,6 @@ def load_exported(
     check_tensorrt(device)
     check_precision(precision, device)
     tokenizer.pad_to_max_seq_len = True
-    with tempfile.TemporaryDirectory() as converted:
-        batch_size = tensorrt_batch_size
-        convert_to_tensorrt(folder, Path(converted), precision=precision, batch_size=batch_size, length=length)
-        return Exported(load(converted), tokenizer)
+    with tempfile.TemporaryDirectory() as target:
+        convert_to_tensorrt(folder, Path(target), precision=precision, batch_size=tensorrt_batch_size, length=length)
+        return Exported(load(target), tokenizer)
