@@ -228,7 +228,7 @@ def code_texts() -> list[str]:
     sources = [path for name in (*PACKAGES, "benchmarks", "deploy") for path in (ROOT / name).rglob("*.py")]
     texts = [literal for path in (*ROOT.glob("*.py"), *sources) for literal in string_literals(path)]
     texts += [read(path) for name in ("scripts", "deploy") for path in (ROOT / name).rglob("*.sh")]
-    return texts + [re.sub(r'"\s*\n\s*"', "", read(path)) for path in (ROOT / "deploy").rglob("*.cc")]
+    return texts + [re.sub(r'"\s*\n\s*"', "", read(path)) for path in (ROOT / "deploy").rglob("*.cpp")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
