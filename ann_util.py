@@ -17,17 +17,17 @@ from common.logs import progress_bar
 
 ANN_CHOICES = ("hnswlib", "exact")
 HNSW_FILE, VECTORS_FILE = "hnsw.bin", "vectors.npy"
-CORPUS_BLOCK = 16384  # rows and
-QUERY_BLOCK = 256  # queries at a time: their similarities take 16 MB
-HNSW_BLOCK = 1024  # vectors or queries in one call of hnswlib: about a second, in which Ctrl-C has to wait
+CORPUS_BLOCK = 16384  # vectors of the corpus that are read or compared at a time
+QUERY_BLOCK = 256  # queries compared with such a block at a time: the similarities take 16 MB
+HNSW_BLOCK = 1024  # vectors or queries per call of hnswlib, which takes about a second and delays Ctrl-C
 DEFAULT_TARGET_RECALL = 0.995  # on a sample of the queries; gives 0.99 on all of them
-MAX_EF = 1 << 14  # with more, exact search is as fast
+MAX_EF = 1 << 14  # with a larger ef, HNSW is no faster than exact search
 UNIT_TOLERANCE = 1e-2  # rounding to bfloat16 changes a norm by up to 4e-3
 TIE_TOLERANCE = 1e-6  # the order of summation changes the inner product of two float32 unit vectors by less
 
 
 class IndexOptions(NamedTuple):
-    """The options of `add_index_args`, under their names."""
+    """Values of the options of `add_index_args`, which have the same names."""
 
     ann: str = "hnswlib"
     hnsw_m: int = 100
@@ -37,22 +37,23 @@ class IndexOptions(NamedTuple):
 
 
 def add_index_args(parser: argparse._ActionsContainer) -> None:
-    """Options of every script that searches a corpus."""
-    defaults, add = IndexOptions(), parser.add_argument
+    """Adds the options of every script that searches a corpus."""
+    defaults = IndexOptions()
+    add = parser.add_argument
     add("--ann", choices=ANN_CHOICES, default=defaults.ann, help="HNSW index, or exact search")
-    add("--hnsw_m", type=number_in_range(2), default=defaults.hnsw_m, help="links of a vector in the HNSW graph")
-    candidates = "candidates kept while the HNSW graph is built and, with --target_recall 0, searched"
-    add("--hnsw_ef", type=positive_int, default=defaults.hnsw_ef, help=candidates)
+    add("--hnsw_m", type=number_in_range(2), default=defaults.hnsw_m, help="links per vector in the HNSW graph")
+    candidates_help = "candidates (ef) kept while building the HNSW graph and, with --target_recall 0, while searching"
+    add("--hnsw_ef", type=positive_int, default=defaults.hnsw_ef, help=candidates_help)
     add("--hnsw_max_elements", type=positive_int, help="vectors to reserve memory for (default: the corpus size)")
-    target = (
-        "search with the fewest candidates that find this share of exact search's hits, measured on some queries; "
-        f"0: with --hnsw_ef candidates (default: {DEFAULT_TARGET_RECALL} for a new index, else the saved one's)"
+    target_help = (
+        "search with the smallest ef that finds this share of exact search's hits on a sample of the queries; "
+        f"0: with --hnsw_ef (default: {DEFAULT_TARGET_RECALL} for a new index, its own for a saved one)"
     )
-    add("--target_recall", "--tune_ef", type=proportion, help=target)
+    add("--target_recall", "--tune_ef", type=proportion, help=target_help)
 
 
 def check_index_args(options: IndexOptions, corpus_size: int) -> None:
-    """Raises the InputError that `build_index` would raise, before `corpus_size` documents are encoded."""
+    """Raises InputError if `build_index` would refuse the options for this many vectors; for use before encoding."""
     if options.ann != "hnswlib":
         return
     _import_hnswlib()
@@ -71,10 +72,10 @@ def _import_hnswlib() -> ModuleType:
 
 
 class VectorIndex(ABC):
-    """Unit vectors to search; a vector's id is its row number over everything that was added.
+    """Unit vectors to search, in float32; the id of a vector is its row number over all calls of `add`.
 
-    dim: length of a vector. Vectors are converted to float32. target_recall: the share of exact search's hits that an
-    approximate index is tuned for after vectors have been added; 0 if it isn't tuned.
+    dim: length of a vector. target_recall: the share of exact search's hits that `retrieval.pipeline` tunes an
+    approximate index for; 0: it isn't tuned.
     """
 
     target_recall = 0.0
@@ -102,7 +103,7 @@ class VectorIndex(ABC):
         """The most similar rows of each query, best first.
 
         queries: unit vectors [Q, dim]. Returns ids, int64 [Q, min(k, N)], and their inner products (cosines), float32
-        of the same shape. Raises InputError for k < 1, an empty index, and queries that `add` would refuse.
+        of the same shape. Raises InputError for k < 1, an empty index, and queries of a wrong shape or norm.
         """
         if k < 1:
             raise InputError(f"can't search for {k} documents: give 1 or more")
@@ -115,7 +116,7 @@ class VectorIndex(ABC):
         return self._search(np.asarray(queries, dtype=np.float32), k)
 
     def search_exactly(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The result of comparing each query with each vector; arguments and result as for `search`."""
+        """Compares each query with each vector; arguments and result as for `search`, but without its checks."""
         blocks = _with_progress(self._blocks(), len(self), "exact search", "vector")
         return _exact_top_k(blocks, np.asarray(queries, dtype=np.float32), min(k, len(self)))
 
@@ -125,17 +126,17 @@ class VectorIndex(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `load` needs in addition to the files."""
+        """What `load` needs in addition to the files, as JSON values."""
         return {"dimension": self.dim, "documents": len(self)}
 
     @classmethod
     @abstractmethod
     def load(cls, folder: Path, settings: Mapping[str, Any]) -> "VectorIndex":
-        """Reads what `save` wrote. The caller has checked that the files haven't changed: damaged ones can crash."""
+        """Reads what `save` wrote. Check the files' hashes first: a damaged file can crash the process."""
 
     @abstractmethod
     def _blocks(self) -> Iterator[np.ndarray]:
-        """All vectors in their order, float32."""
+        """All vectors in the order of their ids, in float32 blocks of up to CORPUS_BLOCK rows."""
 
     @abstractmethod
     def _add(self, vectors: np.ndarray) -> None: ...
@@ -147,7 +148,7 @@ class VectorIndex(ABC):
 class ExactIndex(VectorIndex):
     """Compares each query with each vector; equal similarities are ordered by id.
 
-    Vectors aren't copied: they may be a memory map, and must not change afterwards.
+    Keeps the vectors without a copy: they may be a memory map, and must not change afterwards.
     """
 
     def __init__(self, dim: int) -> None:
@@ -185,9 +186,9 @@ class ExactIndex(VectorIndex):
 class HnswIndex(VectorIndex):
     """hnswlib's graph index: fast, finds nearly all nearest neighbours (Malkov and Yashunin 2016, arXiv:1603.09320).
 
-    max_elements: vectors to reserve memory for, grows as needed; m: links of a vector; ef_construction, ef: candidates
-    kept while building and searching (at least k); threads: by default one a core. With several threads the graph
-    differs slightly from build to build. Raises InputError if hnswlib is missing or the memory can't be reserved.
+    max_elements: vectors to reserve memory for, grows as needed; m: links per vector; ef_construction, ef: candidates
+    kept while building and searching (at least k); threads: by default one per core. With several threads the graph
+    varies slightly from build to build. Raises InputError if hnswlib is missing or the memory can't be reserved.
     """
 
     def __init__(
@@ -206,9 +207,9 @@ class HnswIndex(VectorIndex):
             self._index.init_index(max_elements=max_elements, M=m, ef_construction=ef_construction)
             self.ef = ef
         except (RuntimeError, MemoryError, ValueError, TypeError):  # the last two: a number of more than 64 bits
-            what = f"an HNSW index of {max_elements} vectors with {m} links each and ef {ef_construction}"
+            index = f"an HNSW index of {max_elements} vectors with {m} links each and ef {ef_construction}"
             remedy = "lower --hnsw_max_elements, --hnsw_m or --hnsw_ef"
-            raise InputError(f"no memory for {what}: {remedy}") from None
+            raise InputError(f"no memory for {index}: {remedy}") from None
         self._index.set_num_threads(threads or cpu_count())
 
     def __str__(self) -> str:
@@ -224,7 +225,7 @@ class HnswIndex(VectorIndex):
         self._index.set_ef(ef)
 
     def tune_ef(self, queries: np.ndarray, k: int, target_recall: float) -> None:
-        """Sets the smallest `ef`, at most MAX_EF, with which `search` finds this share of exact search's k best.
+        """Sets the smallest `ef` with which `search` finds this share of exact search's k best, see `smallest_ef`.
 
         queries: unit vectors [Q, dim], a sample of the expected ones.
         """
@@ -249,7 +250,7 @@ class HnswIndex(VectorIndex):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """With `ef`, which hnswlib's file lacks."""
+        """Includes `ef`, which hnswlib's file lacks."""
         return {**super().settings, "ef": self.ef, "target_recall": self.target_recall}
 
     @classmethod
@@ -257,13 +258,13 @@ class HnswIndex(VectorIndex):
         """Reads hnswlib's file."""
         size = settings["documents"]
         index = cls(settings["dimension"], max_elements=1)
-        index._index = _import_hnswlib().Index(space="ip", dim=index.dim)  # a new one: it warns if it replaces a graph
+        index._index = _import_hnswlib().Index(space="ip", dim=index.dim)  # load_index warns on one that has a graph
         index._index.set_num_threads(cpu_count())
         try:
             index._index.load_index(str(folder / HNSW_FILE), max_elements=size)
         except (RuntimeError, MemoryError) as error:
             raise InputError(f"{folder / HNSW_FILE}: can't be loaded ({error}); build the index anew") from None
-        index.ef = settings["ef"]  # hnswlib sets it to 10
+        index.ef = settings["ef"]  # load_index sets it to 10
         index.target_recall = settings.get("target_recall", settings.get("share", 0.0))  # version 1 called it share
         index._size = index.max_elements = size
         return index
@@ -292,13 +293,13 @@ class HnswIndex(VectorIndex):
 
     def _knn_query(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         ids, distances = self._index.knn_query(queries, k)
-        return ids.astype(np.int64), 1 - distances  # the distance in its space "ip" is 1 - inner product
+        return ids.astype(np.int64), 1 - distances  # the distance of hnswlib's space "ip" is 1 - inner product
 
     def _search_one_by_one(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Searches exactly for the queries for which the graph gives fewer than k rows.
+        """Queries the graph one by one, and searches exactly where it finds fewer than k vectors.
 
-        hnswlib fails the whole batch if there is one. It happens if parts of the graph aren't connected, for example
-        with many equal vectors; a larger ef doesn't help.
+        One such query makes hnswlib fail for its whole batch. Parts of the graph that aren't connected are the cause,
+        for example with many equal vectors; a larger ef doesn't help.
         """
         ids, similarities = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         unanswered = []
@@ -317,7 +318,7 @@ class HnswIndex(VectorIndex):
 
 
 def build_index(options: IndexOptions, vectors: Any) -> VectorIndex:
-    """The index that the options describe, over unit vectors [N, D], an array or `Embeddings`. Raises InputError."""
+    """The index that the options describe, of unit vectors [N, D], an array or `Embeddings`. Raises InputError."""
     if vectors.ndim != 2:
         raise InputError(f"the corpus vectors have the shape {vectors.shape}, where [rows, columns] is needed")
     rows, dim = vectors.shape
@@ -333,7 +334,7 @@ def build_index(options: IndexOptions, vectors: Any) -> VectorIndex:
 
 
 def smallest_ef(is_enough: Callable[[int], bool], lowest: int) -> int:
-    """The smallest `ef` >= lowest for which `is_enough` holds, at most max(lowest, MAX_EF).
+    """The smallest `ef` >= lowest for which `is_enough` holds; if there is none, max(lowest, MAX_EF).
 
     If `is_enough` holds for an ef, it must hold for every larger one.
     """
@@ -355,7 +356,7 @@ def recall_vs_exact(found: np.ndarray, exact: np.ndarray) -> float:
 
 
 def _blocks(vectors: np.ndarray, rows: int) -> Iterator[np.ndarray]:
-    """Float32 blocks of up to `rows` rows."""
+    """Blocks of up to `rows` vectors, in float32."""
     for start in range(0, len(vectors), rows):
         yield np.asarray(vectors[start : start + rows], dtype=np.float32)
 
@@ -371,7 +372,7 @@ def _with_progress(blocks: Iterable[np.ndarray], rows: int, desc: str, unit: str
 def check_unit_vectors(vectors: np.ndarray, dim: int, name: str, first_row: int) -> None:
     """Raises InputError for a shape other than [rows, dim], and for a row that isn't finite or whose norm isn't 1.
 
-    name: what the vectors belong to; first_row: the number of the first vector, both for the message.
+    name: "corpus" or "query", and first_row: the number of the first vector, are for the message.
     """
     if vectors.ndim != 2 or vectors.shape[1] != dim:
         raise InputError(f"the {name} vectors have the shape {vectors.shape}, where [rows, {dim}] is needed")
@@ -386,7 +387,7 @@ def check_unit_vectors(vectors: np.ndarray, dim: int, name: str, first_row: int)
 
 
 def _exact_top_k(blocks: Iterable[np.ndarray], queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [Q, k] and similarities [Q, k] of the k best rows of all `blocks`, which have at least k rows."""
+    """Ids [Q, k] and similarities [Q, k] of the k best rows of all `blocks`, which together have at least k rows."""
     ids = np.zeros((len(queries), k), np.int64)
     similarities = np.full((len(queries), k), -np.inf, np.float32)
     first_id = 0
@@ -403,17 +404,17 @@ def _merge(
     ids: np.ndarray, similarities: np.ndarray, scores: np.ndarray, first_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best k of the k so far (ids, similarities [Q, k]) and of a block with larger ids (scores [Q, B])."""
-    q, k = ids.shape
-    # The least score that can be among the best: above the worst so far or, if more than k are, the block's k-th best.
-    floor = np.nextafter(similarities[:, -1], np.float32(np.inf))
-    crowded = np.count_nonzero(scores >= floor[:, None], axis=1) > k
-    if crowded.any():
-        floor[crowded] = np.partition(scores[crowded], -k, axis=1)[:, -k]
-    block_rows, columns = np.nonzero(scores >= floor[:, None])
-    rows = np.concatenate([np.repeat(np.arange(q), k), block_rows])
-    similarities = np.concatenate([similarities.ravel(), scores[block_rows, columns]])
+    query_count, k = ids.shape
+    # A score must be above the worst so far (of equal ones the smaller id counts) and among the block's k best.
+    lowest = np.nextafter(similarities[:, -1], np.float32(np.inf))
+    has_too_many = np.count_nonzero(scores >= lowest[:, None], axis=1) > k
+    if has_too_many.any():
+        lowest[has_too_many] = np.partition(scores[has_too_many], -k, axis=1)[:, -k]
+    queries, columns = np.nonzero(scores >= lowest[:, None])
+    similarities = np.concatenate([similarities.ravel(), scores[queries, columns]])
     ids = np.concatenate([ids.ravel(), first_id + columns])
-    order = np.lexsort((ids, -similarities, rows))
-    firsts = np.searchsorted(rows[order], np.arange(q))
+    queries = np.concatenate([np.repeat(np.arange(query_count), k), queries])
+    order = np.lexsort((ids, -similarities, queries))
+    firsts = np.searchsorted(queries[order], np.arange(query_count))
     best = order[firsts[:, None] + np.arange(k)]
     return ids[best], similarities[best]

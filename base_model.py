@@ -9,7 +9,7 @@ from paddle import nn
 
 from common.options import DEFAULT_EMBEDDING_SIZE
 
-DEFAULT_LENGTH = 64  # for a checkpoint without semantic_index.json: the original's default in recall and predict
+DEFAULT_LENGTH = 64  # of a checkpoint without semantic_index.json: the default of the original's recall and predict
 
 
 @dataclass(frozen=True)
@@ -17,26 +17,26 @@ class ModelConfig:
     """What turns a backbone into a semantic indexing model; stored in a checkpoint's semantic_index.json."""
 
     output_emb_size: int = DEFAULT_EMBEDDING_SIZE  # 0: the backbone's hidden size, without a linear reduction
-    pooling: str = "cls"  # "cls": the backbone's pooled output; "mean": the mean of its last layer over real tokens
-    dropout: float = 0.1  # of the vector, in training
+    pooling: str = "cls"  # "cls": the backbone's pooled output; "mean": the mean of its last layer, without padding
+    dropout: float = 0.1  # of the vector before it is normalized, in training
     max_seq_length: int = DEFAULT_LENGTH
 
 
 class ClsOnlyLayer(nn.TransformerEncoderLayer):
-    """The last encoder layer when only [CLS] is used: the other tokens serve as keys and values only."""
+    """A last encoder layer that computes only [CLS]; the other tokens are keys and values of its attention."""
 
     def forward(self, src: paddle.Tensor, src_mask: paddle.Tensor | None = None, **_: object) -> paddle.Tensor:
-        """[B, L, H] -> [B, 1, H]; src_mask: [B, 1, 1, L]. PaddleNLP's encoders pass other arguments too."""
-        first = src[:, :1]
-        first = self.norm1(first + self.dropout1(self.self_attn(first, src, src, src_mask)))
-        return self.norm2(first + self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(first))))))
+        """[B, L, H] -> [B, 1, H]; src_mask: [B, 1, 1, L]. Ignores the other arguments of PaddleNLP's encoders."""
+        cls = src[:, :1]
+        cls = self.norm1(cls + self.dropout1(self.self_attn(cls, src, src, src_mask)))
+        return self.norm2(cls + self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(cls))))))
 
 
 def use_cls_only_last_layer(ptm: nn.Layer) -> None:
-    """Makes the last layer compute [CLS] only, which is all that the pooled output needs.
+    """Makes the last layer compute only [CLS], which is all that the pooled output needs.
 
-    The encoder's sequence output is then [B, 1, H]. Parameters and their names don't change. Does nothing for an
-    encoder that isn't laid out like BERT.
+    The encoder's sequence output is then [B, 1, H]. Parameters and their names don't change. Does nothing if the last
+    layer isn't like BERT's, a plain TransformerEncoderLayer with normalize_before=False.
     """
     layers = getattr(getattr(ptm, "encoder", None), "layers", None)
     if not layers:
@@ -48,16 +48,16 @@ def use_cls_only_last_layer(ptm: nn.Layer) -> None:
 
 
 def projection_initializer(pooling: str) -> nn.initializer.Initializer:
-    """Initial weights of the linear reduction: the original's normal for the pooled output, orthogonal for the mean.
+    """Initial weights of the linear reduction: truncated normal as in the original for "cls", orthogonal for "mean".
 
-    An orthogonal matrix (Saxe et al. 2014, arXiv:1312.6120) keeps the angles between vectors if it is square. From
-    scratch the mean learns much faster with it (docs/results.md).
+    A square orthogonal matrix (Saxe et al. 2014, arXiv:1312.6120) keeps the angles between vectors. From random
+    weights, mean pooling learns much faster with it (docs/results.md).
     """
     return nn.initializer.TruncatedNormal(std=0.02) if pooling == "cls" else nn.initializer.Orthogonal()
 
 
 class SemanticIndexBase(nn.Layer):
-    """A backbone, pooling and a linear reduction, which turn token ids into unit vectors.
+    """Turns token ids into unit vectors: a backbone, pooling and, unless output_emb_size is 0, a linear reduction.
 
     ptm: a PaddleNLP encoder that returns (sequence, pooled) for input_ids and token_type_ids.
     """
@@ -70,8 +70,8 @@ class SemanticIndexBase(nn.Layer):
         if config.pooling == "cls":
             use_cls_only_last_layer(ptm)
         if config.output_emb_size:
-            initial = paddle.ParamAttr(initializer=projection_initializer(config.pooling))
-            self.emb_reduce_linear = nn.Linear(ptm.config.hidden_size, config.output_emb_size, weight_attr=initial)
+            weight_attr = paddle.ParamAttr(initializer=projection_initializer(config.pooling))
+            self.emb_reduce_linear = nn.Linear(ptm.config.hidden_size, config.output_emb_size, weight_attr=weight_attr)
 
     @property
     def embedding_size(self) -> int:
@@ -82,16 +82,16 @@ class SemanticIndexBase(nn.Layer):
         """Unit vectors, float32 [B, D], for int64 [B, L] token ids padded with the backbone's pad_token_id."""
         sequence, pooled = self.ptm(input_ids, token_type_ids)
         if self.config.pooling == "mean":
-            real = (input_ids != self.ptm.config.pad_token_id).astype(sequence.dtype).unsqueeze(-1)
-            pooled = (sequence * real).sum(axis=1) / real.sum(axis=1)
+            is_token = (input_ids != self.ptm.config.pad_token_id).astype(sequence.dtype).unsqueeze(-1)
+            pooled = (sequence * is_token).sum(axis=1) / is_token.sum(axis=1)
         if self.config.output_emb_size:
             pooled = self.emb_reduce_linear(pooled)
-        # In float32 under mixed precision too: a norm in float16 is wrong in the third digit.
+        # Normalized in float32 also in mixed precision: a norm in float16 is wrong in the third digit.
         return F.normalize(self.dropout(pooled).astype("float32"), axis=-1)
 
     @paddle.no_grad()
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
-        """`get_pooled_embedding` on arrays and without dropout, for `data.encode_texts`."""
+        """`get_pooled_embedding` for NumPy arrays, without dropout and gradients; for `data.encode_texts`."""
         training = self.training
         self.eval()
         vectors = self.get_pooled_embedding(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids))

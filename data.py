@@ -1,4 +1,4 @@
-"""The text files that stages exchange, tokenizing, and encoding texts with any engine. Imports no Paddle."""
+"""File formats, tokenizing, and `encode_texts`, the only way from texts to vectors. Imports no Paddle."""
 
 import hashlib
 import io
@@ -7,8 +7,9 @@ import mmap
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 from tokenizers import Regex, Tokenizer
@@ -17,23 +18,24 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.processors import BertProcessing
+from tqdm import tqdm
 
 from common.errors import InputError
 from common.files import atomic_write, open_for_reading, read_json, write_json
 from common.logs import log
 
-MAX_LINE_BYTES = 1 << 20  # a longer line means that the file has no line ends
+MAX_LINE_BYTES = 1 << 20  # a file with a longer line probably isn't a text file
 REPORTED_BAD_LINES = 10
-PADDING_TOKENS = 100  # maximum padding of a batch; one more batch costs as much as 20 (base ERNIE) to 400 tokens
-SORTING_WINDOW = 16384  # texts sorted by length at a time: enough for batches of even length, little memory
+PADDING_TOKENS = 100  # maximum per batch; an additional batch costs as much as 20 (base ERNIE) to 400 (tiny) tokens
+SORTING_WINDOW = 16384  # texts sorted by length at a time: enough for batches of even length, in little memory
 BOM = "\ufeff"
 UTF8_BOM = BOM.encode()
 
-BACKBONE_CONFIG_FILE = "config.json"  # in a checkpoint or an exported model, like the next three
+BACKBONE_CONFIG_FILE = "config.json"  # this and the next three are files of a checkpoint or an exported model
 MODEL_CONFIG_FILE = "semantic_index.json"
 VOCABULARY_FILE = "vocab.txt"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-SAMPLE_TEXTS = [  # from the user's document, for scripts that are given no text
+SAMPLE_TEXTS = [  # the original's samples, for scripts that are given no text
     "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据",
     "试论翻译过程中的文化差异与语言空缺翻译过程,文化差异,语言空缺,文化对比",
 ]
@@ -45,7 +47,7 @@ Embed = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (input_ids, token_type
 
 
 class TextPair(NamedTuple):
-    """A query, a title that answers it, and optionally a title that looks right but isn't."""
+    """A query, a title that answers it, and optionally a hard negative: a text that looks relevant but isn't."""
 
     query: str
     title: str
@@ -60,16 +62,17 @@ class Hit(NamedTuple):
     score: float
 
 
-class Line(NamedTuple):
-    """A parsed line of a file; `row` is None for a bad line that was skipped."""
+@dataclass
+class Line(Generic[Row]):
+    """A line of a file; `row` is its parsed content, or None for a bad line that was skipped."""
 
     number: int  # from 1
     offset: int  # of its first byte
-    row: Any
+    row: Row | None
 
 
 def _strip(text: str) -> str:
-    """The text without white space at its ends, or byte order marks, which concatenated files contain."""
+    """Removes white space and byte order marks at both ends: concatenated files have such marks in the middle."""
     text = text.strip()
     while text.startswith(BOM) or text.endswith(BOM):
         text = text.strip(BOM).strip()
@@ -90,8 +93,8 @@ def parse_pair(text: str) -> TextPair:
 
 def parse_text(text: str) -> str:
     """A line that is one text. Raises ValueError with the reason."""
-    if "\t" in text:
-        raise ValueError(f"{text.count(chr(9)) + 1} columns, where a line holds one text")
+    if tabs := text.count("\t"):
+        raise ValueError(f"{tabs + 1} columns, where a line holds one text")
     text = _strip(text)
     if not text:
         raise ValueError("the line is empty")
@@ -120,37 +123,37 @@ def read_lines(
     parse: Callable[[str], Row],
     skip_bad_lines: bool = False,
     remedy: str = "correct them, or leave them out with --skip_bad_lines",
-) -> Iterator[Line]:
-    """Parses the lines of a UTF-8 file (with or without BOM, LF or CRLF) one after the other.
+) -> Iterator[Line[Row]]:
+    """Parses a UTF-8 file line by line; a BOM and CRLF line ends are accepted.
 
-    Bad lines are collected until the end of the file; then an InputError gives their number and the first ten. With
-    `skip_bad_lines` each is yielded as a Line with row None instead, and their number is logged. Also raises InputError
-    for a file that is missing, can't be read, or has no good line.
+    Bad lines raise an InputError at the end of the file, with their number and the first ten. With `skip_bad_lines`
+    each is yielded with `row` None instead, and their number is logged. Also raises InputError for a file that is
+    missing, can't be opened, or has no good line. remedy: what the user can do about bad lines.
     """
-    bad_lines: list[str] = []
+    reasons: list[str] = []
     bad = good = 0
     with open_for_reading(path) as file:
         for number, offset, raw in _split_lines(file):
+            row: Row | None = None
             try:
                 row = parse(_decode(raw))
                 good += 1
             except ValueError as error:
-                row = None
                 bad += 1
-                if len(bad_lines) < REPORTED_BAD_LINES:
-                    bad_lines.append(f"{path}:{number}: {error}")
+                if len(reasons) < REPORTED_BAD_LINES:
+                    reasons.append(f"{path}:{number}: {error}")
             if row is not None or skip_bad_lines:
                 yield Line(number, offset, row)
     if bad and not skip_bad_lines:
-        raise InputError("\n".join([f"{path}: {bad} bad line(s); {remedy}. The first:", *bad_lines]))
+        raise InputError("\n".join([f"{path}: {bad} bad line(s); {remedy}. The first:", *reasons]))
     if not good:
         raise InputError(f"{path}: no line in it {'can be used' if bad else '(the file is empty)'}")
     if bad:
-        log(f"{path}: left out {bad} bad line(s) of {bad + good}, the first: {bad_lines[0]}")
+        log(f"{path}: left out {bad} bad line(s) of {bad + good}, the first: {reasons[0]}")
 
 
 def _split_lines(file: io.BufferedReader) -> Iterator[tuple[int, int, bytes | None]]:
-    """(line number, offset, bytes) of each line; None for the bytes of one that is too long."""
+    """(line number, offset, bytes) of each line; the bytes of a line that is too long are None."""
     offset = len(UTF8_BOM) if file.read(len(UTF8_BOM)) == UTF8_BOM else 0
     file.seek(offset)
     number = 0
@@ -184,15 +187,15 @@ def read_text_pairs(path: str | Path, *, skip_bad_lines: bool = False) -> list[T
 
 
 def read_texts(path: str | Path, *, skip_bad_lines: bool = False) -> list[str]:
-    """The texts of a file, one a line. Raises InputError as `read_lines` does."""
+    """The texts of a file, one per line. Raises InputError as `read_lines` does."""
     return [line.row for line in read_lines(path, parse_text, skip_bad_lines) if line.row is not None]
 
 
 class Corpus(Sequence[str]):
-    """The documents of a file, one a line; a document's row number is its id. The file is mapped, not held in memory.
+    """The documents of a file, one per line; the id of a document is its row. The file is mapped, not held in memory.
 
-    sha256: hash of the documents, in hex; BOM, line ends and skipped lines don't change it, repeated lines do.
-    distinct: leaves out repeated lines. Raises InputError as `read_lines` does, and on access if the file has changed.
+    distinct: leaves out repeated lines. sha256: hash of the documents in hex, repeated ones included; it doesn't depend
+    on BOM, line ends and skipped lines. Raises InputError as `read_lines` does, and on access if the file has changed.
     """
 
     def __init__(self, path: str | Path, *, skip_bad_lines: bool = False, distinct: bool = False) -> None:
@@ -217,12 +220,12 @@ class Corpus(Sequence[str]):
             self._offsets = np.delete(self._offsets, repeated)
 
     def _repeated(self, hashes: np.ndarray) -> list[int]:
-        """The rows that repeat an earlier one; hashes: of the rows, int64, which select the texts to compare."""
-        in_order = np.sort(hashes)
-        often = np.unique(in_order[1:][in_order[1:] == in_order[:-1]])
+        """The rows that repeat an earlier one. hashes: int64, one per row; only rows with equal ones are compared."""
+        hashes_in_order = np.sort(hashes)
+        repeated_hashes = hashes_in_order[1:][hashes_in_order[1:] == hashes_in_order[:-1]]
         seen: set[str] = set()
         rows = []
-        for row in np.flatnonzero(np.isin(hashes, often)).tolist():
+        for row in np.flatnonzero(np.isin(hashes, repeated_hashes)).tolist():
             text = self[row]
             if text in seen:
                 rows.append(row)
@@ -236,7 +239,11 @@ class Corpus(Sequence[str]):
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def __getitem__(self, row: int | slice) -> Any:
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
         if self._current_state() != self._state:  # reading beyond the end of a truncated file kills the process
             raise InputError(f"{self.path}: was changed while it was in use; start again")
         if isinstance(row, slice):
@@ -250,18 +257,18 @@ class Corpus(Sequence[str]):
 
 
 def read_corpus(path: str | Path, *, skip_bad_lines: bool = False) -> Corpus:
-    """The distinct documents to search; logs how many lines are repeated. Raises InputError as `read_lines` does."""
+    """The distinct documents of a file; logs how many lines repeat another. Raises InputError as `read_lines` does."""
     return Corpus(path, skip_bad_lines=skip_bad_lines, distinct=True)
 
 
 def read_hits(path: str | Path) -> dict[str, list[str]]:
-    """A recall result in the form of `ranking_by_query`. Raises InputError as `read_lines` does."""
+    """Reads a recall result: query -> its documents, best first. Raises InputError as `read_lines` does."""
     remedy = "write the recall result again with recall.py"
-    return ranking_by_query(line.row for line in read_lines(path, parse_hit, remedy=remedy))
+    return ranking_by_query(line.row for line in read_lines(path, parse_hit, remedy=remedy) if line.row)
 
 
 def ranking_by_query(hits: Iterable[Hit]) -> dict[str, list[str]]:
-    """Query -> recalled documents, best first."""
+    """Query -> its documents, in the order of the hits."""
     documents: dict[str, list[str]] = {}
     for hit in hits:
         documents.setdefault(hit.query, []).append(hit.document)
@@ -269,7 +276,7 @@ def ranking_by_query(hits: Iterable[Hit]) -> dict[str, list[str]]:
 
 
 def positives_by_query(pairs: Iterable[TextPair]) -> dict[str, set[str]]:
-    """Query -> all its titles in the pairs, in the order of the queries' first lines."""
+    """Query -> all its titles; the queries are in the order of their first pairs."""
     titles: dict[str, set[str]] = {}
     for pair in pairs:
         titles.setdefault(pair.query, set()).add(pair.title)
@@ -277,7 +284,7 @@ def positives_by_query(pairs: Iterable[TextPair]) -> dict[str, set[str]]:
 
 
 def write_hits(path: str | Path, hits: Iterable[Hit]) -> None:
-    """Writes a recall result, `query<TAB>document<TAB>cosine` a line. Raises InputError if it can't be written."""
+    """Writes a recall result: lines `query<TAB>document<TAB>cosine`. Raises InputError if it can't be written."""
     with atomic_write(path) as file:
         file.writelines(f"{hit.query}\t{hit.document}\t{hit.score}\n" for hit in hits)
 
@@ -286,13 +293,13 @@ def write_vectors(path: str | Path, vectors: np.ndarray) -> None:
     """Writes an array to a .npy file. Raises InputError if it can't be written."""
     vectors = np.ascontiguousarray(vectors)
     with atomic_write(path, "wb") as file:
-        # np.save doesn't report a disk that is full before the last 4 KB.
+        # np.save reports no error if the disk is full and only the last 4 KB don't fit.
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(vectors))
         file.write(vectors.data)
 
 
 def read_vocabulary(path: str | Path) -> list[str]:
-    """The tokens in the order of their ids. Raises InputError if a special token is missing."""
+    """The tokens in the order of their ids. Raises InputError if the file isn't a vocabulary."""
     with open_for_reading(path) as file:
         try:
             lines = file.read().decode("utf-8").removesuffix("\n").split("\n")
@@ -307,16 +314,15 @@ def read_vocabulary(path: str | Path) -> list[str]:
 
 
 def write_vocabulary(path: str | Path, vocabulary: Iterable[str]) -> None:
-    """Writes a token a line. Raises InputError if it can't be written."""
+    """Writes one token per line. Raises InputError if the file can't be written."""
     with atomic_write(path) as file:
         file.writelines(f"{token}\n" for token in vocabulary)
 
 
 def wordpiece_tokenizer(model: WordPiece, do_lower_case: bool) -> Tokenizer:
-    """Tokenizes as PaddleNLP's ErnieTokenizer and BertTokenizer do, but ignores special tokens in texts."""
+    """Tokenizes like PaddleNLP's ErnieTokenizer and BertTokenizer, but treats "[SEP]" in a text as ordinary text."""
     tokenizer = Tokenizer(model)
-    case = {"strip_accents": do_lower_case, "lowercase": do_lower_case}
-    tokenizer.normalizer = BertNormalizer(clean_text=True, handle_chinese_chars=True, **case)
+    tokenizer.normalizer = BertNormalizer(strip_accents=do_lower_case, lowercase=do_lower_case)
     # BERT splits at punctuation; PaddleNLP also splits at symbols and at the characters of its `_is_symbol`.
     symbols = Split(Regex(r"[\p{S}\x{AD}\x{B2}\x{B5}\x{BA}\x{D8}\x{14B}\x{1B1}\x{3007}]"), "isolated")
     tokenizer.pre_tokenizer = PreTokenizers([BertPreTokenizer(), symbols])
@@ -324,7 +330,7 @@ def wordpiece_tokenizer(model: WordPiece, do_lower_case: bool) -> Tokenizer:
 
 
 def max_position_tokens(config: Mapping[str, Any]) -> int:
-    """The longest text, in tokens, that a backbone's position table covers; config: the content of its config.json."""
+    """The number of tokens that a backbone's position table covers. config: the content of its config.json."""
     # RoBERTa numbers its positions from pad_token_id + 1 on.
     unused = config["pad_token_id"] + 1 if config["model_type"] == "roberta" else 0
     return config["max_position_embeddings"] - unused
@@ -333,26 +339,26 @@ def max_position_tokens(config: Mapping[str, Any]) -> int:
 class TextTokenizer:
     """Turns texts into padded token ids, in all scripts and services.
 
-    vocabulary: tokens in the order of their ids; max_seq_length: tokens of a text with [CLS] and [SEP]; config: the
-    content of tokenizer_config.json, where only `do_lower_case` matters (it strips accents too). Set the attribute
-    `pad_to_max_seq_len` to pad every batch to max_seq_length instead of its longest text.
+    vocabulary: tokens in the order of their ids; max_seq_length: tokens of a text, including [CLS] and [SEP], to which
+    longer texts are cut; config: the content of tokenizer_config.json, of which only `do_lower_case` is used (it strips
+    accents too). Set `pad_to_max_seq_len` to pad every batch to max_seq_length instead of its longest text.
     """
 
     def __init__(self, vocabulary: Sequence[str], max_seq_length: int, config: Mapping[str, Any] | None = None) -> None:
         self._vocabulary, self._config = list(vocabulary), dict(config or {"do_lower_case": True})
         self.max_seq_length = max_seq_length
         self.pad_to_max_seq_len = False
-        ids = {token: row for row, token in enumerate(self._vocabulary)}
+        id_of_token = {token: token_id for token_id, token in enumerate(self._vocabulary)}
         # A longer word becomes [UNK]; PaddleNLP has the same limit.
-        model = WordPiece(ids, unk_token=UNK, max_input_chars_per_word=100)
+        model = WordPiece(id_of_token, unk_token=UNK, max_input_chars_per_word=100)
         self._tokenizer = wordpiece_tokenizer(model, bool(self._config.get("do_lower_case", True)))
-        self._tokenizer.post_processor = BertProcessing((SEP, ids[SEP]), (CLS, ids[CLS]))
+        self._tokenizer.post_processor = BertProcessing((SEP, id_of_token[SEP]), (CLS, id_of_token[CLS]))
         self._tokenizer.enable_truncation(max_seq_length)
-        self.pad_id = ids[PAD]
+        self.pad_id = id_of_token[PAD]
 
     @classmethod
     def load(cls, folder: str | Path, max_seq_length: int) -> "TextTokenizer":
-        """Reads `vocab.txt` and, if there is one, `tokenizer_config.json`. Raises InputError."""
+        """Reads `vocab.txt` and, if it exists, `tokenizer_config.json`. Raises InputError if they can't be used."""
         config_file = Path(folder) / TOKENIZER_CONFIG_FILE
         config = read_json(config_file) if config_file.exists() else None
         return cls(read_vocabulary(Path(folder) / VOCABULARY_FILE), max_seq_length, config)
@@ -369,59 +375,58 @@ class TextTokenizer:
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of token ids."""
+        """Number of lines of the vocabulary, which is one more than the largest token id."""
         return len(self._vocabulary)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, with [CLS] and [SEP], at most max_seq_length."""
+        """Token ids of each text, including [CLS] and [SEP], at most max_seq_length."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
-    def lengths(self, ids: Sequence[Sequence[int]]) -> list[int]:
-        """The least number of tokens that each text takes in a padded batch."""
-        return [self.max_seq_length if self.pad_to_max_seq_len else len(text_ids) for text_ids in ids]
+    def lengths(self, token_ids: Sequence[Sequence[int]]) -> list[int]:
+        """The number of tokens of each text; with `pad_to_max_seq_len` always max_seq_length."""
+        return [self.max_seq_length if self.pad_to_max_seq_len else len(text_ids) for text_ids in token_ids]
 
-    def pad(self, ids: Sequence[Sequence[int]]) -> TokenIds:
-        """(input_ids, token_type_ids), int64 [B, longest]; the second is all zeros, because a text is one segment."""
-        length = max(self.lengths(ids))
-        input_ids = np.full((len(ids), length), self.pad_id, dtype=np.int64)
-        for row, row_ids in enumerate(ids):
-            input_ids[row, : len(row_ids)] = row_ids
+    def pad(self, token_ids: Sequence[Sequence[int]]) -> TokenIds:
+        """(input_ids, token_type_ids), int64 [B, L], where L is the largest of `lengths`. All token types are 0."""
+        input_ids = np.full((len(token_ids), max(self.lengths(token_ids))), self.pad_id, dtype=np.int64)
+        for row, text_ids in enumerate(token_ids):
+            input_ids[row, : len(text_ids)] = text_ids
         return input_ids, np.zeros_like(input_ids)
 
     def __call__(self, texts: Sequence[str]) -> TokenIds:
-        """Tokenizes and pads texts in their order."""
+        """Tokenizes and pads a batch of texts."""
         return self.pad(self.tokenize(texts))
 
 
 def encode_texts(
-    embed: Embed, texts: Sequence[str], tokenizer: TextTokenizer, batch_size: int, progress: Any = None
+    embed: Embed, texts: Sequence[str], tokenizer: TextTokenizer, batch_size: int, progress: tqdm | None = None
 ) -> np.ndarray:
-    """Vectors of the texts, float32 [N, D], in their order; [0, 0] for no texts.
+    """Vectors of the texts, float32 [N, D], in the order of the texts; [0, 0] for no texts.
 
-    Texts are sorted by length in windows to keep padding low. A batch has at most `batch_size * max_seq_length` tokens
-    and PADDING_TOKENS of padding. progress: a `progress_bar`, updated after every batch.
+    Texts are sorted by length, a window at a time. A batch has at most `batch_size * max_seq_length` tokens and, unless
+    `pad_to_max_seq_len` is set, PADDING_TOKENS of padding. progress: a `progress_bar`, updated after every batch.
     """
-    out = np.empty((0, 0), dtype=np.float32)
+    vectors = np.empty((0, 0), dtype=np.float32)
     for start in range(0, len(texts), SORTING_WINDOW):
-        ids = tokenizer.tokenize(texts[start : start + SORTING_WINDOW])
-        by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        for rows in _batches_of_tokens(by_length, tokenizer.lengths(ids), batch_size * tokenizer.max_seq_length):
-            vectors = embed(*tokenizer.pad([ids[row] for row in rows]))
-            if not len(out):
-                out = np.empty((len(texts), vectors.shape[1]), dtype=np.float32)
-            out[start + np.array(rows)] = vectors
+        token_ids = tokenizer.tokenize(texts[start : start + SORTING_WINDOW])
+        by_length = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
+        for rows in _batches_of_tokens(by_length, tokenizer.lengths(token_ids), batch_size * tokenizer.max_seq_length):
+            batch_vectors = embed(*tokenizer.pad([token_ids[row] for row in rows]))
+            if not len(vectors):
+                vectors = np.empty((len(texts), batch_vectors.shape[1]), dtype=np.float32)
+            vectors[start + np.array(rows)] = batch_vectors
             if progress:
                 progress.update(len(rows))
-    return out
+    return vectors
 
 
-def _batches_of_tokens(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Cuts rows of increasing length into batches of at most `tokens` tokens and PADDING_TOKENS of padding."""
+def _batches_of_tokens(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Cuts rows of increasing length into batches of at most max_tokens tokens and PADDING_TOKENS of padding."""
     batch: list[int] = []
     unpadded = 0
     for row in rows:
         padded = (len(batch) + 1) * lengths[row]
-        if batch and (padded > tokens or padded - unpadded - lengths[row] > PADDING_TOKENS):
+        if batch and (padded > max_tokens or padded - unpadded - lengths[row] > PADDING_TOKENS):
             yield batch
             batch, unpadded = [], 0
         batch.append(row)
