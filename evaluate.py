@@ -12,25 +12,25 @@ from retrieval.metrics import evaluate, format_lines
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
-    parser = ArgumentParser(__doc__)
+    parser = ArgumentParser(description="Prints Recall@K, MRR and nDCG of a recall result.")
     add_pair_file_arg(parser, required=True)
     parser.add_argument("--recall_result_file", required=True, help="the recall result that recall.py wrote")
-    parser.add_argument("--recall_num", type=positive_int, default=10, help="documents of a query that count")
+    parser.add_argument("--recall_num", type=positive_int, default=10, help="documents per query that count")
     add_skip_bad_lines_arg(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the metrics, one a line."""
+    """Prints the metrics, one per line, and logs the queries that only one of the files has."""
     args = build_parser().parse_args(argv)
     pairs = read_text_pairs(args.similar_text_pair_file, skip_bad_lines=args.skip_bad_lines)
     evaluation = evaluate(positives_by_query(pairs), read_hits(args.recall_result_file), args.recall_num)
     if missing := evaluation.queries_without_results:
-        count = f"{len(missing)} of {evaluation.queries} queries"
-        log(f"{args.recall_result_file}: {count} have no result and count 0, the first: {missing[0]}")
+        queries = f"{len(missing)} of {evaluation.queries} queries"
+        log(f"{args.recall_result_file}: {queries} have no result and count as 0, the first: {missing[0]}")
     if unknown := evaluation.unknown_queries:
-        count = f"{len(unknown)} queries that {args.similar_text_pair_file} lacks"
-        log(f"{args.recall_result_file}: left out {count}, the first: {unknown[0]}")
+        queries = f"{len(unknown)} queries that {args.similar_text_pair_file} lacks"
+        log(f"{args.recall_result_file}: left out {queries}, the first: {unknown[0]}")
     print("\n".join(format_lines(evaluation)))
     return 0
 

@@ -1,4 +1,4 @@
-"""Exports a trained model for serving: a folder with the static graph and everything that is needed to run it."""
+"""Exports a trained model for serving: a folder with the static graph and everything that running it needs."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_args(parser)
     add = parser.add_argument
     add("--output_path", default="./output", help="folder to write; an earlier export there is replaced")
-    tokens = "tokens that serving cuts texts to (default: the checkpoint's)"
-    add("--max_seq_length", type=number_in_range(3), help=tokens)
-    formats = "onnx: the graph in ONNX too, beside Paddle's; safetensors: the weights too, in model.safetensors"
-    add("--format", choices=["paddle", "onnx", "safetensors"], default="paddle", help=formats)
+    tokens_help = "tokens to which serving cuts longer texts (default: the checkpoint's)"
+    add("--max_seq_length", type=number_in_range(3), help=tokens_help)
+    formats_help = "paddle: Paddle's static graph; onnx: also the graph in ONNX; safetensors: also model.safetensors"
+    add("--format", choices=["paddle", "onnx", "safetensors"], default="paddle", help=formats_help)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints how much the exported graph differs from the model, and the names of the files."""
+    """Writes the folder, and prints how much each exported graph differs from the model."""
     args = build_parser().parse_args(argv)
     check_checkpoint(args.params_path)
     output = Path(args.output_path)

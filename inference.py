@@ -18,16 +18,16 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
     add_encoder_args(parser, None, DEFAULT_PARAMS_PATH)
-    texts = parser.add_mutually_exclusive_group()
-    text = "a text; may be given several times (default: the document's sample)"
-    texts.add_argument("--text", action="append", type=text_argument, help=text)
-    texts.add_argument("--text_file", help="a file with a text a line")
-    parser.add_argument("--output", help="write the vectors, float32 [N, D] in the texts' order, to this .npy file")
+    group = parser.add_mutually_exclusive_group()
+    text_help = "a text; may be given several times (default: the original's sample text)"
+    group.add_argument("--text", action="append", type=text_argument, help=text_help)
+    group.add_argument("--text_file", help="file with one text per line")
+    parser.add_argument("--output", help="write the vectors, float32 [N, D], to this .npy file and don't print them")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the shape and the vectors in the document's form, or writes them and prints the file's name."""
+    """Prints the shape of the vectors, and prints them in the original's form or writes them to --output."""
     args = build_parser().parse_args(argv)
     check_checkpoint(args.params_path)
     texts = args.text or SAMPLE_TEXTS[:1]

@@ -1,4 +1,4 @@
-"""Predicts the similarity of text pairs: the cosine of each line of a file, one a line, in the file's order."""
+"""Predicts the similarity of text pairs: prints the cosine of each line of a file, in the order of the lines."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
     add_encoder_args(parser, "gpu")
-    parser.add_argument("--text_pair_file", required=True, help="pairs to compare, query<TAB>title a line")
-    padding = "pad every text to max_seq_length: slower, the same cosines"
-    parser.add_argument("--pad_to_max_seq_len", action="store_true", help=padding)
+    parser.add_argument("--text_pair_file", required=True, help="pairs to compare, one per line: query<TAB>title")
+    padding_help = "pad every text to --max_seq_length: slower, the same cosines"
+    parser.add_argument("--pad_to_max_seq_len", action="store_true", help=padding_help)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a cosine for each line of the file, and `nan` for a bad line that was skipped."""
+    """Prints a cosine for each line of the file, or `nan` for a bad line that was skipped."""
     args = build_parser().parse_args(argv)
     check_checkpoint(args.params_path)
-    lines = [line.row for line in read_lines(args.text_pair_file, parse_pair, args.skip_bad_lines)]
-    pairs = [pair for pair in lines if pair is not None]
+    pair_of_line = [line.row for line in read_lines(args.text_pair_file, parse_pair, args.skip_bad_lines)]
+    pairs = [pair for pair in pair_of_line if pair is not None]
 
     set_up_paddle()
     from common.device import set_device
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log(f"{encoder.precision}: {compare_with_fp32(encoder, titles, queries)}")
     if is_main_process():
         remaining = iter(cosines.tolist())
-        print("\n".join("nan" if pair is None else str(next(remaining)) for pair in lines))
+        print("\n".join("nan" if pair is None else str(next(remaining)) for pair in pair_of_line))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Recalls the documents nearest to each query: encodes the corpus, indexes it, searches it, writes the hits."""
+"""Recalls the documents most similar to each query: encodes a corpus, indexes it, searches it, writes the hits."""
 
 import argparse
 import sys
@@ -30,31 +30,31 @@ def build_parser() -> argparse.ArgumentParser:
     add_encoder_args(parser, "gpu")
     add_evaluation_file_args(parser)
     add = parser.add_argument
-    query = "search for this text and print the hits; may be given several times"
-    add("--query", action="append", type=text_argument, help=query)
-    add("--interactive", action="store_true", help="search for each line that is typed")
-    add("--recall_num", type=positive_int, default=10, help="documents recalled for a query")
-    vectors = "keep the corpus's vectors in this folder, so that an interrupted run can be resumed"
-    add("--embedding_dir", help=vectors)
+    query_help = "search for this text and print the hits; may be given several times"
+    add("--query", action="append", type=text_argument, help=query_help)
+    add("--interactive", action="store_true", help="search for each line of standard input and print the hits")
+    add("--recall_num", type=positive_int, default=10, help="documents recalled per query")
+    vectors_help = "keep the corpus's vectors in this folder, so that an interrupted run can be resumed"
+    add("--embedding_dir", help=vectors_help)
     add_index_args(parser)
-    add("--index_dir", help="keep the index in this folder; if it exists, it is searched as it is")
-    add("--add_corpus", metavar="FILE", help="add these documents, one a line, to the saved index")
+    add("--index_dir", help="save the index in this folder, or search the one there, which needs no --corpus_file")
+    add("--add_corpus", metavar="FILE", help="add the documents of this file, one per line, to the saved index")
     return parser
 
 
-def check_inputs(corpus_file: str | None, index_dir: str | None, is_searched: bool, is_added_to: bool) -> None:
-    """Raises InputError for options that leave nothing to search, or nothing to do."""
+def check_inputs(corpus_file: str | None, index_dir: str | None, has_queries: bool, adds_documents: bool) -> None:
+    """Raises InputError if an option is missing: the documents to search, the index to add to, or the queries."""
     if not corpus_file and not (index_dir and has_index(index_dir)):
         why = f"--index_dir {index_dir} isn't there yet" if index_dir else "there is no --index_dir to search"
         raise InputError(f"--corpus_file is needed: {why}")
-    if is_added_to and not index_dir:
+    if adds_documents and not index_dir:
         raise InputError("--add_corpus: give the --index_dir that the documents are added to")
-    if not is_searched and not index_dir:
+    if not has_queries and not index_dir:
         raise InputError("nothing to search for: give --similar_text_pair_file, --query or --interactive")
 
 
 def check_folders(index_dir: str, folders: dict[str, str | None]) -> None:
-    """Raises InputError if one of the `folders`, option -> folder, lies in the index's, which is replaced."""
+    """Raises InputError if a folder lies in the index's folder, which is replaced. folders: option -> folder."""
     for option, folder in folders.items():
         if folder and is_within(folder, index_dir):
             problem = f"lies in --index_dir {index_dir}, which is replaced as a whole with all that is in it"
@@ -64,19 +64,18 @@ def check_folders(index_dir: str, folders: dict[str, str | None]) -> None:
 def read_inputs(
     similar_text_pair_file: str | None, corpus_file: str | None, add_corpus: str | None, skip_bad_lines: bool
 ) -> tuple[dict[str, set[str]], Corpus | None, Corpus | None]:
-    """The queries with their titles, the corpus, and the documents to add. Raises InputError."""
-    file = similar_text_pair_file
-    pairs = read_text_pairs(file, skip_bad_lines=skip_bad_lines) if file else []
+    """The queries with their titles, the corpus, and the documents to add. Raises InputError as the readers do."""
+    pair_file = similar_text_pair_file
+    positives = positives_by_query(read_text_pairs(pair_file, skip_bad_lines=skip_bad_lines) if pair_file else ())
     corpus = read_corpus(corpus_file, skip_bad_lines=skip_bad_lines) if corpus_file else None
     added = read_corpus(add_corpus, skip_bad_lines=skip_bad_lines) if add_corpus else None
-    positives = positives_by_query(pairs)
     if corpus:
         report_missing_positives(corpus, positives)
     return positives, corpus, added
 
 
 def prepare_outputs(result_dir: str | None, result_file: Path | None, index_dir: str | None) -> None:
-    """Creates the folders of what will be written. Raises InputError if something couldn't be written."""
+    """Creates the folders of the output. Raises InputError if something couldn't be written there."""
     if result_dir:
         make_folder(result_dir)
     if result_file:
@@ -86,45 +85,45 @@ def prepare_outputs(result_dir: str | None, result_file: Path | None, index_dir:
 
 
 def report_unused_options(index_dir: str, options: IndexOptions, embedding_dir: str | None) -> None:
-    """Logs the given options that only apply to a new index, if there is a saved one."""
-    defaults = IndexOptions(target_recall=options.target_recall)
-    if options.target_recall == 0:
-        defaults = defaults._replace(hnsw_ef=options.hnsw_ef)
-    given = [f"--{name}" for name, value in options._asdict().items() if value != getattr(defaults, name)]
+    """Logs the given options that have no effect on a saved index."""
+    expected = IndexOptions(target_recall=options.target_recall)
+    if options.target_recall == 0:  # then a saved index is searched with --hnsw_ef, too
+        expected = expected._replace(hnsw_ef=options.hnsw_ef)
+    unused = [f"--{name}" for name, value in options._asdict().items() if value != getattr(expected, name)]
     if embedding_dir:
-        given.append("--embedding_dir")
-    if given:
-        log(f"{index_dir}: is searched as it was built; what is for a new index has no effect: {', '.join(given)}")
+        unused.append("--embedding_dir")
+    if unused:
+        log(f"{index_dir}: is searched as it was built; what is for a new index has no effect: {', '.join(unused)}")
 
 
 def typed_queries(stream: TextIO | None) -> Iterator[str]:
-    """The typed queries, one a line; a line that can't be one is reported and skipped. None: stdin is closed."""
+    """The queries typed on stdin, one per line; other lines are reported and skipped. stream: None if it is closed."""
     if stream is None:
         return
     if stream.isatty():
         log("type a query and press Enter; Ctrl-D ends")
-    for line in stream.buffer:  # decoded here, since the stream would fail on, or accept, bytes of another encoding
+    for line in stream.buffer:  # decoded here: the stream itself may fail on bytes of another encoding, or accept them
         try:
             yield parse_text(line.decode(stream.encoding))
         except ValueError as error:
             log(f"not a query: {error}")
 
 
-def answer(encoder: "Encoder", saved: DocumentIndex, query: str, recall_num: int) -> list[str]:
-    """The query with the time that its answer took, then a line with rank, cosine and document for each hit."""
+def answer(encoder: "Encoder", document_index: DocumentIndex, query: str, recall_num: int) -> list[str]:
+    """Searches for a query; a line with the query and the time, then one per hit with rank, cosine and document."""
     start = time.perf_counter()
-    ids, similarities = saved.index.search(encoder.encode([query]), recall_num)
+    ids, similarities = document_index.index.search(encoder.encode([query]), recall_num)
     milliseconds = 1000 * (time.perf_counter() - start)
     hits = enumerate(zip(ids[0], similarities[0], strict=True), 1)
-    lines = [f"{rank:3}  {similarity:.4f}  {saved.documents[row]}" for rank, (row, similarity) in hits]
+    lines = [f"{rank:3}  {similarity:.4f}  {document_index.documents[row]}" for rank, (row, similarity) in hits]
     return [f"{query} ({milliseconds:.0f} ms)", *lines]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the recall result, answers queries, and reports how exact the index is."""
+    """Builds, loads or changes the index, writes the recall result, and prints the hits of the other queries."""
     args = build_parser().parse_args(argv)
-    is_searched = bool(args.similar_text_pair_file or args.query or args.interactive)
-    check_inputs(args.corpus_file, args.index_dir, is_searched, args.add_corpus is not None)
+    has_queries = bool(args.similar_text_pair_file or args.query or args.interactive)
+    check_inputs(args.corpus_file, args.index_dir, has_queries, args.add_corpus is not None)
     check_checkpoint(args.params_path)
     is_saved = args.index_dir is not None and has_index(args.index_dir)
     uses_result_dir = args.similar_text_pair_file or not (is_saved or args.embedding_dir)
@@ -147,31 +146,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_device(args.device)
     init_ranks()
     queries = list(positives)
-    new_texts = (() if is_saved else corpus or (), added or (), queries)
-    encoder = load_encoder(**pick(args, load_encoder, text_count=sum(map(len, new_texts))))
+    text_count = len(queries) + len(added or ()) + (0 if is_saved else len(corpus or ()))
+    encoder = load_encoder(**pick(args, load_encoder, text_count=text_count))
     is_changed = not is_saved or added is not None or args.target_recall is not None
     result_file = Path(args.recall_result_dir, args.recall_result_file)
     if is_main_process():  # before hours of encoding
         prepare_outputs(result_dir, result_file if queries else None, args.index_dir if is_changed else None)
     query_vectors = pipeline.encode_queries(encoder, queries)
-    places = pick(args, pipeline.open_or_build_index, parent=args.recall_result_dir)
-    searches = (encoder, query_vectors, args.recall_num)
-    with pipeline.open_or_build_index(*searches, corpus=corpus, added=added, options=options, **places) as saved:
-        if saved is None:  # another rank searches
+    folders = {"parent": args.recall_result_dir, "index_dir": args.index_dir, "embedding_dir": args.embedding_dir}
+    with pipeline.open_or_build_index(
+        encoder, query_vectors, args.recall_num, corpus=corpus, added=added, options=options, **folders
+    ) as document_index:
+        if document_index is None:  # another rank searches
             return 0
+        index, documents = document_index.index, document_index.documents
         if args.index_dir and is_changed:
-            print(f"wrote {args.index_dir}: {saved.index} of {len(saved.documents)} documents")
+            print(f"wrote {args.index_dir}: {index} of {len(documents)} documents")
         if queries:
-            result = pipeline.search(saved.index, query_vectors, args.recall_num)
-            write_hits(result_file, pipeline.hits_of(result, saved.documents, queries))
-            print(f"searched {len(saved.documents)} documents for {len(queries)} queries; {saved.index} found", end=" ")
-            print(f"{100 * result.recall_vs_exact:.2f} % of exact search's top {result.ids.shape[1]}")
+            result = pipeline.search(index, query_vectors, args.recall_num)
+            write_hits(result_file, pipeline.hits_of(result, documents, queries))
+            found = f"{100 * result.recall_vs_exact:.2f} % of exact search's top {result.ids.shape[1]}"
+            print(f"searched {len(documents)} documents for {len(queries)} queries; {index} found {found}")
             print(f"wrote {result_file}")
         if encoder.embed_fp32:
-            sample = queries or saved.documents[: pipeline.SAMPLE]
-            print(f"{encoder.precision}: {compare_with_fp32(encoder, saved.documents, sample)}")
+            sample = queries or documents[: pipeline.SAMPLE]
+            print(f"{encoder.precision}: {compare_with_fp32(encoder, documents, sample)}")
         for query in chain(args.query or (), typed_queries(sys.stdin) if args.interactive else ()):
-            print("\n".join(answer(encoder, saved, query, args.recall_num)), flush=True)
+            print("\n".join(answer(encoder, document_index, query, args.recall_num)), flush=True)
     return 0
 
 

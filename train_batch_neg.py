@@ -1,4 +1,4 @@
-"""Trains the dual tower on pairs of similar texts, with the other titles of a batch as negatives."""
+"""Trains the dual encoder on pairs of similar texts, with the other titles of a batch as negatives."""
 
 import argparse
 import math
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from base_model import SemanticIndexBase
     from batch_negative.evaluator import Evaluator
 
-STOP_SECONDS = 25.0  # ranks wait this long for rank 0 to save when all are stopped: the launcher kills after 30
+STOP_SECONDS = 25.0  # how long the other ranks wait for rank 0 to save after a signal: the launcher kills all after 30
 # fmt: off
 RESUME_CRITICAL_OPTIONS = (  # must be unchanged to resume bit for bit
     "batch_size", "gradient_accumulation_steps", "epochs", "max_steps", "learning_rate", "warmup_proportion",
@@ -35,8 +35,8 @@ RESUME_CRITICAL_OPTIONS = (  # must be unchanged to resume bit for bit
     "output_emb_size", "pooling", "dropout", "max_seq_length", "seed", "skip_bad_lines",
 )
 # fmt: on
-STARTING_OPTIONS = ("model_name_or_path", "from_scratch", "init_from_ckpt")  # where the weights start; unchanged too
-NEEDED_OPTIONS = {  # the first has no effect without the second
+STARTING_OPTIONS = ("model_name_or_path", "from_scratch", "init_from_ckpt")  # the initial weights; unchanged as well
+NEEDED_OPTIONS = {  # an option -> the option without which it has no effect
     "eval_steps": "evaluate",
     "best_metric": "evaluate",
     "early_stop_patience": "evaluate",
@@ -49,9 +49,9 @@ NEEDED_OPTIONS = {  # the first has no effect without the second
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--train_set_file", default="./recall/train.csv", help="pairs: query<TAB>title a line")
+    parser.add_argument("--train_set_file", default="./recall/train.csv", help="pairs, one per line: query<TAB>title")
     options.add_skip_bad_lines_arg(parser)
-    parser.add_argument("--save_dir", default="./checkpoints", help="folder of the checkpoints and of VisualDL's logs")
+    parser.add_argument("--save_dir", default="./checkpoints", help="folder for checkpoints and VisualDL's logs")
     options.add_device_arg(parser, default="cpu")
     options.add_model_args(parser)
     add_step_args(parser)
@@ -63,76 +63,80 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_step_args(parser: argparse.ArgumentParser) -> None:
-    """Options of batches, schedule and optimizer."""
+    """Adds the options of batches, schedule and optimizer."""
     group = parser.add_argument_group("steps")
     options.add_encoding_args(group, batch="pairs, on each process", length="512, or the size of the position table")
     add = group.add_argument
     add("--epochs", type=positive_int, default=10, help="times that each pair is seen")
-    add("--max_steps", type=positive_int, help="number of steps, in place of --epochs")
-    accumulation = "batches in a step; unlike a larger --batch_size this adds no negatives"
-    add("--gradient_accumulation_steps", type=positive_int, default=1, help=accumulation)
+    add("--max_steps", type=positive_int, help="number of steps; replaces --epochs")
+    accumulation_help = "batches per step; unlike a larger --batch_size this adds no negatives"
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help=accumulation_help)
     add("--learning_rate", type=non_negative_float, default=5e-5, help="highest learning rate")
-    add("--warmup_proportion", type=proportion, default=0.0, help="share of the steps to warm up")
+    add("--warmup_proportion", type=proportion, default=0.0, help="share of the steps in which the learning rate rises")
     add("--weight_decay", type=non_negative_float, default=0.0, help="AdamW's weight decay")
     add("--max_grad_norm", type=non_negative_float, default=5.0, help="norm to clip gradients to; 0: no clipping")
-    grouping = "make batches of pairs of similar length: less padding, slightly less random"
-    add("--group_by_length", action="store_true", help=grouping)
-    seed = number_in_range(0, below=2**32)
-    add("--seed", type=seed, default=1000, help="seed of the weights, dropout and shuffle")
+    grouping_help = "make batches of pairs of similar length: less padding, slightly less random"
+    add("--group_by_length", action="store_true", help=grouping_help)
+    seed_help = "seed of the initial weights, of dropout and of the order of the pairs"
+    add("--seed", type=number_in_range(0, below=2**32), default=1000, help=seed_help)
 
 
 def add_loss_args(parser: argparse.ArgumentParser) -> None:
-    """Options of the loss."""
+    """Adds the options of the loss."""
     add = parser.add_argument_group("loss").add_argument
     add("--margin", type=non_negative_float, default=0.2, help="subtracted from the positive's cosine")
     add("--scale", type=non_negative_float, default=30.0, help="factor of the cosines")
-    unmasked = "let a title count as a negative even if the training file pairs it with the query"
-    add("--no_false_negative_mask", "--no_mask_duplicates", action="store_true", help=unmasked)
-    local = "score each query only against the titles of its own process"
-    add("--no_cross_device_negatives", action="store_true", help=local)
+    unmasked_help = "use a title as a negative even if the training file pairs it with the query"
+    add("--no_false_negative_mask", "--no_mask_duplicates", action="store_true", help=unmasked_help)
+    local_help = "score each query only against the titles of its own process"
+    add("--no_cross_device_negatives", action="store_true", help=local_help)
 
 
 def add_resource_args(parser: argparse.ArgumentParser) -> None:
-    """Options that trade time, memory and precision."""
+    """Adds the options that trade time, memory and precision."""
     add = parser.add_argument_group("memory and precision").add_argument
-    cache = "gradient cache: encode this many texts at a time, each twice; memory hardly grows with --batch_size"
-    add("--grad_cache_chunk", type=positive_int, help=cache)
-    add("--use_gradient_cache", action="store_true", help="gradient cache with chunks as --chunk_numbers says")
-    add("--chunk_numbers", type=positive_int, default=50, help="chunks of a batch's queries, and of its titles")
+    cache_help = "gradient cache: encode this many texts at a time, each twice; memory hardly grows with --batch_size"
+    add("--grad_cache_chunk", type=positive_int, help=cache_help)
+    chunks_help = "gradient cache that encodes --batch_size / --chunk_numbers texts at a time"
+    add("--use_gradient_cache", action="store_true", help=chunks_help)
+    add("--chunk_numbers", type=positive_int, default=50, help="see --use_gradient_cache")
     add("--use_amp", action="store_true", help="mixed precision, on a GPU")
     add("--amp_dtype", choices=["float16", "bfloat16"], default="float16", help="type of the matrix products")
-    loss_scale = number_in_range(1.0, float)
-    add("--amp_loss_scale", type=loss_scale, default=32768.0, help="initial loss scale for float16")
+    loss_scale_help = "initial loss scale for float16"
+    add("--amp_loss_scale", type=number_in_range(1.0, float), default=32768.0, help=loss_scale_help)
     add("--use_recompute", action="store_true", help="compute activations again in the backward pass to save memory")
 
 
 def add_saving_args(parser: argparse.ArgumentParser) -> None:
-    """Options of logs, checkpoints and resuming."""
+    """Adds the options of logs, checkpoints and resuming."""
     add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--log_steps", type=positive_int, default=10, help="steps between log lines")
     add("--save_steps", type=positive_int, default=10000, help="steps between checkpoints")
     add("--keep_checkpoints", type=positive_int, help="number of the newest checkpoints to keep (default: all)")
-    resume = "resume exactly from a checkpoint; latest: from this training's newest usable one in --save_dir, if any"
-    add("--resume_from", metavar="DIR|latest", help=resume)
+    resume_help = "resume exactly from a checkpoint; latest: from this run's newest usable one in --save_dir, if any"
+    add("--resume_from", metavar="DIR|latest", help=resume_help)
 
 
 def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
-    """Options of the evaluation during training."""
+    """Adds the options of the evaluation during training."""
     group = parser.add_argument_group("evaluation")
     options.add_evaluation_file_args(group, train=True)
     add_index_args(group)
     add = group.add_argument
-    add("--evaluate", action="store_true", help="evaluate after each epoch and keep model_best")
-    add("--eval_steps", type=positive_int, help="evaluate at this interval instead, and at the end")
-    metric = "metric that decides on model_best (default: recall@5, or recall@1 if --recall_num is less)"
-    add("--best_metric", help=metric)
+    add("--evaluate", action="store_true", help="evaluate after each epoch and at the end, and keep model_best")
+    add("--eval_steps", type=positive_int, help="evaluate after this many steps instead of after each epoch")
+    metric_help = "metric that selects model_best (default: recall@5, or recall@1 if --recall_num is less than 5)"
+    add("--best_metric", help=metric_help)
     add("--early_stop_patience", type=positive_int, help="stop after this many evaluations without improvement")
-    add("--evaluate_result", default="evaluate_result.txt", help="all metrics, in recall_result_dir")
-    add("--recall_num", type=positive_int, default=50, help="documents recalled for a query")
+    add("--evaluate_result", default="evaluate_result.txt", help="file name of the metrics, in --recall_result_dir")
+    add("--recall_num", type=positive_int, default=50, help="documents recalled per query")
 
 
 def check_options(given: Mapping[str, Any], device: str) -> None:
-    """Raises InputError for an option without effect or an unusable folder; given: those unlike their defaults."""
+    """Raises InputError for options without effect, and for a device or folders that can't be used.
+
+    given: the options whose values differ from the defaults.
+    """
     for name, needed in NEEDED_OPTIONS.items():
         if name in given and needed not in given:
             raise InputError(f"--{name}: does nothing without --{needed}; add that, or leave it out")
@@ -157,7 +161,7 @@ def read_evaluation(
     recall_num: int,
     index_options: IndexOptions,
 ) -> dict[str, Any]:
-    """Arguments of Evaluator. Raises InputError for files and options that can't be used."""
+    """Reads what an Evaluator needs, as its arguments. Raises InputError for files and options that can't be used."""
     names = metric_names(recall_num)
     if best_metric and best_metric not in names:
         raise InputError(f"--best_metric {best_metric}: with --recall_num {recall_num} give one of {', '.join(names)}")
@@ -170,7 +174,7 @@ def read_evaluation(
 
 
 def describe_run(args: Mapping[str, Any], world_size: int) -> dict[str, Any]:
-    """The run's configuration, by which a checkpoint's run is recognized; args: all arguments of this script."""
+    """The run's configuration, saved with checkpoints to find those of the same run. args: all of this script's."""
     run_config = {name: args[name] for name in RESUME_CRITICAL_OPTIONS}
     run_config |= {name: args[name] and os.path.normpath(args[name]) for name in STARTING_OPTIONS}
     training_file = args["train_set_file"]
@@ -178,7 +182,7 @@ def describe_run(args: Mapping[str, Any], world_size: int) -> dict[str, Any]:
 
 
 def prepare_folders(save_dir: Path, evaluator: "Evaluator | None") -> None:
-    """Rank 0 creates the folders to write, and removes what killed runs left; the others wait. Raises InputError."""
+    """Rank 0 creates the output folders and removes what killed runs left; the others wait. Raises InputError."""
     from common.distributed import barrier
 
     if is_main_process():
@@ -186,20 +190,13 @@ def prepare_folders(save_dir: Path, evaluator: "Evaluator | None") -> None:
         if evaluator:
             evaluator.prepare_files()
         clear_leftovers(save_dir)
-        for checkpoint in step_folders(save_dir):  # a kill can leave a part of an evaluation in a finished checkpoint
+        for checkpoint in step_folders(save_dir):  # training_evaluations.json is written into finished checkpoints
             clear_leftovers(checkpoint)
     barrier()
 
 
-def cache_chunk(grad_cache_chunk: int | None, use_cache: bool, chunk_numbers: int, batch_size: int) -> int | None:
-    """Texts that the gradient cache encodes at a time, None without it; chunk_numbers: parts of a batch's queries."""
-    if grad_cache_chunk is None and use_cache:
-        return math.ceil(batch_size / chunk_numbers)
-    return grad_cache_chunk
-
-
 def prepare_model(model: "SemanticIndexBase", device: str, use_recompute: bool) -> None:
-    """Gives the model fast layers for a CPU, and recomputation if it is wanted."""
+    """Replaces layers by faster ones on a CPU, and turns on recomputation if asked for."""
     from modeling.cpu_training_layers import speed_up_training
 
     if device == "cpu":
@@ -211,11 +208,11 @@ def prepare_model(model: "SemanticIndexBase", device: str, use_recompute: bool) 
 def report_plan(
     total_steps: int, completed: int, pairs: int, batch_size: int, world_size: int, cross_device: bool
 ) -> None:
-    """Logs what the training is going to do after the completed steps."""
-    scored = batch_size * (world_size if cross_device else 1)
+    """Logs the steps that are left and their batches; nothing if the training is complete."""
+    titles = batch_size * (world_size if cross_device else 1)
     if completed < total_steps:
         steps = f"steps {completed + 1} to {total_steps} of {batch_size} pairs on each of {world_size} process(es)"
-        log(f"training on {pairs} pairs: {steps}; a query has {scored - 1} other titles as negatives")
+        log(f"training on {pairs} pairs: {steps}; a query has {titles - 1} other titles as negatives")
 
 
 def warn_of_small_disk(
@@ -223,24 +220,22 @@ def warn_of_small_disk(
 ) -> None:
     """Logs a warning if the checkpoints of the next `steps` won't fit on the disk."""
     size = 3 * sum(4 * parameter.size for parameter in model.parameters())  # float32: weights, AdamW's two moments
-    saved = math.ceil(steps / save_steps)
-    checkpoints = min(saved, keep_checkpoints or saved)
+    count = math.ceil(steps / save_steps)
+    count = min(count, keep_checkpoints or count)
     folder = next(path for path in (save_dir.absolute(), *save_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
-    if checkpoints * size > free:
-        problem = (
-            f"{checkpoints} checkpoints of {size / 1e9:.1f} GB won't fit into the {free / 1e9:.0f} GB that are free"
-        )
+    if count * size > free:
+        problem = f"{count} checkpoints of {size / 1e9:.1f} GB won't fit into the {free / 1e9:.0f} GB that are free"
         log(f"{save_dir}: {problem}; save less often (--save_steps) or keep fewer (--keep_checkpoints)")
 
 
 def report_stop(received: int | None, step: int, written: Path | None, resumed: Path | None) -> int:
     """Logs how to continue after a signal, and returns the exit code; received: None if another rank got the signal."""
     number = signal.Signals(received or signal.SIGTERM)
-    # Nothing was written if the signal came in the evaluation of the checkpoint that was resumed.
+    # Nothing was written if the signal came while the checkpoint that was resumed from was evaluated.
     wrote = f": wrote {written}" if written else ""
-    go_on = f"go on with --resume_from {'latest' if written else resumed}"
-    log(f"stopped by {number.name} after step {step}{wrote}; {go_on}")
+    remedy = f"go on with --resume_from {'latest' if written else resumed}"
+    log(f"stopped by {number.name} after step {step}{wrote}; {remedy}")
     return 128 + number
 
 
@@ -249,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     check_options({name: value for name, value in vars(args).items() if value != parser.get_default(name)}, args.device)
-    save_dir, cross_device = Path(args.save_dir), not args.no_cross_device_negatives
+    save_dir = Path(args.save_dir)
+    cross_device = not args.no_cross_device_negatives
     pairs = read_text_pairs(args.train_set_file, skip_bad_lines=args.skip_bad_lines)
     check_batch_size(args.batch_size, process_count(), pairs, args.train_set_file, cross_device=cross_device)
     index_options = options.call(IndexOptions, args)
@@ -271,33 +267,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluator = options.call(Evaluator, args, embedding_parent=save_dir, **evaluation) if evaluation else None
     run_config = describe_run(vars(args), world_size)
     prepare_folders(save_dir, evaluator)
-    places = {"save_dir": save_dir, "run_config": run_config}
     model_options = options.pick(args, create_model)
-    start = options.call(start_or_resume, args, evaluator=evaluator, model_options=model_options, **places)
+    start = start_or_resume(args.resume_from, save_dir, run_config, evaluator, args.seed, model_options)
     model, completed = start.loaded.model, start.step
     prepare_model(model, args.device, args.use_recompute)
-    chunk_texts = cache_chunk(args.grad_cache_chunk, args.use_gradient_cache, args.chunk_numbers, args.batch_size)
+    chunk_texts = args.grad_cache_chunk
+    if args.use_gradient_cache:
+        chunk_texts = math.ceil(args.batch_size / args.chunk_numbers)
     masked = not args.no_false_negative_mask
     batcher = PairBatcher(start.loaded.tokenizer, pairs, mask_false_negatives=masked, chunk_texts=chunk_texts)
     lengths = batcher.lengths if args.group_by_length else None
     schedule = options.call(BatchSchedule, args, pair_count=len(pairs), world_size=world_size, lengths=lengths)
     steps = schedule.total_steps
     optimizer, scheduler = options.call(make_optimizer, args, model=model, total_steps=steps)
-    parts = {"model": model, "batcher": batcher, "optimizer": optimizer, "scheduler": scheduler}
     backward = cached_backward if chunk_texts else direct_backward
-    trainer = options.call(Trainer, args, rank=rank, cross_device=cross_device, backward=backward, **parts)
+    trainer_options = options.pick(args, Trainer, rank=rank, cross_device=cross_device, backward=backward)
+    trainer = Trainer(model, batcher, optimizer, scheduler, **trainer_options)
     if start.state:
         trainer.restore(start.state)
     report_plan(steps, completed, len(pairs), args.batch_size, world_size, cross_device)
     warn_of_small_disk(save_dir, model, steps - completed, args.save_steps, args.keep_checkpoints)
     training_log = TrainingLog(save_dir / "visualdl", args.log_steps, steps, completed) if is_main_process() else None
-    parts = {"trainer": trainer, "schedule": schedule, "evaluator": evaluator, "log": training_log}
-    loop = options.call(TrainingLoop, args, loaded=start.loaded, **parts, **places)
+    loop_options = options.pick(args, TrainingLoop, save_dir=save_dir, run_config=run_config)
+    loop = TrainingLoop(start.loaded, trainer, schedule, evaluator, training_log, **loop_options)
     with StopSignals() as signals:
-        last = loop.run(completed, signals, is_saved=start.is_in(save_dir))
+        last_step = loop.run(completed, signals, is_saved=start.is_in(save_dir))
         if loop.is_stopped:
             wait_for_rank_0(STOP_SECONDS)
-            return report_stop(signals.received, last, loop.written, start.checkpoint)
+            return report_stop(signals.received, last_step, loop.written, start.checkpoint)
     if is_main_process():
         print(f"wrote {loop.written}" if loop.written else f"{start.checkpoint}: training is complete, nothing to do")
     return 0

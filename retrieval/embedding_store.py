@@ -14,34 +14,34 @@ from common.errors import InputError
 from common.files import LOCK_FILE, TEMPORARY_SUFFIX, locked, make_folder, read_json, sha256, write_json
 from data import write_vectors
 
-SHARD_ROWS = 8192  # documents that a kill can cost: 1 to 3 minutes with a 12-layer ERNIE on 2 cores
+SHARD_ROWS = 8192  # documents per shard, which a kill can cost: 1 to 3 minutes with a 12-layer ERNIE on 2 cores
 METADATA_FILE = "embeddings.json"
 TEMPORARY_PREFIX = ".embeddings."
 
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A folder for vectors that a run doesn't keep; also removes such folders that killed runs left in `parent`.
+    """A folder in `parent` for vectors that a run doesn't keep; first removes those that killed runs left there.
 
-    Its owner holds a lock on a file in it. On a file system without locks, what killed runs left stays. Raises
-    InputError if the folder can't be created.
+    A run locks a file in its folder, so an unlocked one was left by a killed run. On a file system without locks such
+    folders stay. Raises InputError if files can't be written in `parent`.
     """
     make_folder(parent)
-    for lock in parent.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}/{LOCK_FILE}"):
-        with contextlib.suppress(OSError), locked(lock):
-            shutil.rmtree(lock.parent)
+    for lock_file in parent.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}/{LOCK_FILE}"):
+        with contextlib.suppress(OSError), locked(lock_file):
+            shutil.rmtree(lock_file.parent)
     folder = Path(tempfile.mkdtemp(TEMPORARY_SUFFIX, TEMPORARY_PREFIX, parent))
     try:
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as lock:
             with contextlib.suppress(OSError):
-                held.enter_context(locked(folder / LOCK_FILE))
+                lock.enter_context(locked(folder / LOCK_FILE))
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class EmbeddingsMetadata(NamedTuple):
-    """Which model, corpus and precision the vectors of a folder belong to."""
+    """Which model, precision and corpus the vectors in a folder belong to."""
 
     model: str  # `Encoder.fingerprint`
     precision: str
@@ -52,11 +52,11 @@ class EmbeddingsMetadata(NamedTuple):
 
 
 class Embeddings:
-    """Unit vectors, float32 [N, D], of the documents of a corpus, in a folder.
+    """The unit vectors of a corpus in a folder, float32 [N, D]; read like an array, by slices of rows.
 
-    A shard is a .npy file and a JSON file with the number of its first document, their count and the SHA-256 of the
-    .npy file. The JSON file is written last: a shard without it counts as missing. Can be read like an array (`shape`,
-    `ndim`, `len` and slices of rows) without being in memory. Raises InputError if the folder holds other vectors.
+    A shard is a .npy file, and a JSON file with the number of its first document, the count of its documents and the
+    SHA-256 of the .npy file. The JSON file is written last: a shard without it counts as missing. Raises InputError if
+    the folder holds the vectors of another model, precision or corpus.
     """
 
     ndim = 2
@@ -64,14 +64,14 @@ class Embeddings:
     def __init__(self, folder: str | Path, metadata: EmbeddingsMetadata) -> None:
         self.folder, self.metadata = Path(folder), metadata
         self.shape = (metadata.documents, metadata.dimension)
-        self._checked: set[int] = set()  # shards
+        self._checked: set[int] = set()  # numbers of the shards whose hash has been compared
         file = self.folder / METADATA_FILE
-        if not file.exists():  # several ranks may write the same content
+        if not file.exists():  # all ranks may write it at once, with the same content
             write_json(file, metadata._asdict())
         saved = read_json(file)
-        for name, ours in metadata._asdict().items():
-            if saved.get(name) != ours:
-                problem = f"holds the vectors of another {name} ({saved.get(name)}, not {ours})"
+        for name, value in metadata._asdict().items():
+            if saved.get(name) != value:
+                problem = f"holds the vectors of another {name} ({saved.get(name)}, not {value})"
                 raise InputError(f"{self.folder}: {problem}; give another folder, or remove this one to encode anew")
 
     def __len__(self) -> int:
@@ -88,7 +88,7 @@ class Embeddings:
         return [number for number in range(len(self.shards)) if not self._file(number, "json").is_file()]
 
     def write(self, number: int, vectors: np.ndarray) -> None:
-        """Writes a shard, float32 [rows, D]. Raises InputError for a row that isn't a unit vector or on a full disk."""
+        """Writes a shard, float32 [n, D]. Raises InputError for a vector whose norm isn't 1, or on a full disk."""
         rows, file = self.shards[number], self._file(number, "npy")
         check_unit_vectors(vectors, self.shape[1], "corpus", rows.start)
         write_vectors(file, vectors)
@@ -96,7 +96,7 @@ class Embeddings:
         write_json(self._file(number, "json"), content)
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """The rows from start to stop, float32 [n, D]. Raises InputError for a shard that has changed."""
+        """Rows from start to stop, without a step, float32 [n, D]. Raises InputError for a shard that has changed."""
         size = self.metadata.shard_rows
         start, stop, _ = rows.indices(len(self))
         parts = [
@@ -106,12 +106,12 @@ class Embeddings:
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, self.shape[1]), np.float32), *parts])
 
     def _read(self, number: int) -> np.ndarray:
-        """A shard as a memory map."""
+        """A shard as a memory map; compares its hash the first time."""
         rows, file = self.shards[number], self._file(number, "npy")
         if number not in self._checked:
-            note = read_json(self._file(number, "json"))
+            saved = read_json(self._file(number, "json"))
             expected = {"first_document": rows.start, "documents": rows.stop - rows.start, "sha256": sha256(file)}
-            if note != expected:
+            if saved != expected:
                 remedy = "remove both files and run again, which encodes these documents alone"
                 raise InputError(f"{file}: isn't as it was written (see {file.stem}.json); {remedy}")
             self._checked.add(number)

@@ -20,15 +20,15 @@ class Evaluation(NamedTuple):
     mrr: float  # at recall_num
     ndcg: float  # at recall_num
     recall_num: int
-    queries: int
-    queries_without_results: list[str]  # they count 0
+    queries: int  # number of distinct queries
+    queries_without_results: list[str]  # they count as 0
     unknown_queries: list[str]  # in the recall result but not in the pairs; left out
 
 
 def recall_at_k(ranked: Sequence[Sequence[str]], positives: Sequence[set[str]], k: int) -> float:
     """Mean over the queries of |first k documents ∩ positives| / |positives|.
 
-    ranked: each query's distinct documents, best first; positives: the right ones, at least one a query.
+    ranked: each query's distinct documents, best first; positives: the right ones, at least one per query.
     """
     return fmean(
         len(relevant.intersection(documents[:k])) / len(relevant)
@@ -63,15 +63,15 @@ def ndcg_at_k(ranked: Sequence[Sequence[str]], positives: Sequence[set[str]], k:
     )
 
 
-def evaluate(positives: Mapping[str, set[str]], hits: Mapping[str, Sequence[str]], recall_num: int) -> Evaluation:
+def evaluate(positives: Mapping[str, set[str]], ranking: Mapping[str, Sequence[str]], recall_num: int) -> Evaluation:
     """Compares recalled documents with the right ones.
 
-    positives: query -> its titles; hits: query -> documents, best first. The first `recall_num` distinct documents
-    count: a repeated document keeps its first rank, and later ones move up. Raises InputError without queries.
+    positives: query -> its titles; ranking: query -> its documents, best first. The first recall_num distinct documents
+    count: a repeated document keeps its first rank, and later ones move up. Raises InputError if there are no queries.
     """
     if not positives:
         raise InputError("there are no queries to evaluate: the pair file holds no pairs")
-    ranked = [list(dict.fromkeys(hits.get(query, ())))[:recall_num] for query in positives]
+    ranked = [list(dict.fromkeys(ranking.get(query, ())))[:recall_num] for query in positives]
     titles = list(positives.values())
     return Evaluation(
         recall={k: recall_at_k(ranked, titles, k) for k in RECALL_CUTOFFS if k <= recall_num},
@@ -79,8 +79,8 @@ def evaluate(positives: Mapping[str, set[str]], hits: Mapping[str, Sequence[str]
         ndcg=ndcg_at_k(ranked, titles, recall_num),
         recall_num=recall_num,
         queries=len(positives),
-        queries_without_results=[query for query in positives if not hits.get(query)],
-        unknown_queries=[query for query in hits if query not in positives],
+        queries_without_results=[query for query in positives if not ranking.get(query)],
+        unknown_queries=[query for query in ranking if query not in positives],
     )
 
 
@@ -90,18 +90,18 @@ def metric_names(recall_num: int) -> list[str]:
 
 
 def metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Name -> value from 0 to 1."""
+    """Name -> value from 0 to 1, in the order of `metric_names`."""
     values = [*evaluation.recall.values(), evaluation.mrr, evaluation.ndcg]
     return dict(zip(metric_names(evaluation.recall_num), values, strict=True))
 
 
 def format_lines(evaluation: Evaluation) -> list[str]:
-    """`name@K=percent` lines: Recall@K in the original's form, then MRR and nDCG."""
+    """Lines `name@K=percent`: Recall@K in the original's form, then MRR and nDCG."""
     return [f"{name}={round(100 * value, 3)}" for name, value in metrics(evaluation).items()]
 
 
 def report_missing_positives(corpus: Corpus, positives: Mapping[str, set[str]]) -> None:
-    """Logs how many right answers of the evaluation pairs the corpus lacks, if any."""
+    """Logs how many titles of the evaluation pairs the corpus lacks, if any."""
     missing = {title: None for titles in positives.values() for title in sorted(titles)}
     for document in corpus:
         missing.pop(document, None)

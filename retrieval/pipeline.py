@@ -1,6 +1,6 @@
-"""The one way from a corpus and queries to hits, for recall.py and for the evaluation during training.
+"""From a corpus and queries to hits, for recall.py and for the evaluation during training.
 
-All ranks encode; rank 0 alone indexes and searches.
+All ranks encode; only rank 0 indexes and searches.
 """
 
 import contextlib
@@ -20,29 +20,29 @@ from retrieval.embedding_store import SHARD_ROWS, Embeddings, EmbeddingsMetadata
 from retrieval.saved_index import DocumentIndex, has_index, load_index, locked_index, save_index
 
 Rows = TypeVar("Rows", Sequence[str], np.ndarray)
-SAMPLE = 200  # a sample of queries has 200 to 399 of them, or all if there are fewer
+SAMPLE = 200  # a sample has 200 to 399 rows, or all if there are fewer than 400
 
 
 class SearchResult(NamedTuple):
-    """The hits of a search; row q of both arrays belongs to the q-th query, best first."""
+    """The hits of a search: a row per query, best first."""
 
-    ids: np.ndarray  # int64 [Q, k], rows of the corpus
+    ids: np.ndarray  # int64 [Q, k], rows of the documents
     similarities: np.ndarray  # float32 [Q, k], cosines
     recall_vs_exact: float  # share of exact search's hits that the index found, on a sample of the queries
 
 
 def encode_queries(encoder: Encoder, queries: Sequence[str]) -> np.ndarray:
-    """Vectors of the queries, float32 [Q, D], on all ranks; each rank encodes a share."""
+    """Vectors of the queries, float32 [Q, D], on all ranks; each rank encodes a part."""
     size = encoder.embedding_size
-    return encode_on_all_ranks(len(queries), size, lambda share: encoder.encode(queries[share], "queries"))
+    return encode_on_all_ranks(len(queries), size, lambda rows: encoder.encode(queries[rows], "queries"))
 
 
 def pair_cosines(encoder: Encoder, queries: Sequence[str], titles: Sequence[str]) -> np.ndarray:
-    """Cosines of each query with the title of the same row, float32 [N], on all ranks; each rank computes a share."""
+    """The cosine of each query with the title in the same row, float32 [N], on all ranks; each rank computes a part."""
 
     def cosines(rows: slice) -> np.ndarray:
-        vectors = encoder.encode(queries[rows], "queries") * encoder.encode(titles[rows], "titles")
-        return vectors.sum(axis=1, keepdims=True)
+        products = encoder.encode(queries[rows], "queries") * encoder.encode(titles[rows], "titles")
+        return products.sum(axis=1, keepdims=True)
 
     return encode_on_all_ranks(len(queries), 1, cosines)[:, 0]
 
@@ -50,10 +50,11 @@ def pair_cosines(encoder: Encoder, queries: Sequence[str], titles: Sequence[str]
 def encode_corpus(encoder: Encoder, corpus: Corpus, folder: Path) -> Embeddings:
     """The vectors of all documents, on disk. Existing shards are reused; the ranks divide the missing ones.
 
-    Raises InputError if a vector isn't finite, or if the folder holds vectors of another corpus or model.
+    Raises InputError for a vector whose norm isn't 1, and if the folder has other vectors or isn't shared by all ranks.
     """
-    what = (encoder.fingerprint, encoder.precision, corpus.sha256, len(corpus), encoder.embedding_size)
-    embeddings = Embeddings(folder, EmbeddingsMetadata(*what))
+    dim = encoder.embedding_size
+    metadata = EmbeddingsMetadata(encoder.fingerprint, encoder.precision, corpus.sha256, len(corpus), dim)
+    embeddings = Embeddings(folder, metadata)
     rank, world_size = init_ranks()
     own_shards = [number for number in embeddings.missing() if number % world_size == rank]
     shards = embeddings.shards
@@ -82,11 +83,11 @@ def open_or_build_index(
     index_dir: str | Path | None = None,
     embedding_dir: str | Path | None = None,
 ) -> Iterator[DocumentIndex | None]:
-    """Yields the index to search on rank 0, None on the others.
+    """Yields the index to search on rank 0, and None on the others.
 
-    An index in `index_dir` is loaded; `added` or a target recall updates it there. Without one, `corpus` is encoded,
-    indexed, and saved to `index_dir` if that is given, which `added` needs. query_vectors, k: the searches to tune `ef`
-    for, unit vectors [Q, D]. parent, embedding_dir: see `new_index`. Raises InputError.
+    A saved index in index_dir is loaded; `added` or a target recall updates it there. Otherwise `corpus` is encoded and
+    indexed, and the index is saved if index_dir is given, which `added` requires. query_vectors, float32 [Q, D], and k:
+    the searches to tune `ef` for. parent, embedding_dir: see `new_index`. Raises InputError.
     """
     if index_dir and has_index(index_dir):
         if not is_main_process():
@@ -98,27 +99,27 @@ def open_or_build_index(
         return
     if corpus is None:
         raise InputError("there is neither a saved index nor a corpus to search")
-    with new_index(encoder, corpus, options, parent, embedding_dir) as saved:
-        if saved:
-            new_documents = add_documents(encoder, saved, added) if added else []
-            tune(saved.index, encoder, corpus, query_vectors, k)
+    with new_index(encoder, corpus, options, parent, embedding_dir) as new:
+        if new:
+            new_documents = add_documents(encoder, new, added) if added else []
+            tune(new.index, encoder, corpus, query_vectors, k)
             if index_dir and has_index(index_dir):
                 raise InputError(f"{index_dir}: another run has written it meanwhile; start again to search that")
-            saved = save_index(index_dir, saved, new_documents) if index_dir else saved
-        yield saved
+            new = save_index(index_dir, new, new_documents) if index_dir else new
+        yield new
 
 
 @contextlib.contextmanager
 def new_index(
     encoder: Encoder, corpus: Corpus, options: IndexOptions, parent: str | Path, embedding_dir: str | Path | None = None
 ) -> Iterator[DocumentIndex | None]:
-    """Encodes the corpus on all ranks, and indexes it on rank 0; None on the others.
+    """Encodes the corpus on all ranks; yields its index on rank 0, and None on the others.
 
-    The vectors are kept in `embedding_dir`, by default in a temporary folder in `parent` until the block ends.
+    The vectors are kept in embedding_dir or, without it, in a temporary folder in `parent` until the block ends.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         if not embedding_dir:
-            folder = held.enter_context(temporary_folder(Path(parent))) if is_main_process() else None
+            folder = stack.enter_context(temporary_folder(Path(parent))) if is_main_process() else None
             embedding_dir = broadcast_object(folder)
         embeddings = encode_corpus(encoder, corpus, Path(embedding_dir))
         if is_main_process():
@@ -137,7 +138,7 @@ def update_index(
     added: Corpus | None,
     options: IndexOptions,
 ) -> DocumentIndex:
-    """Under a lock on the saved index: adds `added`, if given, tunes `ef` for the target recall, if any, and saves it.
+    """Locks and loads the saved index, adds documents to it, tunes it for its target recall, if any, and saves it.
 
     Without a target recall in the options the index keeps its own, and its `ef` doesn't decrease. Raises InputError.
     """
@@ -148,29 +149,30 @@ def update_index(
             if options.target_recall is None:  # tuning for a smaller k than the last run's must not lower ef
                 lowest_ef = saved.index.ef
             else:
-                saved.index.target_recall, saved.index.ef = options.target_recall, options.hnsw_ef
+                saved.index.target_recall = options.target_recall
+                saved.index.ef = options.hnsw_ef  # stays if the target recall is 0
         new_documents = add_documents(encoder, saved, added) if added else []
         tune(saved.index, encoder, saved.documents, query_vectors, k, lowest_ef)
         return save_index(index_dir, saved, new_documents)
 
 
-def add_documents(encoder: Encoder, saved: DocumentIndex, added: Corpus) -> list[str]:
-    """Adds the documents that the index doesn't have, and returns them. Raises InputError if it has all of them."""
-    new = dict.fromkeys(added)
-    for document in saved.documents:
-        new.pop(document, None)
-    if not new:
+def add_documents(encoder: Encoder, document_index: DocumentIndex, added: Corpus) -> list[str]:
+    """Adds the documents that the index lacks; returns them for `save_index`. Raises InputError if it lacks none."""
+    missing = dict.fromkeys(added)
+    for document in document_index.documents:
+        missing.pop(document, None)
+    if not missing:
         raise InputError(f"--add_corpus {added.path}: the index has all of its documents already")
-    if len(new) < len(added):
-        log(f"{added.path}: left out {len(added) - len(new)} documents that the index has")
-    documents = list(new)
-    for start in range(0, len(documents), SHARD_ROWS):
-        saved.index.add(encoder.encode(documents[start : start + SHARD_ROWS], "added"))
-    return documents
+    if len(missing) < len(added):
+        log(f"{added.path}: left out {len(added) - len(missing)} documents that the index has")
+    new_documents = list(missing)
+    for start in range(0, len(new_documents), SHARD_ROWS):
+        document_index.index.add(encoder.encode(new_documents[start : start + SHARD_ROWS], "added"))
+    return new_documents
 
 
 def sample_of(rows: Rows, *, other: bool = False) -> Rows:
-    """Up to twice SAMPLE of the rows, spread evenly; `other` gives different ones of 2 * SAMPLE rows or more."""
+    """Evenly spaced rows, see SAMPLE. other: of 2 * SAMPLE rows or more, a second sample without rows of the first."""
     step = max(1, len(rows) // SAMPLE)
     return rows[step // 2 if other else 0 :: step]
 
@@ -183,10 +185,10 @@ def tune(
     k: int,
     lowest_ef: int = 0,
 ) -> None:
-    """Tunes `ef` for the index's target recall, if it has one, on a sample of the queries, unit vectors [Q, D].
+    """Tunes `ef` of an HNSW index for its target recall, if it has one, on a sample of the queries.
 
-    From 2 * SAMPLE queries on, it isn't the sample on which `search` measures the recall. Without queries, documents
-    stand in for them. `ef` doesn't fall below lowest_ef.
+    From 2 * SAMPLE queries on, it isn't the sample on which `search` measures the recall. Without queries it is a
+    sample of the documents. query_vectors: float32 [Q, D]; `ef` doesn't fall below lowest_ef.
     """
     if isinstance(index, HnswIndex) and index.target_recall:
         has_queries = len(query_vectors) > 0
@@ -196,14 +198,14 @@ def tune(
 
 
 def search(index: VectorIndex, query_vectors: np.ndarray, k: int) -> SearchResult:
-    """Searches for all queries, unit vectors [Q, D], and compares a sample with exact search."""
+    """Searches for all queries, float32 [Q, D] with Q > 0, and compares a sample of them with exact search."""
     ids, similarities = index.search(query_vectors, k)
     _, expected = index.search_exactly(sample_of(query_vectors), k)
     return SearchResult(ids, similarities, recall_vs_exact(sample_of(similarities), expected))
 
 
 def hits_of(result: SearchResult, documents: Sequence[str], queries: Sequence[str]) -> Iterator[Hit]:
-    """The hits of all queries in their order, best first."""
+    """The hits of a search, query by query, best first."""
     for query, ids, similarities in zip(queries, result.ids, result.similarities, strict=True):
         for row, similarity in zip(ids, similarities, strict=True):
             yield Hit(query, documents[row], float(similarity))

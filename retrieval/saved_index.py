@@ -20,23 +20,23 @@ REMEDY = "remove the folder and build the index again"
 
 @dataclass(frozen=True)
 class DocumentIndex:
-    """An index and its documents, in the order of their ids."""
+    """An index, and its documents in the order of their ids."""
 
     index: VectorIndex
     documents: Corpus
     model: str  # `Encoder.fingerprint` of its vectors
-    corpus: str  # `Corpus.sha256` of the corpus that it was built from; documents may have been added since
+    corpus: str  # `Corpus.sha256` of the corpus that it was built from, without the documents that were added later
 
 
 def has_index(folder: str | Path) -> bool:
-    """Whether the folder of a saved index exists."""
+    """Whether the folder exists, or its previous version if its replacement was interrupted."""
     return resolve_interrupted_replace(folder).exists()
 
 
 def save_index(folder: str | Path, saved: DocumentIndex, new_documents: Iterable[str] = ()) -> DocumentIndex:
-    """Writes a saved index and returns it with its documents there; a folder of that name is replaced as a whole.
+    """Writes an index to a folder, which is replaced as a whole, and returns it with the documents of that folder.
 
-    new_documents: those in the index that come after `saved.documents`. Raises InputError if it can't be written.
+    new_documents: those added to the index after `saved.documents`. Raises InputError if the folder can't be written.
     """
     index = saved.index
     with atomic_folder(folder) as temporary:
@@ -55,7 +55,7 @@ def save_index(folder: str | Path, saved: DocumentIndex, new_documents: Iterable
 
 
 def _index_folder(folder: str | Path) -> Path:
-    """The folder, or the old one of an interrupted replacement. Raises InputError if it isn't a saved index."""
+    """The folder, or its previous version, see `has_index`. Raises InputError if it isn't a saved index."""
     folder = resolve_interrupted_replace(folder)
     for name in (MANIFEST_FILE, INDEX_FILE):
         if not (folder / name).is_file():
@@ -65,10 +65,10 @@ def _index_folder(folder: str | Path) -> Path:
 
 @contextlib.contextmanager
 def locked_index(folder: str | Path) -> Iterator[None]:
-    """Keeps other runs from changing a saved index until it has been replaced. Raises InputError if one does so now."""
-    with contextlib.ExitStack() as held:
+    """Keeps other runs from changing a saved index until it is replaced. Raises InputError if one is changing it."""
+    with contextlib.ExitStack() as lock:
         try:
-            held.enter_context(locked(_index_folder(folder) / MANIFEST_FILE))
+            lock.enter_context(locked(_index_folder(folder) / MANIFEST_FILE))
         except BlockingIOError:
             raise InputError(f"{folder}: another run is changing it; run this again when it has finished") from None
         except OSError as error:
@@ -79,7 +79,7 @@ def locked_index(folder: str | Path) -> Iterator[None]:
 def load_index(folder: str | Path, model: str | None = None, corpus: Corpus | None = None) -> DocumentIndex:
     """Reads a saved index. Raises InputError if one of its files is missing or has changed.
 
-    model, corpus: if given, raises InputError if the index belongs to another encoder (its fingerprint) or corpus.
+    model, corpus: the encoder's fingerprint and the documents; if given, an index of others raises InputError.
     """
     folder = _index_folder(folder)
     check_manifest(folder, remedy=REMEDY)
