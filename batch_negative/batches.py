@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -12,23 +12,25 @@ from common.errors import InputError
 from common.logs import progress_bar
 from data import SORTING_WINDOW, TextPair, TextTokenizer, TokenIds
 
-# In brackets: tokens per text after padding, on classical Chinese sentences of 30 tokens on average.
-CHUNKS_PER_BATCH = 4  # (36; 1 chunk: 64, 8 chunks: 33)
-LENGTH_SORT_BATCHES = 4  # batches that --group_by_length sorts together (32.6; 32 batches: 32.1)
+Item = TypeVar("Item")
+
+# Padding was measured on classical Chinese sentences of 30 tokens on average.
+CHUNKS_PER_BATCH = 4  # pads them to 36 tokens on average; 1 chunk to 64, 8 chunks to 33
+LENGTH_SORT_BATCHES = 4  # batches that --group_by_length sorts together: pads to 32.6 tokens; 32 batches to 32.1
 
 
 class PairBatch(NamedTuple):
-    """What one rank encodes for a batch.
+    """What one rank encodes for a batch, and how its vectors are scored.
 
     A rank's B pairs, H of them with a hard negative, have T = 2 B + H texts in the order queries, titles, hard
-    negatives. Queries are scored against the texts of all ranks in `sizes`.
+    negatives. The queries of all ranks in `sizes` are scored against all their titles and hard negatives.
     """
 
     chunks: list[TokenIds]  # this rank's texts, longest first
     row_of_text: np.ndarray  # int64 [T], the row of each text in the concatenated chunks
-    sizes: list[tuple[int, int]]  # (B, H) of each rank that is scored together
-    rank: int  # this rank's place in sizes; 0 if it is scored alone
-    # bool [sum of B, sum of B + sum of H], True: not a negative of that query; the loss ignores the diagonal
+    sizes: list[tuple[int, int]]  # (B, H) of each of the ranks that are scored together
+    rank: int  # this rank's position in sizes; 0 if it is scored alone
+    # bool [sum of B, sum of B + sum of H], True where a text is no negative of the query; the diagonal is ignored
     mask: np.ndarray | None
 
     @property
@@ -37,52 +39,49 @@ class PairBatch(NamedTuple):
         return [2 * pairs + hard_negatives for pairs, hard_negatives in self.sizes]
 
     def split(self, rows: Any, rank: int) -> tuple[Any, Any, Any]:
-        """Splits a rank's T rows into those of its queries, titles and hard negatives."""
+        """Splits an array or tensor [T, ...] of a rank into the rows of its queries, titles and hard negatives."""
         pairs, _ = self.sizes[rank]
         return rows[:pairs], rows[pairs : 2 * pairs], rows[2 * pairs :]
 
 
 class FalseNegativeMask:
-    """Which texts of a batch are false negatives, according to the whole training file.
-
-    A text is masked for a query if it equals the title of any line with that query.
-    """
+    """Which texts of a batch are false negatives: those that any line of the training file pairs with the query."""
 
     def __init__(self, pairs: Sequence[TextPair]) -> None:
-        text_ids: dict[str, int] = {}
+        id_of_text: dict[str, int] = {}
 
-        def ids(texts: Iterable[str | None]) -> np.ndarray:
-            return np.array([-1 if text is None else text_ids.setdefault(text, len(text_ids)) for text in texts])
+        def ids_of(texts: Iterable[str | None]) -> np.ndarray:
+            return np.array([-1 if text is None else id_of_text.setdefault(text, len(id_of_text)) for text in texts])
 
-        self._queries = ids(pair.query for pair in pairs)
-        self._titles = ids(pair.title for pair in pairs)
-        self._hard_negatives = ids(pair.hard_negative for pair in pairs)
-        # The file's (query, title) combinations as one sorted array of numbers, for looking up many at once.
-        self._texts = len(text_ids)
-        self._positives = np.unique(self._queries * self._texts + self._titles)
+        self._query_ids = ids_of(pair.query for pair in pairs)
+        self._title_ids = ids_of(pair.title for pair in pairs)
+        self._hard_negative_ids = ids_of(pair.hard_negative for pair in pairs)
+        # Each (query, title) of the file as one number, sorted, so that many can be looked up at once.
+        self._text_count = len(id_of_text)
+        self._positives = np.unique(self._query_ids * self._text_count + self._title_ids)
 
     def __call__(self, query_rows: np.ndarray, title_rows: np.ndarray, hard_negative_rows: np.ndarray) -> np.ndarray:
         """The mask, bool [len(query_rows), len(title_rows) + len(hard_negative_rows)], for rows of the training file.
 
-        A query's own title is masked too; the loss ignores the mask on the diagonal.
+        hard_negative_rows: only rows that have one. A query's own title is True too: the loss ignores the diagonal.
         """
-        columns = np.concatenate([self._titles[title_rows], self._hard_negatives[hard_negative_rows]])
-        combinations = self._queries[query_rows][:, None] * self._texts + columns[None, :]
-        insertion = np.searchsorted(self._positives, combinations)
-        return self._positives[np.minimum(insertion, len(self._positives) - 1)] == combinations
+        columns = np.concatenate([self._title_ids[title_rows], self._hard_negative_ids[hard_negative_rows]])
+        combinations = self._query_ids[query_rows][:, None] * self._text_count + columns[None, :]
+        positions = np.searchsorted(self._positives, combinations)
+        return self._positives[np.minimum(positions, len(self._positives) - 1)] == combinations
 
 
 class TokenizedTexts:
-    """The token ids of many texts in one array of the smallest possible type."""
+    """The token ids of many texts, in one array of the smallest possible dtype."""
 
     def __init__(self, tokenizer: TextTokenizer, texts: Sequence[str]) -> None:
         dtype = np.min_scalar_type(tokenizer.vocabulary_size)
         tokens, lengths = [], []
         with progress_bar(len(texts), "tokenizing", "text") as progress:
-            for window in batched(texts, SORTING_WINDOW):  # which bounds the memory of Python's lists
-                ids = tokenizer.tokenize(window)
-                tokens.append(np.fromiter(chain.from_iterable(ids), dtype))
-                lengths.append(np.array([len(text_ids) for text_ids in ids]))
+            for window in batched(texts, SORTING_WINDOW):  # because Python's lists of ids take much memory
+                token_ids = tokenizer.tokenize(window)
+                tokens.append(np.fromiter(chain.from_iterable(token_ids), dtype))
+                lengths.append(np.array([len(text_ids) for text_ids in token_ids]))
                 progress.update(len(window))
         self.lengths = np.concatenate(lengths)
         self._tokens = np.concatenate(tokens)
@@ -96,9 +95,9 @@ class TokenizedTexts:
 
 
 class PairBatcher:
-    """Makes a PairBatch from rows of the training file; all texts are tokenized once, at the start.
+    """Makes a PairBatch from rows of the training file; tokenizes all texts once, when it is created.
 
-    chunk_texts: maximum number of texts in a chunk; by default a batch has CHUNKS_PER_BATCH chunks of equal size.
+    chunk_texts: maximum number of texts in a chunk; without it a batch has CHUNKS_PER_BATCH chunks of similar size.
     """
 
     def __init__(
@@ -115,33 +114,34 @@ class PairBatcher:
         queries, titles, hard_negatives = zip(*pairs, strict=True)
         texts = [*queries, *titles, *(text for text in hard_negatives if text is not None)]
         self._texts = TokenizedTexts(tokenizer, texts)
-        self._hard_negative_texts = 2 * len(pairs) + np.cumsum(self._has_hard_negative) - 1
+        self._hard_negative_numbers = 2 * len(pairs) + np.cumsum(self._has_hard_negative) - 1  # in self._texts
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each pair, int64 [N], hard negative included."""
+        """Tokens of each pair, int64 [N]: of its query, its title and its hard negative together."""
         count, lengths = len(self._has_hard_negative), self._texts.lengths
         total = lengths[:count] + lengths[count : 2 * count]
         total[self._has_hard_negative] += lengths[2 * count :]
         return total
 
     def __call__(self, rank_rows: Sequence[np.ndarray], rank: int = 0) -> PairBatch:
-        """The batch of one rank; rank_rows: int64 [B] for each rank, may be empty, which are scored together."""
+        """The batch of rank_rows[rank]. rank_rows: int64 [B], B may be 0, for each of the ranks scored together."""
         hard_negative_rows = [rows[self._has_hard_negative[rows]] for rows in rank_rows]
-        rows = rank_rows[rank]
-        titles = rows + len(self._has_hard_negative)
-        hard_negatives = self._hard_negative_texts[hard_negative_rows[rank]]
-        ids = [self._texts[text] for text in np.concatenate([rows, titles, hard_negatives])]
-        longest_first = np.argsort([-len(text_ids) for text_ids in ids], kind="stable")
-        chunk_count = math.ceil(len(ids) / self._chunk_texts) if self._chunk_texts else CHUNKS_PER_BATCH
+        queries = rank_rows[rank]
+        titles = queries + len(self._has_hard_negative)
+        hard_negatives = self._hard_negative_numbers[hard_negative_rows[rank]]
+        token_ids = [self._texts[number] for number in np.concatenate([queries, titles, hard_negatives])]
+        longest_first = np.argsort([-len(text_ids) for text_ids in token_ids], kind="stable")
+        chunk_count = math.ceil(len(token_ids) / self._chunk_texts) if self._chunk_texts else CHUNKS_PER_BATCH
         chunks = [chunk for chunk in np.array_split(longest_first, max(1, chunk_count)) if len(chunk)]
-        all_rows, mask = np.concatenate(rank_rows), None
+        mask = None
         if self._false_negative_mask:
+            all_rows = np.concatenate(rank_rows)
             mask = self._false_negative_mask(all_rows, all_rows, np.concatenate(hard_negative_rows))
         return PairBatch(
-            chunks=[self._tokenizer.pad([ids[text] for text in chunk]) for chunk in chunks],
+            chunks=[self._tokenizer.pad([token_ids[position] for position in chunk]) for chunk in chunks],
             row_of_text=np.argsort(longest_first),  # the inverse permutation
-            sizes=[(len(pairs), len(hard)) for pairs, hard in zip(rank_rows, hard_negative_rows, strict=True)],
+            sizes=[(len(rows), len(hard_rows)) for rows, hard_rows in zip(rank_rows, hard_negative_rows, strict=True)],
             rank=rank,
             mask=mask,
         )
@@ -150,30 +150,30 @@ class PairBatcher:
 def check_batch_size(
     batch_size: int, world_size: int, pairs: Sequence[TextPair], train_set_file: str, *, cross_device: bool = True
 ) -> None:
-    """Raises InputError if a step needs more pairs than there are, or would have no negatives."""
+    """Raises InputError if a batch of all ranks needs more pairs than there are, or would have no negatives."""
     if batch_size * world_size > len(pairs):
-        most = len(pairs) // world_size
-        remedy = f"use at most --batch_size {most}" if most else f"use at most {len(pairs)} processes"
+        largest = len(pairs) // world_size
+        remedy = f"use at most --batch_size {largest}" if largest else f"use at most {len(pairs)} processes"
         problem = f"--batch_size {batch_size} on {world_size} process(es): {train_set_file} has {len(pairs)} pairs"
         raise InputError(f"{problem}; {remedy}")
-    scored = batch_size * (world_size if cross_device else 1)
-    if scored == 1 and not any(pair.hard_negative for pair in pairs):
+    titles = batch_size * (world_size if cross_device else 1)
+    if titles == 1 and not any(pair.hard_negative for pair in pairs):
         raise InputError("--batch_size 1: leaves no other title as a negative; use 2 or more")
 
 
 class PlannedStep(NamedTuple):
-    """A step and the rows of the training file that it trains on: `batches[batch][rank]` is int64 [B]."""
+    """A step, and the rows of the training file that it trains on."""
 
     number: int  # from 1, over all epochs
     epoch: int  # from 1
-    batches: list[list[np.ndarray]]
+    batches: list[list[np.ndarray]]  # for each batch the rows of each rank, int64 [B]
 
 
 class BatchSchedule:
     """Which pairs each step trains on; depends on these arguments only.
 
-    batch_size: pairs on each rank; gradient_accumulation_steps: batches per step; max_steps: if given,
-    `epochs` is ignored; lengths: tokens of each pair; if given, batches group pairs of similar length.
+    batch_size: pairs on each rank; max_steps: replaces `epochs`; gradient_accumulation_steps: batches per step;
+    lengths: tokens of each pair, to make batches of pairs of similar length.
     """
 
     def __init__(
@@ -192,9 +192,8 @@ class BatchSchedule:
         self._epoch_batches = partial(
             epoch_batches, pair_count, batch_size, seed=seed, world_size=world_size, lengths=lengths
         )
-        self.steps_per_epoch = math.ceil(
-            math.ceil(pair_count / (batch_size * world_size)) / gradient_accumulation_steps
-        )
+        batches_per_epoch = math.ceil(pair_count / (batch_size * world_size))
+        self.steps_per_epoch = math.ceil(batches_per_epoch / gradient_accumulation_steps)
         self.total_steps = max_steps or epochs * self.steps_per_epoch
 
     def epoch_of(self, step: int) -> int:
@@ -218,11 +217,11 @@ class BatchSchedule:
 def epoch_batches(
     count: int, batch_size: int, *, seed: int, epoch: int, world_size: int = 1, lengths: np.ndarray | None = None
 ) -> list[list[np.ndarray]]:
-    """Rows of every batch of an epoch for every rank: `[batch][rank]` is int64 [at most batch_size].
+    """For each batch of an epoch the rows of each rank, int64 [at most batch_size].
 
-    The shuffle depends on (seed, epoch) only. The ranks take a batch's rows in turns, which also balances lengths. No
-    row is dropped: the last batch may be smaller, and empty on some ranks.
-    lengths: int64 [count]; if given, the rows of LENGTH_SORT_BATCHES batches are sorted by length and cut into batches
+    The shuffle depends on (seed, epoch) only. A batch's rows are dealt to the ranks one by one, which balances lengths
+    if they are sorted. No row is dropped: the last batch may be smaller, and empty on some ranks. lengths: int64
+    [count]; if given, the rows of LENGTH_SORT_BATCHES batches at a time are sorted by length and cut into batches
     again, which are shuffled.
     """
     rng = np.random.default_rng([seed, epoch])
@@ -230,11 +229,8 @@ def epoch_batches(
     batch_rows = batch_size * world_size
     batches = [order[start : start + batch_rows] for start in range(0, count, batch_rows)]
     if lengths is not None:
-        batches = [
-            batch
-            for window in batched(batches, LENGTH_SORT_BATCHES)
-            for batch in _regroup_by_length(window, lengths, rng)
-        ]
+        windows = batched(batches, LENGTH_SORT_BATCHES)
+        batches = [batch for window in windows for batch in _regroup_by_length(window, lengths, rng)]
     return [[rows[rank::world_size] for rank in range(world_size)] for rows in batches]
 
 
@@ -242,13 +238,12 @@ def _regroup_by_length(batches: list[np.ndarray], lengths: np.ndarray, rng: np.r
     """The rows of `batches` sorted by length and cut into batches of the same sizes, in random order."""
     rows = np.concatenate(batches)
     rows = rows[np.argsort(lengths[rows], kind="stable")]
-    cuts = np.cumsum([len(batch) for batch in batches])[:-1]
-    by_length = np.split(rows, cuts)
-    return [by_length[batch] for batch in rng.permutation(len(by_length))]
+    by_length = np.split(rows, np.cumsum([len(batch) for batch in batches])[:-1])
+    return [by_length[position] for position in rng.permutation(len(by_length))]
 
 
-def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` items, the last one may be shorter; itertools.batched of Python 3.12 yields tuples."""
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, the last may be shorter; Python 3.12 has `itertools.batched`, which yields tuples."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch

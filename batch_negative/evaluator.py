@@ -18,10 +18,10 @@ from retrieval.pipeline import encode_queries, hits_of, open_or_build_index, sea
 
 @dataclass
 class Evaluator:
-    """Recalls and evaluates as recall.py and evaluate.py do, and keeps the score of the best model so far.
+    """Recalls and evaluates as recall.py and evaluate.py do, and keeps the history of evaluations.
 
-    embedding_parent: folder for the corpus's vectors during an evaluation; recall_result_file, evaluate_result: file
-    names of the hits and of all metrics.
+    batch_size: texts of max_seq_length tokens; embedding_parent: folder in which the corpus's vectors are kept during
+    an evaluation; recall_result_file, evaluate_result: file names of the hits and of all evaluations' metrics.
     """
 
     corpus: Corpus
@@ -36,14 +36,14 @@ class Evaluator:
     evaluate_result: str
     best_metric: str
     last_step: int = field(default=0, init=False)
-    score: float = field(default=0.0, init=False)  # of the last evaluation, by `best_metric`
+    score: float = field(default=0.0, init=False)  # `best_metric` of the evaluation that was recorded last
     evals_without_improvement: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._result_file = Path(self.recall_result_dir, self.recall_result_file)
         self._report_file = Path(self.recall_result_dir, self.evaluate_result)
         pairs = json.dumps({query: sorted(titles) for query, titles in self.positives.items()})
-        self.conditions = {  # scores are comparable only if these are the same
+        self.conditions = {  # scores can be compared only if these are equal
             "best_metric": self.best_metric,
             "recall_num": self.recall_num,
             "SHA-256 of the corpus": self.corpus.sha256,
@@ -53,14 +53,14 @@ class Evaluator:
         self._best: float | None = None
 
     def prepare_files(self) -> None:
-        """Creates the folders of both result files, so that a training doesn't fail at its first evaluation."""
+        """Creates the folders of both result files. Raises InputError if they couldn't be written."""
         prepare_file(self._result_file)
         prepare_file(self._report_file)
 
     def __call__(self, model: SemanticIndexBase, tokenizer: TextTokenizer, step: int, epoch: int) -> Evaluation:
         """Evaluates the model on all ranks together; rank 0 writes both result files.
 
-        Changes nothing in this object, so that an evaluation can be interrupted: `record` follows. Raises InputError.
+        Doesn't change this object, so that it can be interrupted: call `record` with the result. Raises InputError.
         """
         encoder = Encoder(model.embed, tokenizer, model.embedding_size, self.batch_size)
         queries, k = list(self.positives), self.recall_num
@@ -68,9 +68,9 @@ class Evaluator:
         evaluation = None
         with open_or_build_index(
             encoder, vectors, k, corpus=self.corpus, options=self.index_options, parent=self.embedding_parent
-        ) as indexed:
-            if indexed:
-                hits = list(hits_of(search(indexed.index, vectors, k), indexed.documents, queries))
+        ) as document_index:
+            if document_index:
+                hits = list(hits_of(search(document_index.index, vectors, k), document_index.documents, queries))
                 evaluation = evaluate(self.positives, ranking_by_query(hits), k)
                 write_hits(self._result_file, hits)
                 with atomic_write(self._report_file) as file:
@@ -78,7 +78,7 @@ class Evaluator:
         return broadcast_object(evaluation)
 
     def record(self, evaluation: Evaluation, step: int, epoch: int) -> None:
-        """Adds an evaluation to the history; afterwards `is_best` refers to it."""
+        """Adds an evaluation to the history; `score` and `is_best` then refer to it."""
         self._reports.append(_report(step, epoch, evaluation))
         self.last_step, self.score = step, metrics(evaluation)[self.best_metric]
         self.evals_without_improvement += 1
@@ -87,11 +87,11 @@ class Evaluator:
 
     @property
     def is_best(self) -> bool:
-        """Whether the last evaluation is better than all earlier ones."""
+        """Whether the last evaluation is better than all before it."""
         return self.evals_without_improvement == 0
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, in a form that JSON can hold."""
+        """What `restore` needs, as JSON values."""
         return {
             **self.conditions,
             "last_step": self.last_step,
@@ -101,7 +101,7 @@ class Evaluator:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from the `state` of an evaluator with the same conditions."""
+        """Takes over the history in the `state` of an evaluator with the same conditions."""
         self.last_step, self._best = state["last_step"], state["best"]
         self._reports = list(state["reports"])
         # Version 1 called it without_gain.

@@ -20,16 +20,16 @@ from modeling.checkpoint import LoadedModel, save_checkpoint
 from modeling.checkpoint_files import step_folder
 
 BEST_FOLDER = "model_best"
-BEST_RESULT_FILE = "train_result.txt"  # in it, the original's form
+BEST_RESULT_FILE = "train_result.txt"  # in BEST_FOLDER: step and score, in the original's form
 
 
 @dataclass
 class TrainingLoop:
-    """A training from some step to its end.
+    """Takes the steps of a schedule, and logs, saves and evaluates between them.
 
-    train_set_file: for messages; run_config: what must be equal for a run to be resumed from a checkpoint;
-    keep_checkpoints: how many of the newest ones are kept, None for all; early_stop_patience: evaluations without
-    improvement after which the training ends, None for never.
+    log: None on all ranks but rank 0; train_set_file: for messages; run_config: saved in checkpoints, must be unchanged
+    to resume; keep_checkpoints: number of the newest ones to keep, None for all; early_stop_patience: evaluations
+    without improvement after which the training ends, None for never.
     """
 
     loaded: LoadedModel
@@ -46,15 +46,15 @@ class TrainingLoop:
     keep_checkpoints: int | None = None
     early_stop_patience: int | None = None
     written: Path | None = field(default=None, init=False)  # the newest checkpoint that this process has written
-    is_stopped: bool = field(default=False, init=False)  # by a signal, to any rank
-    _saved_step: int | None = field(default=None, init=False)  # whose checkpoint is in save_dir
+    is_stopped: bool = field(default=False, init=False)  # by a signal that any rank has received
+    _saved_step: int | None = field(default=None, init=False)  # the newest step whose checkpoint is in save_dir
 
     def run(self, completed: int, signals: StopSignals, *, is_saved: bool = True) -> int:
-        """Trains after the first `completed` steps, and returns the number of the last step.
+        """Takes the steps after the first `completed` ones, and returns the number of the last step.
 
         A signal ends the training after the current step, which is saved. Raises InputError for a NaN or infinite loss
-        and, after saving the step, for an evaluation that fails. is_saved: whether the checkpoint of step
-        `completed` is in save_dir.
+        and, after saving the step, for an evaluation that fails. is_saved: whether save_dir has the checkpoint of step
+        `completed`.
         """
         self._saved_step = completed if is_saved else None
         try:
@@ -83,7 +83,7 @@ class TrainingLoop:
         return self.schedule.total_steps
 
     def _evaluation_ends_training(self, step: int, signals: StopSignals) -> bool:
-        """Evaluates if it is due after this step; whether the training ends, by a signal or for lack of improvement."""
+        """Evaluates if it is due after this step. Returns whether the training ends, by a signal or early stopping."""
         evaluator = self.evaluator
         if evaluator is None:
             return False
@@ -92,7 +92,7 @@ class TrainingLoop:
             try:
                 with signals.raised():
                     evaluation = evaluator(*self.loaded, step, epoch)
-                    barrier()  # so that a rank stopped during the evaluation is noticed before the next step
+                    barrier()  # if a rank was stopped during the evaluation, the others learn it before the next step
             except (Stopped, InputError) as error:
                 announce_exit()
                 self._save(step)
@@ -117,7 +117,7 @@ class TrainingLoop:
         return at_end or (step % self.eval_steps == 0 if self.eval_steps else self.schedule.ends_epoch(step))
 
     def _keep_evaluation(self, evaluator: Evaluator, step: int, epoch: int) -> None:
-        """Saves the best model, and adds the evaluation to the step's checkpoint, if there is one."""
+        """Saves the model if it is the best so far, and adds the history to the step's checkpoint, if there is one."""
         if not is_main_process():
             return
         if evaluator.is_best:
@@ -132,7 +132,7 @@ class TrainingLoop:
             write_json(step_folder(self.save_dir, step) / EVALUATIONS_FILE, evaluator.state())
 
     def _save(self, step: int) -> None:
-        """Writes the step's checkpoint, unless it is there already."""
+        """Rank 0 writes the step's checkpoint, unless it is there already."""
         if self._saved_step == step or not is_main_process():
             return
         evaluations = self.evaluator and self.evaluator.state()
@@ -144,8 +144,8 @@ class TrainingLoop:
 
 
 def explain(error: NonFiniteLoss, train_set_file: str) -> str:
-    """The error message for a NaN or infinite loss, which names the batch's lines."""
-    numbers = [line.number for line in read_lines(train_set_file, parse_pair, True) if line.row is not None]
-    lines = ", ".join(str(line) for line in sorted(numbers[row] for row in error.rows))
-    where = f"the batch has lines {lines} of {train_set_file}" if lines else "on a rank"
+    """The error message for a NaN or infinite loss, which names the lines of the step's pairs."""
+    line_of_row = [line.number for line in read_lines(train_set_file, parse_pair, True) if line.row is not None]
+    lines = ", ".join(str(line) for line in sorted(line_of_row[row] for row in error.rows))
+    where = f"the batch has lines {lines} of {train_set_file}" if lines else "another process names the batch's lines"
     return f"{error}; {where}; look at them, or lower --learning_rate, and go on from a checkpoint before it went wrong"

@@ -7,7 +7,7 @@ from batch_negative.batches import PairBatch
 from common.distributed import gather_rows
 from data import TokenIds
 
-MASKED_LOGIT = -1e9  # like -inf it has a probability of 0, but a finite gradient
+MASKED_LOGIT = -1e9  # gives a probability of 0, as -inf does, but a finite gradient
 
 
 def in_batch_negatives_loss(
@@ -21,24 +21,24 @@ def in_batch_negatives_loss(
     """Mean cross entropy of `scale * (Q T' - margin * I)` against the diagonal, a scalar.
 
     query_emb: unit vectors [B, D]; title_emb: unit vectors [C, D], first the B titles of the queries, then hard
-    negatives; mask: bool [B, C], True where a title is a false negative of the query. The diagonal is never masked.
+    negatives; mask: bool [B, C], True where a text is no negative of the query. The diagonal is never masked.
     In-batch negatives: Karpukhin et al. 2020, https://arxiv.org/abs/2004.04906; the margin on the positive's cosine:
     Wang et al. 2018 (CosFace), https://arxiv.org/abs/1801.09414.
     """
-    own_title = paddle.eye(query_emb.shape[0], title_emb.shape[0], dtype=query_emb.dtype)
-    logits = scale * (paddle.matmul(query_emb, title_emb, transpose_y=True) - margin * own_title)
+    diagonal = paddle.eye(query_emb.shape[0], title_emb.shape[0], dtype=query_emb.dtype)
+    logits = scale * (paddle.matmul(query_emb, title_emb, transpose_y=True) - margin * diagonal)
     if mask is not None:
-        masked = paddle.logical_and(mask, own_title == 0)
-        logits = paddle.where(masked, paddle.full_like(logits, MASKED_LOGIT), logits)
+        is_masked = paddle.logical_and(mask, diagonal == 0)
+        logits = paddle.where(is_masked, paddle.full_like(logits, MASKED_LOGIT), logits)
     # Not F.cross_entropy: its softmax on the CPU turns NaN into a plausible number and limits a row's loss to 64.
     return (paddle.logsumexp(logits, axis=1) - paddle.diagonal(logits)).mean()
 
 
 def batch_loss(vectors: paddle.Tensor, batch: PairBatch, *, margin: float, scale: float) -> paddle.Tensor:
-    """The loss of a batch over the pairs of all its ranks, a scalar.
+    """The mean loss over the pairs of all ranks in `batch.sizes`, a scalar.
 
-    vectors: unit vectors [T, D], the rows of the batch's chunks. Each rank computes the whole loss, but only the
-    gradient of its own vectors; the sum over the ranks is the gradient of one process with the whole batch.
+    vectors: unit vectors [T, D] of the concatenated chunks. Every rank computes the whole loss, but only the gradient
+    of its own vectors; the sum over the ranks is the gradient that one process gets for the whole batch.
     """
     own = paddle.index_select(vectors, paddle.to_tensor(batch.row_of_text))
     rows_of_ranks = gather_rows(own, batch.text_counts, batch.rank)
@@ -51,7 +51,7 @@ def batch_loss(vectors: paddle.Tensor, batch: PairBatch, *, margin: float, scale
 
 
 class SemanticIndexBatchNeg(SemanticIndexBase):
-    """The dual tower: one encoder for queries and titles, trained with the other titles of the batch as negatives."""
+    """The dual encoder, one for queries and titles, trained with the other titles of the batch as negatives."""
 
     def forward(self, batch: PairBatch, margin: float, scale: float) -> paddle.Tensor:
         """The loss of a batch, a scalar."""
@@ -59,6 +59,6 @@ class SemanticIndexBatchNeg(SemanticIndexBase):
         return batch_loss(vectors, batch, margin=margin, scale=scale)
 
     def encode_chunk(self, tokens: TokenIds) -> paddle.Tensor:
-        """Unit vectors [N, D] of the N texts of a chunk."""
+        """Unit vectors, float32 [n, D], of the n texts of a chunk."""
         input_ids, token_type_ids = tokens
         return self.get_pooled_embedding(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids))

@@ -23,24 +23,24 @@ STATE_FILE = TRAINING_PREFIX + "state.json"
 OPTIMIZER_FILE = TRAINING_PREFIX + "optimizer.safetensors"
 EVALUATIONS_FILE = TRAINING_PREFIX + "evaluations.json"  # written after the checkpoint, so not in its manifest
 PROGRESS_KEYS = ("step", "run_config", "evaluator", "loss_scaler")  # in STATE_FILE
-OLD_NAMES = {"shape": "run_config", "no_mask_duplicates": "no_false_negative_mask"}  # of version 1
-NOT_ARRAYS = ("LR_Scheduler", "master_weights")  # of AdamW: the rate follows from the step; parameters are float32
+OLD_NAMES = {"shape": "run_config", "no_mask_duplicates": "no_false_negative_mask"}  # version 1's name -> today's
+NOT_SAVED = ("LR_Scheduler", "master_weights")  # of AdamW: the step gives the learning rate; parameters are float32
 
 
 class TrainingState(NamedTuple):
-    """What a training needs to be resumed, besides the model and its options."""
+    """What resuming a training needs, besides the model and the same options."""
 
-    progress: dict[str, Any]  # PROGRESS_KEYS, in a form that JSON can hold
-    optimizer: dict[str, np.ndarray]  # `optimizer_arrays`
+    progress: dict[str, Any]  # values of PROGRESS_KEYS, as JSON values
+    optimizer: dict[str, np.ndarray]  # see `optimizer_arrays`
 
     def write(self, folder: Path) -> None:
-        """Writes it into a checkpoint's folder."""
+        """Writes the state into a checkpoint's folder. Raises InputError if it can't be written."""
         write_json(folder / STATE_FILE, self.progress)
         write_safetensors(folder / OPTIMIZER_FILE, self.optimizer)
 
 
 def read_training_state(folder: Path) -> TrainingState:
-    """The training state in a checkpoint. Raises InputError if it has none, or if one of its files has changed."""
+    """The training state of a checkpoint. Raises InputError if there is none, or if a file has changed."""
     for name in (STATE_FILE, MANIFEST_FILE):
         if not (folder / name).is_file():
             remedy = "take its weights alone with --init_from_ckpt"
@@ -50,7 +50,7 @@ def read_training_state(folder: Path) -> TrainingState:
     if (folder / EVALUATIONS_FILE).is_file():
         try:
             progress["evaluator"] = read_json(folder / EVALUATIONS_FILE)
-        except InputError as error:  # a power failure can cut it short
+        except InputError as error:  # a power failure can cut the file short
             log(f"{error}; the evaluation is made again")
     if missing := [key for key in PROGRESS_KEYS if key not in progress]:
         raise InputError(f"{folder / STATE_FILE}: isn't a training state, it lacks {', '.join(missing)}")
@@ -67,15 +67,15 @@ class Start(NamedTuple):
 
     loaded: LoadedModel
     state: TrainingState | None  # None for a new training
-    checkpoint: Path | None  # that it is resumed from
+    checkpoint: Path | None  # the one that is resumed from
 
     @property
     def step(self) -> int:
-        """The last step that has been taken."""
+        """Number of steps taken before."""
         return self.state.progress["step"] if self.state else 0
 
     def is_in(self, save_dir: Path) -> bool:
-        """Whether it is resumed from a checkpoint in this folder."""
+        """Whether the checkpoint that is resumed from is this step's in save_dir."""
         return self.checkpoint is not None and self.checkpoint.resolve() == step_folder(save_dir, self.step).resolve()
 
 
@@ -87,9 +87,10 @@ def start_or_resume(
     seed: int,
     model_options: Mapping[str, Any],
 ) -> Start:
-    """A new model, or the one that `resume_from` names, with the evaluator's history; all ranks have the same.
+    """A new model, or that of the checkpoint that `resume_from` names, the same on all ranks.
 
-    model_options: arguments of `create_model`. Raises InputError, also for a checkpoint of another run.
+    From a checkpoint it restores the evaluator's history, too. model_options: arguments of `create_model`, for a new
+    model. Raises InputError, also for a checkpoint of another run.
     """
     found = find_resumed(resume_from, save_dir, run_config) if resume_from else None
     if found:
@@ -116,11 +117,10 @@ def find_resumed(resume_from: str, save_dir: Path, run_config: Mapping[str, Any]
     """
     if resume_from == "latest":
         latest = latest_checkpoint(save_dir, run_config)
-        log(
-            f"going on from {latest[0]}"
-            if latest
-            else f"{save_dir}: no checkpoint to go on from yet; starting at step 0"
-        )
+        if latest:
+            log(f"going on from {latest[0]}")
+        else:
+            log(f"{save_dir}: no checkpoint to go on from yet; starting a new training")
         return latest
     folder = find_checkpoint_folder(resume_from)
     state = read_training_state(folder)
@@ -131,10 +131,10 @@ def find_resumed(resume_from: str, save_dir: Path, run_config: Mapping[str, Any]
 def latest_checkpoint(save_dir: Path, run_config: Mapping[str, Any] | None = None) -> tuple[Path, TrainingState] | None:
     """The newest checkpoint that a run can be resumed from, or None; those that are passed over are logged.
 
-    run_config: the configuration of the run, None for any. Raises InputError, about the newest one, if all checkpoints
+    run_config: the configuration of the run; None accepts every run's. Raises InputError if all usable checkpoints
     belong to other runs.
     """
-    others = []
+    mismatches: dict[str, str] = {}  # folder -> why it belongs to another run
     for folder in reversed(step_folders(save_dir)):
         try:
             state = read_training_state(folder)
@@ -142,13 +142,13 @@ def latest_checkpoint(save_dir: Path, run_config: Mapping[str, Any] | None = Non
             log(f"passed over {error}")
             continue
         if mismatch := resume_mismatch(folder, state.progress["run_config"], run_config or {}):
-            others.append((folder.name, mismatch))
+            mismatches[folder.name] = mismatch
             continue
-        if others:
-            log(f"passed over {', '.join(name for name, _ in others)}: another training's")
+        if mismatches:
+            log(f"passed over {', '.join(mismatches)}: another training's")
         return folder, state
-    if others:
-        raise InputError(others[0][1])
+    if mismatches:
+        raise InputError(next(iter(mismatches.values())))  # about the newest one
     return None
 
 
@@ -165,28 +165,28 @@ def resume_mismatch(folder: Path, saved: Mapping[str, Any], run_config: Mapping[
 
 
 def check_resumable(folder: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raises InputError if `saved`, read from `folder`, differs; what an older version didn't save counts as equal."""
+    """Raises InputError if a value that was saved in `folder` isn't ours; values that weren't saved aren't compared."""
     if mismatch := resume_mismatch(folder, saved, {name: value for name, value in ours.items() if name in saved}):
         raise InputError(mismatch)
 
 
 def remove_old_checkpoints(save_dir: Path, step: int, keep: int, run_config: Mapping[str, Any]) -> None:
-    """Removes all but the newest `keep` checkpoints of a run up to a step. Raises InputError if it can't.
+    """Removes a run's checkpoints up to a step except the newest `keep`. Raises InputError if it can't.
 
     Checkpoints of later steps stay and don't count: the run was resumed from an earlier one because they couldn't be
     used. Checkpoints of other runs stay too.
     """
     folders = step_folders(save_dir)
     folders = folders[: folders.index(step_folder(save_dir, step)) + 1]
-    for folder in [folder for folder in folders if _is_of(folder, run_config)][:-keep]:
+    for folder in [folder for folder in folders if _belongs_to(folder, run_config)][:-keep]:
         try:
             remove_folder(folder)
         except OSError as error:
             raise InputError(f"{folder}: can't be removed ({error.strerror})") from None
 
 
-def _is_of(folder: Path, run_config: Mapping[str, Any]) -> bool:
-    """Whether a run of this configuration wrote `folder`, as far as it can be read."""
+def _belongs_to(folder: Path, run_config: Mapping[str, Any]) -> bool:
+    """Whether a run with this configuration wrote the checkpoint; False if its training state can't be read."""
     try:
         saved = _with_new_names(read_json(folder / STATE_FILE))["run_config"]
         return resume_mismatch(folder, _with_new_names(saved), run_config) is None
@@ -195,8 +195,8 @@ def _is_of(folder: Path, run_config: Mapping[str, Any]) -> bool:
 
 
 def optimizer_arrays(model: paddle.nn.Layer, optimizer: paddle.optimizer.Optimizer) -> dict[str, np.ndarray]:
-    """The optimizer's state as `<parameter>.<accumulator>` -> array."""
-    state = {name: value.numpy() for name, value in optimizer.state_dict().items() if name not in NOT_ARRAYS}
+    """The optimizer's state: `<parameter>.<accumulator>` -> array."""
+    state = {name: value.numpy() for name, value in optimizer.state_dict().items() if name not in NOT_SAVED}
     return {
         f"{name}.{key.removeprefix(parameter.name + '_')}": value
         for name, parameter in model.named_parameters()
@@ -208,7 +208,7 @@ def optimizer_arrays(model: paddle.nn.Layer, optimizer: paddle.optimizer.Optimiz
 def restore_optimizer(
     model: paddle.nn.Layer, optimizer: paddle.optimizer.Optimizer, arrays: Mapping[str, np.ndarray]
 ) -> None:
-    """Gives an optimizer that has taken no step the state that `optimizer_arrays` returned."""
+    """Sets the state that `optimizer_arrays` returned in an optimizer that has taken no step."""
     internal_names = {name: parameter.name for name, parameter in model.named_parameters()}
     state = {}
     for key, value in arrays.items():

@@ -1,4 +1,4 @@
-"""Training steps: how a step changes the model, on one rank or many."""
+"""A training step: gradients of its batches, summed over the ranks, and the optimizer."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def make_optimizer(
     weight_decay: float,
     max_grad_norm: float,
 ) -> tuple[paddle.optimizer.AdamW, paddle.optimizer.lr.LRScheduler]:
-    """AdamW without weight decay on biases and norms, with linear warm-up and decay; max_grad_norm: 0 doesn't clip."""
+    """AdamW without weight decay on biases and norms, with linear warm-up and decay. max_grad_norm: 0 doesn't clip."""
     decayed = {
         parameter.name
         for name, parameter in model.named_parameters()
@@ -52,22 +52,23 @@ def make_optimizer(
 
 
 class Step(NamedTuple):
-    """The outcome of a training step."""
+    """The result of a training step."""
 
     number: int  # from 1, over all epochs
     epoch: int  # from 1
-    loss: float  # mean over the pairs of all ranks
+    loss: float  # mean over the step's pairs on all ranks
     learning_rate: float  # of this step
-    pairs: int  # of all ranks
-    stop: bool  # whether a rank was asked to stop
+    pairs: int  # on all ranks
+    stop: bool  # whether any rank was asked to stop
 
 
 @dataclass
 class Trainer:
     """Takes training steps.
 
-    backward: `direct_backward` or `cached_backward`; cross_device: score against the titles of all ranks; use_amp:
-    matrix products in amp_dtype; amp_loss_scale: the initial one, for float16.
+    seed: of dropout; margin, scale: see `in_batch_negatives_loss`; cross_device: whether queries are scored against the
+    titles of all ranks; backward: `direct_backward` or `cached_backward`; use_amp: matrix products in amp_dtype;
+    amp_loss_scale: the initial one, for float16. Raises InputError if the GPU lacks bfloat16.
     """
 
     model: SemanticIndexBatchNeg
@@ -92,18 +93,19 @@ class Trainer:
         self._scaler = paddle.amp.GradScaler(enable=is_enabled, init_loss_scaling=self.amp_loss_scale)
 
     def step(self, planned: PlannedStep, stop: bool = False) -> Step:
-        """Takes a step together with all ranks; with `stop` all of them stop after it.
+        """Takes a step together with all ranks. stop: asks all of them to stop after it.
 
-        Raises NonFiniteLoss, and takes no step, if the loss is NaN or infinite.
+        Raises NonFiniteLoss, and leaves the weights as they are, if the loss is NaN or infinite.
         """
         pairs = sum(len(rows) for rank_rows in planned.batches for rows in rank_rows)
         own_loss = sum(
-            self._add_gradients(rank_rows, pairs, (self.seed, self.rank, planned.number, batch))
-            for batch, rank_rows in enumerate(planned.batches)
+            self._add_gradients(rank_rows, pairs, (self.seed, self.rank, planned.number, batch_number))
+            for batch_number, rank_rows in enumerate(planned.batches)
         )
         loss, stops = all_reduce_gradients(self.model.parameters(), [own_loss, float(stop)])
         if not math.isfinite(loss):
-            raise NonFiniteLoss(planned.number, loss, [] if math.isfinite(own_loss) else self._scored(planned.batches))
+            rows = [] if math.isfinite(own_loss) else self._own_loss_rows(planned.batches)
+            raise NonFiniteLoss(planned.number, loss, rows)
         learning_rate = self.optimizer.get_lr()
         self._scaler.step(self.optimizer)
         self._scaler.update()
@@ -112,28 +114,28 @@ class Trainer:
         return Step(planned.number, planned.epoch, loss, learning_rate, pairs, stops > 0)
 
     def state(self, progress: dict[str, Any]) -> TrainingState:
-        """What `restore` needs, together with `progress`."""
+        """`progress`, completed by what `restore` needs."""
         progress = {**progress, "loss_scaler": _as_json(self._scaler.state_dict())}
         return TrainingState(progress, optimizer_arrays(self.model, self.optimizer))
 
     def restore(self, state: TrainingState) -> None:
-        """Continues after the step `state.progress["step"]`; the model must have that step's weights."""
+        """Restores optimizer, learning rate and loss scale of a state whose weights the model already has."""
         restore_optimizer(self.model, self.optimizer, state.optimizer)
         self.scheduler.step(state.progress["step"])
         if state.progress["loss_scaler"]:
             self._scaler.load_state_dict(_from_json(state.progress["loss_scaler"]))
 
     def _add_gradients(self, rank_rows: list[np.ndarray], step_pairs: int, seeds: tuple[int, ...]) -> float:
-        """Adds this rank's part of a batch's gradient, and returns its part of the step's loss.
+        """Adds this rank's part of a batch's gradient to the parameters', and returns its part of the step's loss.
 
-        rank_rows: the batch's rows for every rank; step_pairs: pairs of the step over all batches and ranks. The sums
-        over all batches and ranks are the gradient and the mean loss of the step's pairs.
+        rank_rows: the batch's rows of each rank; step_pairs: pairs of the step in all batches on all ranks. Summed over
+        batches and ranks, the parts are the gradient and the value of the mean loss of the step's pairs.
         """
         own_pairs = len(rank_rows[self.rank])
         if self.cross_device:
             batch = self.batcher(rank_rows, self.rank)
             share = sum(map(len, rank_rows)) / step_pairs
-            loss_share = share / len(rank_rows)  # every rank has the loss of all
+            loss_share = share / len(rank_rows)  # each rank computes the loss of all, but only its part of the gradient
         else:
             if not own_pairs:
                 return 0.0
@@ -141,27 +143,27 @@ class Trainer:
             share = loss_share = own_pairs / step_pairs
 
         def encode(chunk: int) -> paddle.Tensor:
-            # Dropout depends on the step and the chunk only, so a second pass and a resumed run repeat it.
+            # Dropout depends only on seed, rank, step, batch and chunk: a second pass and a resumed run repeat it.
             paddle.seed(int(np.random.SeedSequence([*seeds, chunk]).generate_state(1)[0]))
             with self._auto_cast():
                 return self.model.encode_chunk(batch.chunks[chunk])
 
         loss_of = partial(batch_loss, batch=batch, margin=self.margin, scale=self.scale)
         if own_pairs:
-            with self._auto_cast():  # outside of it, GradScaler turns itself off for good
+            with self._auto_cast():  # GradScaler disables itself for good if it scales outside of auto_cast
                 factor = float(self._scaler.scale(paddle.full([], share)))
             loss = self.backward(encode, len(batch.chunks), loss_of, factor)
-        else:  # without texts of its own, a rank still takes part in the gather
+        else:  # the other ranks wait for this one to gather vectors, even if it has none
             loss = loss_of(paddle.zeros([0, self.model.embedding_size]))
         return loss_share * float(loss)
 
     def _auto_cast(self) -> AbstractContextManager[None]:
         return paddle.amp.auto_cast(self.use_amp, dtype=self.amp_dtype)
 
-    def _scored(self, batches: list[list[np.ndarray]]) -> list[int]:
+    def _own_loss_rows(self, batches: list[list[np.ndarray]]) -> list[int]:
         """Rows of the pairs in this rank's loss."""
-        shares = [rank_rows if self.cross_device else [rank_rows[self.rank]] for rank_rows in batches]
-        return [int(row) for rank_rows in shares for rows in rank_rows for row in rows]
+        scored = [rank_rows if self.cross_device else [rank_rows[self.rank]] for rank_rows in batches]
+        return [int(row) for rank_rows in scored for rows in rank_rows for row in rows]
 
 
 def _as_json(state: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +175,7 @@ def _from_json(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss of a step is NaN or infinite; `rows` are the pairs of this rank's loss if that is the cause."""
+    """The loss of a step is NaN or infinite. rows: of the pairs in this rank's loss; empty if that is finite."""
 
     def __init__(self, step: int, loss: float, rows: list[int]) -> None:
         super().__init__(f"the loss of step {step} is {loss}")

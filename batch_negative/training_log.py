@@ -10,13 +10,13 @@ from retrieval.metrics import Evaluation, format_lines, metrics
 
 
 def format_duration(seconds: float) -> str:
-    """Hours (any number), minutes and seconds, as in 83:15:00."""
+    """Hours, minutes and seconds, without days: 83:15:00."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
 
 
 class TrainingLog:
-    """Prints a line every `log_steps` and writes it to VisualDL; completed: the steps that were taken before."""
+    """Prints a line every `log_steps` steps and after the last, also to VisualDL; completed: steps taken before."""
 
     def __init__(self, folder: Path, log_steps: int, steps: int, completed: int) -> None:
         self._writer = LogWriter(str(folder))
@@ -40,12 +40,8 @@ class TrainingLog:
             f"left: {format_duration(left)}",
             flush=True,
         )
-        for name, value in (
-            ("loss", step.loss),
-            ("learning_rate", step.learning_rate),
-            ("steps_per_second", steps_per_second),
-            ("pairs_per_second", pairs_per_second),
-        ):
+        speeds = {"steps_per_second": steps_per_second, "pairs_per_second": pairs_per_second}
+        for name, value in {"loss": step.loss, "learning_rate": step.learning_rate, **speeds}.items():
             self._writer.add_scalar(f"train/{name}", value, step.number)
         self._pairs_since_line, self._steps_since_line, self._line_time = 0, 0, now
 
@@ -56,7 +52,7 @@ class TrainingLog:
         print("\n".join(format_lines(evaluation)), flush=True)
 
     def exclude(self, seconds: float) -> None:
-        """Leaves seconds of saving or evaluating out of the speed and the time left."""
+        """Leaves seconds of saving or evaluating out of speed and time left."""
         self._line_time += seconds
         self._start_time += seconds
 
