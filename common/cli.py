@@ -92,7 +92,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the locale's encoding lacks
     if sys.stderr is None:  # it was closed before the start
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
     has_peers = process_count() > 1
     if not has_peers:  # a rank that waits for others in C++ would never run a Python handler
         signal.signal(signal.SIGTERM, terminate)
