@@ -93,7 +93,7 @@ def report_unused_options(index_dir: str, options: IndexOptions, embedding_dir: 
     if embedding_dir:
         unused.append("--embedding_dir")
     if unused:
-        log(f"{index_dir}: is searched as it was built; what is for a new index has no effect: {', '.join(unused)}")
+        log(f"{index_dir}: is searched as it was built; options of a new index have no effect: {', '.join(unused)}")
 
 
 def typed_queries(stream: TextIO | None) -> Iterator[str]:

@@ -97,7 +97,7 @@ class TrainingLoop:
                 announce_exit()
                 self._save(step)
                 if isinstance(error, InputError):
-                    log(f"the evaluation after step {step} failed; a training that goes on from it makes it again")
+                    log(f"the evaluation after step {step} failed; it is repeated when the run is resumed")
                     raise
                 self.is_stopped = True
                 return True

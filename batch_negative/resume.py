@@ -118,7 +118,7 @@ def find_resumed(resume_from: str, save_dir: Path, run_config: Mapping[str, Any]
     if resume_from == "latest":
         latest = latest_checkpoint(save_dir, run_config)
         if latest:
-            log(f"going on from {latest[0]}")
+            log(f"resuming from {latest[0]}")
         else:
             log(f"{save_dir}: no checkpoint to go on from yet; starting a new training")
         return latest

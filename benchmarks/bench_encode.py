@@ -152,7 +152,7 @@ def summary(encodings: Mapping[str, Sequence[Encoding]], sizes: Sizes) -> dict[s
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus_file", help="texts, one a line (default: made by examples)")
+    parser.add_argument("--corpus_file", help="texts, one per line (default: made by examples)")
     parser.add_argument(
         "--model", help="folder with a config.json and a vocab.txt (default: a vocabulary made of the texts)"
     )

@@ -89,7 +89,7 @@ def add_trainer_args(parser: argparse.ArgumentParser) -> None:
 def add_encoder_args(parser: argparse.ArgumentParser) -> None:
     """Options that every encoder takes."""
     parser.add_argument("--model", required=True, help="checkpoint's folder, or the folder that it was exported to")
-    parser.add_argument("--corpus_file", required=True, help="texts, one a line")
+    parser.add_argument("--corpus_file", required=True, help="texts, one per line")
     parser.add_argument("--batch_size", type=number_in_range(1), default=32, help="texts of full length a batch")
     parser.add_argument("--warm_up", type=number_in_range(1), required=True, help="texts to encode first, untimed")
     parser.add_argument("--passes", type=number_in_range(1), default=1, help="how often all texts are encoded")

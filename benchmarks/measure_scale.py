@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--stage", choices=["encode", "index"], required=True, help="what to measure")
     parser.add_argument("--params_path", required=True, help="checkpoint")
-    parser.add_argument("--corpus_file", required=True, help="documents, one a line")
+    parser.add_argument("--corpus_file", required=True, help="documents, one per line")
     parser.add_argument("--embedding_dir", required=True, help="folder of the vectors, which `encode` fills")
     parser.add_argument("--index_dir", required=True, help="folder of the index, which `index` writes")
     parser.add_argument("--report", required=True, help="JSON file to write")

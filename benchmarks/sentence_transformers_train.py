@@ -138,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_trainer_args(parser)
-    parser.add_argument("--corpus_file", help="documents, one a line, to encode after training")
+    parser.add_argument("--corpus_file", help="documents, one per line, to encode after training")
     parser.add_argument("--similar_text_pair_file", help="pairs whose distinct queries to encode after training")
     parser.add_argument(
         "--output", type=Path, default=Path("vectors"), help="folder for corpus.npy and queries.npy, in file order"

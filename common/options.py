@@ -103,7 +103,7 @@ def add_evaluation_file_args(
     """Adds the options of the files that an evaluation reads and writes; train: with the defaults of training."""
     add_pair_file_arg(parser, "./recall/dev.csv" if train else None, required)
     corpus_file = "./recall/corpus.csv" if train else None
-    parser.add_argument("--corpus_file", required=required, default=corpus_file, help="documents to search, one a line")
+    parser.add_argument("--corpus_file", required=required, default=corpus_file, help="documents, one per line")
     parser.add_argument("--recall_result_dir", default="recall_result_dir", help="folder of the recall result")
     result_file = "recall_result_init.txt" if train else "recall_result.txt"
     parser.add_argument("--recall_result_file", default=result_file, help="file name of the recall result")

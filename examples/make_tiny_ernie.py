@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--train_set_file", required=True, help="training pairs")
-    parser.add_argument("--corpus_file", required=True, help="documents, one a line")
+    parser.add_argument("--corpus_file", required=True, help="documents, one per line")
     parser.add_argument("--config", default=str(TINY_ERNIE_CONFIG), help="PaddleNLP config of the model")
     parser.add_argument("--vocab_size", type=number_in_range(10), default=8000, help="tokens at most")
     parser.add_argument("--output_dir", required=True, help="folder to write config.json and vocab.txt to")

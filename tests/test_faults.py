@@ -526,7 +526,7 @@ def test_stopped_and_killed_ranks_lose_nothing(
     (rank_1,) = [process for process, rank in processes(tmp_path).items() if rank == "1"]
     os.kill(rank_1, signal.SIGKILL)
     assert script.end() != 0
-    assert f"going on from {stopped}" in script.output(rank=0)
+    assert f"resuming from {stopped}" in script.output(rank=0)
     assert latest_folder(save_dir) == save_dir / "model_8"
 
     done = run_script("train_batch_neg.py", *options, ranks=2, log_dir=tmp_path / "log")

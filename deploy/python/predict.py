@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_dir", default="./output", help="folder that export_model.py wrote")
     text = "a text to turn into a vector; may be given several times"
     parser.add_argument("--text", action="append", type=text_argument, help=text)
-    parser.add_argument("--text_file", help="a file of texts to encode, one a line")
+    parser.add_argument("--text_file", help="a file of texts to encode, one per line")
     parser.add_argument("--text_pair_file", help="a file of pairs to compare, query<TAB>title a line")
     parser.add_argument("--output", help="write the vectors, float32 [N, D] in the texts' order, to this .npy file")
     add_skip_bad_lines_arg(parser)

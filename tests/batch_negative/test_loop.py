@@ -302,7 +302,7 @@ def test_a_failed_evaluation_leaves_a_checkpoint_to_go_on_from(
         patched.setattr(evaluator_module, "write_hits", without_space)
         with pytest.raises(InputError, match=r"recall_result_init.txt: can't be written \(File too large\)"):
             train_batch_neg.main(options)
-    said = f"the evaluation after step {step} failed; a training that goes on from it makes it again\n"
+    said = f"the evaluation after step {step} failed; it is repeated when the run is resumed\n"
     assert said in capsys.readouterr().err
     folder = latest_folder(tmp_path / "checkpoints")
     assert folder.name == f"model_{step}" and len(evaluations(folder)["reports"]) == call - 1

@@ -77,7 +77,7 @@ def test_two_ranks_resume_to_the_same_bits(model_folder: Path, recall_data: Path
             options += ["--resume_from", "latest"]
             done = run_script("train_batch_neg.py", *options, ranks=2, log_dir=tmp_path / "log")
             assert done.returncode == 0, done.stdout + done.stderr
-            assert "going on from" in done.stdout + done.stderr
+            assert "resuming from" in done.stdout + done.stderr
     assert_same_bits(tmp_path / "whole" / "model_8", tmp_path / "parts" / "model_8")
     reports = [(tmp_path / name / "results" / "evaluate_result.txt").read_text() for name in ("whole", "parts")]
     assert reports[0] == reports[1]
@@ -360,12 +360,12 @@ def test_latest_is_the_newest_of_the_same_training(
     with pytest.raises(InputError, match=r"model_16: .*with init_from_ckpt None, not .*model_6; .*--save_dir"):
         train_batch_neg.main([*latest, *other])
     assert train_batch_neg.main(latest) == 0
-    assert f"going on from {shared / 'model_16'}\n" in capsys.readouterr().err
+    assert f"resuming from {shared / 'model_16'}\n" in capsys.readouterr().err
     start = ["--init_from_ckpt", f"{uninterrupted / 'model_3'}/"]
     assert train_batch_neg.main([*latest, *start]) == 0
     err = capsys.readouterr().err
     assert "passed over model_16, model_15, model_12: another training's\n" in err
-    assert f"going on from {shared / 'model_9'}\n" in err
+    assert f"resuming from {shared / 'model_9'}\n" in err
     assert_same_bits(started_elsewhere / f"model_{LAST}", shared / f"model_{LAST}")
 
 
