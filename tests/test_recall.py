@@ -192,7 +192,7 @@ def test_options_of_a_new_index_are_named_if_one_is_saved(
         assert "no effect" not in capsys.readouterr().err
     assert recall.main([*arguments, *of_new_index]) == 0
     assert f"{tmp_path / 'index'}: is searched as it was built" in (error := capsys.readouterr().err)
-    assert "has no effect: --hnsw_m, --hnsw_ef, --embedding_dir\n" in error
+    assert "have no effect: --hnsw_m, --hnsw_ef, --embedding_dir\n" in error
 
 
 def test_an_index_of_something_else_is_refused(checkpoint: Path, recall_data: Path, tmp_path: Path) -> None:
