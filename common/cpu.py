@@ -46,7 +46,8 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        if not mallopt(M_MMAP_THRESHOLD, 1 << 30):
+            mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the most that older versions of glibc accept
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 

@@ -184,7 +184,7 @@ def _read_model_config(file: Path, weights: Mapping[str, np.ndarray]) -> ModelCo
         config = ModelConfig(size, str(content["pooling"]), float(content["dropout"]), length)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{config_file}: isn't a model config (see {error})") from None
-    if config.pooling not in ("cls", "mean") or config.output_emb_size < 0 or not 0 <= config.dropout < 1:
+    if config.pooling not in ("cls", "mean") or size < 0 or length < 3 or not 0 <= config.dropout < 1:
         raise InputError(f"{config_file}: has a value out of range")
     return config
 

@@ -282,7 +282,9 @@ def test_a_checkpoint_whose_replacement_was_interrupted_loads(checkpoint: Path, 
         assert load_checkpoint(tmp_path / name)
 
 
-@pytest.mark.parametrize("changed", [{"pooling": "max"}, {"output_emb_size": "many"}, {"output_emb_size": None}])
+@pytest.mark.parametrize(
+    "changed", [{"pooling": "max"}, {"output_emb_size": "many"}, {"output_emb_size": None}, {"max_seq_length": 2}]
+)
 @pytest.mark.parametrize("has_manifest", [False, True])
 def test_a_broken_model_config_is_refused(
     model_folder: Path, tmp_path: Path, changed: dict[str, object], has_manifest: bool
