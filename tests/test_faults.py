@@ -608,7 +608,7 @@ def test_a_nan_loss_on_one_rank_stops_all(checkpoint: Path, model_folder: Path, 
     rows = [[*steps[2][0], *steps[2][1]]] * 2 if shared else [[], steps[2][1]]
     for rank in range(2):
         lines = ", ".join(str(row + 1) for row in sorted(rows[rank]))
-        where = f"the batch has lines {lines} of {file}" if lines else "on a rank"
+        where = f"the batch has lines {lines} of {file}" if lines else "another process names the batch's lines"
         output = (tmp_path / "log" / f"workerlog.{rank}").read_text()
         (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
         assert error.startswith(f"error: the loss of step 3 is nan; {where}; ")
