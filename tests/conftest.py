@@ -92,3 +92,19 @@ def cpp_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{folder}/serving\n"
     return folder / "serving"
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The documents of the corpus that have been encoded."""
+    from retrieval import pipeline
+
+    texts: list[str] = []
+    encode_texts = pipeline.encode_texts
+
+    def spy(embed: object, rows: list[str], *arguments: object) -> object:
+        texts.extend(rows)
+        return encode_texts(embed, rows, *arguments)
+
+    monkeypatch.setattr(pipeline, "encode_texts", spy)
+    return texts

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -56,20 +55,6 @@ def without(arguments: list[str], option: str) -> list[str]:
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of 16 rows instead of thousands."""
     monkeypatch.setattr(EmbeddingsMetadata.__new__, "__defaults__", (16,))
-
-
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The documents of the corpus that have been encoded."""
-    texts: list[str] = []
-    encode_texts = pipeline.encode_texts
-
-    def spy(embed: Any, rows: list[str], *arguments: Any) -> np.ndarray:
-        texts.extend(rows)
-        return encode_texts(embed, rows, *arguments)
-
-    monkeypatch.setattr(pipeline, "encode_texts", spy)
-    return texts
 
 
 # ---------------------------------------------------------------------------------------------------------------------

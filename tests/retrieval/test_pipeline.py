@@ -45,18 +45,10 @@ def documents(folder: Path, *texts: str) -> Corpus:
 
 
 def test_a_corpus_is_encoded_in_shards_that_are_kept(
-    encoder: Encoder, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoder: Encoder, corpus: Corpus, tmp_path: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A missing shard alone is encoded again."""
     monkeypatch.setattr(EmbeddingsMetadata.__new__, "__defaults__", (16,))
-    encoded: list[str] = []
-    encode_texts = pipeline.encode_texts
-
-    def spy(embed: object, texts: list[str], *arguments: object) -> np.ndarray:
-        encoded.extend(texts)
-        return encode_texts(embed, texts, *arguments)
-
-    monkeypatch.setattr(pipeline, "encode_texts", spy)
     expected = encoder.encode(list(corpus))
     for removed, texts in ((False, list(corpus)), (False, []), (True, corpus[48:64])):
         if removed:
