@@ -1,35 +1,31 @@
 """File formats, tokenizing, and `encode_texts`, the only way from texts to vectors. Imports no Paddle."""
 
 import hashlib
-import io
 import math
 import mmap
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
-from tokenizers import Regex, Tokenizer
+from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer, Split
-from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.processors import BertProcessing
 from tqdm import tqdm
 
+from common.columns import ColumnCheck
 from common.errors import InputError
 from common.files import atomic_write, open_for_reading, read_json, write_json
+from common.lines import Line, read_lines
 from common.logs import log
+from common.texts import TextSet, has_visible_text, rough_key, wordpiece_tokenizer
 
-MAX_LINE_BYTES = 1 << 20  # a file with a longer line probably isn't a text file
-REPORTED_BAD_LINES = 10
+PAIR_COLUMNS = ("query", "title", "hard negative")
 PADDING_TOKENS = 100  # maximum per batch; an additional batch costs as much as 20 (base ERNIE) to 400 (tiny) tokens
 SORTING_WINDOW = 16384  # texts sorted by length at a time: enough for batches of even length, in little memory
 BOM = "\ufeff"
-UTF8_BOM = BOM.encode()
 
 BACKBONE_CONFIG_FILE = "config.json"  # this and the next three are files of a checkpoint or an exported model
 MODEL_CONFIG_FILE = "semantic_index.json"
@@ -41,7 +37,6 @@ SAMPLE_TEXTS = [  # the original's samples, for scripts that are given no text
 ]
 PAD, CLS, SEP, MASK, UNK = "[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"
 
-Row = TypeVar("Row")
 TokenIds = tuple[np.ndarray, np.ndarray]  # (input_ids, token_type_ids), int64 [B, L] each
 Embed = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (input_ids, token_type_ids) -> float32 [B, D]
 
@@ -62,21 +57,12 @@ class Hit(NamedTuple):
     score: float
 
 
-@dataclass
-class Line(Generic[Row]):
-    """A line of a file; `row` is its parsed content, or None for a bad line that was skipped."""
-
-    number: int  # from 1
-    offset: int  # of its first byte
-    row: Row | None
-
-
 def _strip(text: str) -> str:
-    """Removes white space and byte order marks at both ends: concatenated files have such marks in the middle."""
+    """Without white space and BOMs at both ends, where concatenated files have them; "" if nothing is visible."""
     text = text.strip()
     while text.startswith(BOM) or text.endswith(BOM):
         text = text.strip(BOM).strip()
-    return text
+    return text if has_visible_text(text) else ""
 
 
 def parse_pair(text: str) -> TextPair:
@@ -86,9 +72,29 @@ def parse_pair(text: str) -> TextPair:
         raise ValueError("the line is empty")
     if len(fields) not in (2, 3):
         raise ValueError(f"{len(fields)} column(s), where query<TAB>title[<TAB>hard negative] has 2 or 3")
-    if not fields[0] or not fields[1]:
-        raise ValueError("the query is empty" if not fields[0] else "the title is empty")
+    _check_filled(query=fields[0], title=fields[1])
     return TextPair(fields[0], fields[1], (fields[2] or None) if len(fields) == 3 else None)
+
+
+def parse_labelled_pair(text: str) -> tuple[TextPair, bool]:
+    """`query<TAB>title<TAB>label`; True for label 1, False for 0. Raises ValueError with the reason."""
+    fields = [_strip(field) for field in text.split("\t")]
+    if len(fields) != 3:
+        raise ValueError(f"{len(fields)} column(s), where query<TAB>title<TAB>label has 3")
+    _check_filled(query=fields[0], title=fields[1])
+    try:
+        label = float(fields[2])
+    except ValueError:
+        label = math.nan
+    if label not in (0, 1):
+        raise ValueError("the label is neither 0 nor 1")
+    return TextPair(fields[0], fields[1]), label == 1
+
+
+def _check_filled(**fields: str) -> None:
+    for name, text in fields.items():
+        if not text:
+            raise ValueError(f"the {name} is empty")
 
 
 def parse_text(text: str) -> str:
@@ -107,8 +113,7 @@ def parse_hit(text: str) -> Hit:
     if len(fields) != 3:
         raise ValueError(f"{len(fields)} column(s), where query<TAB>document<TAB>cosine has 3")
     query, document = _strip(fields[0]), _strip(fields[1])
-    if not query or not document:
-        raise ValueError("the query is empty" if not query else "the document is empty")
+    _check_filled(query=query, document=document)
     try:
         score = float(fields[2])
     except ValueError:
@@ -118,119 +123,91 @@ def parse_hit(text: str) -> Hit:
     return Hit(query, document, score)
 
 
-def read_lines(
+def pair_lines(
     path: str | Path,
-    parse: Callable[[str], Row],
+    *,
     skip_bad_lines: bool = False,
-    remedy: str = "correct them, or leave them out with --skip_bad_lines",
-) -> Iterator[Line[Row]]:
-    """Parses a UTF-8 file line by line; a BOM and CRLF line ends are accepted.
+    label_column: bool = False,
+    check_columns: bool = True,
+    third_column: bool = True,
+) -> Iterator[Line[TextPair]]:
+    """The lines of a file of pairs; with `label_column` without the lines with label 0, whose number is logged.
 
-    Bad lines raise an InputError at the end of the file, with their number and the first ten. With `skip_bad_lines`
-    each is yielded with `row` None instead, and their number is logged. Also raises InputError for a file that is
-    missing, can't be opened, or has no good line. remedy: what the user can do about bad lines.
+    check_columns: whether columns that don't hold texts are an error; third_column: whether the caller uses it. Raises
+    InputError as `read_lines` does.
     """
-    reasons: list[str] = []
-    bad = good = 0
-    with open_for_reading(path) as file:
-        for number, offset, raw in _split_lines(file):
-            row: Row | None = None
-            try:
-                row = parse(_decode(raw))
-                good += 1
-            except ValueError as error:
-                bad += 1
-                if len(reasons) < REPORTED_BAD_LINES:
-                    reasons.append(f"{path}:{number}: {error}")
-            if row is not None or skip_bad_lines:
-                yield Line(number, offset, row)
-    if bad and not skip_bad_lines:
-        raise InputError("\n".join([f"{path}: {bad} bad line(s); {remedy}. The first:", *reasons]))
-    if not good:
-        raise InputError(f"{path}: no line in it {'can be used' if bad else '(the file is empty)'}")
-    if bad:
-        log(f"{path}: left out {bad} bad line(s) of {bad + good}, the first: {reasons[0]}")
+    check = ColumnCheck(PAIR_COLUMNS, optional=1, third_column=third_column and not label_column)
+    if not label_column:
+        yield from read_lines(path, parse_pair, skip_bad_lines, check=check if check_columns else None)
+        return
+    kept = left_out = 0
+    for line in read_lines(path, parse_labelled_pair, skip_bad_lines, check=check if check_columns else None):
+        pair, label = line.row or (None, True)
+        kept, left_out = kept + (pair is not None and label), left_out + (not label)
+        if label:
+            yield Line(line.number, line.offset, pair)
+    if not kept:
+        raise InputError(f"{path}: no line has label 1, so there are no pairs of similar texts")
+    log(f"{path}: took {kept} pairs with label 1, left out {left_out} with label 0")
 
 
-def _split_lines(file: io.BufferedReader) -> Iterator[tuple[int, int, bytes | None]]:
-    """(line number, offset, bytes) of each line; the bytes of a line that is too long are None."""
-    offset = len(UTF8_BOM) if file.read(len(UTF8_BOM)) == UTF8_BOM else 0
-    file.seek(offset)
-    number = 0
-    while raw := file.readline(MAX_LINE_BYTES):
-        number += 1
-        size = len(raw)
-        if size == MAX_LINE_BYTES and not raw.endswith(b"\n"):
-            while rest := file.readline(MAX_LINE_BYTES):
-                size += len(rest)
-                if rest.endswith(b"\n"):
-                    break
-            raw = None
-        yield number, offset, raw
-        offset += size
+def read_text_pairs(
+    path: str | Path, *, skip_bad_lines: bool = False, label_column: bool = False, check_columns: bool = True
+) -> list[TextPair]:
+    """The pairs of a training or evaluation file. Options and errors as for `pair_lines`."""
+    lines = pair_lines(path, skip_bad_lines=skip_bad_lines, label_column=label_column, check_columns=check_columns)
+    return [line.row for line in lines if line.row is not None]
 
 
-def _decode(raw: bytes | None) -> str:
-    if raw is None:
-        raise ValueError(f"longer than {MAX_LINE_BYTES:,} bytes")
-    if b"\0" in raw:
-        raise ValueError("holds a NUL character (if the file is UTF-16, try iconv -f UTF-16 -t UTF-8)")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"isn't UTF-8 at byte {error.start + 1} (try iconv -f GB18030 -t UTF-8)") from None
-
-
-def read_text_pairs(path: str | Path, *, skip_bad_lines: bool = False) -> list[TextPair]:
-    """The pairs of a training, evaluation or prediction file. Raises InputError as `read_lines` does."""
-    return [line.row for line in read_lines(path, parse_pair, skip_bad_lines) if line.row is not None]
-
-
-def read_texts(path: str | Path, *, skip_bad_lines: bool = False) -> list[str]:
-    """The texts of a file, one per line. Raises InputError as `read_lines` does."""
-    return [line.row for line in read_lines(path, parse_text, skip_bad_lines) if line.row is not None]
+def read_texts(path: str | Path, *, skip_bad_lines: bool = False, check_columns: bool = True) -> list[str]:
+    """The texts of a file, one per line. Options and errors as for `pair_lines`."""
+    check = ColumnCheck(["text"]) if check_columns else None
+    return [line.row for line in read_lines(path, parse_text, skip_bad_lines, check=check) if line.row is not None]
 
 
 class Corpus(Sequence[str]):
     """The documents of a file, one per line; the id of a document is its row. The file is mapped, not held in memory.
 
-    distinct: leaves out repeated lines. sha256: hash of the documents in hex, repeated ones included; it doesn't depend
-    on BOM, line ends and skipped lines. Raises InputError as `read_lines` does, and on access if the file has changed.
+    distinct: leaves out documents whose `text_key` another one has. sha256: hash of the documents in hex, repeated ones
+    included; it doesn't depend on BOM, line ends and skipped lines. Raises InputError as `read_lines` does, and on
+    access if the file has changed.
     """
 
-    def __init__(self, path: str | Path, *, skip_bad_lines: bool = False, distinct: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        skip_bad_lines: bool = False,
+        distinct: bool = False,
+        lowercase: bool = True,
+        check: ColumnCheck | None = None,
+    ) -> None:
         digest, hashes = hashlib.sha256(), array("q")
         self.path, self._file = path, open_for_reading(path)
         self._state = self._current_state()
 
         def good_lines() -> Iterator[int]:
-            for line in read_lines(path, parse_text, skip_bad_lines):
+            for line in read_lines(path, parse_text, skip_bad_lines, check=check):
                 if line.row is not None:
                     digest.update(line.row.encode() + b"\n")
                     if distinct:
-                        hashes.append(hash(line.row))
+                        hashes.append(hash(rough_key(line.row)))
                     yield line.offset
 
         self._offsets = np.fromiter(good_lines(), dtype=np.int64)
         self.sha256 = digest.hexdigest()
         self._bytes = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        repeated = self._repeated(np.frombuffer(hashes, np.int64))
+        repeated = self._repeated(np.frombuffer(hashes, np.int64), lowercase)
         if repeated:
             log(f"{path}: left out {len(repeated)} line(s) of {len(self)} that repeat another one")
             self._offsets = np.delete(self._offsets, repeated)
 
-    def _repeated(self, hashes: np.ndarray) -> list[int]:
+    def _repeated(self, hashes: np.ndarray, lowercase: bool) -> list[int]:
         """The rows that repeat an earlier one. hashes: int64, one per row; only rows with equal ones are compared."""
         hashes_in_order = np.sort(hashes)
         repeated_hashes = hashes_in_order[1:][hashes_in_order[1:] == hashes_in_order[:-1]]
-        seen: set[str] = set()
-        rows = []
-        for row in np.flatnonzero(np.isin(hashes, repeated_hashes)).tolist():
-            text = self[row]
-            if text in seen:
-                rows.append(row)
-            seen.add(text)
-        return rows
+        seen = TextSet(lowercase=lowercase)
+        return [row for row in np.flatnonzero(np.isin(hashes, repeated_hashes)).tolist() if not seen.add(self[row])]
 
     def _current_state(self) -> tuple[int, int]:
         status = os.fstat(self._file.fileno())
@@ -256,9 +233,16 @@ class Corpus(Sequence[str]):
         return parse_text(self._bytes[start : len(self._bytes) if end < 0 else end].decode("utf-8"))
 
 
-def read_corpus(path: str | Path, *, skip_bad_lines: bool = False) -> Corpus:
-    """The distinct documents of a file; logs how many lines repeat another. Raises InputError as `read_lines` does."""
-    return Corpus(path, skip_bad_lines=skip_bad_lines, distinct=True)
+def read_corpus(
+    path: str | Path, *, skip_bad_lines: bool = False, check_columns: bool = True, lowercase: bool = True
+) -> Corpus:
+    """The distinct documents of a file; logs how many lines repeat another.
+
+    lowercase: whether documents that differ in case alone are the same, as for a tokenizer that lowercases. Other
+    options and errors as for `pair_lines`.
+    """
+    check = ColumnCheck(["document"]) if check_columns else None
+    return Corpus(path, skip_bad_lines=skip_bad_lines, distinct=True, lowercase=lowercase, check=check)
 
 
 def read_hits(path: str | Path) -> dict[str, list[str]]:
@@ -276,11 +260,16 @@ def ranking_by_query(hits: Iterable[Hit]) -> dict[str, list[str]]:
 
 
 def positives_by_query(pairs: Iterable[TextPair]) -> dict[str, set[str]]:
-    """Query -> all its titles; the queries are in the order of their first pairs."""
-    titles: dict[str, set[str]] = {}
+    """Query -> all its titles; the queries are in the order of their first pairs.
+
+    Queries, and titles of a query, with the same `text_key` are one, in the first spelling.
+    """
+    queries = TextSet()
+    titles: dict[str, TextSet] = {}
     for pair in pairs:
-        titles.setdefault(pair.query, set()).add(pair.title)
-    return titles
+        queries.add(pair.query)
+        titles.setdefault(queries.find(pair.query) or pair.query, TextSet()).add(pair.title)
+    return {query: set(texts) for query, texts in titles.items()}
 
 
 def write_hits(path: str | Path, hits: Iterable[Hit]) -> None:
@@ -302,7 +291,7 @@ def read_vocabulary(path: str | Path) -> list[str]:
     """The tokens in the order of their ids. Raises InputError if the file isn't a vocabulary."""
     with open_for_reading(path) as file:
         try:
-            lines = file.read().decode("utf-8").removesuffix("\n").split("\n")
+            lines = file.read().decode("utf-8-sig").rstrip("\r\n").split("\n")
         except UnicodeDecodeError:
             raise InputError(f"{path}: isn't a vocabulary (not UTF-8)") from None
     # Some vocabularies that PaddleNLP lists have a second column, a frequency.
@@ -317,16 +306,6 @@ def write_vocabulary(path: str | Path, vocabulary: Iterable[str]) -> None:
     """Writes one token per line. Raises InputError if the file can't be written."""
     with atomic_write(path) as file:
         file.writelines(f"{token}\n" for token in vocabulary)
-
-
-def wordpiece_tokenizer(model: WordPiece, do_lower_case: bool) -> Tokenizer:
-    """Tokenizes like PaddleNLP's ErnieTokenizer and BertTokenizer, but treats "[SEP]" in a text as ordinary text."""
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = BertNormalizer(strip_accents=do_lower_case, lowercase=do_lower_case)
-    # BERT splits at punctuation; PaddleNLP also splits at symbols and at the characters of its `_is_symbol`.
-    symbols = Split(Regex(r"[\p{S}\x{AD}\x{B2}\x{B5}\x{BA}\x{D8}\x{14B}\x{1B1}\x{3007}]"), "isolated")
-    tokenizer.pre_tokenizer = PreTokenizers([BertPreTokenizer(), symbols])
-    return tokenizer
 
 
 def max_position_tokens(config: Mapping[str, Any]) -> int:
@@ -351,7 +330,8 @@ class TextTokenizer:
         id_of_token = {token: token_id for token_id, token in enumerate(self._vocabulary)}
         # A longer word becomes [UNK]; PaddleNLP has the same limit.
         model = WordPiece(id_of_token, unk_token=UNK, max_input_chars_per_word=100)
-        self._tokenizer = wordpiece_tokenizer(model, bool(self._config.get("do_lower_case", True)))
+        self.lowercases = bool(self._config.get("do_lower_case", True))
+        self._tokenizer = wordpiece_tokenizer(model, self.lowercases)
         self._tokenizer.post_processor = BertProcessing((SEP, id_of_token[SEP]), (CLS, id_of_token[CLS]))
         self._tokenizer.enable_truncation(max_seq_length)
         self.pad_id = id_of_token[PAD]
@@ -381,6 +361,14 @@ class TextTokenizer:
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, including [CLS] and [SEP], at most max_seq_length."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def count(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of each uncut text, with [CLS] and [SEP], and how many of them are [UNK]; int64 [N] each."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.no_truncation()
+        token_ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts))]
+        unknown_id = tokenizer.token_to_id(UNK)
+        return np.array([len(ids) for ids in token_ids]), np.array([ids.count(unknown_id) for ids in token_ids])
 
     def lengths(self, token_ids: Sequence[Sequence[int]]) -> list[int]:
         """The number of tokens of each text; with `pad_to_max_seq_len` always max_seq_length."""

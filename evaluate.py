@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from common.cli import ArgumentParser, positive_int, run
 from common.logs import log
-from common.options import add_pair_file_arg, add_skip_bad_lines_arg
+from common.options import add_pair_file_arg, add_reading_args, call
 from data import positives_by_query, read_hits, read_text_pairs
-from retrieval.metrics import evaluate, format_lines
+from retrieval.metrics import evaluate, format_lines, report_own_texts
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -16,14 +16,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_pair_file_arg(parser, required=True)
     parser.add_argument("--recall_result_file", required=True, help="the recall result that recall.py wrote")
     parser.add_argument("--recall_num", type=positive_int, default=10, help="documents per query that count")
-    add_skip_bad_lines_arg(parser)
+    add_reading_args(parser, labels=True)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the metrics, one per line, and logs the queries that only one of the files has."""
     args = build_parser().parse_args(argv)
-    pairs = read_text_pairs(args.similar_text_pair_file, skip_bad_lines=args.skip_bad_lines)
+    pairs = call(read_text_pairs, args, path=args.similar_text_pair_file)
     evaluation = evaluate(positives_by_query(pairs), read_hits(args.recall_result_file), args.recall_num)
     if missing := evaluation.queries_without_results:
         queries = f"{len(missing)} of {evaluation.queries} queries"
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := evaluation.unknown_queries:
         queries = f"{len(unknown)} queries that {args.similar_text_pair_file} lacks"
         log(f"{args.recall_result_file}: left out {queries}, the first: {unknown[0]}")
+    report_own_texts(evaluation)
     print("\n".join(format_lines(evaluation)))
     return 0
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from common.cli import ArgumentParser, run, text_argument
 from common.files import prepare_file
 from common.logs import log
-from common.options import add_encoder_args, pick
+from common.options import add_encoder_args, call, pick
 from common.paddle_setup import set_up_paddle
 from data import SAMPLE_TEXTS, read_texts, write_vectors
 from modeling.checkpoint_files import check_checkpoint
@@ -32,16 +32,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_checkpoint(args.params_path)
     texts = args.text or SAMPLE_TEXTS[:1]
     if args.text_file:
-        texts = read_texts(args.text_file, skip_bad_lines=args.skip_bad_lines)
+        texts = call(read_texts, args, path=args.text_file)
     if args.output:
         prepare_file(args.output)
 
     set_up_paddle()
     from common.device import set_device
     from encoding.encoder import compare_with_fp32, load_encoder
+    from encoding.token_statistics import report_tokens
 
     set_device(args.device)
     encoder = load_encoder(**pick(args, load_encoder, text_count=len(texts)))
+    report_tokens(encoder.tokenizer, {"texts": texts})
     vectors = encoder.encode(texts, "texts" if args.output else None)
     if encoder.embed_fp32:
         log(f"{encoder.precision}: {compare_with_fp32(encoder, texts, texts)}")

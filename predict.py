@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from common.cli import ArgumentParser, run
 from common.logs import is_main_process, log
-from common.options import add_encoder_args, pick
+from common.options import add_encoder_args, call, pick
 from common.paddle_setup import set_up_paddle
-from data import parse_pair, read_lines
+from data import pair_lines
 from modeling.checkpoint_files import check_checkpoint
 
 
@@ -25,13 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints a cosine for each line of the file, or `nan` for a bad line that was skipped."""
     args = build_parser().parse_args(argv)
     check_checkpoint(args.params_path)
-    pair_of_line = [line.row for line in read_lines(args.text_pair_file, parse_pair, args.skip_bad_lines)]
+    pair_of_line = [line.row for line in call(pair_lines, args, path=args.text_pair_file, third_column=False)]
     pairs = [pair for pair in pair_of_line if pair is not None]
 
     set_up_paddle()
     from common.device import set_device
     from common.distributed import init_ranks
     from encoding.encoder import compare_with_fp32, load_encoder
+    from encoding.token_statistics import report_tokens
     from retrieval.pipeline import pair_cosines
 
     set_device(args.device)
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoder = load_encoder(**pick(args, load_encoder, text_count=2 * len(pairs)))
     encoder.tokenizer.pad_to_max_seq_len = args.pad_to_max_seq_len
     queries, titles = [pair.query for pair in pairs], [pair.title for pair in pairs]
+    report_tokens(encoder.tokenizer, {"queries": queries, "titles": titles})
     cosines = pair_cosines(encoder, queries, titles)
     if encoder.embed_fp32:
         log(f"{encoder.precision}: {compare_with_fp32(encoder, titles, queries)}")

@@ -16,7 +16,7 @@ from common.logs import is_main_process, log
 from common.options import add_encoder_args, add_evaluation_file_args, pick
 from common.paddle_setup import set_up_paddle
 from data import Corpus, parse_text, positives_by_query, read_corpus, read_text_pairs, write_hits
-from modeling.checkpoint_files import check_checkpoint
+from modeling.checkpoint_files import check_checkpoint, lowercases
 from retrieval.metrics import report_missing_positives
 from retrieval.saved_index import DocumentIndex, has_index
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
-    add_encoder_args(parser, "gpu")
+    add_encoder_args(parser, "gpu", labels=True)
     add_evaluation_file_args(parser)
     add = parser.add_argument
     query_help = "search for this text and print the hits; may be given several times"
@@ -42,14 +42,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_inputs(corpus_file: str | None, index_dir: str | None, has_queries: bool, adds_documents: bool) -> None:
+def check_inputs(
+    corpus_file: str | None,
+    index_dir: str | None,
+    add_corpus: str | None,
+    similar_text_pair_file: str | None,
+    query: list[str] | None,
+    interactive: bool,
+) -> None:
     """Raises InputError if an option is missing: the documents to search, the index to add to, or the queries."""
     if not corpus_file and not (index_dir and has_index(index_dir)):
         why = f"--index_dir {index_dir} isn't there yet" if index_dir else "there is no --index_dir to search"
         raise InputError(f"--corpus_file is needed: {why}")
-    if adds_documents and not index_dir:
+    if add_corpus and not index_dir:
         raise InputError("--add_corpus: give the --index_dir that the documents are added to")
-    if not has_queries and not index_dir:
+    if not (similar_text_pair_file or query or interactive or index_dir):
         raise InputError("nothing to search for: give --similar_text_pair_file, --query or --interactive")
 
 
@@ -62,16 +69,33 @@ def check_folders(index_dir: str, folders: dict[str, str | None]) -> None:
 
 
 def read_inputs(
-    similar_text_pair_file: str | None, corpus_file: str | None, add_corpus: str | None, skip_bad_lines: bool
+    similar_text_pair_file: str | None,
+    corpus_file: str | None,
+    add_corpus: str | None,
+    *,
+    lowercase: bool,
+    skip_bad_lines: bool,
+    check_columns: bool,
+    label_column: bool,
 ) -> tuple[dict[str, set[str]], Corpus | None, Corpus | None]:
     """The queries with their titles, the corpus, and the documents to add. Raises InputError as the readers do."""
+    reading = {"skip_bad_lines": skip_bad_lines, "check_columns": check_columns}
     pair_file = similar_text_pair_file
-    positives = positives_by_query(read_text_pairs(pair_file, skip_bad_lines=skip_bad_lines) if pair_file else ())
-    corpus = read_corpus(corpus_file, skip_bad_lines=skip_bad_lines) if corpus_file else None
-    added = read_corpus(add_corpus, skip_bad_lines=skip_bad_lines) if add_corpus else None
+    pairs = read_text_pairs(pair_file, **reading, label_column=label_column) if pair_file else ()
+    positives = positives_by_query(pairs)
+    corpus = read_corpus(corpus_file, **reading, lowercase=lowercase) if corpus_file else None
+    added = read_corpus(add_corpus, **reading, lowercase=lowercase) if add_corpus else None
     if corpus:
         report_missing_positives(corpus, positives)
     return positives, corpus, added
+
+
+def report_texts(encoder: "Encoder", queries: Sequence[str], corpora: Sequence[Corpus | None]) -> None:
+    """Logs how many of the texts are cut or unknown, if they are many. Raises InputError if almost all are unknown."""
+    from encoding.token_statistics import report_tokens
+
+    documents = {f"documents of {corpus.path}": corpus for corpus in corpora if corpus}
+    report_tokens(encoder.tokenizer, {"queries": queries, **documents})
 
 
 def prepare_outputs(result_dir: str | None, result_file: Path | None, index_dir: str | None) -> None:
@@ -122,15 +146,14 @@ def answer(encoder: "Encoder", document_index: DocumentIndex, query: str, recall
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds, loads or changes the index, writes the recall result, and prints the hits of the other queries."""
     args = build_parser().parse_args(argv)
-    has_queries = bool(args.similar_text_pair_file or args.query or args.interactive)
-    check_inputs(args.corpus_file, args.index_dir, has_queries, args.add_corpus is not None)
-    check_checkpoint(args.params_path)
+    check_inputs(**pick(args, check_inputs))
+    lowercase = lowercases(check_checkpoint(args.params_path).parent, args.model_name_or_path)
     is_saved = args.index_dir is not None and has_index(args.index_dir)
     uses_result_dir = args.similar_text_pair_file or not (is_saved or args.embedding_dir)
     result_dir = args.recall_result_dir if uses_result_dir else None
     if args.index_dir:
         check_folders(args.index_dir, {"--embedding_dir": args.embedding_dir, "--recall_result_dir": result_dir})
-    positives, corpus, added = read_inputs(**pick(args, read_inputs))
+    positives, corpus, added = read_inputs(**pick(args, read_inputs, lowercase=lowercase))
     options = IndexOptions(**pick(args, IndexOptions))
     if is_saved:
         report_unused_options(args.index_dir, options, args.embedding_dir)
@@ -148,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     queries = list(positives)
     text_count = len(queries) + len(added or ()) + (0 if is_saved else len(corpus or ()))
     encoder = load_encoder(**pick(args, load_encoder, text_count=text_count))
+    report_texts(encoder, [*queries, *(args.query or ())], [None if is_saved else corpus, added])
     is_changed = not is_saved or added is not None or args.target_recall is not None
     result_file = Path(args.recall_result_dir, args.recall_result_file)
     if is_main_process():  # before hours of encoding

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from ann_util import IndexOptions, add_index_args, check_index_args
 from batch_negative.batches import BatchSchedule, PairBatcher, check_batch_size
 from common import options
-from common.cli import ArgumentParser, non_negative_float, number_in_range, positive_int, proportion, run
+from common.cli import ArgumentParser, add_switch, non_negative_float, number_in_range, positive_int, proportion, run
 from common.errors import InputError
 from common.files import clear_leftovers, make_folder, sha256
 from common.logs import is_main_process, log, process_count
 from common.paddle_setup import set_up_paddle
 from common.signals import StopSignals
-from data import positives_by_query, read_corpus, read_text_pairs
-from modeling.checkpoint_files import check_checkpoint, find_checkpoint_folder, step_folders
+from data import Corpus, TextPair, TextTokenizer, positives_by_query, read_corpus, read_text_pairs
+from modeling.checkpoint_files import check_checkpoint, find_checkpoint_folder, find_weights, lowercases, step_folders
 from retrieval.metrics import metric_names, report_missing_positives
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ STOP_SECONDS = 25.0  # how long the other ranks wait for rank 0 to save after a 
 # fmt: off
 RESUME_CRITICAL_OPTIONS = (  # must be unchanged to resume bit for bit
     "batch_size", "gradient_accumulation_steps", "epochs", "max_steps", "learning_rate", "warmup_proportion",
-    "weight_decay", "max_grad_norm", "margin", "scale", "no_false_negative_mask", "no_cross_device_negatives",
+    "weight_decay", "max_grad_norm", "margin", "scale", "no_false_negative_mask", "symmetric_pairs", "label_column",
+    "no_cross_device_negatives",
     "grad_cache_chunk", "use_gradient_cache", "chunk_numbers", "group_by_length", "use_amp", "amp_dtype",
     "output_emb_size", "pooling", "dropout", "max_seq_length", "seed", "skip_bad_lines",
 )
@@ -50,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--train_set_file", default="./recall/train.csv", help="pairs, one per line: query<TAB>title")
-    options.add_skip_bad_lines_arg(parser)
+    options.add_reading_args(parser, labels=True)
     parser.add_argument("--save_dir", default="./checkpoints", help="folder for checkpoints and VisualDL's logs")
     options.add_device_arg(parser, default="cpu")
     options.add_model_args(parser)
@@ -83,12 +84,18 @@ def add_step_args(parser: argparse.ArgumentParser) -> None:
 
 def add_loss_args(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the loss."""
-    add = parser.add_argument_group("loss").add_argument
+    group = parser.add_argument_group("loss")
+    add = group.add_argument
     add("--margin", type=non_negative_float, default=0.2, help="subtracted from the positive's cosine")
     add("--scale", type=non_negative_float, default=30.0, help="factor of the cosines")
     unmasked_help = "use a title as a negative even if the training file pairs it with the query"
     add("--no_false_negative_mask", "--no_mask_duplicates", action="store_true", help=unmasked_help)
     local_help = "score each query only against the titles of its own process"
+    symmetric_help = (
+        "pairs hold in both directions: a query is no negative of its title either "
+        "(default: if the file gives pairs in both directions)"
+    )
+    add_switch(group, "--symmetric_pairs", None, symmetric_help)
     add("--no_cross_device_negatives", action="store_true", help=local_help)
 
 
@@ -143,6 +150,8 @@ def check_options(given: Mapping[str, Any], device: str) -> None:
     for name, other in (("model_name_or_path", "from_scratch"), ("use_gradient_cache", "grad_cache_chunk")):
         if name in given and other in given:
             raise InputError(f"--{name}: --{other} takes its place; leave one of them out")
+    if "symmetric_pairs" in given and "no_false_negative_mask" in given:
+        raise InputError("--symmetric_pairs: --no_false_negative_mask turns it off; leave one of them out")
     if "use_amp" in given and device == "cpu":
         raise InputError("--use_amp: Paddle trains in float32 on a CPU; leave it out, or use --device gpu")
     if "init_from_ckpt" in given:
@@ -156,18 +165,27 @@ def check_options(given: Mapping[str, Any], device: str) -> None:
 def read_evaluation(
     similar_text_pair_file: str,
     corpus_file: str,
-    skip_bad_lines: bool,
     best_metric: str | None,
     recall_num: int,
     index_options: IndexOptions,
+    *,
+    skip_bad_lines: bool,
+    check_columns: bool,
+    label_column: bool,
+    init_from_ckpt: str | None,
+    from_scratch: str | None,
+    model_name_or_path: str,
 ) -> dict[str, Any]:
     """Reads what an Evaluator needs, as its arguments. Raises InputError for files and options that can't be used."""
+    checkpoint = init_from_ckpt and find_weights(init_from_ckpt).parent
+    lowercase = lowercases(checkpoint, from_scratch, model_name_or_path)
     names = metric_names(recall_num)
     if best_metric and best_metric not in names:
         raise InputError(f"--best_metric {best_metric}: with --recall_num {recall_num} give one of {', '.join(names)}")
     best_metric = best_metric or ("recall@5" if "recall@5" in names else "recall@1")
-    positives = positives_by_query(read_text_pairs(similar_text_pair_file, skip_bad_lines=skip_bad_lines))
-    corpus = read_corpus(corpus_file, skip_bad_lines=skip_bad_lines)
+    reading = {"skip_bad_lines": skip_bad_lines, "check_columns": check_columns}
+    positives = positives_by_query(read_text_pairs(similar_text_pair_file, **reading, label_column=label_column))
+    corpus = read_corpus(corpus_file, **reading, lowercase=lowercase)
     check_index_args(index_options, len(corpus))
     report_missing_positives(corpus, positives)
     return {"corpus": corpus, "positives": positives, "index_options": index_options, "best_metric": best_metric}
@@ -203,6 +221,50 @@ def prepare_model(model: "SemanticIndexBase", device: str, use_recompute: bool) 
         speed_up_training(model)
     if use_recompute:
         model.ptm.recompute_enable()
+
+
+def report_texts(
+    tokenizer: TextTokenizer, pairs: Sequence[TextPair], train_set_file: str, evaluation: Mapping[str, Any] | None
+) -> None:
+    """Logs how many of the texts are cut or unknown, if they are many. Raises InputError if almost all are unknown."""
+    from encoding.token_statistics import report_tokens
+
+    queries, titles, hard_negatives = zip(*pairs, strict=True)
+    texts_by_name = {
+        f"queries of {train_set_file}": queries,
+        f"titles of {train_set_file}": titles,
+        f"hard negatives of {train_set_file}": [text for text in hard_negatives if text],
+    }
+    if evaluation:
+        corpus: Corpus = evaluation["corpus"]
+        texts_by_name |= {
+            "queries of the evaluation": list(evaluation["positives"]),
+            f"documents of {corpus.path}": corpus,
+        }
+    report_tokens(tokenizer, texts_by_name)
+
+
+def make_batcher(
+    tokenizer: TextTokenizer,
+    pairs: Sequence[TextPair],
+    train_set_file: str,
+    no_false_negative_mask: bool,
+    symmetric_pairs: bool | None,
+    chunk_texts: int | None,
+) -> PairBatcher:
+    """Tokenizes the pairs; logs that they are taken as symmetric, if the file and not an option says so."""
+    batcher = PairBatcher(
+        tokenizer,
+        pairs,
+        mask_false_negatives=not no_false_negative_mask,
+        symmetric_pairs=symmetric_pairs,
+        chunk_texts=chunk_texts,
+    )
+    if batcher.mask and batcher.mask.symmetric and symmetric_pairs is None:
+        share = f"{100 * batcher.mask.reversed_share:.0f} % of the pairs are given in both directions"
+        remedy = "--symmetric_pairs False takes only titles as similar to queries"
+        log(f"{train_set_file}: {share}, so all are taken as similar in both; {remedy}")
+    return batcher
 
 
 def report_plan(
@@ -246,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_options({name: value for name, value in vars(args).items() if value != parser.get_default(name)}, args.device)
     save_dir = Path(args.save_dir)
     cross_device = not args.no_cross_device_negatives
-    pairs = read_text_pairs(args.train_set_file, skip_bad_lines=args.skip_bad_lines)
+    pairs = options.call(read_text_pairs, args, path=args.train_set_file)
     check_batch_size(args.batch_size, process_count(), pairs, args.train_set_file, cross_device=cross_device)
     index_options = options.call(IndexOptions, args)
     evaluation = options.call(read_evaluation, args, index_options=index_options) if args.evaluate else None
@@ -274,8 +336,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chunk_texts = args.grad_cache_chunk
     if args.use_gradient_cache:
         chunk_texts = math.ceil(args.batch_size / args.chunk_numbers)
-    masked = not args.no_false_negative_mask
-    batcher = PairBatcher(start.loaded.tokenizer, pairs, mask_false_negatives=masked, chunk_texts=chunk_texts)
+    report_texts(start.loaded.tokenizer, pairs, args.train_set_file, evaluation)
+    batcher = options.call(make_batcher, args, tokenizer=start.loaded.tokenizer, pairs=pairs, chunk_texts=chunk_texts)
     lengths = batcher.lengths if args.group_by_length else None
     schedule = options.call(BatchSchedule, args, pair_count=len(pairs), world_size=world_size, lengths=lengths)
     steps = schedule.total_steps

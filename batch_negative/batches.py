@@ -16,6 +16,9 @@ Item = TypeVar("Item")
 
 # Padding was measured on classical Chinese sentences of 30 tokens on average.
 CHUNKS_PER_BATCH = 4  # pads them to 36 tokens on average; 1 chunk to 64, 8 chunks to 33
+# Paraphrases are written down both ways for all pairs or for none. Among 150,000 pairs of queries and titles there was
+# no pair whose query is also a title of its title.
+SYMMETRIC_SHARE = 0.01
 LENGTH_SORT_BATCHES = 4  # batches that --group_by_length sorts together: pads to 32.6 tokens; 32 batches to 32.1
 
 
@@ -45,30 +48,42 @@ class PairBatch(NamedTuple):
 
 
 class FalseNegativeMask:
-    """Which texts of a batch are false negatives: those that any line of the training file pairs with the query."""
+    """Which texts of a batch are no negatives of a query: its own text, and those that any pair gives as its title.
 
-    def __init__(self, pairs: Sequence[TextPair]) -> None:
-        id_of_text: dict[str, int] = {}
+    query_ids, title_ids, hard_negative_ids: int64 [N], equal for texts with equal tokens; -1: the pair has no hard
+    negative. symmetric: whether the query of a pair is a title of its title, too; None: whether SYMMETRIC_SHARE of the
+    pairs say so.
+    """
 
-        def ids_of(texts: Iterable[str | None]) -> np.ndarray:
-            return np.array([-1 if text is None else id_of_text.setdefault(text, len(id_of_text)) for text in texts])
-
-        self._query_ids = ids_of(pair.query for pair in pairs)
-        self._title_ids = ids_of(pair.title for pair in pairs)
-        self._hard_negative_ids = ids_of(pair.hard_negative for pair in pairs)
+    def __init__(
+        self, query_ids: np.ndarray, title_ids: np.ndarray, hard_negative_ids: np.ndarray, symmetric: bool | None = None
+    ) -> None:
+        self._query_ids, self._title_ids, self._hard_negative_ids = query_ids, title_ids, hard_negative_ids
+        self._text_count = int(max(query_ids.max(), title_ids.max(), hard_negative_ids.max())) + 1
         # Each (query, title) of the file as one number, sorted, so that many can be looked up at once.
-        self._text_count = len(id_of_text)
-        self._positives = np.unique(self._query_ids * self._text_count + self._title_ids)
+        positives = np.unique(self._combined(query_ids, title_ids))
+        reversed_positives = self._combined(title_ids, query_ids)
+        self.reversed_share = float((_is_in(reversed_positives, positives) & (query_ids != title_ids)).mean())
+        self.symmetric = self.reversed_share >= SYMMETRIC_SHARE if symmetric is None else symmetric
+        self._positives = np.union1d(positives, reversed_positives) if self.symmetric else positives
 
     def __call__(self, query_rows: np.ndarray, title_rows: np.ndarray, hard_negative_rows: np.ndarray) -> np.ndarray:
         """The mask, bool [len(query_rows), len(title_rows) + len(hard_negative_rows)], for rows of the training file.
 
         hard_negative_rows: only rows that have one. A query's own title is True too: the loss ignores the diagonal.
         """
-        columns = np.concatenate([self._title_ids[title_rows], self._hard_negative_ids[hard_negative_rows]])
-        combinations = self._query_ids[query_rows][:, None] * self._text_count + columns[None, :]
-        positions = np.searchsorted(self._positives, combinations)
-        return self._positives[np.minimum(positions, len(self._positives) - 1)] == combinations
+        columns = np.concatenate([self._title_ids[title_rows], self._hard_negative_ids[hard_negative_rows]])[None, :]
+        queries = self._query_ids[query_rows][:, None]
+        return _is_in(self._combined(queries, columns), self._positives) | (queries == columns)
+
+    def _combined(self, query_ids: np.ndarray, title_ids: np.ndarray) -> np.ndarray:
+        return query_ids * self._text_count + title_ids
+
+
+def _is_in(values: np.ndarray, values_in_order: np.ndarray) -> np.ndarray:
+    """Whether each value is among the sorted ones."""
+    positions = np.searchsorted(values_in_order, values)
+    return values_in_order[np.minimum(positions, len(values_in_order) - 1)] == values
 
 
 class TokenizedTexts:
@@ -93,11 +108,18 @@ class TokenizedTexts:
     def __getitem__(self, row: int) -> np.ndarray:
         return self._tokens[self._ends[row] - self.lengths[row] : self._ends[row]]
 
+    def ids(self) -> np.ndarray:
+        """A number for each text, int64 [N], equal for texts with equal tokens."""
+        id_of_tokens: dict[bytes, int] = {}
+        rows = (self[row].tobytes() for row in range(len(self)))
+        return np.array([id_of_tokens.setdefault(tokens, len(id_of_tokens)) for tokens in rows])
+
 
 class PairBatcher:
     """Makes a PairBatch from rows of the training file; tokenizes all texts once, when it is created.
 
-    chunk_texts: maximum number of texts in a chunk; without it a batch has CHUNKS_PER_BATCH chunks of similar size.
+    symmetric_pairs: see `FalseNegativeMask`; chunk_texts: maximum number of texts in a chunk; without it a batch has
+    CHUNKS_PER_BATCH chunks of similar size.
     """
 
     def __init__(
@@ -106,15 +128,22 @@ class PairBatcher:
         pairs: Sequence[TextPair],
         *,
         mask_false_negatives: bool = True,
+        symmetric_pairs: bool | None = None,
         chunk_texts: int | None = None,
     ) -> None:
         self._tokenizer, self._chunk_texts = tokenizer, chunk_texts
-        self._false_negative_mask = FalseNegativeMask(pairs) if mask_false_negatives else None
         self._has_hard_negative = np.array([pair.hard_negative is not None for pair in pairs])
         queries, titles, hard_negatives = zip(*pairs, strict=True)
         texts = [*queries, *titles, *(text for text in hard_negatives if text is not None)]
         self._texts = TokenizedTexts(tokenizer, texts)
         self._hard_negative_numbers = 2 * len(pairs) + np.cumsum(self._has_hard_negative) - 1  # in self._texts
+        self.mask = self._make_mask(symmetric_pairs) if mask_false_negatives else None
+
+    def _make_mask(self, symmetric_pairs: bool | None) -> FalseNegativeMask:
+        count, ids = len(self._has_hard_negative), self._texts.ids()
+        hard_negative_ids = np.full(count, -1)
+        hard_negative_ids[self._has_hard_negative] = ids[2 * count :]
+        return FalseNegativeMask(ids[:count], ids[count : 2 * count], hard_negative_ids, symmetric_pairs)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -135,9 +164,9 @@ class PairBatcher:
         chunk_count = math.ceil(len(token_ids) / self._chunk_texts) if self._chunk_texts else CHUNKS_PER_BATCH
         chunks = [chunk for chunk in np.array_split(longest_first, max(1, chunk_count)) if len(chunk)]
         mask = None
-        if self._false_negative_mask:
+        if self.mask:
             all_rows = np.concatenate(rank_rows)
-            mask = self._false_negative_mask(all_rows, all_rows, np.concatenate(hard_negative_rows))
+            mask = self.mask(all_rows, all_rows, np.concatenate(hard_negative_rows))
         return PairBatch(
             chunks=[self._tokenizer.pad([token_ids[position] for position in chunk]) for chunk in chunks],
             row_of_text=np.argsort(longest_first),  # the inverse permutation

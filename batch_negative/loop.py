@@ -15,7 +15,7 @@ from common.errors import InputError
 from common.files import write_json
 from common.logs import is_main_process, log
 from common.signals import Stopped, StopSignals
-from data import parse_pair, read_lines
+from data import pair_lines
 from modeling.checkpoint import LoadedModel, save_checkpoint
 from modeling.checkpoint_files import step_folder
 
@@ -27,9 +27,9 @@ BEST_RESULT_FILE = "train_result.txt"  # in BEST_FOLDER: step and score, in the 
 class TrainingLoop:
     """Takes the steps of a schedule, and logs, saves and evaluates between them.
 
-    log: None on all ranks but rank 0; train_set_file: for messages; run_config: saved in checkpoints, must be unchanged
-    to resume; keep_checkpoints: number of the newest ones to keep, None for all; early_stop_patience: evaluations
-    without improvement after which the training ends, None for never.
+    log: None on all ranks but rank 0; train_set_file, label_column: for messages; run_config: saved in checkpoints,
+    must be unchanged to resume; keep_checkpoints: number of the newest ones to keep, None for all; early_stop_patience:
+    evaluations without improvement after which the training ends, None for never.
     """
 
     loaded: LoadedModel
@@ -39,6 +39,7 @@ class TrainingLoop:
     log: TrainingLog | None
     _: KW_ONLY
     train_set_file: str
+    label_column: bool = False
     save_dir: Path
     run_config: dict[str, Any]
     save_steps: int
@@ -60,7 +61,7 @@ class TrainingLoop:
         try:
             return self._run(completed, signals)
         except NonFiniteLoss as error:
-            raise InputError(explain(error, self.train_set_file)) from None
+            raise InputError(explain(error, self.train_set_file, self.label_column)) from None
         finally:
             if self.log:
                 self.log.close()
@@ -143,9 +144,10 @@ class TrainingLoop:
             remove_old_checkpoints(self.save_dir, step, self.keep_checkpoints, self.run_config)
 
 
-def explain(error: NonFiniteLoss, train_set_file: str) -> str:
+def explain(error: NonFiniteLoss, train_set_file: str, label_column: bool) -> str:
     """The error message for a NaN or infinite loss, which names the lines of the step's pairs."""
-    line_of_row = [line.number for line in read_lines(train_set_file, parse_pair, True) if line.row is not None]
+    pairs = pair_lines(train_set_file, skip_bad_lines=True, label_column=label_column, check_columns=False)
+    line_of_row = [line.number for line in pairs if line.row is not None]
     lines = ", ".join(str(line) for line in sorted(line_of_row[row] for row in error.rows))
     where = f"the batch has lines {lines} of {train_set_file}" if lines else "another process names the batch's lines"
     return f"{error}; {where}; look at them, or lower --learning_rate, and go on from a checkpoint before it went wrong"

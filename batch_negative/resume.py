@@ -24,6 +24,7 @@ OPTIMIZER_FILE = TRAINING_PREFIX + "optimizer.safetensors"
 EVALUATIONS_FILE = TRAINING_PREFIX + "evaluations.json"  # written after the checkpoint, so not in its manifest
 PROGRESS_KEYS = ("step", "run_config", "evaluator", "loss_scaler")  # in STATE_FILE
 OLD_NAMES = {"shape": "run_config", "no_mask_duplicates": "no_false_negative_mask"}  # version 1's name -> today's
+LATER_OPTIONS = {"label_column": False, "symmetric_pairs": None}  # as a checkpoint that lacks them was trained
 NOT_SAVED = ("LR_Scheduler", "master_weights")  # of AdamW: the step gives the learning rate; parameters are float32
 
 
@@ -54,7 +55,7 @@ def read_training_state(folder: Path) -> TrainingState:
             log(f"{error}; the evaluation is made again")
     if missing := [key for key in PROGRESS_KEYS if key not in progress]:
         raise InputError(f"{folder / STATE_FILE}: isn't a training state, it lacks {', '.join(missing)}")
-    progress["run_config"] = _with_new_names(progress["run_config"])
+    progress["run_config"] = {**LATER_OPTIONS, **_with_new_names(progress["run_config"])}
     return TrainingState(progress, read_weights(folder / OPTIMIZER_FILE))
 
 
@@ -189,7 +190,7 @@ def _belongs_to(folder: Path, run_config: Mapping[str, Any]) -> bool:
     """Whether a run with this configuration wrote the checkpoint; False if its training state can't be read."""
     try:
         saved = _with_new_names(read_json(folder / STATE_FILE))["run_config"]
-        return resume_mismatch(folder, _with_new_names(saved), run_config) is None
+        return resume_mismatch(folder, {**LATER_OPTIONS, **_with_new_names(saved)}, run_config) is None
     except (InputError, KeyError):
         return False
 

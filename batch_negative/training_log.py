@@ -6,7 +6,7 @@ from pathlib import Path
 from visualdl import LogWriter
 
 from batch_negative.trainer import Step
-from retrieval.metrics import Evaluation, format_lines, metrics
+from retrieval.metrics import Evaluation, format_lines, metrics, report_own_texts
 
 
 def format_duration(seconds: float) -> str:
@@ -49,6 +49,7 @@ class TrainingLog:
         """Prints and writes the metrics of an evaluation."""
         for name, value in metrics(evaluation).items():
             self._writer.add_scalar(f"evaluate/{name}", 100 * value, step)
+        report_own_texts(evaluation)
         print("\n".join(format_lines(evaluation)), flush=True)
 
     def exclude(self, seconds: float) -> None:

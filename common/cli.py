@@ -14,6 +14,7 @@ from common import __version__
 from common.errors import InputError
 from common.logs import process_count
 from common.signals import Terminated, terminate
+from common.texts import has_visible_text
 
 INPUT_ERROR_EXIT_CODE = 2
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, a quota, a file size limit
@@ -59,7 +60,7 @@ non_negative_float = number_in_range(0.0, float)
 proportion = number_in_range(0.0, float, below=1.0)
 
 
-def add_switch(parser: argparse.ArgumentParser, name: str, default: bool, help_text: str) -> None:
+def add_switch(parser: argparse._ActionsContainer, name: str, default: bool | None, help_text: str) -> None:
     """Adds an option that takes True or False, or nothing for True, as in the original and in Paddle Serving."""
     parser.add_argument(
         name, nargs="?", const=True, default=default, type=true_or_false, metavar="True|False", help=help_text
@@ -74,13 +75,13 @@ def true_or_false(text: str) -> bool:
 
 
 def text_argument(text: str) -> str:
-    """An argparse type: a text that isn't blank and can be encoded in UTF-8."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the text is empty")
+    """An argparse type: a text of which something is visible, and that can be encoded in UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # Python turns bytes of an argument that it can't decode into surrogates
         raise argparse.ArgumentTypeError("the text isn't UTF-8") from None
+    if not has_visible_text(text):
+        raise argparse.ArgumentTypeError("the text is empty")
     return text
 
 

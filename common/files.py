@@ -39,7 +39,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Reads a JSON object. Raises InputError if the file can't be opened or holds anything else."""
     with open_for_reading(path) as file:
         try:
-            content = json.loads(file.read())
+            content = json.loads(file.read().decode("utf-8-sig"))  # editors on Windows add a BOM
         except (ValueError, RecursionError):
             content = None
     if not isinstance(content, dict):

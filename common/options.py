@@ -25,10 +25,15 @@ def call(function: Callable[..., Any], args: argparse.Namespace, **given: Any) -
     return function(**pick(args, function, **given))
 
 
-def add_encoder_args(parser: argparse.ArgumentParser, device: str | None, params_path: str | None = None) -> None:
-    """Adds the options of scripts that encode with a checkpoint; device, params_path: defaults of these options."""
+def add_encoder_args(
+    parser: argparse.ArgumentParser, device: str | None, params_path: str | None = None, *, labels: bool = False
+) -> None:
+    """Adds the options of scripts that encode texts with a checkpoint.
+
+    device, params_path: defaults of these options; labels: see `add_reading_args`.
+    """
     add_checkpoint_args(parser, params_path)
-    add_skip_bad_lines_arg(parser)
+    add_reading_args(parser, labels=labels)
     add_encoding_args(parser)
     engine_help = (
         "dygraph, or the static graph of Paddle Inference, compiled once and kept in the checkpoint's folder; "
@@ -92,9 +97,17 @@ def add_device_arg(parser: argparse.ArgumentParser, default: str | None) -> None
     parser.add_argument("--device", choices=["cpu", "gpu"], default=default, help=device_help)
 
 
-def add_skip_bad_lines_arg(parser: argparse.ArgumentParser) -> None:
-    """Adds `--skip_bad_lines`, for files with lines that can't be used."""
-    parser.add_argument("--skip_bad_lines", action="store_true", help="leave bad lines out and report how many")
+def add_reading_args(parser: argparse.ArgumentParser, *, labels: bool = False) -> None:
+    """Adds the options of every script that reads texts; labels: also that of scripts that learn from pairs."""
+    add = parser.add_argument
+    add("--skip_bad_lines", action="store_true", help="leave bad lines out and report how many")
+    unchecked_help = "take columns as they are, also if they look like labels, ids, a header or quoted fields"
+    add("--no_column_check", dest="check_columns", action="store_false", help=unchecked_help)
+    if labels:
+        labels_help = (
+            "files of pairs have query<TAB>title<TAB>label: keep the lines with label 1, leave out those with 0"
+        )
+        add("--label_column", action="store_true", help=labels_help)
 
 
 def add_evaluation_file_args(

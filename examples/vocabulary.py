@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
 
-from data import CLS, MASK, PAD, SEP, UNK, wordpiece_tokenizer
+from common.texts import wordpiece_tokenizer
+from data import CLS, MASK, PAD, SEP, UNK
 
 
 def build_vocabulary(texts: Iterable[str], size: int = 30000) -> list[str]:

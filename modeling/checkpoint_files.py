@@ -6,7 +6,7 @@ from pathlib import Path
 from common.errors import InputError
 from common.files import read_json, resolve_interrupted_replace
 from common.manifest import check_manifest
-from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, read_vocabulary
+from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_CONFIG_FILE, VOCABULARY_FILE, read_vocabulary
 
 SAFETENSORS_FILE = "model.safetensors"
 WEIGHTS_FILES = ("model_state.pdparams", SAFETENSORS_FILE)  # in this order; version 1 wrote both
@@ -59,6 +59,17 @@ def check_checkpoint(path: str | Path) -> Path:
     if (folder / VOCABULARY_FILE).is_file():
         read_vocabulary(folder / VOCABULARY_FILE)
     return weights
+
+
+def lowercases(*sources: str | Path | None) -> bool:
+    """Whether the tokenizer of a model lowercases: that of the first source that is a folder with a vocabulary.
+
+    True without such a folder, as for most models that PaddleNLP knows by name.
+    """
+    folder = next((Path(source) for source in sources if source and Path(source, VOCABULARY_FILE).is_file()), None)
+    if folder is None or not (folder / TOKENIZER_CONFIG_FILE).is_file():
+        return True
+    return bool(read_json(folder / TOKENIZER_CONFIG_FILE).get("do_lower_case", True))
 
 
 def _newest_in(path: Path) -> str:

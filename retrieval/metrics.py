@@ -1,13 +1,14 @@
 """Recall@K, MRR and nDCG of a recall result. Imports no Paddle."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, chain
 from statistics import fmean
 from typing import NamedTuple
 
 from common.errors import InputError
 from common.logs import log
+from common.texts import TextSet, text_key
 from data import Corpus
 
 RECALL_CUTOFFS = (1, 5, 10, 20, 50)
@@ -23,6 +24,7 @@ class Evaluation(NamedTuple):
     queries: int  # number of distinct queries
     queries_without_results: list[str]  # they count as 0
     unknown_queries: list[str]  # in the recall result but not in the pairs; left out
+    own_texts: int = 0  # number of queries that recalled their own text, which was left out
 
 
 def recall_at_k(ranked: Sequence[Sequence[str]], positives: Sequence[set[str]], k: int) -> float:
@@ -67,21 +69,41 @@ def evaluate(positives: Mapping[str, set[str]], ranking: Mapping[str, Sequence[s
     """Compares recalled documents with the right ones.
 
     positives: query -> its titles; ranking: query -> its documents, best first. The first recall_num distinct documents
-    count: a repeated document keeps its first rank, and later ones move up. Raises InputError if there are no queries.
+    count: a repeated document keeps its first rank, and later ones move up. So do those after the query's own text,
+    which is no answer unless it is one of its titles. Texts with the same `text_key` are the same. Raises InputError if
+    there are no queries.
     """
     if not positives:
         raise InputError("there are no queries to evaluate: the pair file holds no pairs")
-    ranked = [list(dict.fromkeys(ranking.get(query, ())))[:recall_num] for query in positives]
-    titles = list(positives.values())
+    documents_of = {text_key(query): documents for query, documents in ranking.items()}
+    keys = [text_key(query) for query in positives]
+    results = [documents_of.get(key, ()) for key in keys]
+    titles = [TextSet(texts) for texts in positives.values()]
+    ranked = [_rank(*each)[:recall_num] for each in zip(positives, titles, results, strict=True)]
+    relevant = [set(texts) for texts in titles]
     return Evaluation(
-        recall={k: recall_at_k(ranked, titles, k) for k in RECALL_CUTOFFS if k <= recall_num},
-        mrr=mrr_at_k(ranked, titles, recall_num),
-        ndcg=ndcg_at_k(ranked, titles, recall_num),
+        recall={k: recall_at_k(ranked, relevant, k) for k in RECALL_CUTOFFS if k <= recall_num},
+        mrr=mrr_at_k(ranked, relevant, recall_num),
+        ndcg=ndcg_at_k(ranked, relevant, recall_num),
         recall_num=recall_num,
         queries=len(positives),
-        queries_without_results=[query for query in positives if not ranking.get(query)],
-        unknown_queries=[query for query in ranking if query not in positives],
+        queries_without_results=[query for query, documents in zip(positives, results, strict=True) if not documents],
+        unknown_queries=[query for query in ranking if text_key(query) not in set(keys)],
+        own_texts=sum(
+            any(map(_is_own_text(*each[:2]), each[2])) for each in zip(positives, titles, results, strict=True)
+        ),
     )
+
+
+def _rank(query: str, titles: TextSet, documents: Sequence[str]) -> list[str]:
+    """The distinct documents without the query's own text, unless that is a title; titles in their own spelling."""
+    is_own_text = _is_own_text(query, titles)
+    return list(dict.fromkeys(titles.find(text) or text for text in documents if not is_own_text(text)))
+
+
+def _is_own_text(query: str, titles: TextSet) -> Callable[[str], bool]:
+    own = TextSet([query] if titles.find(query) is None else ())
+    return lambda document: own.find(document) is not None
 
 
 def metric_names(recall_num: int) -> list[str]:
@@ -100,11 +122,17 @@ def format_lines(evaluation: Evaluation) -> list[str]:
     return [f"{name}={round(100 * value, 3)}" for name, value in metrics(evaluation).items()]
 
 
+def report_own_texts(evaluation: Evaluation) -> None:
+    """Logs how many queries recalled their own text, if any."""
+    if evaluation.own_texts:
+        log(f"{evaluation.own_texts} of {evaluation.queries} queries recalled their own text, which is left out")
+
+
 def report_missing_positives(corpus: Corpus, positives: Mapping[str, set[str]]) -> None:
     """Logs how many titles of the evaluation pairs the corpus lacks, if any."""
-    missing = {title: None for titles in positives.values() for title in sorted(titles)}
+    missing = TextSet(title for titles in positives.values() for title in sorted(titles))
     for document in corpus:
-        missing.pop(document, None)
+        missing.discard(document)
     if missing:
         first = next(iter(missing))
         log(f"{corpus.path}: lacks {len(missing)} titles of the pairs, which can't be recalled; first: {first}")

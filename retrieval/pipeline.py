@@ -14,6 +14,7 @@ from ann_util import HnswIndex, IndexOptions, VectorIndex, build_index, recall_v
 from common.distributed import barrier, broadcast_object, encode_on_all_ranks, init_ranks
 from common.errors import InputError
 from common.logs import is_main_process, log, progress_bar
+from common.texts import TextSet
 from data import Corpus, Hit, encode_texts
 from encoding.encoder import Encoder
 from retrieval.embedding_store import SHARD_ROWS, Embeddings, EmbeddingsMetadata, temporary_folder
@@ -158,9 +159,9 @@ def update_index(
 
 def add_documents(encoder: Encoder, document_index: DocumentIndex, added: Corpus) -> list[str]:
     """Adds the documents that the index lacks; returns them for `save_index`. Raises InputError if it lacks none."""
-    missing = dict.fromkeys(added)
+    missing = TextSet(added, encoder.tokenizer.lowercases)
     for document in document_index.documents:
-        missing.pop(document, None)
+        missing.discard(document)
     if not missing:
         raise InputError(f"--add_corpus {added.path}: the index has all of its documents already")
     if len(missing) < len(added):

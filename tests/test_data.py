@@ -7,8 +7,10 @@ import random
 import re
 import tempfile
 import tracemalloc
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,11 +21,11 @@ import data
 from common import logs
 from common.errors import InputError
 from common.files import read_json, write_json
+from common.lines import MAX_LINE_BYTES
 from common.logs import progress_bar
 from data import (
     CLS,
     MASK,
-    MAX_LINE_BYTES,
     PAD,
     SEP,
     UNK,
@@ -149,7 +151,7 @@ BAD_LINES = [
     ("pairs", b"query\t", "title is empty"),
     ("pairs", "\u3000\ttitle".encode(), "query is empty"),
     ("pairs", b"", "the line is empty"),
-    ("pairs", "问\t答".encode("utf-16-le"), "iconv -f UTF-16"),
+    ("pairs", "问\t答".encode("utf-16-le"), "NUL"),
     ("corpus", b"", "empty"),
     ("corpus", b" \r", "empty"),
     ("corpus", b"a\tb\tc\td", "4 columns"),
@@ -301,12 +303,13 @@ def twin_lines(raw: bytes) -> list[str | None]:
 
 
 def bare(text: str) -> str:
-    """Less white space and byte order marks at its ends, a character at a time."""
+    """Less white space and byte order marks at its ends, a character at a time; "" if it has invisible ones alone."""
     while text and (text[0].isspace() or text[0] == "\ufeff"):
         text = text[1:]
     while text and (text[-1].isspace() or text[-1] == "\ufeff"):
         text = text[:-1]
-    return text
+    invisible = (unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Mn", "Zs", "Zl", "Zp") for c in text)
+    return "" if all(invisible) else text
 
 
 def twin_corpus(raw: bytes) -> list[str | None]:
@@ -420,6 +423,7 @@ def bad_line_numbers(message: str, path: Path) -> list[int]:
 def test_a_thousand_random_files_give_the_twin_s_rows_or_an_input_error(tmp_path: Path, reader: str) -> None:
     rng = random.Random(20240607)
     twin = {"pairs": twin_pairs, "corpus": twin_corpus, "hits": twin_hits}[reader]
+    read = partial(read_text_pairs, check_columns=False) if reader == "pairs" else READERS[reader]
     outcomes = {"read": 0, "skipped": 0, "refused": 0}
     path = tmp_path / "random.csv"
     for _ in range(1000):
@@ -432,20 +436,20 @@ def test_a_thousand_random_files_give_the_twin_s_rows_or_an_input_error(tmp_path
             good = {query: [title for other, title in good if other == query] for query, _ in good}
         if good and not bad:
             outcomes["read"] += 1
-            assert content(READERS[reader](path)) == good, raw
+            assert content(read(path)) == good, raw
         else:
             outcomes["refused"] += 1
             with pytest.raises(InputError) as error:
-                READERS[reader](path)
+                read(path)
             assert bad_line_numbers(str(error.value), path) == bad[:10], raw
             assert not bad or f"{len(bad)} bad line(s)" in str(error.value), raw
         if reader != "hits":
             if good:
                 outcomes["skipped"] += bool(bad)
-                assert content(READERS[reader](path, skip_bad_lines=True)) == good, raw
+                assert content(read(path, skip_bad_lines=True)) == good, raw
             else:
                 with pytest.raises(InputError):
-                    READERS[reader](path, skip_bad_lines=True)
+                    read(path, skip_bad_lines=True)
     assert outcomes["read"] > 20  # the files aren't all good or all bad
     assert outcomes["refused"] > 200
     assert reader == "hits" or outcomes["skipped"] > 200

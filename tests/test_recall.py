@@ -162,7 +162,7 @@ def test_many_added_documents_are_encoded_by_the_static_engine(
     monkeypatch.setattr("encoding.encoder.STATIC_FROM_TEXTS", 50)  # 40 queries
     assert recall.main(arguments) == 0
     assert not (folder / "static").exists()
-    more = write_pairs(tmp_path / "more.csv", [(f"新的文献{number}",) for number in range(10)])
+    more = write_pairs(tmp_path / "more.csv", [(f"水稻土壤{number}",) for number in range(10)])
     assert recall.main([*arguments, "--add_corpus", str(more)]) == 0
     assert (folder / "static").exists()
 
@@ -315,8 +315,8 @@ def test_a_closed_stdin_has_no_queries() -> None:
 
 
 def test_equal_vectors_and_small_corpora(checkpoint: Path, recall_data: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Documents that differ in spaces only have equal vectors; more hits may be wanted than there are documents."""
-    documents = [("论水稻产量研究水稻" + " " * spaces + ",产量",) for spaces in range(30)]
+    """Documents that differ in unknown characters have equal vectors; there may be fewer of them than hits wanted."""
+    documents = [("论水稻产量研究水稻,产量" + chr(0x3400 + row),) for row in range(30)]
     corpus = write_pairs(tmp_path / "corpus.csv", [*documents * 2, ("隧道",)])
     arguments = options(checkpoint, recall_data, tmp_path, "--corpus_file", str(corpus), "--target_recall", "0")
     assert recall.main(arguments) == 0

@@ -17,9 +17,9 @@ from common.cli import ArgumentParser, add_switch, positive_int, run, text_argum
 from common.errors import InputError
 from common.files import prepare_file, write_json
 from common.logs import progress_bar
-from common.options import add_device_arg, add_encoding_args, add_precision_arg, add_skip_bad_lines_arg, pick
+from common.options import add_device_arg, add_encoding_args, add_precision_arg, add_reading_args, call, pick
 from common.paddle_setup import set_up_paddle
-from data import SAMPLE_TEXTS, TextPair, encode_texts, parse_pair, read_lines, read_texts, write_vectors
+from data import SAMPLE_TEXTS, TextPair, encode_texts, pair_lines, read_texts, write_vectors
 from encoding.exported_files import find_exported
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text_file", help="a file of texts to encode, one per line")
     parser.add_argument("--text_pair_file", help="a file of pairs to compare, query<TAB>title a line")
     parser.add_argument("--output", help="write the vectors, float32 [N, D] in the texts' order, to this .npy file")
-    add_skip_bad_lines_arg(parser)
+    add_reading_args(parser)
     add_encoding_args(parser, batch_size=15, length="the exported model's")
     add_device_arg(parser, default=None)
     add_precision_arg(parser)
@@ -78,19 +78,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_inputs(
-    texts: list[str], text_file: str | None, pair_file: str | None, skip_bad_lines: bool
+    text: list[str] | None,
+    text_file: str | None,
+    text_pair_file: str | None,
+    skip_bad_lines: bool = False,
+    check_columns: bool = True,
 ) -> tuple[list[str], list[TextPair | None]]:
     """The texts and the pairs, None for a bad line; the document's samples if there are neither. Raises InputError."""
+    texts, reading = text or [], {"skip_bad_lines": skip_bad_lines, "check_columns": check_columns}
     if text_file:
-        texts = texts + read_texts(text_file, skip_bad_lines=skip_bad_lines)
-    pairs = [line.row for line in read_lines(pair_file, parse_pair, skip_bad_lines)] if pair_file else []
+        texts = texts + read_texts(text_file, **reading)
+    lines = pair_lines(text_pair_file, **reading, third_column=False) if text_pair_file else ()
+    pairs = [line.row for line in lines]
     return (texts, pairs) if texts or pairs else (SAMPLE_TEXTS[:1], [*SAMPLE_PAIRS])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints shape and vectors, then the list of similarities, in the document's form; or the benchmark's figures."""
     args = build_parser().parse_args(argv)
-    texts, pairs = read_inputs(args.text or [], args.text_file, args.text_pair_file, args.skip_bad_lines)
+    texts, pairs = call(read_inputs, args)
     if args.output and (args.benchmark or not texts):
         why = "with --benchmark" if args.benchmark else "without --text or --text_file"
         raise InputError(f"--output {args.output}: {why} there are no vectors to write; leave it out")
@@ -105,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_paddle()
     from common.device import choose_device
     from encoding.static_graph import load_exported
+    from encoding.token_statistics import report_tokens
 
     given = {"device": choose_device(args.device), "threads": args.cpu_threads, "onednn": args.enable_mkldnn}
     tensorrt_batch_size = args.batch_size if args.use_tensorrt else None
@@ -115,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if log_file:
             write_json(log_file, figures)
         return 0
+    queries, titles = [pair.query for pair in good_pairs], [pair.title for pair in good_pairs]
+    report_tokens(model.tokenizer, {"texts": texts, "queries": queries, "titles": titles})
     if texts:
         vectors = encode(model, texts, args.batch_size)
         print(vectors.shape)
@@ -124,9 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(vectors)
     if pairs:
-        sides = [pair.query for pair in good_pairs] + [pair.title for pair in good_pairs]
-        queries, titles = np.split(encode(model, sides, args.batch_size), 2)
-        cosines = iter((queries * titles).sum(axis=1).tolist())
+        query_vectors, title_vectors = np.split(encode(model, queries + titles, args.batch_size), 2)
+        cosines = iter((query_vectors * title_vectors).sum(axis=1).tolist())
         print([math.nan if pair is None else next(cosines) for pair in pairs])
     return 0
 

@@ -104,11 +104,18 @@ def random_pairs(rng: random.Random, count: int) -> list[TextPair]:
     ]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_false_negative_mask_equals_a_double_loop(seed: int) -> None:
+def ids_of(pairs: list[TextPair]) -> list[np.ndarray]:
+    """The ids of queries, titles and hard negatives: equal for equal texts, -1 for none."""
+    texts = sorted({text for pair in pairs for text in pair if text})
+    return [np.array([texts.index(pair[part]) if pair[part] else -1 for pair in pairs]) for part in range(3)]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("seed", range(10))
+def test_false_negative_mask_equals_a_double_loop(seed: int, symmetric: bool) -> None:
     rng = random.Random(seed)
     pairs = random_pairs(rng, rng.randrange(1, 40))
-    mask = FalseNegativeMask(pairs)
+    mask = FalseNegativeMask(*ids_of(pairs), symmetric)
     queries, titles, with_negative = (
         np.array(rng.choices(range(len(pairs)), k=rng.randrange(1, 12)), dtype=np.int64) for _ in range(3)
     )
@@ -116,8 +123,11 @@ def test_false_negative_mask_equals_a_double_loop(seed: int) -> None:
     columns = [pairs[row].title for row in titles] + [pairs[row].hard_negative for row in negatives]
     expected = np.zeros((len(queries), len(columns)), dtype=bool)
     for i, query_row in enumerate(queries):
+        query = pairs[query_row].query
         for j, column in enumerate(columns):
-            expected[i, j] = any(pair.query == pairs[query_row].query and pair.title == column for pair in pairs)
+            is_positive = any((pair.query, pair.title) == (query, column) for pair in pairs)
+            is_reversed = any((pair.query, pair.title) == (column, query) for pair in pairs)
+            expected[i, j] = is_positive or (symmetric and is_reversed) or column == query
     found = mask(queries, titles, negatives)
     assert found.dtype == bool
     np.testing.assert_array_equal(found, expected)
