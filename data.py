@@ -246,9 +246,21 @@ def read_corpus(
 
 
 def read_hits(path: str | Path) -> dict[str, list[str]]:
-    """Reads a recall result: query -> its documents, best first. Raises InputError as `read_lines` does."""
+    """Reads a recall result: query -> its documents, best first. Raises InputError as `read_lines` does.
+
+    Logs how many queries have documents whose cosines aren't in that order.
+    """
     remedy = "write the recall result again with recall.py"
-    return ranking_by_query(line.row for line in read_lines(path, parse_hit, remedy=remedy) if line.row)
+    hits = [line.row for line in read_lines(path, parse_hit, remedy=remedy) if line.row]
+    scores: dict[str, float] = {}
+    unsorted = set()
+    for hit in hits:
+        if hit.score > scores.get(hit.query, math.inf):
+            unsorted.add(hit.query)
+        scores[hit.query] = hit.score
+    if unsorted:
+        log(f"{path}: the cosines of {len(unsorted)} queries go up; their documents count in the order of the lines")
+    return ranking_by_query(hits)
 
 
 def ranking_by_query(hits: Iterable[Hit]) -> dict[str, list[str]]:

@@ -174,7 +174,8 @@ class ColumnCheck:
             separator = "commas" if self._commas > total / 2 else "something else"
             return f"separate the columns by a tab; most lines have {separator} instead"
         wanted = " and ".join(self._names[: self._column_counts.start])
-        example = ",".join(str(column) for column in range(2, self._column_counts.start + 2))
+        has_ids = self._columns[0].is_almost_all(self._columns[0].identifiers)
+        example = ",".join(str(number + has_ids) for number in range(1, self._column_counts.start + 1))
         return f"most have {count} columns: keep {wanted} alone, for example with cut -f{example}"
 
     def _findings_of_form(self) -> list[str]:
@@ -189,6 +190,8 @@ class ColumnCheck:
         return found
 
     def _findings_of_numbers(self) -> list[str]:
+        if self.remedy_for_bad_lines():
+            return []
         found = []
         first, *others = self._columns
         is_pair_file = bool(others)
@@ -228,8 +231,8 @@ def is_header(fields: Sequence[str]) -> bool:
     fields = fields[0].split(",") if len(fields) == 1 else fields
     if len(fields) == 1 and fields[0][-1:].isdigit():  # such as 文档1, the first of a list
         return False
-    names = [NO_PART_OF_NAME.sub("", field).lower() for field in fields]  # an empty one is that of pandas' index
-    return any(names) and all(name in NAMES or not name for name in names)
+    names = [NO_PART_OF_NAME.sub("", field).lower() for field in fields if field]  # pandas' index has no name
+    return bool(names) and NAMES.issuperset(names)
 
 
 def _is_json(text: str) -> bool:

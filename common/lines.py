@@ -13,7 +13,7 @@ from common.files import open_for_reading
 from common.logs import log
 
 REPORTED_BAD_LINES = 10
-UNCHECKED = "if the columns are meant as they are, give --no_column_check"
+UNCHECKED = "; if it is meant so, add --no_column_check"
 
 MAX_LINE_BYTES = 1 << 20  # a file with a longer line probably isn't a text file
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -78,7 +78,7 @@ def read_lines(
             if row is not None or skip_bad_lines:
                 yield Line(number, offset, row)
     if check and (findings := check.findings()):
-        raise InputError("\n".join([*(f"{path}: {finding}" for finding in findings), UNCHECKED]))
+        raise InputError("\n".join(f"{path}: {finding}" for finding in findings) + UNCHECKED)
     if bad and not skip_bad_lines:
         remedy = decoder.remedy() or (check and check.remedy_for_bad_lines()) or remedy
         raise InputError("\n".join([f"{path}: {bad} bad line(s); {remedy}. The first:", *reasons]))

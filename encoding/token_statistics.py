@@ -1,7 +1,7 @@
 """What a model can't see of texts: tokens beyond its maximum length, and words that its vocabulary lacks."""
 
+import math
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -16,30 +16,32 @@ COVERED = 0.99  # of the texts have at most the length that a message names
 MANY_UNKNOWN = 0.05  # of the tokens; it was 0.1 to 1 % of Chinese texts with ERNIE's vocabulary, 4 % of English ones
 MOSTLY_UNKNOWN = 0.5  # of a text's tokens: the rest, often punctuation, doesn't tell texts apart
 ALMOST_ALL = 0.9  # of the texts are mostly unknown: the vocabulary is of another language
+FEWEST_FOR_PERCENT = 100
 FEWEST_TEXTS = 10  # to refuse; of fewer, a user may know what he does
 
 
 class TokenStatistics(NamedTuple):
-    """Counts and shares of a sample of texts."""
+    """What a model can't see of a sample of texts."""
 
-    cut: float  # share of the texts that have more tokens than max_seq_length
+    texts: int
+    cut: int  # texts that have more tokens than max_seq_length
     covering_length: int  # max_seq_length that COVERED of the texts fit into
     unknown: float  # share of the tokens that are [UNK]
-    mostly_unknown: float  # share of the texts that are mostly [UNK]
+    mostly_unknown: int  # texts of which MOSTLY_UNKNOWN of the tokens are [UNK]
     example: str  # a text with the largest share of [UNK]
 
 
 def token_statistics(tokenizer: TextTokenizer, texts: Sequence[str]) -> TokenStatistics:
     """The statistics of evenly spaced texts; texts: at least one."""
-    step = -(-len(texts) // SAMPLE)
-    sample = list(islice((texts[row] for row in range(0, len(texts), step)), SAMPLE))
+    sample = [texts[row] for row in range(0, len(texts), math.ceil(len(texts) / SAMPLE))]
     lengths, unknown = tokenizer.count(sample)
     shares = unknown / np.maximum(1, lengths - 2)  # without [CLS] and [SEP]
     return TokenStatistics(
-        cut=float((lengths > tokenizer.max_seq_length).mean()),
+        texts=len(sample),
+        cut=int((lengths > tokenizer.max_seq_length).sum()),
         covering_length=int(np.quantile(lengths, COVERED, method="higher")),
         unknown=float(unknown.sum() / max(1, (lengths - 2).sum())),
-        mostly_unknown=float((shares >= MOSTLY_UNKNOWN).mean()),
+        mostly_unknown=int((shares >= MOSTLY_UNKNOWN).sum()),
         example=sample[int(shares.argmax())],
     )
 
@@ -51,20 +53,20 @@ def report_tokens(tokenizer: TextTokenizer, texts_by_name: Mapping[str, Sequence
     """
     for name, texts in texts_by_name.items():
         if texts:
-            _report(tokenizer, texts, name)
+            _report(token_statistics(tokenizer, texts), name, tokenizer.max_seq_length)
 
 
-def _report(tokenizer: TextTokenizer, texts: Sequence[str], name: str) -> None:
-    statistics = token_statistics(tokenizer, texts)
-    if statistics.cut >= MANY_CUT:
-        limit = f"are cut to {tokenizer.max_seq_length} tokens"
-        remedy = f"--max_seq_length {statistics.covering_length} covers {100 * COVERED:.0f} %"
-        log(f"{100 * statistics.cut:.0f} % of the {name} {limit}; {remedy}")
-    unknown = (
-        f"{100 * statistics.unknown:.0f} % of the tokens of the {name} are [UNK], as in {statistics.example[:40]!r}"
-    )
+def _report(statistics: TokenStatistics, name: str, max_seq_length: int) -> None:
+    if statistics.cut >= MANY_CUT * statistics.texts:
+        remedy = f"--max_seq_length {statistics.covering_length} covers {100 * COVERED:.0f} % of them"
+        log(f"{_share(statistics.cut, statistics.texts)} {name} are cut to {max_seq_length} tokens; {remedy}")
+    unknown = f"{100 * statistics.unknown:.0f} % of the tokens of {name} are [UNK], as in {statistics.example[:40]!r}"
     remedy = "use a model whose vocabulary fits the language"
-    if statistics.mostly_unknown >= ALMOST_ALL and len(texts) >= FEWEST_TEXTS:
+    if statistics.mostly_unknown >= ALMOST_ALL * statistics.texts and statistics.texts >= FEWEST_TEXTS:
         raise InputError(f"{unknown}: the model can't tell them apart; {remedy}")
     if statistics.unknown >= MANY_UNKNOWN:
         log(f"{unknown}; {remedy}")
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} of {total}" if total < FEWEST_FOR_PERCENT else f"{100 * count / total:.0f} % of the"

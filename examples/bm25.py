@@ -11,7 +11,7 @@ from bm25s.tokenization import Tokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ArgumentParser, number_in_range, run
-from common.options import add_evaluation_file_args
+from common.options import add_evaluation_file_args, add_reading_args, call
 from data import Hit, positives_by_query, read_corpus, read_text_pairs, write_hits
 
 # The usual values of BM25 (Robertson and Zaragoza 2009, section 3.2; Lucene's defaults).
@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(__doc__)
     add_evaluation_file_args(parser, required=True)
+    add_reading_args(parser, labels=True)
     parser.add_argument("--recall_num", type=number_in_range(1), default=50, help="documents recalled for a query")
     return parser
 
@@ -50,8 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the recall result and prints how large the search was."""
     args = build_parser().parse_args(argv)
-    queries = list(positives_by_query(read_text_pairs(args.similar_text_pair_file)))
-    corpus = read_corpus(args.corpus_file)
+    queries = list(positives_by_query(call(read_text_pairs, args, path=args.similar_text_pair_file)))
+    corpus = call(read_corpus, args, path=args.corpus_file)
     result = Path(args.recall_result_dir) / args.recall_result_file
     write_hits(result, bm25_search(queries, corpus, args.recall_num))
     print(f"{result}: BM25 hits of {len(queries)} queries in {len(corpus)} documents")
