@@ -305,12 +305,14 @@ def read_vocabulary(path: str | Path) -> list[str]:
         try:
             lines = file.read().decode("utf-8-sig").rstrip("\r\n").split("\n")
         except UnicodeDecodeError:
-            raise InputError(f"{path}: isn't a vocabulary (not UTF-8)") from None
+            raise InputError(f"{path}: isn't UTF-8; convert it with iconv") from None
     # Some vocabularies that PaddleNLP lists have a second column, a frequency.
     vocabulary = [line.rstrip("\r").split("\t")[0] for line in lines]
-    missing = [token for token in (PAD, CLS, SEP, UNK) if token not in vocabulary]
-    if missing:
-        raise InputError(f"{path}: isn't a vocabulary, it lacks {', '.join(missing)}")
+    for token in (PAD, CLS, SEP, UNK):
+        if token not in vocabulary:
+            similar = next((line for line in vocabulary if line.strip().upper() == token), None)
+            instead = "" if similar is None else f", but has {similar!r} in line {vocabulary.index(similar) + 1}"
+            raise InputError(f"{path}: isn't a vocabulary, it lacks {token}{instead}")
     return vocabulary
 
 

@@ -36,11 +36,16 @@ def open_for_reading(path: str | Path) -> io.BufferedReader:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises InputError if the file can't be opened or holds anything else."""
+    """Reads a JSON object; a BOM is accepted. Raises InputError if the file can't be opened or holds anything else."""
     with open_for_reading(path) as file:
         try:
-            content = json.loads(file.read().decode("utf-8-sig"))  # editors on Windows add a BOM
-        except (ValueError, RecursionError):
+            content = json.loads(file.read().decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: isn't UTF-8; convert it with iconv") from None
+        except json.JSONDecodeError as error:
+            where = f"line {error.lineno}, column {error.colno}"
+            raise InputError(f"{path}: isn't a JSON object ({error.msg} at {where})") from None
+        except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
             content = None
     if not isinstance(content, dict):
         raise InputError(f"{path}: isn't a JSON object")

@@ -28,6 +28,7 @@ OTHER_FILES = {  # first bytes -> what the file is, and what to do
     b"\xff\xfe": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
 }
+PAIRS_OF_BYTES = re.compile(rb"[\x81-\xfe][\x40-\xfe]")  # characters of GB18030
 CESU8 = re.compile(rb"\xed[\xa0-\xaf][\x80-\xbf]\xed[\xb0-\xbf][\x80-\xbf]")
 CUT_START = re.compile(rb"[\x80-\xbf]")
 CUT_END = re.compile(rb"[\xc2-\xdf](?![\x80-\xbf])|[\xe0-\xef](?![\x80-\xbf]{2})|[\xf0-\xf4](?![\x80-\xbf]{3})")
@@ -150,11 +151,13 @@ class LineDecoder:
 
 
 def _is_gb18030(raw: bytes) -> bool:
+    """Whether the bytes are Chinese in GB18030, whose common characters have two high bytes, unlike Latin-1's text."""
     try:
         raw.decode("gb18030")
     except UnicodeDecodeError:
         return False
-    return True
+    trail_bytes = [pair[1] for pair in PAIRS_OF_BYTES.findall(raw)]
+    return sum(trail >= 0xA1 for trail in trail_bytes) > len(trail_bytes) / 2
 
 
 def _damage(raw: bytes, start: int) -> str:

@@ -1,5 +1,6 @@
 """The backbone, an encoder of PaddleNLP: finding and building it, its pretrained weights and its tokenizer."""
 
+import codecs
 import contextlib
 import inspect
 import tempfile
@@ -11,7 +12,7 @@ import paddle
 from paddle.base import core
 
 from common.errors import InputError
-from common.files import read_json
+from common.files import read_json, write_json
 from common.paddle_setup import defer_paddlenlp
 from data import BACKBONE_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
 from modeling.checkpoint_files import WEIGHTS_FILES
@@ -43,11 +44,10 @@ def find_backbone(name_or_path: str | Path) -> Backbone:
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / BACKBONE_CONFIG_FILE).is_file():
         raise InputError(f"{folder}: has no {BACKBONE_CONFIG_FILE}; give a PaddleNLP model folder or a name")
-    if folder.is_dir():
-        read_json(folder / BACKBONE_CONFIG_FILE)
     try:
-        # The full path, because PaddleNLP takes a relative path like `ernie-1.0` for the name of its own model.
-        config = AutoConfig.from_pretrained(str(folder.resolve() if folder.is_dir() else name_or_path))
+        config = _config_of_folder(folder) if folder.is_dir() else AutoConfig.from_pretrained(str(name_or_path))
+    except InputError:
+        raise
     except Exception as error:  # PaddleNLP raises anything from KeyError to its own classes
         raise (_unreadable(folder, error) if folder.exists() else _not_found(name_or_path)) from None
     model_type = getattr(config, "model_type", None)
@@ -62,6 +62,17 @@ def find_backbone(name_or_path: str | Path) -> Backbone:
             problem = f"has {key} {value!r}, which must be a whole number, {minimum} or more"
             raise InputError(f"{name_or_path}: the config of {model_class.__name__} {problem}")
     return Backbone(str(name_or_path), model_class, config)
+
+
+def _config_of_folder(folder: Path) -> Any:
+    """PaddleNLP's config of a model folder."""
+    content = read_json(folder / BACKBONE_CONFIG_FILE)
+    if (folder / BACKBONE_CONFIG_FILE).read_bytes().startswith(codecs.BOM_UTF8):  # PaddleNLP fails on it
+        with tempfile.TemporaryDirectory() as copy:
+            write_json(Path(copy) / BACKBONE_CONFIG_FILE, content)
+            return AutoConfig.from_pretrained(copy)
+    # The full path, because PaddleNLP takes a relative path like `ernie-1.0` for the name of its own model.
+    return AutoConfig.from_pretrained(str(folder.resolve()))
 
 
 def _unreadable(source: str | Path, error: Exception) -> InputError:
