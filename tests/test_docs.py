@@ -379,9 +379,12 @@ def free_port() -> int:
 @pytest.mark.usefixtures("large_corpus")
 @pytest.mark.parametrize("snippet", [block for _, block in SNIPPETS], ids=[f"{page}" for page, _ in SNIPPETS])
 def test_python_snippets(trained: Path, snippet: str) -> None:
+    (trained / "quoted.csv").write_text('查询\t"论""引号""\n研究,引号"\n', encoding="utf-8")
     done = execute([sys.executable, "-c", snippet], trained)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+    if "csv.reader" in snippet:
+        assert (trained / "plain.csv").read_text(encoding="utf-8") == '查询\t论"引号" 研究,引号\n'
     for k in re.findall(r"search\(.*k=(\d+)\)\nfor row", snippet):
         assert len(done.stdout.splitlines()) == int(k)
 
