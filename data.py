@@ -6,6 +6,7 @@ import mmap
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -376,12 +377,16 @@ class TextTokenizer:
         """Token ids of each text, including [CLS] and [SEP], at most max_seq_length."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
-    def count(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of each uncut text, with [CLS] and [SEP], and how many of them are [UNK]; int64 [N] each."""
+    @cached_property
+    def _uncut_tokenizer(self) -> Tokenizer:
         tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
         tokenizer.no_truncation()
-        token_ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts))]
-        unknown_id = tokenizer.token_to_id(UNK)
+        return tokenizer
+
+    def count(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of each uncut text, with [CLS] and [SEP], and how many of them are [UNK]; int64 [N] each."""
+        token_ids = [encoding.ids for encoding in self._uncut_tokenizer.encode_batch_fast(list(texts))]
+        unknown_id = self._uncut_tokenizer.token_to_id(UNK)
         return np.array([len(ids) for ids in token_ids]), np.array([ids.count(unknown_id) for ids in token_ids])
 
     def lengths(self, token_ids: Sequence[Sequence[int]]) -> list[int]:
