@@ -1,14 +1,16 @@
 """Creating a model, and saving it in and loading it from a checkpoint folder, which describes it completely."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import paddle
+from paddle.base import core
 
 from base_model import ModelConfig, SemanticIndexBase
 from common import __version__
@@ -18,12 +20,15 @@ from common.logs import log
 from common.manifest import check_manifest, read_manifest, write_manifest
 from common.options import DEFAULT_EMBEDDING_SIZE, DEFAULT_MODEL
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer, max_position_tokens
-from modeling.backbone import Backbone, build_backbone, find_backbone, load_tokenizer, pretrained_weights
+from modeling.backbone import NEED_ENCODER, Backbone, build_backbone, find_backbone, load_tokenizer, pretrained_weights
 from modeling.checkpoint_files import WEIGHTS_FILES, check_checkpoint
 from modeling.weight_files import read_weights
 
 DEFAULT_TRAIN_LENGTH = 512  # of train_batch_neg.py; less for a shorter position table
 REPORTED_PARAMETERS = 3  # names in a message
+PROBED_TOKENS = 32
+# On the length of a unit vector's change: rounding makes up 1e-6, 30 tokens of padding that isn't masked 0.006 or more.
+LARGEST_EFFECT_OF_PADDING = 5e-4
 NOT_OF_THE_MODEL = ("_name_or_path", "paddlenlp_version")  # of a backbone's config: don't change the vectors
 
 Model = TypeVar("Model", bound=SemanticIndexBase)
@@ -76,6 +81,7 @@ def create_model(
     _check_vocabulary(tokenizer, backbone)
     if weights_file:
         _set_weights(model, read_weights(weights_file), weights_file, backbone, head_is_optional=True)
+    _check_padding(model, backbone)
     return LoadedModel(model, tokenizer)
 
 
@@ -105,8 +111,9 @@ def load_checkpoint(
     if output_emb_size is not None and output_emb_size != config.output_emb_size:
         problem = f"--output_emb_size {output_emb_size}: {file} has {config.output_emb_size}"
         raise InputError(f"{problem}; leave the option out")
-    model = cls(build_backbone(backbone), config)
+    model = cls(build_backbone(backbone, draw=False), config)
     _set_weights(model, weights, file, backbone, head_is_optional=False)
+    _check_padding(model, backbone)
     model.eval()
     tokenizer = _load_tokenizer(file, source, backbone, max_seq_length, config.max_seq_length)
     _check_vocabulary(tokenizer, backbone)
@@ -244,7 +251,33 @@ def _set_weights(
     if report or head_is_optional:
         log(f"{file}: took {len(fitting)} of {len(parameters)} parameters" + (f" ({report})" if report else ""))
     for name in fitting:
-        parameters[name].set_value(_as_float32(weights[name]))
+        if parameters[name].is_floating_point():
+            parameters[name].set_value(_as_float32(weights[name]))
+        else:  # a buffer, such as ALBERT's position ids
+            parameters[name].set_value(weights[name].astype(parameters[name].numpy().dtype))
+
+
+def _check_padding(model: SemanticIndexBase, backbone: Backbone) -> None:
+    """Raises InputError if padding changes a vector; not if a vector isn't finite, which encoding reports."""
+    config = backbone.config
+    ids = np.full((1, min(PROBED_TOKENS, max_position_tokens(config.to_dict()))), config.pad_token_id)
+    ids[0, :2] = 0 if config.pad_token_id else 1  # any token but [PAD]
+    with _without_tf32():
+        alone, padded = (model.embed(tokens, np.zeros_like(tokens)) for tokens in (ids[:, :2], ids))
+    if np.linalg.norm(alone - padded) > LARGEST_EFFECT_OF_PADDING:
+        name = f"{backbone.source}: {backbone.model_class.__name__}"
+        raise InputError(f"{name} doesn't mask padding, so a text's vector would change with it; {NEED_ENCODER}")
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Inside this block a GPU multiplies in float32: Paddle's default, TF32, rounds to about a thousandth."""
+    is_on = core.get_cublas_switch()
+    core.set_cublas_switch(False)
+    try:
+        yield
+    finally:
+        core.set_cublas_switch(is_on)
 
 
 def _as_float32(array: np.ndarray) -> np.ndarray:
