@@ -44,6 +44,7 @@ NEEDED_OPTIONS = {  # an option -> the option without which it has no effect
     "amp_dtype": "use_amp",
     "amp_loss_scale": "use_amp",
 }
+EVALUATION_OPTIONS = ("similar_text_pair_file", "corpus_file", "recall_result_dir", "recall_result_file", "recall_num")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,7 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
 def add_step_args(parser: argparse.ArgumentParser) -> None:
     """Adds the options of batches, schedule and optimizer."""
     group = parser.add_argument_group("steps")
-    options.add_encoding_args(group, batch="pairs, on each process", length="512, or the size of the position table")
+    length = "that of --init_from_ckpt, else 512, or the size of the position table"
+    options.add_encoding_args(group, batch="pairs, on each process", length=length)
     add = group.add_argument
     add("--epochs", type=positive_int, default=10, help="times that each pair is seen")
     add("--max_steps", type=positive_int, help="number of steps; replaces --epochs")
@@ -143,6 +145,8 @@ def check_options(given: Mapping[str, Any], device: str) -> None:
     for name, other in (("model_name_or_path", "from_scratch"), ("use_gradient_cache", "grad_cache_chunk")):
         if name in given and other in given:
             raise InputError(f"--{name}: --{other} takes its place; leave one of them out")
+    if "evaluate" not in given and (unused := [f"--{name}" for name in EVALUATION_OPTIONS if name in given]):
+        log(f"{', '.join(unused)}: nothing is evaluated without --evaluate")
     if "use_amp" in given and device == "cpu":
         raise InputError("--use_amp: Paddle trains in float32 on a CPU; leave it out, or use --device gpu")
     if "init_from_ckpt" in given:
@@ -174,7 +178,14 @@ def read_evaluation(
 
 
 def describe_run(args: Mapping[str, Any], world_size: int) -> dict[str, Any]:
-    """The run's configuration, saved with checkpoints to find those of the same run. args: all of this script's."""
+    """The run's configuration, saved with checkpoints to find those of the same run. args: all of this script's.
+
+    The model's settings are those that apply, given or not. Raises InputError for a checkpoint that can't be read.
+    """
+    from modeling.model_settings import held_settings
+
+    settings = held_settings(**{name: args[name] for name in STARTING_OPTIONS}).resolve(args)
+    args = {**args, **settings._asdict(), "model_name_or_path": args["model_name_or_path"] or options.DEFAULT_MODEL}
     run_config = {name: args[name] for name in RESUME_CRITICAL_OPTIONS}
     run_config |= {name: args[name] and os.path.normpath(args[name]) for name in STARTING_OPTIONS}
     training_file = args["train_set_file"]
@@ -203,6 +214,8 @@ def prepare_model(model: "SemanticIndexBase", device: str, use_recompute: bool) 
         speed_up_training(model)
     if use_recompute:
         model.ptm.recompute_enable()
+        if not any(getattr(layer, "enable_recompute", False) for layer in model.ptm.sublayers()):
+            log(f"--use_recompute: does nothing, PaddleNLP's {type(model.ptm).__name__} doesn't support it")
 
 
 def report_plan(
@@ -237,6 +250,14 @@ def report_stop(received: int | None, step: int, written: Path | None, resumed: 
     remedy = f"go on with --resume_from {'latest' if written else resumed}"
     log(f"stopped by {number.name} after step {step}{wrote}; {remedy}")
     return 128 + number
+
+
+def describe_end(written: Path | None, resumed: Path | None, has_evaluated: bool) -> str:
+    """What a run that wasn't stopped has done. written: its last checkpoint; resumed: the one that it began with."""
+    if written:
+        return f"wrote {written}"
+    missing = "only its evaluation was missing" if has_evaluated else "nothing to do"
+    return f"{resumed}: training is complete, {missing}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -296,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             wait_for_rank_0(STOP_SECONDS)
             return report_stop(signals.received, last_step, loop.written, start.checkpoint)
     if is_main_process():
-        print(f"wrote {loop.written}" if loop.written else f"{start.checkpoint}: training is complete, nothing to do")
+        print(describe_end(loop.written, start.checkpoint, loop.has_evaluated))
     return 0
 
 

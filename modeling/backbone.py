@@ -12,8 +12,9 @@ from paddle import _C_ops
 
 from common.errors import InputError
 from common.files import read_json
+from common.logs import log
 from common.paddle_setup import defer_paddlenlp
-from data import BACKBONE_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
+from data import BACKBONE_CONFIG_FILE, TOKENIZER_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
 from modeling.checkpoint_files import WEIGHTS_FILES
 
 defer_paddlenlp()
@@ -25,6 +26,7 @@ from paddlenlp.utils.download import resolve_file_path
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
 SMALLEST_NUMBERS = {"max_position_embeddings": 3, "vocab_size": 1, "pad_token_id": 0}  # least values in a config
+CASED_SHARE = 0.1  # of words with capital letters: BERT's cased English vocabulary has a third, uncased ones have none
 NEED_ENCODER = "need an encoder such as ERNIE or BERT"  # the remedy for others
 
 
@@ -140,7 +142,9 @@ def pretrained_weights(backbone: Backbone) -> Path:
 def load_tokenizer(name_or_path: str | Path, max_seq_length: int) -> TextTokenizer:
     """The tokenizer of a folder with a vocab.txt, or of a name, which PaddleNLP may download. Raises InputError."""
     if Path(name_or_path).is_dir():
-        return TextTokenizer.load(name_or_path, max_seq_length)
+        tokenizer = TextTokenizer.load(name_or_path, max_seq_length)
+        _report_tokenizer_config(Path(name_or_path), tokenizer)
+        return tokenizer
     with tempfile.TemporaryDirectory() as folder:
         try:
             AutoTokenizer.from_pretrained(str(name_or_path)).save_pretrained(folder)
@@ -149,3 +153,22 @@ def load_tokenizer(name_or_path: str | Path, max_seq_length: int) -> TextTokeniz
         if not (Path(folder) / VOCABULARY_FILE).is_file():
             raise InputError(f"{name_or_path}: its tokenizer has no {VOCABULARY_FILE}; need a WordPiece tokenizer")
         return TextTokenizer.load(folder, max_seq_length)
+
+
+def _report_tokenizer_config(folder: Path, tokenizer: TextTokenizer) -> None:
+    """Logs settings that TextTokenizer doesn't have, and a vocabulary that seems cased though texts become lower case.
+
+    TextTokenizer has only do_lower_case, by default True.
+    """
+    file = folder / TOKENIZER_CONFIG_FILE
+    config = read_json(file) if file.exists() else {}
+    lower = bool(config.get("do_lower_case", True))
+    fixed = {"strip_accents": lower, "tokenize_chinese_chars": True, "do_basic_tokenize": True}
+    if unused := [f"{name} {config[name]}" for name, value in fixed.items() if config.get(name) not in (None, value)]:
+        log(f"{file}: {', '.join(unused)} can't be followed; the tokens differ from those of the model's own tokenizer")
+    words = [word for word in tokenizer.settings["vocabulary"] if not word.startswith("[")]
+    cased = sum(word != word.lower() for word in words) / max(1, len(words))
+    if "do_lower_case" not in config and cased > CASED_SHARE:
+        problem = f"texts become lower case, but {cased:.0%} of {VOCABULARY_FILE} has capital letters"
+        remedy = 'if the model is cased, write {"do_lower_case": false} into it'
+        log(f"{file}: has no do_lower_case, so {problem}; {remedy}")
