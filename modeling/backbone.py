@@ -26,6 +26,7 @@ from paddlenlp.utils.download import resolve_file_path
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
 SMALLEST_NUMBERS = {"max_position_embeddings": 3, "vocab_size": 1, "pad_token_id": 0}  # least values in a config
+ADDED_TOKENS_FILE = "added_tokens.json"  # Hugging Face's and PaddleNLP's: token -> id
 CASED_SHARE = 0.1  # of words with capital letters: BERT's cased English vocabulary has a third, uncased ones have none
 NEED_ENCODER = "need an encoder such as ERNIE or BERT"  # the remedy for others
 
@@ -156,9 +157,9 @@ def load_tokenizer(name_or_path: str | Path, max_seq_length: int) -> TextTokeniz
 
 
 def _report_tokenizer_config(folder: Path, tokenizer: TextTokenizer) -> None:
-    """Logs settings that TextTokenizer doesn't have, and a vocabulary that seems cased though texts become lower case.
+    """Logs what the tokenizer's files say and TextTokenizer, which only has do_lower_case, doesn't do.
 
-    TextTokenizer has only do_lower_case, by default True.
+    Also a vocabulary that seems cased though texts become lower case, which is the default.
     """
     file = folder / TOKENIZER_CONFIG_FILE
     config = read_json(file) if file.exists() else {}
@@ -166,7 +167,11 @@ def _report_tokenizer_config(folder: Path, tokenizer: TextTokenizer) -> None:
     fixed = {"strip_accents": lower, "tokenize_chinese_chars": True, "do_basic_tokenize": True}
     if unused := [f"{name} {config[name]}" for name, value in fixed.items() if config.get(name) not in (None, value)]:
         log(f"{file}: {', '.join(unused)} can't be followed; the tokens differ from those of the model's own tokenizer")
-    words = [word for word in tokenizer.settings["vocabulary"] if not word.startswith("[")]
+    vocabulary = tokenizer.settings["vocabulary"]
+    added_file = folder / ADDED_TOKENS_FILE
+    if added := set(read_json(added_file) if added_file.is_file() else ()).difference(vocabulary):
+        log(f"{added_file}: isn't used, so {len(added)} tokens are missing, such as {min(added)}")
+    words = [word for word in vocabulary if not word.startswith("[")]
     cased = sum(word != word.lower() for word in words) / max(1, len(words))
     if "do_lower_case" not in config and cased > CASED_SHARE:
         problem = f"texts become lower case, but {cased:.0%} of {VOCABULARY_FILE} has capital letters"

@@ -6,7 +6,7 @@ The names that settings had in version 1 still work; if both names are given in 
 import argparse
 import errno
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,8 +102,9 @@ def read_settings(options: Mapping[str, Any], environ: Mapping[str, str], config
     _report_unknown(environ, config, config_file)
     settings = {}
     for name, setting in SETTINGS.items():
-        given = [options[option] for option in (name, *setting.old_names) if options.get(option) is not None]
-        settings[name] = given[0] if given else _read_setting(name, setting, environ, config, config_file)
+        given = [option for option in (name, *setting.old_names) if options.get(option) is not None]
+        _report_replaced([f"--{option}" for option in given])
+        settings[name] = options[given[0]] if given else _read_setting(name, setting, environ, config, config_file)
     if settings["max_texts"] > settings["max_queued_texts"]:
         raise InputError("--max_queued_texts: is less than --max_texts; raise it")
     return settings
@@ -127,13 +128,21 @@ def _keys(config: Any, depth: int = 5) -> Iterator[str]:
             yield str(name)
 
 
+def _report_replaced(names: Sequence[str]) -> None:
+    """Logs the names after the first one, which takes their place."""
+    for name in names[1:]:
+        log(f"{name}: isn't used, {names[0]} takes its place")
+
+
 def _read_setting(name: str, setting: Setting, environ: Mapping[str, str], config: Any, config_file: Path) -> Any:
     """A setting's value in the environment, else in the config."""
     variables = [_variable(option) for option in (name, *setting.old_names) if environ.get(_variable(option))]
     keys = [key for key in (setting.key, *setting.old_keys) if _look_up(config, key) is not None]
+    _report_replaced(variables)
     if variables:
         source, given = variables[0], environ[variables[0]]
     else:
+        _report_replaced(keys)
         key = keys[0] if keys else setting.key
         source, given = f"{config_file}: {key}", _look_up(config, key)
     if given is None or isinstance(given, (dict, list, bool)):

@@ -371,6 +371,19 @@ def test_a_tokenizer_says_what_it_does_not_follow(
     assert logged.startswith(f"{tmp_path / 'tokenizer_config.json'}: {line}") if line else logged == ""
 
 
+def test_added_tokens_that_are_not_used_are_said(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "rice"]))
+    file = tmp_path / "added_tokens.json"
+    for added, line in (
+        ({"[PAD]": 0}, ""),
+        ({"[PAD]": 0, "<query>": 6, "<title>": 7}, f"{file}: isn't used, so 2 tok"),
+    ):
+        write_json(file, added)
+        load_tokenizer(tmp_path, 8)
+        logged = capsys.readouterr().err
+        assert logged.startswith(line) if line else logged == ""
+
+
 def test_evaluation_says_if_fewer_documents_were_recalled(tmp_path: Path, capsys: Capture) -> None:
     pairs = write_pairs(tmp_path / "dev.csv", PAIRS[:2])
     result = tmp_path / "result.txt"
@@ -411,6 +424,21 @@ def test_settings_that_the_service_does_not_have_are_named(tmp_path: Path, capsy
     environment, file = capsys.readouterr().err.splitlines()
     assert environment == "the environment: no settings of this service: SERVING_THREAD"
     assert file.startswith(f"{config}: no settings of this service: build_dag_each_worker, dag.is_thread_op, dag.self.")
+
+
+def test_a_setting_under_two_names_is_said(tmp_path: Path, capsys: Capture) -> None:
+    config = tmp_path / "config.yml"
+    text = (ROOT / "deploy" / "python" / "config_nlp.yml").read_text()
+    config.write_text(text.replace("  queued_texts: 1024", "  queued_texts: 1024\n  waiting_texts: 600"))
+    environment = {"SERVING_MAX_QUEUE_DELAY_MS": "1", "SERVING_BATCH_WAIT_MS": "2"}
+    for options, expected in (
+        ({}, "SERVING_BATCH_WAIT_MS: isn't used, SERVING_MAX_QUEUE_DELAY_MS takes its place"),
+        ({"max_queue_delay_ms": 3, "batch_wait_ms": 4}, "--batch_wait_ms: isn't used, --max_queue_delay_ms takes its"),
+    ):
+        read_settings(options, environment, config)
+        delay, queue = capsys.readouterr().err.splitlines()
+        assert delay.startswith(expected)
+        assert queue == "limits.waiting_texts: isn't used, limits.queued_texts takes its place"
 
 
 @pytest.mark.parametrize(("model_type", "line"), [("ernie", ""), ("megatronbert", "--use_recompute: does nothing")])
