@@ -7,7 +7,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from common.options import DEFAULT_EMBEDDING_SIZE
+from common.options import DEFAULT_DROPOUT, DEFAULT_EMBEDDING_SIZE, DEFAULT_POOLING
 
 DEFAULT_LENGTH = 64  # of a checkpoint without semantic_index.json: the default of the original's recall and predict
 
@@ -17,8 +17,10 @@ class ModelConfig:
     """What turns a backbone into a semantic indexing model; stored in a checkpoint's semantic_index.json."""
 
     output_emb_size: int = DEFAULT_EMBEDDING_SIZE  # 0: the backbone's hidden size, without a linear reduction
-    pooling: str = "cls"  # "cls": the backbone's pooled output; "mean": the mean of its last layer, without padding
-    dropout: float = 0.1  # of the vector before it is normalized, in training
+    pooling: str = (
+        DEFAULT_POOLING  # "cls": the backbone's pooled output; "mean": the mean of its last layer, without padding
+    )
+    dropout: float = DEFAULT_DROPOUT  # of the vector before it is normalized, in training
     max_seq_length: int = DEFAULT_LENGTH
 
 

@@ -24,7 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the metrics, one per line, and logs the queries that only one of the files has."""
     args = build_parser().parse_args(argv)
     pairs = call(read_text_pairs, args, path=args.similar_text_pair_file)
-    evaluation = evaluate(positives_by_query(pairs), read_hits(args.recall_result_file), args.recall_num)
+    ranking = read_hits(args.recall_result_file)
+    evaluation = evaluate(positives_by_query(pairs), ranking, args.recall_num)
+    longest = max(map(len, ranking.values()))
+    if longest < args.recall_num:
+        log(f"--recall_num {args.recall_num}: {args.recall_result_file} has no more than {longest} documents per query")
     if missing := evaluation.queries_without_results:
         queries = f"{len(missing)} of {evaluation.queries} queries"
         log(f"{args.recall_result_file}: {queries} have no result and count as 0, the first: {missing[0]}")

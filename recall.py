@@ -3,22 +3,22 @@
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ann_util import IndexOptions, add_index_args, check_index_args
-from common.cli import ArgumentParser, positive_int, run, text_argument
+from common.cli import ArgumentParser, given_options, positive_int, run, text_argument
 from common.errors import InputError
-from common.files import is_within, make_folder, prepare_file
+from common.files import is_within, make_folder, prepare_file, read_json, resolve_interrupted_replace
 from common.logs import is_main_process, log
 from common.options import add_encoder_args, add_evaluation_file_args, pick
 from common.paddle_setup import set_up_paddle
 from data import Corpus, parse_text, positives_by_query, read_corpus, read_text_pairs, write_hits
 from modeling.checkpoint_files import check_checkpoint, lowercases
 from retrieval.metrics import report_missing_positives
-from retrieval.saved_index import DocumentIndex, has_index
+from retrieval.saved_index import INDEX_FILE, DocumentIndex, has_index
 
 if TYPE_CHECKING:
     from encoding.encoder import Encoder
@@ -108,14 +108,15 @@ def prepare_outputs(result_dir: str | None, result_file: Path | None, index_dir:
         make_folder(Path(index_dir).absolute().parent)
 
 
-def report_unused_options(index_dir: str, options: IndexOptions, embedding_dir: str | None) -> None:
-    """Logs the given options that have no effect on a saved index."""
-    expected = IndexOptions(target_recall=options.target_recall)
-    if options.target_recall == 0:  # then a saved index is searched with --hnsw_ef, too
-        expected = expected._replace(hnsw_ef=options.hnsw_ef)
-    unused = [f"--{name}" for name, value in options._asdict().items() if value != getattr(expected, name)]
-    if embedding_dir:
-        unused.append("--embedding_dir")
+def report_unused_options(index_dir: str, given: Mapping[str, Any]) -> None:
+    """Logs the given options that have no effect on a saved index. given: option -> value."""
+    file = resolve_interrupted_replace(index_dir) / INDEX_FILE
+    used = {"target_recall"}
+    if given.get("target_recall") == 0:  # then a saved index is searched with --hnsw_ef, too
+        used.add("hnsw_ef")
+    if file.is_file() and read_json(file).get("ann") == given.get("ann"):
+        used.add("ann")
+    unused = [f"--{name}" for name in (*IndexOptions._fields, "embedding_dir") if name in given and name not in used]
     if unused:
         log(f"{index_dir}: is searched as it was built; options of a new index have no effect: {', '.join(unused)}")
 
@@ -145,7 +146,8 @@ def answer(encoder: "Encoder", document_index: DocumentIndex, query: str, recall
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds, loads or changes the index, writes the recall result, and prints the hits of the other queries."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     check_inputs(**pick(args, check_inputs))
     lowercase = lowercases(check_checkpoint(args.params_path).parent, args.model_name_or_path)
     is_saved = args.index_dir is not None and has_index(args.index_dir)
@@ -156,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     positives, corpus, added = read_inputs(**pick(args, read_inputs, lowercase=lowercase))
     options = IndexOptions(**pick(args, IndexOptions))
     if is_saved:
-        report_unused_options(args.index_dir, options, args.embedding_dir)
+        report_unused_options(args.index_dir, given_options(parser, argv))
     else:
         check_index_args(options, len(corpus or ()))
 

@@ -31,9 +31,8 @@ STOP_SECONDS = 25.0  # how long the other ranks wait for rank 0 to save after a 
 RESUME_CRITICAL_OPTIONS = (  # must be unchanged to resume bit for bit
     "batch_size", "gradient_accumulation_steps", "epochs", "max_steps", "learning_rate", "warmup_proportion",
     "weight_decay", "max_grad_norm", "margin", "scale", "no_false_negative_mask", "symmetric_pairs", "label_column",
-    "no_cross_device_negatives",
-    "grad_cache_chunk", "use_gradient_cache", "chunk_numbers", "group_by_length", "use_amp", "amp_dtype",
-    "output_emb_size", "pooling", "dropout", "max_seq_length", "seed", "skip_bad_lines",
+    "no_cross_device_negatives", "grad_cache_chunk", "use_gradient_cache", "chunk_numbers", "group_by_length",
+    "use_amp", "amp_dtype", "output_emb_size", "pooling", "dropout", "max_seq_length", "seed", "skip_bad_lines",
 )
 # fmt: on
 STARTING_OPTIONS = ("model_name_or_path", "from_scratch", "init_from_ckpt")  # the initial weights; unchanged as well
@@ -44,6 +43,12 @@ NEEDED_OPTIONS = {  # an option -> the option without which it has no effect
     "chunk_numbers": "use_gradient_cache",
     "amp_dtype": "use_amp",
     "amp_loss_scale": "use_amp",
+}
+EVALUATION_OPTIONS = ("similar_text_pair_file", "corpus_file", "recall_result_dir", "recall_result_file", "recall_num")
+REPLACED_OPTIONS = {  # an option -> the one that takes its place
+    "model_name_or_path": "from_scratch",
+    "use_gradient_cache": "grad_cache_chunk",
+    "symmetric_pairs": "no_false_negative_mask",
 }
 
 
@@ -66,7 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
 def add_step_args(parser: argparse.ArgumentParser) -> None:
     """Adds the options of batches, schedule and optimizer."""
     group = parser.add_argument_group("steps")
-    options.add_encoding_args(group, batch="pairs, on each process", length="512, or the size of the position table")
+    length = "that of --init_from_ckpt, else 512, or the size of the position table"
+    options.add_encoding_args(group, batch="pairs, on each process", length=length)
     add = group.add_argument
     add("--epochs", type=positive_int, default=10, help="times that each pair is seen")
     add("--max_steps", type=positive_int, help="number of steps; replaces --epochs")
@@ -139,19 +145,26 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
     add("--recall_num", type=positive_int, default=50, help="documents recalled per query")
 
 
+def report_unused_options(given: Mapping[str, Any]) -> None:
+    """Logs options without effect that older commands may have. given: those whose values differ from the defaults."""
+    if "evaluate" not in given and (unused := [f"--{name}" for name in EVALUATION_OPTIONS if name in given]):
+        log(f"{', '.join(unused)}: nothing is evaluated without --evaluate")
+    if "epochs" in given and "max_steps" in given:
+        log(f"--epochs {given['epochs']}: --max_steps {given['max_steps']} takes its place")
+
+
 def check_options(given: Mapping[str, Any], device: str) -> None:
     """Raises InputError for options without effect, and for a device or folders that can't be used.
 
     given: the options whose values differ from the defaults.
     """
+    report_unused_options(given)
     for name, needed in NEEDED_OPTIONS.items():
         if name in given and needed not in given:
             raise InputError(f"--{name}: does nothing without --{needed}; add that, or leave it out")
-    for name, other in (("model_name_or_path", "from_scratch"), ("use_gradient_cache", "grad_cache_chunk")):
+    for name, other in REPLACED_OPTIONS.items():
         if name in given and other in given:
             raise InputError(f"--{name}: --{other} takes its place; leave one of them out")
-    if "symmetric_pairs" in given and "no_false_negative_mask" in given:
-        raise InputError("--symmetric_pairs: --no_false_negative_mask turns it off; leave one of them out")
     if "use_amp" in given and device == "cpu":
         raise InputError("--use_amp: Paddle trains in float32 on a CPU; leave it out, or use --device gpu")
     if "init_from_ckpt" in given:
@@ -192,7 +205,14 @@ def read_evaluation(
 
 
 def describe_run(args: Mapping[str, Any], world_size: int) -> dict[str, Any]:
-    """The run's configuration, saved with checkpoints to find those of the same run. args: all of this script's."""
+    """The run's configuration, saved with checkpoints to find those of the same run. args: all of this script's.
+
+    The model's settings are those that apply, given or not. Raises InputError for a checkpoint that can't be read.
+    """
+    from modeling.model_settings import held_settings
+
+    settings = held_settings(**{name: args[name] for name in STARTING_OPTIONS}).resolve(args)
+    args = {**args, **settings._asdict(), "model_name_or_path": args["model_name_or_path"] or options.DEFAULT_MODEL}
     run_config = {name: args[name] for name in RESUME_CRITICAL_OPTIONS}
     run_config |= {name: args[name] and os.path.normpath(args[name]) for name in STARTING_OPTIONS}
     training_file = args["train_set_file"]
@@ -221,6 +241,8 @@ def prepare_model(model: "SemanticIndexBase", device: str, use_recompute: bool) 
         speed_up_training(model)
     if use_recompute:
         model.ptm.recompute_enable()
+        if not any(getattr(layer, "enable_recompute", False) for layer in model.ptm.sublayers()):
+            log(f"--use_recompute: does nothing, PaddleNLP's {type(model.ptm).__name__} doesn't support it")
 
 
 def report_texts(
@@ -301,6 +323,14 @@ def report_stop(received: int | None, step: int, written: Path | None, resumed: 
     return 128 + number
 
 
+def describe_end(written: Path | None, resumed: Path | None, has_evaluated: bool) -> str:
+    """What a run that wasn't stopped has done. written: its last checkpoint; resumed: the one that it began with."""
+    if written:
+        return f"wrote {written}"
+    missing = "only its evaluation was missing" if has_evaluated else "nothing to do"
+    return f"{resumed}: training is complete, {missing}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the training, and returns 0, or 128 + the signal that stopped it."""
     parser = build_parser()
@@ -358,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             wait_for_rank_0(STOP_SECONDS)
             return report_stop(signals.received, last_step, loop.written, start.checkpoint)
     if is_main_process():
-        print(f"wrote {loop.written}" if loop.written else f"{start.checkpoint}: training is complete, nothing to do")
+        print(describe_end(loop.written, start.checkpoint, loop.has_evaluated))
     return 0
 
 

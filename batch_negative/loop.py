@@ -47,6 +47,7 @@ class TrainingLoop:
     keep_checkpoints: int | None = None
     early_stop_patience: int | None = None
     written: Path | None = field(default=None, init=False)  # the newest checkpoint that this process has written
+    has_evaluated: bool = field(default=False, init=False)  # whether an evaluation has been made
     is_stopped: bool = field(default=False, init=False)  # by a signal that any rank has received
     _saved_step: int | None = field(default=None, init=False)  # the newest step whose checkpoint is in save_dir
 
@@ -67,6 +68,9 @@ class TrainingLoop:
                 self.log.close()
 
     def _run(self, completed: int, signals: StopSignals) -> int:
+        is_complete = completed == self.schedule.total_steps
+        if is_complete and self.evaluator and self.evaluator.last_step != completed:
+            self._save(completed)  # in another save_dir nothing else would keep the evaluation
         if completed and self._evaluation_ends_training(completed, signals):
             return completed
         for planned in self.schedule.steps(completed):
@@ -103,6 +107,7 @@ class TrainingLoop:
                 self.is_stopped = True
                 return True
             evaluator.record(evaluation, step, epoch)
+            self.has_evaluated = True
             if self.log:
                 self.log.evaluation(evaluation, step)
             self._keep_evaluation(evaluator, step, epoch)

@@ -17,6 +17,7 @@ from common.logs import log
 from common.manifest import MANIFEST_FILE, check_manifest
 from modeling.checkpoint import LoadedModel, create_model, load_checkpoint
 from modeling.checkpoint_files import TRAINING_PREFIX, find_checkpoint_folder, step_folder, step_folders
+from modeling.model_settings import read_model_config
 from modeling.weight_files import read_weights, write_safetensors
 
 STATE_FILE = TRAINING_PREFIX + "state.json"
@@ -159,9 +160,12 @@ def resume_mismatch(folder: Path, saved: Mapping[str, Any], run_config: Mapping[
         if name not in saved:
             remedy = f"if it is this training's, give --resume_from {folder}"
             return f"{folder}: doesn't tell its {name}, since an older version wrote it; {remedy}"
-        if saved[name] != value:
+        trained = saved[name]
+        if name == "max_seq_length" and trained is None and value is not None:
+            trained = read_model_config(folder).max_seq_length  # None: the option wasn't given
+        if trained != value:
             remedy = "go on with the same, or take its weights alone with --init_from_ckpt into another --save_dir"
-            return f"{folder}: was trained with {name} {saved[name]}, not {value}; {remedy}"
+            return f"{folder}: was trained with {name} {trained}, not {value}; {remedy}"
     return None
 
 

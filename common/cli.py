@@ -7,8 +7,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from common import __version__
 from common.errors import InputError
@@ -37,6 +37,13 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints the message on stderr and exits with code 2."""
         self.exit(INPUT_ERROR_EXIT_CODE, f"error: {message} (try {self.prog} --help)\n")
+
+
+def given_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Name -> value of the options that the command line gives, even those whose values are the defaults."""
+    names = [action.dest for action in parser._actions]
+    values = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names))))
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def number_in_range(

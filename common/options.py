@@ -9,6 +9,8 @@ from common.cli import number_in_range, positive_int, proportion
 
 DEFAULT_MODEL = "ernie-1.0"
 DEFAULT_EMBEDDING_SIZE = 256
+DEFAULT_POOLING = "cls"
+DEFAULT_DROPOUT = 0.1
 ENGINES = ("auto", "dygraph", "static")
 STATIC_FROM_TEXTS = 2000  # compiling takes seconds, which pay off from about this many texts on
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -51,22 +53,28 @@ def add_checkpoint_args(parser: argparse.ArgumentParser, params_path: str | None
     size_help = "length of a vector (default: the checkpoint's; another value is an error)"
     parser.add_argument("--output_emb_size", type=number_in_range(0), help=size_help)
     backbone_help = "backbone of a checkpoint without a config.json, such as those of the original scripts"
-    parser.add_argument("--model_name_or_path", default=DEFAULT_MODEL, help=backbone_help)
+    parser.add_argument("--model_name_or_path", help=f"{backbone_help} (default: {DEFAULT_MODEL})")
 
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:
     """Adds the options of training that describe the model."""
     add = parser.add_argument_group("model").add_argument
     backbone_help = "pretrained PaddleNLP encoder: a name, or a folder with config, vocabulary and weights"
-    add("--model_name_or_path", default=DEFAULT_MODEL, help=backbone_help)
+    add("--model_name_or_path", help=f"{backbone_help} (default: {DEFAULT_MODEL})")
     scratch_help = "start from random weights; FOLDER has a config.json and a vocab.txt"
     add("--from_scratch", metavar="FOLDER", help=scratch_help)
-    add("--init_from_ckpt", help="start from the weights of this checkpoint (folder or .pdparams)")
+    add("--init_from_ckpt", help="start from the weights and settings of this checkpoint (folder or .pdparams)")
     size_help = "length of a vector; 0 keeps the backbone's hidden size, without a linear reduction"
-    add("--output_emb_size", type=number_in_range(0), default=DEFAULT_EMBEDDING_SIZE, help=size_help)
+    add("--output_emb_size", type=number_in_range(0), help=f"{size_help} {default_help(DEFAULT_EMBEDDING_SIZE)}")
     pooling_help = "cls: the pooled output; mean: the mean over tokens, which learns faster from scratch"
-    add("--pooling", choices=["cls", "mean"], default="cls", help=pooling_help)
-    add("--dropout", type=proportion, default=0.1, help="dropout of the vector")
+    add("--pooling", choices=["cls", "mean"], help=f"{pooling_help} {default_help(DEFAULT_POOLING)}")
+    dropout_help = "dropout of the vector; the backbone's own is in its config.json"
+    add("--dropout", type=proportion, help=f"{dropout_help} {default_help(DEFAULT_DROPOUT)}")
+
+
+def default_help(value: Any) -> str:
+    """The end of the help of a setting that `--init_from_ckpt` may hold. value: the default of a new model."""
+    return f"(default: that of --init_from_ckpt, else {value})"
 
 
 def add_encoding_args(

@@ -18,7 +18,7 @@ from common.errors import InputError
 from common.files import atomic_folder
 from common.logs import log, progress_bar
 from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
-from common.options import DEFAULT_MODEL, STATIC_FROM_TEXTS
+from common.options import STATIC_FROM_TEXTS
 from data import Embed, TextTokenizer, encode_texts
 from encoding.static_graph import StaticEncoder, export_static
 from modeling.checkpoint import load_checkpoint
@@ -54,7 +54,7 @@ def load_encoder(
     text_count: int = 0,
     engine: str = "auto",
     precision: str = "fp32",
-    model_name_or_path: str = DEFAULT_MODEL,
+    model_name_or_path: str | None = None,
     output_emb_size: int | None = None,
     max_seq_length: int | None = None,
 ) -> Encoder:

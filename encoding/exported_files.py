@@ -4,8 +4,9 @@ from pathlib import Path
 
 from common.errors import InputError
 from common.files import read_json, resolve_interrupted_replace
+from common.logs import log
 from common.manifest import MANIFEST_FILE, check_manifest
-from data import BACKBONE_CONFIG_FILE, max_position_tokens
+from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, max_position_tokens
 
 GRAPH_NAME = "inference.get_pooled_embedding"  # file name without suffix, as in the original
 GRAPH_SUFFIXES = (".json", ".pdmodel")  # of Paddle 3, of Paddle 2
@@ -48,3 +49,17 @@ def check_exported(model_dir: str | Path, max_seq_length: int | None = None) -> 
         limit = f"the position table of {folder} has {longest} rows"
         raise InputError(f"--max_seq_length {max_seq_length}: {limit}; use at most that many tokens")
     return folder
+
+
+def exported_length(model_dir: str | Path, max_seq_length: int | None = None) -> int:
+    """The tokens to which texts are cut: max_seq_length or, if it is None, those of the exported model.
+
+    Logs a max_seq_length that differs. Raises InputError if the folder's semantic_index.json can't be used.
+    """
+    file = Path(model_dir) / MODEL_CONFIG_FILE
+    exported = read_json(file).get("max_seq_length")
+    if not isinstance(exported, int):
+        raise InputError(f"{file}: has no max_seq_length; {EXPORT_AGAIN}")
+    if max_seq_length and max_seq_length != exported:
+        log(f"--max_seq_length {max_seq_length}: {model_dir} was exported with {exported}")
+    return max_seq_length or exported

@@ -18,9 +18,16 @@ from paddle.static import InputSpec
 from common.cpu import cpu_threads, release_freed_memory
 from common.device import check_precision
 from common.errors import InputError
-from common.files import read_json
-from data import MODEL_CONFIG_FILE, TextTokenizer
-from encoding.exported_files import GRAPH_NAME, GRAPH_SUFFIXES, INPUT_NAMES, WEIGHTS_SUFFIX, check_exported, graph_file
+from data import TextTokenizer
+from encoding.exported_files import (
+    GRAPH_NAME,
+    GRAPH_SUFFIXES,
+    INPUT_NAMES,
+    WEIGHTS_SUFFIX,
+    check_exported,
+    exported_length,
+    graph_file,
+)
 
 SHAPES_KEPT = 64  # shapes of batches in oneDNN's cache
 # Left out on a GPU: if a batch has as many texts as tokens, their kernel (multihead_matmul_kernel.cu of Paddle 3.3)
@@ -198,7 +205,7 @@ class StaticEncoder:
         try:
             self._predictor = inference.create_predictor(config)
         except RuntimeError as error:  # for example if a full disk cut the file short, which Paddle doesn't report
-            reason = str(error).strip().splitlines()[0]
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             remedy = "; see whether the disk is full, and write it again" if device == "cpu" else ""
             raise InputError(f"{folder}: Paddle can't load the graph ({reason}){remedy}") from None
         self._inputs = [self._predictor.get_input_handle(name) for name in INPUT_NAMES]
@@ -236,10 +243,11 @@ def load_exported(
     """Loads an exported folder. device, precision, threads, onednn: as for StaticEncoder.
 
     tensorrt_batch_size: runs the graph in TensorRT, on at most this many texts at a time, all padded to max_seq_length.
-    max_seq_length: replaces the exported one. Raises InputError, also if a file differs from the manifest.
+    max_seq_length: replaces the exported one, which is logged. Raises InputError, also if a file differs from the
+    manifest.
     """
     folder = check_exported(model_dir, max_seq_length)
-    length = max_seq_length or read_json(folder / MODEL_CONFIG_FILE)["max_seq_length"]
+    length = exported_length(folder, max_seq_length)
     tokenizer = TextTokenizer.load(folder, length)
     load = partial(StaticEncoder, device=device, precision=precision, threads=threads, onednn=onednn)
     if not tensorrt_batch_size:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import paddle
-from paddle.base import core
+from paddle import _C_ops
 
 from common.errors import InputError
 from common.files import read_json, write_json
+from common.logs import log
 from common.paddle_setup import defer_paddlenlp
-from data import BACKBONE_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
+from data import BACKBONE_CONFIG_FILE, TOKENIZER_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
 from modeling.checkpoint_files import WEIGHTS_FILES
 
 defer_paddlenlp()
@@ -26,8 +27,9 @@ from paddlenlp.utils.download import resolve_file_path
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
 SMALLEST_NUMBERS = {"max_position_embeddings": 3, "vocab_size": 1, "pad_token_id": 0}  # least values in a config
-# On a component of the last layer's output: rounding changes it by 1e-5, padding that isn't masked by 0.002.
-LARGEST_EFFECT_OF_PADDING = 1e-3
+ADDED_TOKENS_FILE = "added_tokens.json"  # Hugging Face's and PaddleNLP's: token -> id
+CASED_SHARE = 0.1  # of words with capital letters: BERT's cased English vocabulary has a third, uncased ones have none
+NEED_ENCODER = "need an encoder such as ERNIE or BERT"  # the remedy for others
 
 
 class Backbone(NamedTuple):
@@ -87,46 +89,47 @@ def _not_found(name: str | Path) -> InputError:
     return InputError(f"{name}: is no folder here, and can't be downloaded; {remedy}")
 
 
-def build_backbone(backbone: Backbone) -> PretrainedModel:
-    """The encoder with random weights, in training mode.
+def build_backbone(backbone: Backbone, *, draw: bool = True) -> PretrainedModel:
+    """The encoder with random weights, in training mode; draw: False leaves them 0, to be replaced by loaded ones.
 
-    Raises InputError if it can't be built, has other inputs or outputs than ERNIE and BERT, or doesn't mask padding.
+    Raises InputError if it can't be built, or has other inputs or outputs than ERNIE and BERT.
     """
     try:
-        ptm = backbone.model_class(backbone.config)
+        with contextlib.nullcontext() if draw else _without_drawing():
+            ptm = backbone.model_class(backbone.config)
     except Exception as error:
         raise _unreadable(backbone.source, error) from None
     name = f"{backbone.source}: {backbone.model_class.__name__}"
-    remedy = "need an encoder such as ERNIE or BERT"
     if not {"input_ids", "token_type_ids"} <= set(inspect.signature(ptm.forward).parameters):
-        raise InputError(f"{name} doesn't take input_ids and token_type_ids; {remedy}")
+        raise InputError(f"{name} doesn't take input_ids and token_type_ids; {NEED_ENCODER}")
     ptm.eval()
-    config = backbone.config
-    padded = paddle.full([1, 3], 0 if config.pad_token_id else 1, "int64")  # any token but [PAD]
-    padded[0, 2] = config.pad_token_id
-    with paddle.no_grad(), _without_tf32():
+    ids = paddle.full([1, 3], 0 if backbone.config.pad_token_id else 1, "int64")  # any token but [PAD]
+    with paddle.no_grad():
         try:
-            short_outputs, outputs = [list(ptm(ids, paddle.zeros_like(ids))) for ids in (padded[:, :2], padded)]
-            shapes = [tuple(output.shape) for output in outputs]
+            shapes = [tuple(output.shape) for output in ptm(ids, paddle.zeros_like(ids))]
         except Exception:
             shapes = []
-    if shapes != [(1, 3, config.hidden_size), (1, config.hidden_size)]:
-        raise InputError(f"{name} doesn't return (sequence, pooled); {remedy}")
-    if not (short_outputs[0] - outputs[0][:, :2]).abs().max() < LARGEST_EFFECT_OF_PADDING:  # NaN too
-        raise InputError(f"{name} doesn't mask padding, so a text's vector would change with it; {remedy}")
+    if shapes != [(1, 3, backbone.config.hidden_size), (1, backbone.config.hidden_size)]:
+        raise InputError(f"{name} doesn't return (sequence, pooled); {NEED_ENCODER}")
     ptm.train()
     return ptm
 
 
 @contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Inside this block a GPU multiplies in float32: Paddle's default, TF32, rounds to about a thousandth."""
-    is_on = core.get_cublas_switch()
-    core.set_cublas_switch(False)
+def _without_drawing() -> Iterator[None]:
+    """Inside this block, what Paddle's layers draw is 0.
+
+    Base ERNIE draws its 100 million weights twice, in Paddle's layers and in PaddleNLP's `init_weights`, which takes
+    4 s. PaddleNLP's `no_init_weights` would also leave out what `init_weights` sets besides: epsilon of the layer norm.
+    """
+    drawing = {name: getattr(_C_ops, name) for name in ("gaussian", "truncated_gaussian_random", "uniform")}
     try:
+        for name in drawing:
+            setattr(_C_ops, name, lambda shape, *_, **__: paddle.zeros(shape))
         yield
     finally:
-        core.set_cublas_switch(is_on)
+        for name, operator in drawing.items():
+            setattr(_C_ops, name, operator)
 
 
 def pretrained_weights(backbone: Backbone) -> Path:
@@ -151,7 +154,9 @@ def pretrained_weights(backbone: Backbone) -> Path:
 def load_tokenizer(name_or_path: str | Path, max_seq_length: int) -> TextTokenizer:
     """The tokenizer of a folder with a vocab.txt, or of a name, which PaddleNLP may download. Raises InputError."""
     if Path(name_or_path).is_dir():
-        return TextTokenizer.load(name_or_path, max_seq_length)
+        tokenizer = TextTokenizer.load(name_or_path, max_seq_length)
+        _report_tokenizer_config(Path(name_or_path), tokenizer)
+        return tokenizer
     with tempfile.TemporaryDirectory() as folder:
         try:
             AutoTokenizer.from_pretrained(str(name_or_path)).save_pretrained(folder)
@@ -160,3 +165,26 @@ def load_tokenizer(name_or_path: str | Path, max_seq_length: int) -> TextTokeniz
         if not (Path(folder) / VOCABULARY_FILE).is_file():
             raise InputError(f"{name_or_path}: its tokenizer has no {VOCABULARY_FILE}; need a WordPiece tokenizer")
         return TextTokenizer.load(folder, max_seq_length)
+
+
+def _report_tokenizer_config(folder: Path, tokenizer: TextTokenizer) -> None:
+    """Logs what the tokenizer's files say and TextTokenizer, which only has do_lower_case, doesn't do.
+
+    Also a vocabulary that seems cased though texts become lower case, which is the default.
+    """
+    file = folder / TOKENIZER_CONFIG_FILE
+    config = read_json(file) if file.exists() else {}
+    lower = bool(config.get("do_lower_case", True))
+    fixed = {"strip_accents": lower, "tokenize_chinese_chars": True, "do_basic_tokenize": True}
+    if unused := [f"{name} {config[name]}" for name, value in fixed.items() if config.get(name) not in (None, value)]:
+        log(f"{file}: {', '.join(unused)} can't be followed; the tokens differ from those of the model's own tokenizer")
+    vocabulary = tokenizer.settings["vocabulary"]
+    added_file = folder / ADDED_TOKENS_FILE
+    if added := set(read_json(added_file) if added_file.is_file() else ()).difference(vocabulary):
+        log(f"{added_file}: isn't used, so {len(added)} tokens are missing, such as {min(added)}")
+    words = [word for word in vocabulary if not word.startswith("[")]
+    cased = sum(word != word.lower() for word in words) / max(1, len(words))
+    if "do_lower_case" not in config and cased > CASED_SHARE:
+        problem = f"texts become lower case, but {cased:.0%} of {VOCABULARY_FILE} has capital letters"
+        remedy = 'if the model is cased, write {"do_lower_case": false} into it'
+        log(f"{file}: has no do_lower_case, so {problem}; {remedy}")

@@ -1,30 +1,45 @@
 """Creating a model, and saving it in and loading it from a checkpoint folder, which describes it completely."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import paddle
+from paddle.base import core
 
 from base_model import ModelConfig, SemanticIndexBase
 from common import __version__
 from common.errors import InputError
-from common.files import atomic_folder, read_json, write_json
+from common.files import atomic_folder, write_json
 from common.logs import log
 from common.manifest import check_manifest, read_manifest, write_manifest
-from common.options import DEFAULT_EMBEDDING_SIZE, DEFAULT_MODEL
+from common.options import DEFAULT_MODEL
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer, max_position_tokens
-from modeling.backbone import Backbone, build_backbone, find_backbone, load_tokenizer, pretrained_weights
+from modeling.backbone import NEED_ENCODER, Backbone, build_backbone, find_backbone, load_tokenizer, pretrained_weights
 from modeling.checkpoint_files import WEIGHTS_FILES, check_checkpoint
+from modeling.model_settings import (
+    NOT_OF_THE_MODEL,
+    ModelSettings,
+    held_settings,
+    read_model_config,
+    reduced_size,
+    report_assumed,
+    report_backbone_dropout,
+    report_difference,
+    report_scratch_folder,
+)
 from modeling.weight_files import read_weights
 
 DEFAULT_TRAIN_LENGTH = 512  # of train_batch_neg.py; less for a shorter position table
 REPORTED_PARAMETERS = 3  # names in a message
-NOT_OF_THE_MODEL = ("_name_or_path", "paddlenlp_version")  # of a backbone's config: don't change the vectors
+PROBED_TOKENS = 32
+# On the length of a unit vector's change: rounding makes up 1e-6, 30 tokens of padding that isn't masked 0.006 or more.
+LARGEST_EFFECT_OF_PADDING = 5e-4
 
 Model = TypeVar("Model", bound=SemanticIndexBase)
 
@@ -48,34 +63,41 @@ class LoadedCheckpoint(NamedTuple):
 def create_model(
     cls: type[Model],
     *,
-    model_name_or_path: str = DEFAULT_MODEL,
+    model_name_or_path: str | None = None,
     from_scratch: str | None = None,
     init_from_ckpt: str | None = None,
-    output_emb_size: int = DEFAULT_EMBEDDING_SIZE,
-    pooling: str = "cls",
-    dropout: float = 0.1,
+    output_emb_size: int | None = None,
+    pooling: str | None = None,
+    dropout: float | None = None,
     max_seq_length: int | None = None,
 ) -> LoadedModel:
-    """The model that a training starts from, in training mode.
+    """The model that a training starts from, in training mode. The arguments are options of train_batch_neg.py.
 
     Its weights are those of `init_from_ckpt` if given, else random with `from_scratch`, else pretrained; the linear
-    reduction's are random unless the file has them in the right shape. max_seq_length: by default 512, or the size of
-    the position table if that is less. Raises InputError.
+    reduction's are random unless the file has them in the right shape. A setting that is None is the checkpoint's; if
+    it has none, the default of ModelSettings. Logs what is given and differs, and what is assumed. Raises InputError.
     """
+    values = zip(ModelSettings._fields, (output_emb_size, pooling, dropout, max_seq_length), strict=True)
+    given = {name: value for name, value in values if value is not None}
+    held = held_settings(init_from_ckpt, from_scratch, model_name_or_path)
+    settings = held.resolve(given)
     checkpoint = check_checkpoint(init_from_ckpt) if init_from_ckpt else None
     if checkpoint:
         _check_weights_file(checkpoint)
-    source = from_scratch or model_name_or_path
-    if checkpoint and not from_scratch and (checkpoint.parent / BACKBONE_CONFIG_FILE).is_file():
-        source = str(checkpoint.parent)
-    backbone = find_backbone(source)
-    tokenizer = _load_tokenizer(checkpoint, source, backbone, max_seq_length, DEFAULT_TRAIN_LENGTH)
-    config = ModelConfig(output_emb_size, pooling, dropout, tokenizer.max_seq_length)
+    backbone = find_backbone(from_scratch) if from_scratch else _find_backbone(checkpoint, model_name_or_path)
+    default_length = settings.max_seq_length or DEFAULT_TRAIN_LENGTH
+    tokenizer = _load_tokenizer(checkpoint, backbone, max_seq_length, default_length)
+    settings = settings._replace(max_seq_length=tokenizer.max_seq_length)
+    held.report(given, settings, from_scratch or model_name_or_path)
+    if from_scratch:
+        report_scratch_folder(Path(from_scratch), checkpoint and checkpoint.parent, backbone, tokenizer, settings)
+    report_backbone_dropout(dropout, backbone)
     weights_file = checkpoint or (None if from_scratch else pretrained_weights(backbone))
-    model = cls(build_backbone(backbone), config)
+    model = cls(build_backbone(backbone), ModelConfig(**settings._asdict()))
     _check_vocabulary(tokenizer, backbone)
     if weights_file:
         _set_weights(model, read_weights(weights_file), weights_file, backbone, head_is_optional=True)
+    _check_padding(model, backbone)
     return LoadedModel(model, tokenizer)
 
 
@@ -83,33 +105,39 @@ def load_checkpoint(
     params_path: str | Path,
     cls: type[Model] = SemanticIndexBase,
     *,
-    model_name_or_path: str = DEFAULT_MODEL,
+    model_name_or_path: str | None = None,
     output_emb_size: int | None = None,
     max_seq_length: int | None = None,
 ) -> LoadedCheckpoint:
     """A trained model, in evaluation mode.
 
     params_path: the checkpoint's folder, or the weights file in it. A checkpoint of the original scripts has no
-    configs: its backbone is `model_name_or_path`, and its embedding size is read from the weights. output_emb_size, if
-    given, must be the checkpoint's; max_seq_length replaces the checkpoint's. Raises InputError.
+    configs: its backbone is `model_name_or_path`, its embedding size is read from the weights, and what else is assumed
+    is logged. output_emb_size, if given, must be the checkpoint's; max_seq_length replaces the checkpoint's, which is
+    logged. Raises InputError.
     """
     file = check_checkpoint(params_path)
-    source = file.parent if (file.parent / BACKBONE_CONFIG_FILE).is_file() else model_name_or_path
-    backbone = find_backbone(source)
+    backbone = _find_backbone(file, model_name_or_path)
     try:
         weights = read_weights(file)
     except InputError:
         _check_weights_file(file)  # says more about a damaged file
         raise
-    config = _read_model_config(file, weights)
+    has_config = (file.parent / MODEL_CONFIG_FILE).is_file()
+    config = read_model_config(file.parent) if has_config else ModelConfig(output_emb_size=reduced_size(weights))
     if output_emb_size is not None and output_emb_size != config.output_emb_size:
         problem = f"--output_emb_size {output_emb_size}: {file} has {config.output_emb_size}"
         raise InputError(f"{problem}; leave the option out")
-    model = cls(build_backbone(backbone), config)
+    model = cls(build_backbone(backbone, draw=False), config)
     _set_weights(model, weights, file, backbone, head_is_optional=False)
+    _check_padding(model, backbone)
     model.eval()
-    tokenizer = _load_tokenizer(file, source, backbone, max_seq_length, config.max_seq_length)
+    tokenizer = _load_tokenizer(file, backbone, max_seq_length, config.max_seq_length)
     _check_vocabulary(tokenizer, backbone)
+    if has_config:
+        report_difference("max_seq_length", tokenizer.max_seq_length, file.parent, config.max_seq_length)
+    assumed = {"pooling": config.pooling, "max_seq_length": None if max_seq_length else tokenizer.max_seq_length}
+    report_assumed(file, assumed, model_name_or_path)
     fingerprint = model_fingerprint(model, tokenizer)
     # The fingerprint covers the weights, so the file needs hashing only if it differs, as with another max_seq_length.
     if fingerprint != read_manifest(file.parent).get("fingerprint"):
@@ -172,27 +200,23 @@ def _check_weights_file(file: Path) -> None:
     check_manifest(file.parent, only=lambda name: name == file.name)
 
 
-def _read_model_config(file: Path, weights: Mapping[str, np.ndarray]) -> ModelConfig:
-    """The ModelConfig beside a weights file; without one, the defaults with the weights' embedding size."""
-    config_file = file.parent / MODEL_CONFIG_FILE
-    if not config_file.is_file():
-        reduction = weights.get("emb_reduce_linear.weight")
-        return ModelConfig(output_emb_size=0 if reduction is None else int(reduction.shape[-1]))
-    content = read_json(config_file)
-    try:
-        size, length = int(content["output_emb_size"]), int(content["max_seq_length"])
-        config = ModelConfig(size, str(content["pooling"]), float(content["dropout"]), length)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{config_file}: isn't a model config (see {error})") from None
-    if config.pooling not in ("cls", "mean") or size < 0 or length < 3 or not 0 <= config.dropout < 1:
-        raise InputError(f"{config_file}: has a value out of range")
-    return config
+def _find_backbone(file: Path | None, model_name_or_path: str | None) -> Backbone:
+    """The backbone in the folder of `file`, a weights file, if that has a config, else the given or default one."""
+    if file and (file.parent / BACKBONE_CONFIG_FILE).is_file():
+        if model_name_or_path:
+            log(f"--model_name_or_path {model_name_or_path}: isn't used, {file.parent} has its own config.json")
+        return find_backbone(file.parent)
+    name = model_name_or_path or DEFAULT_MODEL
+    backbone = find_backbone(name)
+    if Path(name).is_dir() and name in backbone.model_class.pretrained_init_configuration:
+        log(f"{name}: using the folder of that name here, not PaddleNLP's model")
+    return backbone
 
 
 def _load_tokenizer(
-    file: Path | None, source: str | Path, backbone: Backbone, max_seq_length: int | None, default_length: int
+    file: Path | None, backbone: Backbone, max_seq_length: int | None, default_length: int
 ) -> TextTokenizer:
-    """The tokenizer in the folder of `file` if that has a vocabulary, else that of `source`.
+    """The tokenizer in the folder of `file` if that has a vocabulary, else the backbone's.
 
     Texts are cut at max_seq_length or, if it is None, at default_length or a shorter position table. Raises InputError,
     also if max_seq_length exceeds the position table.
@@ -201,8 +225,8 @@ def _load_tokenizer(
     if max_seq_length and max_seq_length > longest:
         limit = f"the position table of {backbone.source} has {longest} rows"
         raise InputError(f"--max_seq_length {max_seq_length}: {limit}; use at most that many tokens")
-    if file and (file.parent / VOCABULARY_FILE).is_file():
-        source = file.parent
+    has_vocabulary = file and (file.parent / VOCABULARY_FILE).is_file()
+    source = file.parent if file and has_vocabulary else backbone.source
     return load_tokenizer(source, max_seq_length or min(default_length, longest))
 
 
@@ -244,7 +268,33 @@ def _set_weights(
     if report or head_is_optional:
         log(f"{file}: took {len(fitting)} of {len(parameters)} parameters" + (f" ({report})" if report else ""))
     for name in fitting:
-        parameters[name].set_value(_as_float32(weights[name]))
+        if parameters[name].is_floating_point():
+            parameters[name].set_value(_as_float32(weights[name]))
+        else:  # a buffer, such as ALBERT's position ids
+            parameters[name].set_value(weights[name].astype(parameters[name].numpy().dtype))
+
+
+def _check_padding(model: SemanticIndexBase, backbone: Backbone) -> None:
+    """Raises InputError if padding changes a vector; not if a vector isn't finite, which encoding reports."""
+    config = backbone.config
+    ids = np.full((1, min(PROBED_TOKENS, max_position_tokens(config.to_dict()))), config.pad_token_id)
+    ids[0, :2] = 0 if config.pad_token_id else 1  # any token but [PAD]
+    with _without_tf32():
+        alone, padded = (model.embed(tokens, np.zeros_like(tokens)) for tokens in (ids[:, :2], ids))
+    if np.linalg.norm(alone - padded) > LARGEST_EFFECT_OF_PADDING:
+        name = f"{backbone.source}: {backbone.model_class.__name__}"
+        raise InputError(f"{name} doesn't mask padding, so a text's vector would change with it; {NEED_ENCODER}")
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Inside this block a GPU multiplies in float32: Paddle's default, TF32, rounds to about a thousandth."""
+    is_on = core.get_cublas_switch()
+    core.set_cublas_switch(False)
+    try:
+        yield
+    finally:
+        core.set_cublas_switch(is_on)
 
 
 def _as_float32(array: np.ndarray) -> np.ndarray:

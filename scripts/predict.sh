@@ -6,8 +6,6 @@ set -eu
 root_dir="checkpoints/inbatch"
 on_gpus "3" predict.py \
     --params_path "${root_dir}/model_40/model_state.pdparams" \
-    --output_emb_size 256 \
     --batch_size 128 \
-    --max_seq_length 64 \
     --text_pair_file "recall/test.csv" \
     "$@"

@@ -11,8 +11,6 @@ on_gpus "3" recall.py \
     --hnsw_m 100 \
     --hnsw_ef 100 \
     --batch_size 64 \
-    --output_emb_size 256 \
-    --max_seq_length 60 \
     --recall_num 50 \
     --similar_text_pair "recall/dev.csv" \
     --corpus_file "recall/corpus.csv" \

@@ -9,7 +9,6 @@ on_gpus "0,1,2,3" train_batch_neg.py \
     --batch_size 64 \
     --learning_rate 5E-5 \
     --epochs 3 \
-    --output_emb_size 256 \
     --save_steps 10 \
     --max_seq_length 64 \
     --margin 0.2 \

@@ -6,7 +6,7 @@ The names that settings had in version 1 still work; if both names are given in 
 import argparse
 import errno
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import yaml
 from common.cli import number_in_range, positive_int
 from common.errors import InputError
 from common.files import open_for_reading
+from common.logs import log
 from common.options import PRECISIONS
 
 ENVIRONMENT_PREFIX = "SERVING_"
@@ -93,24 +94,55 @@ def _variable(name: str) -> str:
 
 
 def read_settings(options: Mapping[str, Any], environ: Mapping[str, str], config_file: Path) -> dict[str, Any]:
-    """The value of every setting. Raises InputError that names the option, variable or line to change."""
+    """The value of every setting. Raises InputError that names the option, variable or line to change.
+
+    Logs keys of the config, and variables with ENVIRONMENT_PREFIX, that aren't settings, such as Paddle Serving's.
+    """
     config = _read_yaml(config_file)
+    _report_unknown(environ, config, config_file)
     settings = {}
     for name, setting in SETTINGS.items():
-        given = [options[option] for option in (name, *setting.old_names) if options.get(option) is not None]
-        settings[name] = given[0] if given else _read_setting(name, setting, environ, config, config_file)
+        given = [option for option in (name, *setting.old_names) if options.get(option) is not None]
+        _report_replaced([f"--{option}" for option in given])
+        settings[name] = options[given[0]] if given else _read_setting(name, setting, environ, config, config_file)
     if settings["max_texts"] > settings["max_queued_texts"]:
         raise InputError("--max_queued_texts: is less than --max_texts; raise it")
     return settings
+
+
+def _report_unknown(environ: Mapping[str, str], config: Any, config_file: Path) -> None:
+    names = [name for setting_name, setting in SETTINGS.items() for name in (setting_name, *setting.old_names)]
+    keys = {key for setting in SETTINGS.values() for key in (setting.key, *setting.old_keys)}
+    variables = {name for name in environ if name.startswith(ENVIRONMENT_PREFIX)} - {*map(_variable, names)}
+    for source, unknown in (("the environment", variables), (config_file, set(_keys(config)) - keys)):
+        if unknown:
+            log(f"{source}: no settings of this service: {', '.join(sorted(unknown))}")
+
+
+def _keys(config: Any, depth: int = 5) -> Iterator[str]:
+    """The dotted keys of the values in nested dicts; depth: of the dicts, since YAML's may contain themselves."""
+    for name, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, dict) and value and depth:
+            yield from (f"{name}.{key}" for key in _keys(value, depth - 1))
+        else:
+            yield str(name)
+
+
+def _report_replaced(names: Sequence[str]) -> None:
+    """Logs the names after the first one, which takes their place."""
+    for name in names[1:]:
+        log(f"{name}: isn't used, {names[0]} takes its place")
 
 
 def _read_setting(name: str, setting: Setting, environ: Mapping[str, str], config: Any, config_file: Path) -> Any:
     """A setting's value in the environment, else in the config."""
     variables = [_variable(option) for option in (name, *setting.old_names) if environ.get(_variable(option))]
     keys = [key for key in (setting.key, *setting.old_keys) if _look_up(config, key) is not None]
+    _report_replaced(variables)
     if variables:
         source, given = variables[0], environ[variables[0]]
     else:
+        _report_replaced(keys)
         key = keys[0] if keys else setting.key
         source, given = f"{config_file}: {key}", _look_up(config, key)
     if given is None or isinstance(given, (dict, list, bool)):

@@ -41,7 +41,8 @@ def test_prints_the_metrics_and_reports_queries_of_one_file_alone(
     pairs, result = files
     code, out, err = command(option, pairs, "--recall_result_file", result, "--recall_num", 5)
     assert (code, out) == (0, "recall@1=25.0\nrecall@5=25.0\nmrr@5=50.0\nndcg@5=30.657\n")
-    without_results, unknown = err.splitlines()
+    shorter, without_results, unknown = err.splitlines()
+    assert shorter == f"--recall_num 5: {result} has no more than 2 documents per query"
     assert "1 of 2 queries have no result" in without_results and "查询二" in without_results
     assert "left out 1 queries" in unknown and "查询三" in unknown
 

@@ -264,6 +264,7 @@ def test_an_unknown_metric_is_refused(recall_data: Path, tmp_path: Path) -> None
         (("--amp_loss_scale", "4"), "does nothing without --use_amp"),
         (("--model_name_or_path", "ernie-3.0-base-zh"), "--from_scratch takes its place"),
         (("--use_gradient_cache", "--grad_cache_chunk", "2"), "--grad_cache_chunk takes its place"),
+        (("--symmetric_pairs", "--no_false_negative_mask"), "--no_false_negative_mask takes its place"),
     ],
 )
 def test_an_option_without_effect_is_refused(

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import ArgumentParser, number_in_range, text_argument
 from common.errors import InputError
-from common.files import read_json
-from data import MODEL_CONFIG_FILE, SAMPLE_TEXTS, TextTokenizer, TokenIds
+from data import SAMPLE_TEXTS, TextTokenizer, TokenIds
+from encoding.exported_files import exported_length
 from serving.protos import Request, Response, RpcMeta
 
 INT64 = 0  # elem_type
@@ -53,8 +53,7 @@ def tokenize(texts: Sequence[str], model_dir: str, max_seq_length: int | None) -
     folder = Path(model_dir)
     if not folder.is_dir():
         raise InputError(f"--model_dir {folder}: no such folder; give the one that the server serves")
-    length = max_seq_length or read_json(folder / MODEL_CONFIG_FILE)["max_seq_length"]
-    tokenizer = TextTokenizer.load(folder, length)
+    tokenizer = TextTokenizer.load(folder, exported_length(folder, max_seq_length))
     tokenizer.pad_to_max_seq_len = True
     return tokenizer(texts)
 

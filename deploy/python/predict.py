@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import ArgumentParser, add_switch, positive_int, run, text_argument
 from common.errors import InputError
 from common.files import prepare_file, write_json
-from common.logs import progress_bar
+from common.logs import log, progress_bar
 from common.options import add_device_arg, add_encoding_args, add_precision_arg, add_reading_args, call, pick
 from common.paddle_setup import set_up_paddle
 from data import SAMPLE_TEXTS, TextPair, encode_texts, pair_lines, read_texts, write_vectors
@@ -103,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     good_pairs = [pair for pair in pairs if pair is not None]
 
     find_exported(args.model_dir)
+    if args.save_log_path and not args.benchmark:
+        log(f"--save_log_path {args.save_log_path}: does nothing without --benchmark")
     log_file = Path(args.save_log_path) / BENCHMARK_FILE if args.benchmark and args.save_log_path else None
     for file in (log_file, args.output):
         if file:

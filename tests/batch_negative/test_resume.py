@@ -116,7 +116,7 @@ def evaluated_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("killed_at", [2, 4])
 def test_a_checkpoint_without_its_evaluation_is_evaluated_again(
-    evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+    evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, killed_at: int
 ) -> None:
     """What a kill between the saving and the evaluation leaves. The history is that of the uninterrupted training."""
     whole, options = evaluated
@@ -132,11 +132,32 @@ def test_a_checkpoint_without_its_evaluation_is_evaluated_again(
     steps = evaluated_steps(monkeypatch)
     assert train_batch_neg.main([*options, "--resume_from", "latest"]) == 0
     assert steps == ([2, 4] if killed_at == 2 else [4])
+    done = "wrote checkpoints/model_4"
+    if killed_at == 4:
+        done = "checkpoints/model_4: training is complete, only its evaluation was missing"
+    assert capsys.readouterr().out.splitlines()[-1] == done
     assert_same_bits(whole / "checkpoints" / "model_4", Path("checkpoints", "model_4"))
     assert [
         read_training_state(folder).progress["evaluator"] for folder in step_folders(Path("checkpoints"))
     ] == histories
     assert Path("results", "evaluate_result.txt").read_text() == report
+
+
+def test_the_evaluation_of_a_complete_training_is_kept_in_another_folder(
+    evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """With a checkpoint of the last step, since the one that is resumed from isn't changed."""
+    whole, options = evaluated
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    resumed, written = Path("checkpoints", "model_4"), Path("other", "model_4")
+    history = read_training_state(resumed).progress["evaluator"]
+    (resumed / EVALUATIONS_FILE).unlink()
+    assert train_batch_neg.main([*options, "--save_dir", "other", "--resume_from", str(resumed)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {written}"
+    assert_same_bits(resumed, written)
+    assert read_training_state(written).progress["evaluator"] == history
+    assert not (resumed / EVALUATIONS_FILE).exists()
 
 
 def test_a_complete_training_is_not_evaluated_again(

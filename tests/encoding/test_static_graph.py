@@ -98,6 +98,15 @@ def test_weights_that_are_cut_short_are_an_error(
     StaticEncoder(tmp_path)
 
 
+def test_an_error_of_paddle_without_a_text_is_one_line(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: object) -> None:
+        raise RuntimeError("\n")
+
+    monkeypatch.setattr(static_graph.inference, "create_predictor", fail)
+    with pytest.raises(InputError, match=rf"^{exported}: Paddle can't load the graph \(RuntimeError\); see whether"):
+        StaticEncoder(exported)
+
+
 def test_paddles_attention_kernel_for_gpus_is_not_used(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It gives wrong vectors. A machine without a GPU can only check the configuration."""
     config = MagicMock()

@@ -57,7 +57,37 @@ def test_other_encoders_are_refused_by_name(tmp_path: Path, architecture: str) -
 def test_an_encoder_that_does_not_mask_padding_is_refused_by_name(tmp_path: Path, architecture: str) -> None:
     folder = make_model_folder(tmp_path / "model", model_type=architecture.lower(), embedding_size=32)
     with pytest.raises(InputError, match=f"{architecture}Model doesn't mask padding"):
-        build_backbone(find_backbone(folder))
+        new_model(folder)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_checkpoint_that_does_not_mask_padding_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pooling: str
+) -> None:
+    """Its weights have been trained, and are larger than random ones."""
+    folder = make_model_folder(tmp_path / "model", model_type="albert", embedding_size=32)
+    monkeypatch.setattr("modeling.checkpoint.LARGEST_EFFECT_OF_PADDING", 2.0)
+    model, tokenizer = new_model(folder, pooling=pooling)
+    for parameter in model.parameters():
+        parameter.set_value(parameter * 5)
+    save_checkpoint(tmp_path / "model_1", model, tokenizer)
+    assert load_checkpoint(tmp_path / "model_1")
+    monkeypatch.undo()
+    for load in (load_checkpoint, lambda path: create_model(SemanticIndexBase, init_from_ckpt=path)):
+        with pytest.raises(InputError, match=r"model_1: AlbertModel doesn't mask padding"):
+            load(str(tmp_path / "model_1"))
+
+
+@pytest.mark.parametrize("model_type", ["ernie", "bert", "roberta", "skep", "tinybert"])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_encoders_with_large_weights_mask_padding(tmp_path: Path, model_type: str, pooling: str) -> None:
+    """The bound is on unit vectors, so that it doesn't depend on the size of the outputs."""
+    model, tokenizer = new_model(make_model_folder(tmp_path / "model", model_type=model_type), pooling=pooling)
+    for parameter in model.parameters():
+        parameter.set_value(parameter * 5)
+    save_checkpoint(tmp_path / "model_1", model, tokenizer)
+    sequence, _ = load_checkpoint(tmp_path / "model_1").model.ptm(*map(paddle.to_tensor, tokenizer(TEXTS[:1])))
+    assert sequence.abs().max() > 10
 
 
 def test_the_effect_of_padding_is_computed_in_float32(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +95,51 @@ def test_the_effect_of_padding_is_computed_in_float32(model_folder: Path, monkey
     switched: list[bool] = []
     monkeypatch.setattr(core, "get_cublas_switch", lambda: True)
     monkeypatch.setattr(core, "set_cublas_switch", switched.append)
-    build_backbone(find_backbone(model_folder))
+    new_model(model_folder)
     assert switched == [False, True]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random weights
+
+
+@pytest.mark.parametrize("model_type", ["ernie", "bert"])
+def test_a_seed_gives_the_weights_that_it_gave_in_version_2_0_0(tmp_path: Path, model_type: str) -> None:
+    parameters = new_model(make_model_folder(tmp_path / "model", model_type=model_type)).model.state_dict()
+    for name, values in (
+        ("ptm.embeddings.word_embeddings.weight", [-0.0096823685, -0.0018701694, -0.0181071963]),
+        ("ptm.encoder.layers.1.linear2.weight", [-0.0139121963, 0.0071379342, 0.0155409630]),
+        ("emb_reduce_linear.weight", [0.0229521170, 0.0004253271, -0.0122000705]),
+    ):
+        np.testing.assert_allclose(parameters[name].numpy().ravel()[:3], values, rtol=0, atol=1e-8, err_msg=name)
+
+
+def test_pretrained_weights_leave_a_seeds_reduction_as_in_version_2_0_0(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model")
+    paddle.save(new_model(folder).model.ptm.state_dict(), str(folder / "model_state.pdparams"))
+    set_seed(2)
+    model, _ = create_model(SemanticIndexBase, model_name_or_path=str(folder), output_emb_size=16)
+    values = model.emb_reduce_linear.weight.numpy().ravel()[:3]
+    np.testing.assert_allclose(values, [0.0442445129, -0.0078133112, 0.0010629252], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("model_type", ["ernie", "bert", "roberta", "skep", "tinybert"])
+def test_weights_that_a_checkpoint_replaces_are_not_drawn(tmp_path: Path, model_type: str) -> None:
+    """Everything else is as with random weights, such as epsilon, which PaddleNLP sets while it draws."""
+    backbone = find_backbone(make_model_folder(tmp_path / "model", model_type=model_type, layer_norm_eps=1e-3))
+    drawn = build_backbone(backbone)
+    set_seed(1)
+    first = paddle.rand([3]).tolist()
+    set_seed(1)
+    built = build_backbone(backbone, draw=False)
+    assert paddle.rand([3]).tolist() == first
+    assert not any(parameter.abs().max() for name, parameter in built.state_dict().items() if parameter.ndim > 1)
+    assert drawn.embeddings.word_embeddings.weight.abs().max()
+    settings = [
+        [(type(layer), getattr(layer, "_epsilon", None), layer.training) for layer in model.sublayers(True)]
+        for model in (drawn, built)
+    ]
+    assert settings[0] == settings[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
