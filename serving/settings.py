@@ -6,7 +6,7 @@ The names that settings had in version 1 still work; if both names are given in 
 import argparse
 import errno
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,14 @@ import yaml
 from common.cli import number_in_range, positive_int
 from common.errors import InputError
 from common.files import open_for_reading
+from common.logs import log
 from common.options import PRECISIONS
 
 ENVIRONMENT_PREFIX = "SERVING_"
+OTHER_VARIABLES = {"SERVING_BIN"}  # Paddle Serving's
+# Longer than the idle connections of proxies and clients live by default: nginx and AWS 60 s, Go 90 s, OkHttp 300 s,
+# Google's load balancers 600 s, whose documentation advises 620 s.
+IDLE_TIMEOUT_S = 620
 
 
 class Setting(NamedTuple):
@@ -28,6 +33,7 @@ class Setting(NamedTuple):
     help: str
     old_names: tuple[str, ...] = ()  # other names of the option and of the environment variable, from version 1
     old_keys: tuple[str, ...] = ()  # other keys in config_nlp.yml
+    default: Any = None  # where config_nlp.yml lacks the key, as that of an earlier version does
 
 
 OPERATOR = "op.ernie"
@@ -48,7 +54,7 @@ def _choice(*choices: str) -> Callable[[str], str]:
 
 SETTINGS = {
     "model_dir": Setting(f"{LOCAL}.model_config", str, "folder of export_to_serving.py or export_model.py"),
-    "host": Setting("host", str, "address to listen on; 0.0.0.0 for all"),
+    "host": Setting("host", lambda text: text.strip("[]"), "address to listen on; 0.0.0.0 for all"),
     "rpc_port": Setting("rpc_port", PORT, "gRPC port; 0: any free one"),
     "http_port": Setting("http_port", PORT, "HTTP port; 0: any free one"),
     "device": Setting(f"{LOCAL}.device", _choice("cpu", "gpu"), "cpu or gpu"),
@@ -64,6 +70,12 @@ SETTINGS = {
         number_in_range(0, below=60_001),
         "milliseconds that a batch waits for expected requests",
         old_names=("batch_wait_ms",),
+    ),
+    "idle_timeout_s": Setting(
+        "idle_timeout_s",
+        number_in_range(1, below=86_401),
+        "seconds after which an idle HTTP connection is closed; more than a proxy's in front of the service",
+        default=IDLE_TIMEOUT_S,
     ),
     "max_requests": Setting("worker_num", positive_int, "concurrent requests, over gRPC and over HTTP each"),
     "max_queued_texts": Setting(
@@ -93,8 +105,10 @@ def _variable(name: str) -> str:
 
 
 def read_settings(options: Mapping[str, Any], environ: Mapping[str, str], config_file: Path) -> dict[str, Any]:
-    """The value of every setting. Raises InputError that names the option, variable or line to change."""
+    """The value of every setting; logs what is no setting. Raises InputError that names what to change."""
     config = _read_yaml(config_file)
+    if ignored := _ignored(environ, config):
+        log(f"note: {', '.join(ignored)}: no setting of this service, ignored (web_service.py --help lists them)")
     settings = {}
     for name, setting in SETTINGS.items():
         given = [options[option] for option in (name, *setting.old_names) if options.get(option) is not None]
@@ -112,7 +126,7 @@ def _read_setting(name: str, setting: Setting, environ: Mapping[str, str], confi
         source, given = variables[0], environ[variables[0]]
     else:
         key = keys[0] if keys else setting.key
-        source, given = f"{config_file}: {key}", _look_up(config, key)
+        source, given = f"{config_file}: {key}", _look_up(config, key) if keys else setting.default
     if given is None or isinstance(given, (dict, list, bool)):
         raise InputError(f"{source}: give {setting.help}")
     try:
@@ -122,6 +136,22 @@ def _read_setting(name: str, setting: Setting, environ: Mapping[str, str], confi
     except ValueError:
         raise InputError(f"{source}: {given} isn't a number; give {setting.help}") from None
     return str(config_file.parent / value) if name == "model_dir" and not variables else value
+
+
+def _ignored(environ: Mapping[str, str], config: Any) -> list[str]:
+    """The SERVING_ variables and the keys of a config that are no settings, such as misspelled ones."""
+    variables = {_variable(option) for name, setting in SETTINGS.items() for option in (name, *setting.old_names)}
+    keys = {key for setting in SETTINGS.values() for key in (setting.key, *setting.old_keys)}
+    given = {name for name in environ if name.startswith(ENVIRONMENT_PREFIX)} - OTHER_VARIABLES
+    return [*sorted(given - variables), *(key for key in _dotted_keys(config) if key not in keys)]
+
+
+def _dotted_keys(config: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, dict):
+            yield from _dotted_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def check_ports(settings: Mapping[str, Any]) -> None:

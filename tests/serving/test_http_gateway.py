@@ -128,7 +128,7 @@ def test_a_stop_tells_clients_and_does_not_wait_for_ever(
 ) -> None:
     """An answer after the stop is its connection's last one; requests without an answer by then get none."""
     monkeypatch.setattr(http_gateway, "SENDING_SECONDS", 0.1)
-    gateway = HttpGateway(fake_service, HOST, 0, requests=2)
+    gateway = HttpGateway(fake_service, HOST, 0, requests=2, idle_timeout=60.0)
     connections = [http.client.HTTPConnection(HOST, gateway.server_port, timeout=30) for _ in range(2)]
     for number, connection in enumerate(connections, 1):
         connection.request("POST", PREDICTION_PATH, as_json(key=["0"], value=["a"]))
@@ -220,4 +220,4 @@ def test_a_port_that_another_program_took(fake_service: PipelineService) -> None
     with socket.create_server((HOST, 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"--http_port {port}: can't listen on {HOST}:{port} .*; name another"):
-            HttpGateway(fake_service, HOST, port, requests=1)
+            HttpGateway(fake_service, HOST, port, requests=1, idle_timeout=60.0)

@@ -51,6 +51,60 @@ def test_a_config_file_of_version_1_still_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "environment", "change", "seconds"),
+    [
+        ({}, {}, ("", ""), 620),
+        ({}, {}, ("idle_timeout_s: 620\n", ""), 620),  # a file of version 2.0.0
+        ({}, {}, ("idle_timeout_s: 620", "idle_timeout_s: 75"), 75),
+        ({}, {"SERVING_IDLE_TIMEOUT_S": "76"}, ("idle_timeout_s: 620", "idle_timeout_s: 75"), 76),
+        ({}, {"SERVING_IDLE_TIMEOUT_S": ""}, ("", ""), 620),
+        ({"idle_timeout_s": 77}, {"SERVING_IDLE_TIMEOUT_S": "76"}, ("", ""), 77),
+        ({}, {"SERVING_IDLE_TIMEOUT_S": "0"}, ("", ""), "SERVING_IDLE_TIMEOUT_S: 0 is out of range"),
+        ({}, {"SERVING_IDLE_TIMEOUT_S": "60s"}, ("", ""), "SERVING_IDLE_TIMEOUT_S: 60s isn't a number"),
+        ({}, {}, ("idle_timeout_s: 620", "idle_timeout_s: 100000"), r"config\.yml: idle_timeout_s: 100000 is out of"),
+    ],
+)
+def test_how_long_idle_connections_stay_open(
+    tmp_path: Path, options: dict[str, int], environment: dict[str, str], change: tuple[str, str], seconds: int | str
+) -> None:
+    """By default longer than behind any common proxy, also with a config file that doesn't have the setting."""
+    config = tmp_path / "config.yml"
+    config.write_text(CONFIG.read_text().replace(*change))
+    if isinstance(seconds, int):
+        assert read_settings(options, environment, config)["idle_timeout_s"] == seconds
+    else:
+        with pytest.raises(InputError, match=seconds):
+            read_settings(options, environment, config)
+
+
+@pytest.mark.parametrize(
+    ("environment", "change", "ignored"),
+    [
+        ({"SERVING_RPCPORT": "1"}, ("", ""), "SERVING_RPCPORT"),
+        ({"SERVING_TEXTS": "1", "SERVING_BIN": "x"}, ("", ""), "SERVING_TEXTS"),
+        ({}, ("rpc_port: ", "rpcport: 1\nrpc_port: "), "rpcport"),
+        ({}, ("  texts: 256", "  texts: 256\n  text: 2"), "limits.text"),
+        ({"SERVING_X": "1"}, ("    concurrency: 1", "    concurrency: 1\n    retry: 1"), "SERVING_X, op.ernie.retry"),
+        ({"serving_x": "1", "SERVING_RPC_PORT": "1", "SERVING_BATCH_WAIT_MS": "1"}, ("", ""), ""),
+        ({}, ("queued_texts: 1024", "waiting_texts: 1024"), ""),  # of version 1
+    ],
+)
+def test_what_is_no_setting_is_named(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    environment: dict[str, str],
+    change: tuple[str, str],
+    ignored: str,
+) -> None:
+    """Variables and keys that are misspelled, or Paddle Serving's."""
+    config = tmp_path / "config.yml"
+    config.write_text(CONFIG.read_text().replace(*change))
+    read_settings({}, environment, config)
+    line = f"note: {ignored}: no setting of this service, ignored (web_service.py --help lists them)\n"
+    assert capsys.readouterr().err == (line if ignored else "")
+
+
+@pytest.mark.parametrize(
     ("environment", "message"),
     [
         ({"SERVING_RPC_PORT": "x"}, "SERVING_RPC_PORT"),
