@@ -5,6 +5,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <chrono>
 #include <filesystem>
 #include <iostream>
 #include <optional>
@@ -98,9 +99,11 @@ void run(int argc, char** argv) {
   std::vector<Embed> embeds = make_predictors(library, options, predictors, cores / predictors);
   const size_t call_cost = call_cost_in_tokens(embeds.front(), options.model);
   Batcher batcher(std::move(embeds), options.model, kMaxBatch, options.max_queued_texts, call_cost);
-  serve({options.host, options.port, options.max_body_bytes, std::min(2, cores)}, options.model, batcher,
-        [&](unsigned short port) {
-          std::cout << "serving " << options.model.graph_file << " on " << options.host << ":" << port << " with "
+  const std::string host = options.host.find(':') == std::string::npos ? options.host : "[" + options.host + "]";
+  serve({options.host, options.port, options.max_body_bytes, std::min(2, cores),
+         std::chrono::seconds(options.idle_timeout_s)},
+        options.model, batcher, [&](unsigned short port) {
+          std::cout << "serving " << options.model.graph_file << " on " << host << ":" << port << " with "
                     << predictors << " predictor(s)" << std::endl;
         });
 }
