@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.cpu import has_bf16
-from cpp_helpers import CPP, Server, free_port
+from cpp_helpers import CPP, HOST, Server, free_port
 from helpers import cpp_environment
 from serving.settings import IDLE_TIMEOUT_S
 
@@ -106,6 +106,26 @@ def test_bad_variables(cpp_program: Path, serving_folder: Path, cpp_server: Serv
         )
         message = f"error: SERVING_IDLE_TIMEOUT_S {value}: give a number from 1 to 86400\n"
         assert (done.returncode, done.stderr) == (2, message)
+
+
+def test_variables_of_others_are_named(cpp_program: Path, serving_folder: Path, cpp_server: Server) -> None:
+    """Misspelled ones, and those of web_service.py; each of ours is used."""
+    files = ["-resource_path", f"workdir_{cpp_server.port}", "-port", "x"]
+    ours = {"SERVING_HOST": HOST, "SERVING_IDLE_TIMEOUT_S": "75", "SERVING_BIN": "x", "SERVING_MAX_QUEUED_TEXTS": "1"}
+    done = subprocess.run(
+        [cpp_program, *files],
+        cwd=serving_folder,
+        env=cpp_environment(SERVING_IDLE_TIMEOUT="75", SERVING_RPC_PORT="1", SERVER_X="1", **ours),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    note, _, _ = done.stderr.partition("\n")
+    named, _, rest = note.removeprefix("note: ").partition(": ")
+    assert (sorted(named.split(", ")), rest) == (
+        ["SERVING_IDLE_TIMEOUT", "SERVING_RPC_PORT"],
+        "no setting of this server, ignored",
+    )
 
 
 def test_idle_connections_stay_open_as_long_as_the_pipeline_services() -> None:

@@ -9,7 +9,7 @@ from benchmarks.service_clients import HOST
 from common.errors import InputError
 from service_helpers import LIMITS, SECRET, FakeEncoder, ask, until
 from serving import adapter
-from serving.adapter import PipelineService, ServiceOptions, embed_remotely
+from serving.adapter import PROXY_VARIABLES, PipelineService, ServiceOptions, embed_remotely
 from serving.limits import OVERLOADED, STOPPING
 
 PING, GOAWAY = 6, 7  # types of HTTP/2's frames (RFC 9113)
@@ -104,6 +104,8 @@ def test_this_machine_is_called_without_a_proxy(
 def test_why_a_service_is_not_reached(
     monkeypatch: pytest.MonkeyPatch, endpoint: str, environment: dict[str, str], remedy: str
 ) -> None:
+    for name in (*PROXY_VARIABLES, "no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=f"^--endpoint .*{remedy}"):

@@ -2,7 +2,6 @@
 
 #include <dlfcn.h>
 #include <google/protobuf/stubs/logging.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <chrono>
@@ -11,6 +10,7 @@
 #include <optional>
 
 #include "batcher.h"
+#include "cores.h"
 #include "error.h"
 #include "options.h"
 #include "predictor.h"
@@ -92,8 +92,7 @@ void run(int argc, char** argv) {
   Options& options = *parsed;
   read_graph(options.model);
   // More predictors than cores only get into each other's way; with fewer, each has several cores.
-  cpu_set_t own;  // those that taskset or a container gives
-  const int cores = sched_getaffinity(0, sizeof(own), &own) == 0 ? CPU_COUNT(&own) : 1;
+  const int cores = core_count();
   const int predictors = std::min(options.threads, cores);
   const PredictorLibrary library;
   std::vector<Embed> embeds = make_predictors(library, options, predictors, cores / predictors);

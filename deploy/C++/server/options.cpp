@@ -1,5 +1,7 @@
 #include "options.h"
 
+#include <unistd.h>
+
 #include <google/protobuf/io/tokenizer.h>
 #include <google/protobuf/text_format.h>
 
@@ -9,6 +11,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iostream>
 #include <iterator>
 #include <map>
 #include <optional>
@@ -33,6 +36,8 @@ constexpr std::string_view kKnownFlags[] = {
     "request_cache_size", "resource_file", "resource_path", "use_calib", "use_trt", "workflow_file", "workflow_path"};
 constexpr int64_t kMaxIdleTimeout = 86400;
 constexpr char kVariablePrefix[] = "SERVING_";  // of a variable in the environment, as web_service.py has it
+constexpr std::string_view kVariables[] = {"SERVING_BIN",  // Paddle Serving's
+                                           "SERVING_HOST", "SERVING_IDLE_TIMEOUT_S", "SERVING_MAX_QUEUED_TEXTS"};
 
 using Flags = std::map<std::string, std::string>;
 
@@ -91,6 +96,18 @@ int64_t number_or_variable(const Flags& flags, const std::string& name, int64_t 
   return number(flags, name, otherwise, minimum, maximum);
 }
 
+// Says which variables with our prefix have no effect, such as misspelled ones and those of web_service.py.
+void report_other_variables() {
+  std::string others;
+  for (char** variable = environ; *variable; ++variable) {
+    const std::string_view line(*variable), name = line.substr(0, line.find('='));
+    if (name.rfind(kVariablePrefix, 0) == 0 &&
+        std::find(std::begin(kVariables), std::end(kVariables), name) == std::end(kVariables))
+      others.append(others.empty() ? "" : ", ").append(name);
+  }
+  if (!others.empty()) std::cerr << "note: " << others << ": no setting of this server, ignored" << std::endl;
+}
+
 void check_names(const Flags& flags) {
   for (const auto& [name, _] : flags)
     if (std::find(std::begin(kKnownFlags), std::end(kKnownFlags), name) == std::end(kKnownFlags))
@@ -135,13 +152,13 @@ void check_device(bool use_gpu, bool use_trt, int precision) {
 
 // Throws InputError for options of Paddle Serving that would change what computes, or from what, and can't here.
 void check_supported(const Flags& flags, const model_config::EngineDesc& engine) {
-  const std::pair<const char*, bool> unsupported[] = {{"use_lite", engine.use_lite()},
-                                                      {"use_xpu", engine.use_xpu()},
-                                                      {"use_ascend_cl", engine.use_ascend_cl()},
-                                                      {"use_encryption_model", engine.encrypted_model()},
-                                                      {"use_dist_model", engine.enable_dist_model()}};
+  const std::pair<std::string, bool> unsupported[] = {{"--use_lite", engine.use_lite()},
+                                                      {"--use_xpu", engine.use_xpu()},
+                                                      {"--use_ascend_cl", engine.use_ascend_cl()},
+                                                      {"--use_encryption_model", engine.encrypted_model()},
+                                                      {"--use_dist_model", engine.enable_dist_model()}};
   for (const auto& [name, is_set] : unsupported)
-    if (is_set || flags.count(name)) throw InputError(std::string("--") + name + ": isn't supported; leave it out");
+    if (is_set || flags.count(name.substr(2))) throw InputError(name + ": isn't supported; leave it out");
 }
 
 int read_precision(const std::string& given) {
@@ -203,6 +220,7 @@ std::optional<Options> parse_options(int argc, char** argv) {
     return {};
   }
   check_names(flags);
+  report_other_variables();
   Options options;
   // Paddle Serving has no option for it; web_service.py reads the same variable.
   if (const char* const host = std::getenv("SERVING_HOST"); host && *host) options.host = host;
@@ -215,8 +233,11 @@ std::optional<Options> parse_options(int argc, char** argv) {
   options.max_body_bytes = static_cast<size_t>(std::min<int64_t>(
       number(flags, "max_body_size", static_cast<int64_t>(options.max_body_bytes), 1, int64_t{1} << 40),
       static_cast<int64_t>(options.max_body_bytes)));
-  const auto old_name_queued = number(flags, "max_waiting_texts", options.max_queued_texts, 1, 1 << 20);
-  options.max_queued_texts = static_cast<size_t>(number(flags, "max_queued_texts", old_name_queued, 1, 1 << 20));
+  const auto queued = static_cast<int64_t>(options.max_queued_texts);
+  const bool old_name = flags.count("max_waiting_texts") && !flags.count("max_queued_texts");
+  options.max_queued_texts =
+      static_cast<size_t>(old_name ? number(flags, "max_waiting_texts", queued, 1, 1 << 20)
+                                   : number_or_variable(flags, "max_queued_texts", queued, 1, 1 << 20));
 
   options.idle_timeout_s =
       static_cast<int>(number_or_variable(flags, "idle_timeout_s", options.idle_timeout_s, 1, kMaxIdleTimeout));
