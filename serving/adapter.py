@@ -24,6 +24,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
+from urllib.request import proxy_bypass
 
 import numpy as np
 
@@ -215,6 +216,14 @@ class _Client(PipelineClient):
         self._stub = PipelineServiceStub(self._channel)
 
 
+def remedy_without_answer(host: str) -> str:
+    """What to do if the service on a host doesn't answer."""
+    proxy = next((name for name in PROXY_VARIABLES if os.environ.get(name)), None)
+    if proxy and not is_this_machine(host) and not proxy_bypass(host):
+        return f"{proxy} is set: if the service can be reached without that proxy, add {host} to no_proxy"
+    return "start deploy/python/web_service.py, or name another with --endpoint"
+
+
 def embed_remotely(endpoint: str, feed: Mapping[str, str]) -> Response:
     """The answer of the service at "host:port" to texts by their keys. Raises InputError if there is none."""
     client = _Client()
@@ -224,13 +233,10 @@ def embed_remotely(endpoint: str, feed: Mapping[str, str]) -> Response:
         return client.predict(feed_dict={**feed, "clientip": "127.0.0.1"})
     except grpc.RpcError as error:
         details = error.details()
-        proxy = next((name for name in PROXY_VARIABLES if os.environ.get(name)), None)
         if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "Concurrent RPC limit" in details:
             remedy = "the service is busy: try again later"  # others are about a message's size
         elif error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
             remedy = "send fewer texts at a time"
-        elif proxy and not is_this_machine(host := split_endpoint(endpoint)[0]):
-            remedy = f"{proxy} is set: if the service can be reached without that proxy, add {host} to no_proxy"
         else:
-            remedy = "start deploy/python/web_service.py, or name another with --endpoint"
+            remedy = remedy_without_answer(split_endpoint(endpoint)[0])
         raise InputError(f"--endpoint {endpoint}: {error.code().name}, {details}; {remedy}") from None

@@ -9,7 +9,7 @@ from benchmarks.service_clients import HOST
 from common.errors import InputError
 from service_helpers import LIMITS, SECRET, FakeEncoder, ask, until
 from serving import adapter
-from serving.adapter import PROXY_VARIABLES, PipelineService, ServiceOptions, embed_remotely
+from serving.adapter import PROXY_VARIABLES, PipelineService, ServiceOptions, embed_remotely, remedy_without_answer
 from serving.limits import OVERLOADED, STOPPING
 
 PING, GOAWAY = 6, 7  # types of HTTP/2's frames (RFC 9113)
@@ -86,6 +86,18 @@ def test_this_machine_is_called_without_a_proxy(
     assert service.stop(30)
 
 
+def test_a_service_on_an_ipv6_address(encoder: FakeEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://{HOST}:1")
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    service = PipelineService([encoder], ServiceOptions(4, 0.0, 1, LIMITS))
+    encoder.go.set()
+    assert embed_remotely(f"[::1]:{service.listen('::1', 0)}", {"0": "a"}).err_no == 0
+    assert service.stop(30)
+
+
 @pytest.mark.parametrize(
     ("endpoint", "environment", "remedy"),
     [
@@ -110,6 +122,13 @@ def test_why_a_service_is_not_reached(
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=f"^--endpoint .*{remedy}"):
         embed_remotely(endpoint, {"0": "a"})
+
+
+def test_a_proxy_that_is_not_used_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://{HOST}:1")
+    for variable, is_named in (("192.0.2.2", True), ("192.0.2.1", False), ("*", False)):
+        monkeypatch.setenv("no_proxy", variable)
+        assert ("_proxy is set" in remedy_without_answer("192.0.2.1")) == is_named
 
 
 def test_clients_that_ping_keep_their_connections(

@@ -14,6 +14,7 @@ def test_settings_come_from_options_then_the_environment_then_the_file() -> None
     settings = read_settings({"rpc_port": 1}, {"SERVING_RPC_PORT": "2", "SERVING_HTTP_PORT": "3"}, CONFIG)
     assert (settings["rpc_port"], settings["http_port"], settings["host"]) == (1, 3, "127.0.0.1")
     assert Path(settings["model_dir"]).resolve() == ROOT / "serving_server"
+    assert read_settings({}, {"SERVING_HOST": "[::1]"}, CONFIG)["host"] == "::1"
     assert read_settings({}, {"SERVING_MODEL_DIR": "here"}, CONFIG)["model_dir"] == "here"
     assert [read_settings({}, {"SERVING_MAX_SEQ_LENGTH": n}, CONFIG)["max_seq_length"] for n in "03"] == [0, 3]
 
