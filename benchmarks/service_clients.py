@@ -66,9 +66,13 @@ def running_service(model_dir: Path, *options: str) -> Iterator[Service]:
         process.stderr.close()
 
 
+# urllib and gRPC would send requests to this machine to a proxy that the environment names.
+urlopen = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+
 def read_metrics(service: Service) -> dict[str, float]:
     """The values at /metrics, by name and labels."""
-    with urllib.request.urlopen(f"http://{HOST}:{service.http_port}/metrics", timeout=30) as answer:
+    with urlopen(f"http://{HOST}:{service.http_port}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
@@ -107,7 +111,8 @@ def rpc_client(service: Service) -> Iterator[Client]:
         return np.array(json.loads(response.value[0]), dtype=np.float32)
 
     address = f"{HOST}:{service.rpc_port}"
-    with adapter.grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
+    with adapter.grpc.insecure_channel(address, options) as channel:
         yield Client(prepare, channel.unary_unary(f"/{adapter.METHOD}/inference"), vectors)
 
 

@@ -14,14 +14,17 @@ Serving's own server isn't used, because:
 
 import collections
 import collections.abc
+import ipaddress
 import logging
 import os
+import socket
 import sys
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
+from urllib.request import proxy_bypass
 
 import numpy as np
 
@@ -36,6 +39,7 @@ from serving.limits import (
     Limits,
     RequestError,
     check_texts,
+    connection_limit,
     service_log,
 )
 
@@ -53,6 +57,7 @@ with installed_packages():
     from google.protobuf.message import DecodeError
     from paddle_serving_server.pipeline import PipelineClient
     from paddle_serving_server.pipeline.proto.pipeline_service_pb2 import Request, Response
+    from paddle_serving_server.pipeline.proto.pipeline_service_pb2_grpc import PipelineServiceStub
 
     from serving.batching import Batcher
     from serving.metrics import Metrics
@@ -61,6 +66,9 @@ SERVICE = "ernie"  # name of the service, the original's
 OUTPUT = "output_embedding"
 METHOD = "baidu.paddle_serving.pipeline_serving.PipelineService"
 OTHER_RPC_CONNECTIONS = 256  # in addition to those with a request in progress
+MIN_PING_MS = 9_000  # between a client's pings: its least is 10 s in Go and Java; gRPC's 5 min end their connections
+KEEPALIVE_MS = 60_000  # after which a silent client is asked whether it is still there; by default 2 hours
+PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's order
 
 
 class ServiceOptions(NamedTuple):
@@ -129,7 +137,13 @@ class PipelineService:
             options=[
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", self.limits.bytes),
-                ("grpc.max_allowed_incoming_connections", self._options.rpc_threads + OTHER_RPC_CONNECTIONS),
+                (
+                    "grpc.max_allowed_incoming_connections",
+                    connection_limit(self._options.rpc_threads + OTHER_RPC_CONNECTIONS),
+                ),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_MS),
+                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
             ],
         )
         # The bytes arrive unparsed, because gRPC rejects what isn't a Request without giving the reason.
@@ -169,19 +183,60 @@ def parse_request(data: bytes) -> Request:
         raise RequestError(BAD_REQUEST, "not a Request of PipelineService: are the texts UTF-8?") from None
 
 
+def split_endpoint(endpoint: str) -> tuple[str, int]:
+    """Host and port of "host:port", with brackets around IPv6 addresses. Raises InputError for anything else."""
+    host, _, port = endpoint.rpartition(":")
+    is_address = (host.startswith("[") and host.endswith("]")) or ":" not in host
+    if not host or "/" in host or not is_address or not port.isdecimal() or int(port) > 65535:
+        raise InputError(f"--endpoint {endpoint}: isn't host:port, such as 127.0.0.1:8080 or [::1]:8080")
+    return host.strip("[]"), int(port)
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether all addresses of a host are loopback addresses, or the unspecified one, which connects to them."""
+    try:
+        addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ip.is_loopback or ip.is_unspecified for ip in map(ipaddress.ip_address, addresses))
+
+
+class _Client(PipelineClient):
+    """PipelineClient, whose own `connect` sends 127.0.0.1 to a proxy and takes IPv4 addresses alone."""
+
+    def connect(self, endpoint: str) -> None:
+        """Opens a channel to host:port."""
+        host, _ = split_endpoint(endpoint)
+        options = [
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.enable_http_proxy", int(not is_this_machine(host))),
+        ]
+        self._channel = grpc.insecure_channel(endpoint, options)
+        self._stub = PipelineServiceStub(self._channel)
+
+
+def remedy_without_answer(host: str) -> str:
+    """What to do if the service on a host doesn't answer."""
+    proxy = next((name for name in PROXY_VARIABLES if os.environ.get(name)), None)
+    if proxy and not is_this_machine(host) and not proxy_bypass(host):
+        return f"{proxy} is set: if the service can be reached without that proxy, add {host} to no_proxy"
+    return "start deploy/python/web_service.py, or name another with --endpoint"
+
+
 def embed_remotely(endpoint: str, feed: Mapping[str, str]) -> Response:
-    """The answer of the service at "address:port" to texts by their keys. Raises InputError if there is none."""
-    client = PipelineClient()
-    client.connect([endpoint])
+    """The answer of the service at "host:port" to texts by their keys. Raises InputError if there is none."""
+    client = _Client()
+    client.connect(endpoint)
     try:
         # With `clientip` it doesn't look up this machine's name, which fails if DNS doesn't know it.
         return client.predict(feed_dict={**feed, "clientip": "127.0.0.1"})
     except grpc.RpcError as error:
         details = error.details()
-        if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED:
-            remedy = "start deploy/python/web_service.py, or name another with --endpoint"
-        elif "Concurrent RPC limit" in details:  # of maximum_concurrent_rpcs; others are about a message's size
-            remedy = "the service is busy: try again later"
-        else:
+        if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "Concurrent RPC limit" in details:
+            remedy = "the service is busy: try again later"  # others are about a message's size
+        elif error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
             remedy = "send fewer texts at a time"
+        else:
+            remedy = remedy_without_answer(split_endpoint(endpoint)[0])
         raise InputError(f"--endpoint {endpoint}: {error.code().name}, {details}; {remedy}") from None

@@ -3,9 +3,11 @@
 import asyncio
 import json
 import logging
+import re
 import socket
 import sys
 import threading
+import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
@@ -22,6 +24,7 @@ from serving.limits import (
     OVERLOADED,
     STOPPING,
     RequestError,
+    connection_limit,
     service_log,
 )
 
@@ -29,13 +32,13 @@ with installed_packages():
     from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
     from tornado.http1connection import HTTP1ServerConnection
     from tornado.httpserver import HTTPServer
-    from tornado.httputil import HTTPConnection, HTTPMessageDelegate
+    from tornado.httputil import HTTPConnection, HTTPHeaders, HTTPMessageDelegate
     from tornado.iostream import IOStream
     from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
 
 PREDICTION_PATH = f"/{SERVICE}/prediction"
-REQUEST_SECONDS = 10.0  # to receive a request's body, and for a client to read its answer
-IDLE_SECONDS = 60.0  # to receive the head of the next request
+METHODS = {PREDICTION_PATH: "POST", "/health": "GET, HEAD", "/metrics": "GET, HEAD"}
+REQUEST_SECONDS = 30.0  # to receive a request's body, and for a client to read its answer
 POLL_SECONDS = 0.02  # between checks of what can't be waited for
 SENDING_SECONDS = 2.0  # that a stop waits for answers that are being sent
 OTHER_CONNECTIONS = 384  # in addition to those with a request in progress: idle, asking for /health, or refused
@@ -55,15 +58,51 @@ ERROR_NUMBERS = {  # else BAD_REQUEST
 }
 FIELDS = {"key", "value", "tensors", "name", "method", "logid", "clientip"}  # of a Request
 
+BARE_REFUSAL = b"HTTP/1.1 400 Bad Request\r\n\r\n"  # Tornado's answer to a head or chunks that it doesn't accept
+NOT_HTTP_MESSAGE = "the request isn't valid HTTP 1.1: it needs a Host, and one Content-Length or plain chunks"
+
 # They log failed requests, whose paths and messages may contain texts.
 logging.getLogger("tornado").setLevel(logging.CRITICAL + 1)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
 
 
+def request_path(target: str) -> str:
+    """The path in a request's target, without a query, a slash at its end and, as to a proxy, a scheme and a host."""
+    return re.sub(r"^https?://[^/?]*", "", target, flags=re.IGNORECASE).partition("?")[0].rstrip("/")
+
+
+def content_problem(headers: HTTPHeaders, body: bytes) -> str | None:
+    """What is wrong with how the headers say that a body is encoded, if anything."""
+    if not _is_gzip(headers) and headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
+        return "Content-Encoding has to be gzip, or nothing"
+    charset = re.search(r";\s*charset\s*=\s*\"?([^\s;\"]*)", headers.get("Content-Type", ""), re.IGNORECASE)
+    if charset and charset[1].lower() not in ("", "utf-8", "utf8") and not body.isascii():
+        return "Content-Type names a charset other than UTF-8: send UTF-8"
+    return None
+
+
+def _is_gzip(headers: HTTPHeaders) -> bool:
+    return headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip")
+
+
+def decompress(body: bytes, limit: int) -> bytes:
+    """A gzip body's content, or its first limit + 1 bytes. Raises RequestError if it is damaged."""
+    stream = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # 16: gzip alone
+    try:
+        content = stream.decompress(body, limit + 1)
+    except zlib.error:
+        raise RequestError(BAD_REQUEST, "the compressed body is damaged") from None
+    if len(content) <= limit and (not stream.eof or stream.unused_data):
+        raise RequestError(BAD_REQUEST, "the compressed body is damaged")
+    return content
+
+
 def parse_json_request(body: bytes) -> Request:
     """The Request in a JSON object such as {"key": ["0"], "value": ["text"]}. Raises RequestError."""
+    if not body:
+        raise RequestError(BAD_REQUEST, 'the body is empty: send JSON such as {"key": ["0"], "value": ["text"]}')
     try:
-        content = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)  # a BOM is allowed
     except UnicodeDecodeError:
         raise RequestError(BAD_REQUEST, "the body isn't UTF-8") from None
     except RecursionError:
@@ -106,6 +145,10 @@ def response_json(response: Response) -> bytes:
     return json.dumps(content, ensure_ascii=False).encode()
 
 
+NOT_HTTP_BODY = response_json(error_response(BAD_REQUEST, NOT_HTTP_MESSAGE))
+NOT_HTTP_FIELDS = f"Connection: close\r\nContent-Type: application/json\r\nContent-Length: {len(NOT_HTTP_BODY)}\r\n\r\n"
+
+
 @stream_request_body
 class _Handler(RequestHandler):
     """A request. It is answered after its whole body has arrived, since a client that sends doesn't read."""
@@ -114,10 +157,14 @@ class _Handler(RequestHandler):
         self._gateway: HttpGateway = self.settings["gateway"]
         self._service = self._gateway.service
         self._body, self._is_whole = bytearray(), False
+        self._path = request_path(self.request.uri or "")
+        headers = self.request.headers
+        if headers.get("Expect", "").lower() == "100-continue":
+            headers["Expect"] = "100-continue"  # Tornado answers no other spelling, and the client would wait
         self._gateway.server.idle.pop(self.request.server_connection, None)
 
     def prepare(self) -> None:
-        if self.request.method == "POST" and self.request.path == PREDICTION_PATH:
+        if self.request.method == "POST" and self._path == PREDICTION_PATH:
             self._gateway.take(self)
 
     async def data_received(self, chunk: bytes) -> None:
@@ -131,29 +178,40 @@ class _Handler(RequestHandler):
             self._gateway.taken.discard(self)
 
     def get(self) -> None:
-        if self.request.path == "/health":
+        if self._path == "/health":
             status = "stopping" if self._service.admission.stopping else "ok" if self._service.healthy else "no encoder"
             code = HTTPStatus.OK if status == "ok" else HTTPStatus.SERVICE_UNAVAILABLE
             self._send(code, json.dumps({"status": status}).encode())
-        elif self.request.path == "/metrics":
+        elif self._path == "/metrics":
             self._send(HTTPStatus.OK, self._service.metrics.text(), CONTENT_TYPE_PLAIN_0_0_4)
         else:
-            self._refuse(HTTPStatus.NOT_FOUND, f"try /health, /metrics, or POST {PREDICTION_PATH}")
+            self._refuse_path_or_method()
+
+    head = get  # Tornado leaves out the body
 
     async def post(self) -> None:
         self._is_whole = True
-        limit = self._service.limits.bytes
         try:
-            if self.request.path != PREDICTION_PATH:
-                self._refuse(HTTPStatus.NOT_FOUND, f"send requests to {PREDICTION_PATH}")
-            elif self not in self._gateway.taken:
-                self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at a time: try again later")
-            elif len(self._body) > limit:
-                self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {limit} bytes")
-            else:
-                self._send(*await self._gateway.answer(bytes(self._body)))
+            await self._answer()
         finally:
             self._gateway.taken.discard(self)
+
+    async def _answer(self) -> None:
+        headers, body, limit = self.request.headers, bytes(self._body), self._service.limits.bytes
+        if self._path != PREDICTION_PATH:
+            return self._refuse_path_or_method()
+        if self not in self._gateway.taken:
+            return self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at a time: try again later")
+        if _is_gzip(headers) and len(body) <= limit:
+            try:
+                body = await self._gateway.decompress(body)
+            except RequestError as error:
+                return self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+        if len(body) > limit:
+            return self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {limit} bytes")
+        if problem := content_problem(headers, body):
+            return self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, problem)
+        self._send(*await self._gateway.answer(body))
 
     def _send(self, status: HTTPStatus, body: bytes, content_type: str = "application/json") -> None:
         self.set_status(status)
@@ -178,9 +236,21 @@ class _Handler(RequestHandler):
         self._service.metrics.answered("http", number, 0.0)
         self._send(status, response_json(error_response(number, message)))
 
+    def _refuse_path_or_method(self) -> None:
+        methods = METHODS.get(self._path)
+        if methods:
+            self.set_header("Allow", methods)
+            self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, f"send {methods.replace(', ', ' or ')} to this path")
+        else:
+            self._refuse(HTTPStatus.NOT_FOUND, f"try /health, /metrics, or POST {PREDICTION_PATH}")
+
     def write_error(self, status_code: int, **_: Any) -> None:
         """Answers what Tornado refuses; Tornado's own error pages are HTML."""
         status = HTTPStatus(status_code)
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            if self.request.method not in self.SUPPORTED_METHODS:
+                self.set_header("Connection", "close")  # Tornado does so without reading the body
+            return self._refuse_path_or_method()
         self._refuse(status, status.description or status.phrase)
 
     def log_exception(self, kind: type[BaseException], error: BaseException, _: object) -> None:
@@ -190,6 +260,15 @@ class _Handler(RequestHandler):
 
     def compute_etag(self) -> None:
         """Returns None, because no answer is requested twice."""
+
+
+class _Stream(IOStream):
+    """A connection on which Tornado's refusal of what isn't HTTP has a body, as other refusals have."""
+
+    def write(self, data: bytes | memoryview) -> "asyncio.Future[None]":
+        """Completes the refusal, after which Tornado closes the connection."""
+        is_bare = data == BARE_REFUSAL
+        return super().write(BARE_REFUSAL[:-2] + NOT_HTTP_FIELDS.encode() + NOT_HTTP_BODY if is_bare else data)
 
 
 class _Server(HTTPServer):
@@ -226,14 +305,17 @@ class _Server(HTTPServer):
 class HttpGateway:
     """Opens the HTTP port (0: any free one) and serves it in its own thread. Raises InputError.
 
-    requests: concurrent requests for vectors; further ones are refused. If OTHER_CONNECTIONS more than that are open, a
-    new connection replaces an idle one.
+    requests: concurrent requests for vectors; further ones are refused. If OTHER_CONNECTIONS more than that are open,
+    or as many as the limit on open files allows, a new connection replaces an idle one. idle_timeout: seconds to
+    receive the head of the next request.
     """
 
-    def __init__(self, service: PipelineService, host: str, port: int, requests: int) -> None:
+    def __init__(self, service: PipelineService, host: str, port: int, requests: int, idle_timeout: float) -> None:
         self.service = service
+        self._idle_timeout = idle_timeout
         self.taken: set[_Handler] = set()  # requests for vectors, from their heads to their answers
         self._requests = requests
+        self._connections = connection_limit(requests + OTHER_CONNECTIONS)
         self._pool = ThreadPoolExecutor(requests, "http")
         is_v6 = ":" in host
         family = socket.AF_INET6 if is_v6 else socket.AF_INET
@@ -252,7 +334,7 @@ class HttpGateway:
     async def _start(self) -> None:
         self.server = _Server(
             Application([(".*", _Handler)], gateway=self),
-            idle_connection_timeout=IDLE_SECONDS,
+            idle_connection_timeout=self._idle_timeout,
             body_timeout=REQUEST_SECONDS,
             max_body_size=sys.maxsize,  # _Handler keeps at most the limit, and says what is too much
         )
@@ -269,8 +351,8 @@ class HttpGateway:
             self._loop.remove_reader(self._listener)
             self._loop.call_later(POLL_SECONDS, self._listen)
             return
-        if self.server.open < self._requests + OTHER_CONNECTIONS or self.server.close_idle():
-            self.server.handle_stream(IOStream(connection), address)
+        if self.server.open < self._connections or self.server.close_idle():
+            self.server.handle_stream(_Stream(connection), address)
         else:
             connection.close()
 
@@ -278,6 +360,10 @@ class HttpGateway:
         """Counts a request for vectors as in progress, unless that would be too many."""
         if len(self.taken) < self._requests:
             self.taken.add(handler)
+
+    async def decompress(self, body: bytes) -> bytes:
+        """`decompress`, in a thread."""
+        return await self._loop.run_in_executor(self._pool, decompress, body, self.service.limits.bytes)
 
     async def answer(self, body: bytes) -> tuple[HTTPStatus, bytes]:
         """Status and body of the answer to a request for vectors."""

@@ -1,11 +1,13 @@
 """The limits of requests, their errors, and the log. Imports neither Paddle nor Serving."""
 
+import resource
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from common.logs import log
+from common.texts import has_visible_text
 
 # Values of err_no: those of Serving's `CustomExceptionCode` (0.9.0); it leaves 51 to 99 to its users.
 OK = 0
@@ -14,6 +16,7 @@ STOPPING = 3001
 NO_SUCH_SERVICE = 3002
 BAD_REQUEST = 5000
 INTERNAL_ERROR = 10000
+OTHER_FILES = 40  # that the service opens beside the connections of its two ports; 15 with one encoder at rest
 
 
 def service_log(message: str) -> None:
@@ -53,13 +56,34 @@ def check_texts(keys: Sequence[str], values: Sequence[str], limits: Limits) -> l
     except KeyError:
         raise RequestError(BAD_REQUEST, f"wrong keys: {len(keys)} texts have the keys 0 to {len(keys) - 1}") from None
     for number, text in enumerate(ordered):
-        if not text.strip():
-            raise RequestError(BAD_REQUEST, f"text {number} is empty: leave it out")
+        if not has_visible_text(text):
+            what = "holds only invisible characters" if text.strip() else "is empty"
+            raise RequestError(BAD_REQUEST, f"text {number} {what}: leave it out")
         if len(text) > limits.characters:
             raise RequestError(
                 BAD_REQUEST, f"text {number} has {len(text)} characters: send at most {limits.characters}"
             )
     return ordered
+
+
+def raise_open_files(connections: int) -> None:
+    """Raises the limit on open files, within what the system allows, for so many connections on each of two ports.
+
+    Logs a line if that isn't enough.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * connections + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if (room := connection_limit(connections)) < connections:
+        service_log(f"note: ulimit -n leaves room for {room} connections on each port; ulimit -n {needed} is enough")
+
+
+def connection_limit(connections: int) -> int:
+    """As many connections of one of two ports as the limit on open files leaves room for."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return connections if soft == resource.RLIM_INFINITY else min(connections, max(1, (soft - OTHER_FILES) // 2))
 
 
 class Admission:

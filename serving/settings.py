@@ -19,6 +19,10 @@ from common.logs import log
 from common.options import PRECISIONS
 
 ENVIRONMENT_PREFIX = "SERVING_"
+OTHER_VARIABLES = {"SERVING_BIN"}  # Paddle Serving's
+# Longer than the idle connections of proxies and clients live by default: nginx and AWS 60 s, Go 90 s, OkHttp 300 s,
+# Google's load balancers 600 s, whose documentation advises 620 s.
+IDLE_TIMEOUT_S = 620
 
 
 class Setting(NamedTuple):
@@ -29,6 +33,7 @@ class Setting(NamedTuple):
     help: str
     old_names: tuple[str, ...] = ()  # other names of the option and of the environment variable, from version 1
     old_keys: tuple[str, ...] = ()  # other keys in config_nlp.yml
+    default: Any = None  # where config_nlp.yml lacks the key, as that of an earlier version does
 
 
 OPERATOR = "op.ernie"
@@ -49,7 +54,7 @@ def _choice(*choices: str) -> Callable[[str], str]:
 
 SETTINGS = {
     "model_dir": Setting(f"{LOCAL}.model_config", str, "folder of export_to_serving.py or export_model.py"),
-    "host": Setting("host", str, "address to listen on; 0.0.0.0 for all"),
+    "host": Setting("host", lambda text: text.strip("[]"), "address to listen on; 0.0.0.0 for all"),
     "rpc_port": Setting("rpc_port", PORT, "gRPC port; 0: any free one"),
     "http_port": Setting("http_port", PORT, "HTTP port; 0: any free one"),
     "device": Setting(f"{LOCAL}.device", _choice("cpu", "gpu"), "cpu or gpu"),
@@ -65,6 +70,12 @@ SETTINGS = {
         number_in_range(0, below=60_001),
         "milliseconds that a batch waits for expected requests",
         old_names=("batch_wait_ms",),
+    ),
+    "idle_timeout_s": Setting(
+        "idle_timeout_s",
+        number_in_range(1, below=86_401),
+        "seconds after which an idle HTTP connection is closed; more than a proxy's in front of the service",
+        default=IDLE_TIMEOUT_S,
     ),
     "max_requests": Setting("worker_num", positive_int, "concurrent requests, over gRPC and over HTTP each"),
     "max_queued_texts": Setting(
@@ -94,12 +105,10 @@ def _variable(name: str) -> str:
 
 
 def read_settings(options: Mapping[str, Any], environ: Mapping[str, str], config_file: Path) -> dict[str, Any]:
-    """The value of every setting. Raises InputError that names the option, variable or line to change.
-
-    Logs keys of the config, and variables with ENVIRONMENT_PREFIX, that aren't settings, such as Paddle Serving's.
-    """
+    """The value of every setting; logs what is no setting. Raises InputError that names what to change."""
     config = _read_yaml(config_file)
-    _report_unknown(environ, config, config_file)
+    if ignored := _ignored(environ, config):
+        log(f"note: {', '.join(ignored)}: no setting of this service, ignored (web_service.py --help lists them)")
     settings = {}
     for name, setting in SETTINGS.items():
         given = [option for option in (name, *setting.old_names) if options.get(option) is not None]
@@ -108,24 +117,6 @@ def read_settings(options: Mapping[str, Any], environ: Mapping[str, str], config
     if settings["max_texts"] > settings["max_queued_texts"]:
         raise InputError("--max_queued_texts: is less than --max_texts; raise it")
     return settings
-
-
-def _report_unknown(environ: Mapping[str, str], config: Any, config_file: Path) -> None:
-    names = [name for setting_name, setting in SETTINGS.items() for name in (setting_name, *setting.old_names)]
-    keys = {key for setting in SETTINGS.values() for key in (setting.key, *setting.old_keys)}
-    variables = {name for name in environ if name.startswith(ENVIRONMENT_PREFIX)} - {*map(_variable, names)}
-    for source, unknown in (("the environment", variables), (config_file, set(_keys(config)) - keys)):
-        if unknown:
-            log(f"{source}: no settings of this service: {', '.join(sorted(unknown))}")
-
-
-def _keys(config: Any, depth: int = 5) -> Iterator[str]:
-    """The dotted keys of the values in nested dicts; depth: of the dicts, since YAML's may contain themselves."""
-    for name, value in config.items() if isinstance(config, dict) else ():
-        if isinstance(value, dict) and value and depth:
-            yield from (f"{name}.{key}" for key in _keys(value, depth - 1))
-        else:
-            yield str(name)
 
 
 def _report_replaced(names: Sequence[str]) -> None:
@@ -144,7 +135,7 @@ def _read_setting(name: str, setting: Setting, environ: Mapping[str, str], confi
     else:
         _report_replaced(keys)
         key = keys[0] if keys else setting.key
-        source, given = f"{config_file}: {key}", _look_up(config, key)
+        source, given = f"{config_file}: {key}", _look_up(config, key) if keys else setting.default
     if given is None or isinstance(given, (dict, list, bool)):
         raise InputError(f"{source}: give {setting.help}")
     try:
@@ -154,6 +145,23 @@ def _read_setting(name: str, setting: Setting, environ: Mapping[str, str], confi
     except ValueError:
         raise InputError(f"{source}: {given} isn't a number; give {setting.help}") from None
     return str(config_file.parent / value) if name == "model_dir" and not variables else value
+
+
+def _ignored(environ: Mapping[str, str], config: Any) -> list[str]:
+    """The SERVING_ variables and the keys of a config that are no settings, such as misspelled ones."""
+    variables = {_variable(option) for name, setting in SETTINGS.items() for option in (name, *setting.old_names)}
+    keys = {key for setting in SETTINGS.values() for key in (setting.key, *setting.old_keys)}
+    given = {name for name in environ if name.startswith(ENVIRONMENT_PREFIX)} - OTHER_VARIABLES
+    return [*sorted(given - variables), *(key for key in _dotted_keys(config) if key not in keys)]
+
+
+def _dotted_keys(config: Any, depth: int = 5) -> Iterator[str]:
+    """The dotted keys of the values in nested dicts; depth: of the dicts, since YAML's may contain themselves."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, dict) and depth:
+            yield from (f"{key}.{inner}" for inner in _dotted_keys(value, depth - 1))
+        else:
+            yield str(key)
 
 
 def check_ports(settings: Mapping[str, Any]) -> None:

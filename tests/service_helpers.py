@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.service_clients import HOST, Service
+from benchmarks.service_clients import HOST, Service, urlopen
 from serving.adapter import PipelineService, Request, Response
 from serving.encoder_process import EncoderStopped
 from serving.http_gateway import PREDICTION_PATH, HttpGateway
@@ -63,7 +63,7 @@ def as_json(**content: Any) -> bytes:
 def get(service: Service, path: str) -> tuple[int, str]:
     """Status and body."""
     try:
-        with urllib.request.urlopen(f"http://{HOST}:{service.http_port}{path}", timeout=30) as answer:
+        with urlopen(f"http://{HOST}:{service.http_port}{path}", timeout=30) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -73,7 +73,7 @@ def post(service: Service, body: bytes, path: str = PREDICTION_PATH) -> tuple[in
     """Status and content."""
     request = urllib.request.Request(f"http://{HOST}:{service.http_port}{path}", body)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urlopen(request, timeout=30) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())

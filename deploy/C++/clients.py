@@ -40,7 +40,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
 def endpoint(text: str) -> tuple[str, int]:
     """An argparse type: host:port."""
     host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
+    if not host or "/" in host or not port.isdecimal() or int(port) > 65535:
         raise argparse.ArgumentTypeError(f"{text} isn't host:port")
     return host.strip("[]"), int(port)
 

@@ -14,7 +14,7 @@ from common.cpu import cpu_count
 from common.signals import Stopped, StopSignals
 from encoding.exported_files import find_exported
 from serving.encoder_process import EncoderOptions, EncoderProcess
-from serving.limits import Limits, service_log
+from serving.limits import Limits, raise_open_files, service_log
 from serving.settings import add_settings_args, check_ports, read_settings
 
 CONFIG_FILE = Path(__file__).with_name("config_nlp.yml")
@@ -37,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     find_exported(settings["model_dir"])
     # Imported here, so that a missing Paddle Serving is reported in one line.
     from serving.adapter import PipelineService, ServiceOptions
-    from serving.http_gateway import PREDICTION_PATH, HttpGateway
+    from serving.http_gateway import OTHER_CONNECTIONS, PREDICTION_PATH, HttpGateway
 
+    raise_open_files(settings["max_requests"] + OTHER_CONNECTIONS)  # the HTTP port's, which are more than gRPC's
     host = settings["host"]
     limits = Limits(*(settings[f"max_{name}"] for name in Limits._fields))
     encoder_options = EncoderOptions(*(settings[name] for name in EncoderOptions._fields))._replace(
@@ -52,10 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         delay, requests = settings["max_queue_delay_ms"] / 1000, settings["max_requests"]
         service = PipelineService(encoders, ServiceOptions(settings["batch_size"], delay, requests, limits))
         rpc_port = service.listen(host, settings["rpc_port"])
-        gateway = HttpGateway(service, host, settings["http_port"], requests)
+        gateway = HttpGateway(service, host, settings["http_port"], requests, settings["idle_timeout_s"])
         try:
+            name = f"[{host}]" if ":" in host else host
             service_log(
-                f"ready: gRPC on {host}:{rpc_port}, HTTP on http://{host}:{gateway.server_port}{PREDICTION_PATH}"
+                f"ready: gRPC on {name}:{rpc_port}, HTTP on http://{name}:{gateway.server_port}{PREDICTION_PATH}"
             )
             with signals.raised():
                 while True:

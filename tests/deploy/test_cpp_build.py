@@ -102,6 +102,38 @@ def test_how_texts_are_batched(tmp_path: Path) -> None:
 
 
 @pytest.mark.cpp
+def test_cores_follow_the_control_groups_quota(tmp_path: Path) -> None:
+    """Of both versions, at the process's own group, above it, and at the top, as in a container."""
+    program = tmp_path / "cores_test"
+    sources = [ROOT / "tests" / "cores_test.cpp", CPP / "server" / "cores.cpp"]
+    subprocess.run(["g++", "-std=c++17", "-I", CPP / "server", *sources, "-o", program], check=True)
+    all_cores = len(os.sched_getaffinity(0))
+    own = {"proc/self/cgroup": "0::/pod/own\n"}
+    version_1 = {"proc/self/cgroup": "9:memory:/other\n4:cpu,cpuacct:/pod/own\n"}
+    period = {"sys/fs/cgroup/cpu/pod/own/cpu.cfs_period_us": "100000\n"}
+    for number, (files, expected) in enumerate(
+        [
+            ({}, all_cores),
+            ({"sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
+            ({"sys/fs/cgroup/cpu.max": "max 100000\n"}, all_cores),
+            ({**own, "sys/fs/cgroup/pod/own/cpu.max": "100000 100000\n"}, 1),
+            ({**own, "sys/fs/cgroup/pod/cpu.max": "1000 100000\n", "sys/fs/cgroup/pod/own/cpu.max": "max 100000\n"}, 1),
+            ({**own, "sys/fs/cgroup/pod/own/cpu.max": "100001 100000\n"}, min(2, all_cores)),
+            ({**own, "sys/fs/cgroup/pod/own/cpu.max": "nonsense\n"}, all_cores),
+            ({**version_1, **period, "sys/fs/cgroup/cpu/pod/own/cpu.cfs_quota_us": "90000\n"}, 1),
+            ({**version_1, **period, "sys/fs/cgroup/cpu/pod/own/cpu.cfs_quota_us": "-1\n"}, all_cores),
+            ({"proc/self/cgroup": "nonsense\n"}, all_cores),
+        ]
+    ):
+        for name, content in files.items():
+            file = tmp_path / str(number) / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(content)
+        done = subprocess.run([program, tmp_path / str(number)], capture_output=True, text=True, check=True)
+        assert int(done.stdout) == expected, files
+
+
+@pytest.mark.cpp
 def test_the_parsers_survive_any_input(tmp_path: Path) -> None:
     """libFuzzer, starting from requests that they accept."""
     done = subprocess.run(

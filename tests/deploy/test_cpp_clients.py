@@ -61,7 +61,7 @@ def test_frames_are_read_as_they_are_written() -> None:
 def test_endpoints() -> None:
     assert clients.endpoint("localhost:9393") == ("localhost", 9393)
     assert clients.endpoint("[::1]:80") == ("::1", 80)
-    for text in ("9393", ":9393", "here:", "here:x", "here:70000"):
+    for text in ("9393", ":9393", "here:", "here:x", "here:70000", "http://here:9393", "http://here:9393/"):
         with pytest.raises(argparse.ArgumentTypeError, match="isn't host:port"):
             clients.endpoint(text)
 

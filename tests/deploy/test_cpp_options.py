@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from common.cpu import has_bf16
-from cpp_helpers import CPP, Server, free_port
+from cpp_helpers import CPP, HOST, Server, free_port
 from helpers import cpp_environment
+from serving.settings import IDLE_TIMEOUT_S
 
 pytestmark = pytest.mark.cpp
 CPU_REFUSES = [  # options of Paddle Serving, the document's first, and the one that is named
@@ -17,6 +18,8 @@ CPU_REFUSES = [  # options of Paddle Serving, the document's first, and the one 
     (["--use_trt"], "--use_trt"),
     (["--precision", "FP16"], "--precision FP16"),
     (["--precision", "int8"], "--precision int8"),
+    (["--use_xpu"], "--use_xpu"),
+    (["--use_lite"], "--use_lite"),
     *([] if has_bf16() else [(["--precision", "BF16"], "--precision bf16")]),
 ]
 BAD_VALUES = [(["--model", "nope"], "--model nope"), (["--port", "99999"], "-port 99999")]
@@ -58,8 +61,15 @@ def test_paddle_serving_passes_on_what_the_server_refuses(
     [
         (["-port", "x"], "-port x: give a number from 0 to 65535"),
         (["-resource_path", "nowhere"], "nowhere/resource.prototxt: can't be read"),
-        (["-host", "nowhere"], "--port 0: can't listen on nowhere"),
+        (["-host", "nowhere"], "SERVING_HOST nowhere: can't listen on nowhere"),
+        (["-host", "192.0.2.1"], "SERVING_HOST 192.0.2.1: can't listen on 192.0.2.1"),
+        (["-port", "1", "-host", "[::ffff:1]"], "give an address of this machine"),
         (["---x"], "---x: isn't an option"),
+        (["-max_queue_texts", "5"], "-max_queue_texts: isn't an option of this server or of Paddle Serving"),
+        (["--idle_timeout", "5"], "-idle_timeout: isn't an option"),
+        (["-idle_timeout_s", "0"], "-idle_timeout_s 0: give a number from 1 to 86400"),
+        (["-idle_timeout_s", "5s"], "-idle_timeout_s 5s: give a number"),
+        (["-idle_timeout_s"], "-idle_timeout_s true: give a number"),
         (["-enable_prometheus=True"], "--enable_prometheus: this server has no metrics"),
     ],
 )
@@ -78,6 +88,49 @@ def test_bad_options(
     )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["x", "0", "-1", "86401", "1.5", "620 s"])
+def test_bad_variables(cpp_program: Path, serving_folder: Path, cpp_server: Server, value: str) -> None:
+    """Named by the server itself, and by start_server.sh before it starts anything."""
+    files = ["-resource_path", f"workdir_{cpp_server.port}", "-port", "0"]
+    model = ["--model", serving_folder / "serving_server"]
+    for command in ([cpp_program, *files], ["sh", CPP / "start_server.sh", *model]):
+        done = subprocess.run(
+            command,
+            cwd=serving_folder,
+            env=cpp_environment(SERVING_BIN=str(cpp_program), SERVING_IDLE_TIMEOUT_S=value),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        message = f"error: SERVING_IDLE_TIMEOUT_S {value}: give a number from 1 to 86400\n"
+        assert (done.returncode, done.stderr) == (2, message)
+
+
+def test_variables_of_others_are_named(cpp_program: Path, serving_folder: Path, cpp_server: Server) -> None:
+    """Misspelled ones, and those of web_service.py; each of ours is used."""
+    files = ["-resource_path", f"workdir_{cpp_server.port}", "-port", "x"]
+    ours = {"SERVING_HOST": HOST, "SERVING_IDLE_TIMEOUT_S": "75", "SERVING_BIN": "x", "SERVING_MAX_QUEUED_TEXTS": "1"}
+    done = subprocess.run(
+        [cpp_program, *files],
+        cwd=serving_folder,
+        env=cpp_environment(SERVING_IDLE_TIMEOUT="75", SERVING_RPC_PORT="1", SERVER_X="1", **ours),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    note, _, _ = done.stderr.partition("\n")
+    named, _, rest = note.removeprefix("note: ").partition(": ")
+    assert (sorted(named.split(", ")), rest) == (
+        ["SERVING_IDLE_TIMEOUT", "SERVING_RPC_PORT"],
+        "no setting of this server, ignored",
+    )
+
+
+def test_idle_connections_stay_open_as_long_as_the_pipeline_services() -> None:
+    source = (CPP / "server" / "options.h").read_text()
+    assert f"int idle_timeout_s = {IDLE_TIMEOUT_S};" in source
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,6 @@ BAD_BODIES = {
     "more than a gzip": (gzip.compress(GOOD) + b"x", {**PROTO, "Content-Encoding": "gzip"}, 400),
     "a gzip that blows up": (gzip.compress(bytes(MAX_BODY * 4)), {**PROTO, "Content-Encoding": "gzip"}, 413),
     "another compression": (GOOD, {**PROTO, "Content-Encoding": "br"}, 415),
-    "chunks": (b"", {**PROTO, "Transfer-Encoding": "chunked"}, 411),
 }
 
 
@@ -331,6 +330,12 @@ def test_large_requests_that_are_sent_whole(cpp_server: Server, cpp_answers: Non
         send(cpp_server.address, Request(fetch_var_names=["x" * MAX_BODY]), 60)
 
 
+CHUNKED_HEAD = (
+    b"POST /GeneralModelService/inference HTTP/1.1\r\nContent-Type: application/proto\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+
+
 @pytest.mark.parametrize(
     ("request_bytes", "status"),
     [
@@ -351,8 +356,15 @@ def test_large_requests_that_are_sent_whole(cpp_server: Server, cpp_answers: Non
         (b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
         (b"\0\0\0\0\r\n\r\n", 400),
         (b"GET / HTTP/9.9\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 20000 + b"\r\n\r\n", 400),
-        (b"POST /GeneralModelService/inference HTTP/1.1\r\n" + b"a: b\r\n" * 5000 + b"\r\n", 400),
+        (b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 20000 + b"\r\n\r\n", 431),
+        (b"POST /GeneralModelService/inference HTTP/1.1\r\n" + b"a: b\r\n" * 5000 + b"\r\n", 431),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+        (CHUNKED_HEAD + b"x\r\n", 400),
+        (CHUNKED_HEAD + b"1\r\nabcde\r\n", 400),
+        (CHUNKED_HEAD + b"1;" + b"x" * 300_000 + b"\r\n", 400),
+        (CHUNKED_HEAD + b"fffffffffffffffff\r\n", 400),
+        (CHUNKED_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Length: 2\r\n\r\n") + b"0\r\n\r\n", 400),
+        (CHUNKED_HEAD.replace(b"chunked", b"gzip, chunked") + b"0\r\n\r\n", 501),
     ],
 )
 def test_bad_http(cpp_server: Server, cpp_answers: None, request_bytes: bytes, status: int) -> None:
@@ -376,6 +388,111 @@ def test_http_1_0_keeps_a_connection_where_it_asks_to(cpp_server: Server, model:
             assert headers["Connection"] == ("keep-alive" if kept else None)
             assert Response.FromString(answers.read(int(headers["Content-Length"]))).err_no == 0
         assert answers.read() == b""
+
+
+GOOD_JSON = json_format.MessageToJson(make_request(TOKENS)).encode()
+BOM, GZIP = b"\xef\xbb\xbf", {"Content-Encoding": "gzip"}
+H2C = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQBAAAAAAIAAAAA"}
+WAYS = {  # headers and body of a request, status, and words of an error's message
+    "a BOM": (JSON, BOM + GOOD_JSON, 200, ""),
+    "a BOM alone": (JSON, BOM, 400, "isn't a Request in JSON"),
+    "UTF-16": (JSON, GOOD_JSON.decode().encode("utf-16"), 400, "isn't a Request in JSON: Encountered non UTF-8"),
+    "capitals": ({"Content-Type": "Application/JSON; charset=UTF-8"}, GOOD_JSON, 200, ""),
+    "spaces": ({"Content-Type": "application/json ;charset=utf-8"}, GOOD_JSON, 200, ""),
+    "protobuf": ({"Content-Type": "application/protobuf"}, GOOD, 200, ""),
+    "capital protobuf": ({"Content-Type": "Application/X-Protobuf"}, GOOD, 200, ""),
+    "curl -d": ({"Content-Type": "application/x-www-form-urlencoded"}, GOOD_JSON, 415, "application/json"),
+    "another JSON": ({"Content-Type": "application/jsonlines"}, GOOD_JSON, 415, "application/json"),
+    "no type": ({}, GOOD_JSON, 415, "application/json"),
+    "gzip with a BOM": ({**JSON, **GZIP}, gzip.compress(BOM + GOOD_JSON), 200, ""),
+    "its old name": ({**JSON, "Content-Encoding": "X-GZIP"}, gzip.compress(GOOD_JSON), 200, ""),
+    "deflate": ({**JSON, "Content-Encoding": "deflate"}, zlib.compress(GOOD_JSON), 415, "has to be gzip, or nothing"),
+    "chunks": (JSON, [GOOD_JSON[:9], GOOD_JSON[9:]], 200, ""),
+    "small chunks": (PROTO, [GOOD[place : place + 1] for place in range(len(GOOD))], 200, ""),
+    "large chunks": (JSON, [GOOD_JSON, *[b" " * 500_000] * 20], 200, ""),
+    "gzip in chunks": ({**PROTO, **GZIP}, [gzip.compress(GOOD)[:9], gzip.compress(GOOD)[9:]], 200, ""),
+    "a gzip in chunks that blows up": ({**PROTO, **GZIP}, [gzip.compress(bytes(MAX_BODY * 4))], 413, "too large"),
+    "chunks without an end": (JSON, [b" " * 500_000] * 40, 413, "more than 16777216 bytes"),
+    "compressed chunks": ({**JSON, "Transfer-Encoding": "gzip, chunked"}, [b"a"], 501, "has to be chunked, or nothing"),
+    "Java's HttpClient": ({**JSON, **H2C}, GOOD_JSON, 200, ""),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_clients_send(cpp_server: Server, cpp_answers: None, way: str) -> None:
+    """Errors are in the format of the request, and readable if that isn't known."""
+    headers, body, expected, words = WAYS[way]
+    connection = http.client.HTTPConnection(*cpp_server.address, timeout=60)
+    connection.request("POST", clients.HTTP_PATH, body, headers, encode_chunked=isinstance(body, list))
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    is_proto = "proto" in headers.get("Content-Type", "").lower()
+    assert answer.headers["Content-Type"] == ("application/proto" if is_proto else "application/json")
+    response = Response.FromString(content) if is_proto else json_format.Parse(content, Response())
+    assert (answer.status, words in response.err_msg) == (expected, True), response.err_msg
+    assert bool(response.outputs) == (expected == 200)
+
+
+TARGETS = [  # method, target, status, and words of the body or of the header Allow
+    ("POST", clients.HTTP_PATH + "?a=b", 200, "outputs"),
+    ("POST", clients.HTTP_PATH + "/", 200, "outputs"),
+    ("POST", f"http://server:80{clients.HTTP_PATH}", 200, "outputs"),
+    ("POST", "/GeneralModelService", 404, clients.HTTP_PATH),
+    ("POST", "http://server", 404, clients.HTTP_PATH),
+    ("post", clients.HTTP_PATH, 405, "POST"),
+    ("GET", clients.HTTP_PATH, 405, "POST"),
+    ("OPTIONS", clients.HTTP_PATH, 405, "POST"),
+    ("POST", "/health", 405, "GET, HEAD"),
+    ("GET", "/health", 200, "ok"),
+    ("GET", "http://server/health/?a", 200, "ok"),
+    ("HEAD", "/health", 200, ""),
+    ("HEAD", clients.HTTP_PATH, 405, "POST"),
+    ("HEAD", "/", 404, ""),
+]
+
+
+@pytest.mark.parametrize(("method", "target", "status", "words"), TARGETS)
+def test_where_clients_send_it(cpp_server: Server, method: str, target: str, status: int, words: str) -> None:
+    connection = http.client.HTTPConnection(*cpp_server.address, timeout=60)
+    for _ in range(2):  # the connection stays usable, or the answer says that it doesn't
+        connection.request(method, target, GOOD_JSON if method.upper() == "POST" else None, JSON)
+        answer = connection.getresponse()
+        content = answer.read().decode()
+        assert answer.status == status
+        assert words in (answer.headers["Allow"] if status == 405 else content)
+        assert int(answer.headers["Content-Length"]) > 0 and bool(content) == (method != "HEAD")
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("accepted", "is_compressed"),
+    [
+        ("gzip", True),
+        ("br, GZIP;q=0.5", True),
+        ("gzip;q=0", False),
+        ("br;q=1, gzip; q=0.0", False),
+        ("identity", False),
+    ],
+)
+def test_answers_are_compressed_for_clients_that_accept_it(
+    cpp_server: Server, accepted: str, is_compressed: bool
+) -> None:
+    connection = http.client.HTTPConnection(*cpp_server.address, timeout=60)
+    connection.request("POST", clients.HTTP_PATH, GOOD_JSON, {**JSON, "Accept-Encoding": accepted})
+    answer = connection.getresponse()
+    assert (answer.status, answer.headers["Content-Encoding"] == "gzip") == (200, is_compressed)
+    connection.close()
+
+
+def test_clients_that_wait_before_they_send_a_body(cpp_server: Server) -> None:
+    """As curl and .NET do with large ones, in chunks or not; "100-continue" ignores case."""
+    for spelling in ("100-continue", "100-Continue"):
+        with socket.create_connection(cpp_server.address, 60) as connection:
+            connection.sendall(CHUNKED_HEAD.replace(b"\r\n\r\n", f"\r\nExpect: {spelling}\r\n\r\n".encode()))
+            assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+            connection.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(GOOD), GOOD))
+            assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
 META = RpcMeta(request={"service_name": clients.SERVICE, "method_name": "inference"}, correlation_id=3)
@@ -508,6 +625,21 @@ def test_announced_large_requests_leave_room_for_small_ones(cpp_server: Server, 
         connection.close()
 
 
+def test_chunks_share_the_room_for_large_requests(cpp_server: Server, cpp_answers: None) -> None:
+    """They take what has come in so far, and leave room for small requests, also in chunks."""
+    chunk = b"%x\r\n%b\r\n" % (MAX_BODY, bytes(MAX_BODY))
+    with contextlib.ExitStack() as opened:
+        sending = [opened.enter_context(socket.create_connection(cpp_server.address, 60)) for _ in range(17)]
+        for connection in sending:
+            with contextlib.suppress(ConnectionError):  # one that is refused
+                connection.sendall(CHUNKED_HEAD + chunk)
+        refused, _, _ = select.select(sending, [], [], 60)
+        assert refused[0].recv(12) == b"HTTP/1.1 503"
+        small = opened.enter_context(socket.create_connection(cpp_server.address, 60))
+        small.sendall(CHUNKED_HEAD + b"%x\r\n%b\r\n0\r\n\r\n" % (len(GOOD), GOOD))
+        assert small.recv(12) == b"HTTP/1.1 200"
+
+
 def test_every_answer_under_load_is_the_right_one(cpp_server: Server, model: Any) -> None:
     """32 clients of both protocols, texts of all lengths, a tenth of the requests malformed."""
     embed, tokenizer = model
@@ -599,6 +731,49 @@ def test_the_host_and_the_cores_that_are_given(cpp_program: Path, serving_folder
         assert alone.log[-1].endswith("with 1 predictor(s)\n")
         assert call(alone, format_frame(GOOD))[0].response.error_code == 0
         stop(alone)
+
+
+def test_idle_connections_stay_open_as_long_as_the_setting_says(
+    cpp_program: Path, serving_folder: Path, cpp_server: Server
+) -> None:
+    """Over both protocols; Paddle Serving has no option for it."""
+    port = free_port()
+    command = [cpp_program, "-resource_path", f"workdir_{cpp_server.port}", "-port", port]
+    alone = start(command, port, cwd=serving_folder, env=cpp_environment(SERVING_IDLE_TIMEOUT_S="2"))
+    with contextlib.ExitStack() as opened:
+        silent, http_client, rpc_client = (
+            opened.enter_context(socket.create_connection(alone.address, 60)) for _ in range(3)
+        )
+        answers = rpc_client.makefile("rb")
+        for _ in range(2):
+            time.sleep(1.2)  # together more than the setting
+            http_client.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+            assert http_client.recv(1000).startswith(b"HTTP/1.1 200")
+            rpc_client.sendall(format_frame(GOOD))
+            assert read_frame(answers)[0].response.error_code == 0
+        assert silent.recv(1) == http_client.recv(1) == answers.read(1) == b""
+    stop(alone)
+
+
+def test_few_open_files(cpp_program: Path, serving_folder: Path, cpp_server: Server) -> None:
+    """A soft limit is raised; a hard one gets a line, and further connections are refused instead of left waiting."""
+    files = ["-resource_path", f"workdir_{cpp_server.port}"]
+    for kind, lines in (("-S", 0), ("-", 1)):  # the latter sets both
+        port = free_port()
+        command = ["sh", "-c", f'ulimit {kind}n 64 || exit; exec "$@"', "sh", cpp_program, *files, "-port", port]
+        server = start(command, port, cwd=serving_folder, env=cpp_environment())
+        note = "note: ulimit -n leaves room for 32 connections; ulimit -n 1056 is enough\n"
+        assert [line for line in server.log if line.startswith("note: ")] == [note] * lines
+        with contextlib.ExitStack() as opened:
+            for _ in range(40):
+                last = opened.enter_context(socket.create_connection(server.address, 60))
+            last.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+            if lines:
+                with contextlib.suppress(ConnectionResetError):
+                    assert last.recv(12) == b""
+            else:
+                assert last.recv(12) == b"HTTP/1.1 200"
+        stop(server)
 
 
 def test_predictors_share_the_weights(cpp_program: Path, tmp_path: Path) -> None:

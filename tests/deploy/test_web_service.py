@@ -1,6 +1,8 @@
 """A real Pipeline service: its vectors, its behaviour under load, and errors of clients and operators."""
 
 import contextlib
+import gzip
+import http.client
 import io
 import json
 import os
@@ -11,6 +13,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,7 +78,7 @@ def answers(service: Service) -> Iterator[None]:
 
 def call(service: Service, data: bytes) -> Response:
     """The answer to the bytes of a gRPC request."""
-    with grpc.insecure_channel(f"{HOST}:{service.rpc_port}") as channel:
+    with grpc.insecure_channel(f"{HOST}:{service.rpc_port}", [("grpc.enable_http_proxy", 0)]) as channel:
         method = channel.unary_unary(f"/{METHOD}/inference", response_deserializer=Response.FromString)
         return method(data, timeout=30)
 
@@ -151,7 +155,7 @@ def test_it_listens_on_localhost_alone(service: Service) -> None:
 # Bad input
 
 BAD_BODIES = [
-    (b"", 400, "isn't JSON"),
+    (b"", 400, "the body is empty"),
     (b"{", 400, "isn't JSON at character 1"),
     (b'{"key": ["0"], "value": ["\xff\xfe"]}', 400, "isn't UTF-8"),
     (b"[" * 100_000 + b"]" * 100_000, 400, "nested too deeply"),
@@ -161,6 +165,7 @@ BAD_BODIES = [
     (as_json(key=[], value=[]), 400, "no texts"),
     (as_json(key=["0"], value=[""]), 400, "text 0 is empty"),
     (as_json(key=["0", "1"], value=["水稻", " \n"]), 400, "text 1 is empty"),
+    (as_json(key=["0"], value=["\u200b\ufeff"]), 400, "text 0 holds only invisible characters"),
     (as_json(key=["0"], value=["水" * (MAX_CHARACTERS + 1)]), 400, f"{MAX_CHARACTERS + 1} characters"),
     (as_json(key=list(map(str, range(10_000))), value=["水"] * 10_000), 400, f"at most {MAX_TEXTS}"),
     (as_json(key=["text"], value=["水稻"]), 400, "wrong keys"),
@@ -264,6 +269,8 @@ def test_clients_that_hang_up(service: Service, sent: bytes) -> None:
     [
         (b"POST /ernie/prediction HTTP/1.1", b"400"),
         (b"POST /ernie/prediction HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 2", b"400"),
+        (b"POST /ernie/prediction HTTP/1.1\r\nTransfer-Encoding: gzip, chunked", b"400"),
+        (b"POST /ernie/prediction HTTP/1.1\r\nHost: b", b"400"),
         (b"POST /ernie/prediction HTTP/1.1\r\nContent-Length: -1", b"400"),
         (b"POST /ernie/prediction HTTP/1.1\r\nContent-Length: " + b"9" * 5000, b"400"),
         (b"POST /other HTTP/1.1\r\nContent-Length: 0", b"404"),
@@ -276,13 +283,22 @@ def test_clients_that_hang_up(service: Service, sent: bytes) -> None:
     ids=lambda value: str(value)[:50],
 )
 def test_bad_http_heads(service: Service, head: bytes, status: bytes) -> None:
-    """One answer, in JSON or without a body, never HTML or what was sent; none to an endless head."""
+    """One answer, in JSON, never HTML or what was sent; none to an endless head."""
     with socket.create_connection((HOST, service.http_port), timeout=30) as connection:
         connection.sendall(head + b"\r\nHost: a\r\nConnection: close\r\n\r\n")
         answer = read_all(connection)
     assert answer.startswith(b"HTTP/1.1 " + status) if status else not answer
-    _, _, body = answer.partition(b"\r\n\r\n")
-    assert not body or json.loads(body)["err_msg"]
+    if status:
+        fields, _, body = answer.partition(b"\r\n\r\n")
+        assert json.loads(body)["err_msg"] and b"\r\nContent-Length: %d" % len(body) in fields
+
+
+def test_a_head_without_a_host_is_told_so(service: Service) -> None:
+    """As HAProxy's checks send it."""
+    with socket.create_connection((HOST, service.http_port), timeout=30) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"it needs a Host" in answer
 
 
 @pytest.mark.usefixtures("answers")
@@ -302,6 +318,109 @@ def test_other_ways_to_send_a_request(service: Service) -> None:
         with socket.create_connection((HOST, service.http_port), timeout=30) as connection:
             connection.sendall(sent)
             assert read_all(connection).startswith(b"HTTP/1.1 " + status)
+
+
+GOOD = json.dumps({"key": ["0"], "value": ["水稻"]}, ensure_ascii=False).encode()
+ASCII, BOM = as_json(key=["0"], value=["水稻"]), b"\xef\xbb\xbf"
+GZIP = {"Content-Encoding": "gzip"}
+H2C = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQBAAAAAAIAAAAA"}
+WAYS = {  # headers and body of a request to PREDICTION_PATH, and status and words of the answer
+    "a BOM": ({}, BOM + GOOD, 200, ""),
+    "a BOM alone": ({}, BOM, 400, "isn't JSON"),
+    "UTF-16": ({}, GOOD.decode().encode("utf-16"), 400, "isn't UTF-8"),
+    "curl -d": ({"Content-Type": "application/x-www-form-urlencoded"}, GOOD, 200, ""),
+    "a form": ({"Content-Type": "application/x-www-form-urlencoded"}, b"key=0&value=a", 400, "isn't JSON"),
+    "upper case": ({"Content-Type": 'Application/JSON; Charset="UTF-8"'}, GOOD, 200, ""),
+    "GBK": ({"Content-Type": "application/json; charset=gbk"}, GOOD.decode().encode("gbk"), 415, "send UTF-8"),
+    "not as Latin-1": ({"Content-Type": "text/plain; charset=ISO-8859-1"}, GOOD, 415, "send UTF-8"),
+    "ASCII as Latin-1": ({"Content-Type": "text/plain; charset=ISO-8859-1"}, ASCII, 200, ""),
+    "gzip": (GZIP, gzip.compress(GOOD), 200, ""),
+    "gzip with a BOM": (GZIP, gzip.compress(BOM + GOOD), 200, ""),
+    "its old name": ({"Content-Encoding": "X-GZIP"}, gzip.compress(GOOD), 200, ""),
+    "gzip in chunks": (GZIP, [gzip.compress(GOOD)[:9], gzip.compress(GOOD)[9:]], 200, ""),
+    "no gzip": (GZIP, GOOD, 400, "the compressed body is damaged"),
+    "half a gzip": (GZIP, gzip.compress(GOOD)[:-9], 400, "the compressed body is damaged"),
+    "more than a gzip": (GZIP, gzip.compress(GOOD) + b"x", 400, "the compressed body is damaged"),
+    "zlib as gzip": (GZIP, zlib.compress(GOOD), 400, "the compressed body is damaged"),
+    "a gzip that blows up": (GZIP, gzip.compress(bytes(100_000_000)), 413, "at most 4194304 bytes"),
+    "nothing in a gzip": (GZIP, gzip.compress(b""), 400, "the body is empty"),
+    "deflate": ({"Content-Encoding": "deflate"}, zlib.compress(GOOD), 415, "has to be gzip, or nothing"),
+    "gzip twice": ({"Content-Encoding": "gzip, gzip"}, gzip.compress(gzip.compress(GOOD)), 415, "has to be gzip"),
+    "identity": ({"Content-Encoding": "identity"}, GOOD, 200, ""),
+    "chunks": ({}, [GOOD[:20], GOOD[20:]], 200, ""),
+    "Java's HttpClient": (H2C, GOOD, 200, ""),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_clients_send(service: Service, way: str) -> None:
+    headers, body, status, words = WAYS[way]
+    connection = http.client.HTTPConnection(HOST, service.http_port, timeout=30)
+    connection.request("POST", "/ernie/prediction", body, headers, encode_chunked=isinstance(body, list))
+    answer = connection.getresponse()
+    content = json.loads(answer.read())
+    connection.close()
+    assert (answer.status, words in content["err_msg"]) == (status, True), content
+    assert bool(content["value"]) == (status == 200)
+
+
+TARGETS = [  # method, target, body, status, and words of the body or of the header Allow
+    ("POST", "/ernie/prediction?a=b", GOOD, 200, '"err_no": 0'),
+    ("POST", "/ernie/prediction/", GOOD, 200, '"err_no": 0'),
+    ("POST", "http://service:80/ernie/prediction", GOOD, 200, '"err_no": 0'),
+    ("POST", "HTTPS://service/ernie/prediction?a", GOOD, 200, '"err_no": 0'),
+    ("POST", "/prediction", GOOD, 404, "/ernie/prediction"),
+    ("POST", "http://service", GOOD, 404, "/ernie/prediction"),
+    ("post", "/ernie/prediction", GOOD, 405, "POST"),
+    ("PUT", "/ernie/prediction", GOOD, 405, "POST"),
+    ("GET", "/ernie/prediction", None, 405, "POST"),
+    ("OPTIONS", "/ernie/prediction", None, 405, "POST"),
+    ("POST", "/health", b"", 405, "GET, HEAD"),
+    ("GET", "/health/?a", None, 200, "ok"),
+    ("GET", "http://service/health", None, 200, "ok"),
+    ("HEAD", "/health", None, 200, ""),
+    ("HEAD", "/metrics", None, 200, ""),
+    ("HEAD", "/ernie/prediction", None, 405, "POST"),
+    ("HEAD", "/", None, 404, ""),
+]
+
+
+@pytest.mark.parametrize(("method", "target", "body", "status", "words"), TARGETS)
+def test_where_clients_send_it(
+    service: Service, method: str, target: str, body: bytes | None, status: int, words: str
+) -> None:
+    connection = http.client.HTTPConnection(HOST, service.http_port, timeout=30)
+    for _ in range(2):  # the connection stays usable, or the answer says that it doesn't
+        connection.request(method, target, body)
+        answer = connection.getresponse()
+        content = answer.read().decode()
+        assert answer.status == status
+        assert words in (answer.headers["Allow"] if status == 405 else content)
+        assert not content if method == "HEAD" else "err_msg" in content or "status" in content
+    connection.close()
+
+
+def test_clients_that_wait_before_they_send_a_body(service: Service) -> None:
+    """As curl and .NET do with large ones; "100-continue" ignores case."""
+    for spelling in ("100-continue", "100-Continue"):
+        head = f"POST /ernie/prediction HTTP/1.1\r\nHost: a\r\nContent-Length: {len(GOOD)}\r\nExpect: {spelling}\r\n"
+        with socket.create_connection((HOST, service.http_port), timeout=30) as connection:
+            connection.sendall(f"{head}Connection: close\r\n\r\n".encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+            connection.sendall(GOOD)
+            assert read_all(connection).startswith(b"HTTP/1.1 200 ")
+
+
+def test_idle_connections_stay_open_as_long_as_the_setting_says(serving_server: Path) -> None:
+    with (
+        running_service(serving_server, "--threads", "1", "--idle_timeout_s", "2") as service,
+        socket.create_connection((HOST, service.http_port), timeout=30) as connection,
+    ):
+        for _ in range(2):
+            time.sleep(1.2)  # together more than the setting
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        assert connection.recv(1000) == b""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,8 +31,7 @@ def fake_service(encoder: FakeEncoder) -> Iterator[PipelineService]:
 def gateway(fake_service: PipelineService, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpGateway]:
     """The fake service over HTTP, with short timeouts, for two concurrent requests and six connections."""
     monkeypatch.setattr(http_gateway, "REQUEST_SECONDS", 0.5)
-    monkeypatch.setattr(http_gateway, "IDLE_SECONDS", 1.0)
     monkeypatch.setattr(http_gateway, "OTHER_CONNECTIONS", 4)
-    gateway = HttpGateway(fake_service, HOST, 0, requests=2)
+    gateway = HttpGateway(fake_service, HOST, 0, requests=2, idle_timeout=1.0)
     yield gateway
     gateway.stop()

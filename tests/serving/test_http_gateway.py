@@ -4,7 +4,6 @@ import json
 import socket
 import time
 import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import Mock
@@ -12,7 +11,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from benchmarks.service_clients import HOST, read_metrics
+from benchmarks.service_clients import HOST, read_metrics, urlopen
 from common.errors import InputError
 from service_helpers import SECRET, FakeEncoder, as_json, ask, at, get, post, read_all, until
 from serving import http_gateway
@@ -128,7 +127,7 @@ def test_a_stop_tells_clients_and_does_not_wait_for_ever(
 ) -> None:
     """An answer after the stop is its connection's last one; requests without an answer by then get none."""
     monkeypatch.setattr(http_gateway, "SENDING_SECONDS", 0.1)
-    gateway = HttpGateway(fake_service, HOST, 0, requests=2)
+    gateway = HttpGateway(fake_service, HOST, 0, requests=2, idle_timeout=60.0)
     connections = [http.client.HTTPConnection(HOST, gateway.server_port, timeout=30) for _ in range(2)]
     for number, connection in enumerate(connections, 1):
         connection.request("POST", PREDICTION_PATH, as_json(key=["0"], value=["a"]))
@@ -201,9 +200,7 @@ def test_overload_over_http(gateway: HttpGateway, fake_service: PipelineService,
         waiting = [pool.submit(ask, fake_service, "a", "b", "c") for _ in range(2)]
         until(lambda: fake_service.admission.texts == 6)
         with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(
-                f"http://{HOST}:{gateway.server_port}{PREDICTION_PATH}", as_json(key=["0"], value=["d"])
-            )
+            urlopen(f"http://{HOST}:{gateway.server_port}{PREDICTION_PATH}", as_json(key=["0"], value=["d"]))
         assert error.value.code == 503 and error.value.headers["Retry-After"] == "1"
         assert json.loads(error.value.read())["err_no"] == OVERLOADED
         encoder.go.set()
@@ -220,4 +217,4 @@ def test_a_port_that_another_program_took(fake_service: PipelineService) -> None
     with socket.create_server((HOST, 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"--http_port {port}: can't listen on {HOST}:{port} .*; name another"):
-            HttpGateway(fake_service, HOST, port, requests=1)
+            HttpGateway(fake_service, HOST, port, requests=1, idle_timeout=60.0)

@@ -14,6 +14,7 @@ def test_settings_come_from_options_then_the_environment_then_the_file() -> None
     settings = read_settings({"rpc_port": 1}, {"SERVING_RPC_PORT": "2", "SERVING_HTTP_PORT": "3"}, CONFIG)
     assert (settings["rpc_port"], settings["http_port"], settings["host"]) == (1, 3, "127.0.0.1")
     assert Path(settings["model_dir"]).resolve() == ROOT / "serving_server"
+    assert read_settings({}, {"SERVING_HOST": "[::1]"}, CONFIG)["host"] == "::1"
     assert read_settings({}, {"SERVING_MODEL_DIR": "here"}, CONFIG)["model_dir"] == "here"
     assert [read_settings({}, {"SERVING_MAX_SEQ_LENGTH": n}, CONFIG)["max_seq_length"] for n in "03"] == [0, 3]
 
@@ -48,6 +49,60 @@ def test_a_config_file_of_version_1_still_works(tmp_path: Path) -> None:
     old.write_text(CONFIG.read_text().replace("queued_texts: 1024", "waiting_texts: 0"))
     with pytest.raises(InputError, match=r"config\.yml: limits\.waiting_texts: 0 is out of range"):
         read_settings({}, {}, old)
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "change", "seconds"),
+    [
+        ({}, {}, ("", ""), 620),
+        ({}, {}, ("idle_timeout_s: 620\n", ""), 620),  # a file of version 2.0.0
+        ({}, {}, ("idle_timeout_s: 620", "idle_timeout_s: 75"), 75),
+        ({}, {"SERVING_IDLE_TIMEOUT_S": "76"}, ("idle_timeout_s: 620", "idle_timeout_s: 75"), 76),
+        ({}, {"SERVING_IDLE_TIMEOUT_S": ""}, ("", ""), 620),
+        ({"idle_timeout_s": 77}, {"SERVING_IDLE_TIMEOUT_S": "76"}, ("", ""), 77),
+        ({}, {"SERVING_IDLE_TIMEOUT_S": "0"}, ("", ""), "SERVING_IDLE_TIMEOUT_S: 0 is out of range"),
+        ({}, {"SERVING_IDLE_TIMEOUT_S": "60s"}, ("", ""), "SERVING_IDLE_TIMEOUT_S: 60s isn't a number"),
+        ({}, {}, ("idle_timeout_s: 620", "idle_timeout_s: 100000"), r"config\.yml: idle_timeout_s: 100000 is out of"),
+    ],
+)
+def test_how_long_idle_connections_stay_open(
+    tmp_path: Path, options: dict[str, int], environment: dict[str, str], change: tuple[str, str], seconds: int | str
+) -> None:
+    """By default longer than behind any common proxy, also with a config file that doesn't have the setting."""
+    config = tmp_path / "config.yml"
+    config.write_text(CONFIG.read_text().replace(*change))
+    if isinstance(seconds, int):
+        assert read_settings(options, environment, config)["idle_timeout_s"] == seconds
+    else:
+        with pytest.raises(InputError, match=seconds):
+            read_settings(options, environment, config)
+
+
+@pytest.mark.parametrize(
+    ("environment", "change", "ignored"),
+    [
+        ({"SERVING_RPCPORT": "1"}, ("", ""), "SERVING_RPCPORT"),
+        ({"SERVING_TEXTS": "1", "SERVING_BIN": "x"}, ("", ""), "SERVING_TEXTS"),
+        ({}, ("rpc_port: ", "rpcport: 1\nrpc_port: "), "rpcport"),
+        ({}, ("  texts: 256", "  texts: 256\n  text: 2"), "limits.text"),
+        ({"SERVING_X": "1"}, ("    concurrency: 1", "    concurrency: 1\n    retry: 1"), "SERVING_X, op.ernie.retry"),
+        ({"serving_x": "1", "SERVING_RPC_PORT": "1", "SERVING_BATCH_WAIT_MS": "1"}, ("", ""), ""),
+        ({}, ("queued_texts: 1024", "waiting_texts: 1024"), ""),  # of version 1
+    ],
+)
+def test_what_is_no_setting_is_named(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    environment: dict[str, str],
+    change: tuple[str, str],
+    ignored: str,
+) -> None:
+    """Variables and keys that are misspelled, or Paddle Serving's."""
+    config = tmp_path / "config.yml"
+    config.write_text(CONFIG.read_text().replace(*change))
+    read_settings({}, environment, config)
+    line = f"note: {ignored}: no setting of this service, ignored (web_service.py --help lists them)\n"
+    assert capsys.readouterr().err == (line if ignored else "")
 
 
 @pytest.mark.parametrize(

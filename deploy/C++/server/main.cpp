@@ -2,14 +2,15 @@
 
 #include <dlfcn.h>
 #include <google/protobuf/stubs/logging.h>
-#include <sched.h>
 
 #include <algorithm>
+#include <chrono>
 #include <filesystem>
 #include <iostream>
 #include <optional>
 
 #include "batcher.h"
+#include "cores.h"
 #include "error.h"
 #include "options.h"
 #include "predictor.h"
@@ -91,16 +92,17 @@ void run(int argc, char** argv) {
   Options& options = *parsed;
   read_graph(options.model);
   // More predictors than cores only get into each other's way; with fewer, each has several cores.
-  cpu_set_t own;  // those that taskset or a container gives
-  const int cores = sched_getaffinity(0, sizeof(own), &own) == 0 ? CPU_COUNT(&own) : 1;
+  const int cores = core_count();
   const int predictors = std::min(options.threads, cores);
   const PredictorLibrary library;
   std::vector<Embed> embeds = make_predictors(library, options, predictors, cores / predictors);
   const size_t call_cost = call_cost_in_tokens(embeds.front(), options.model);
   Batcher batcher(std::move(embeds), options.model, kMaxBatch, options.max_queued_texts, call_cost);
-  serve({options.host, options.port, options.max_body_bytes, std::min(2, cores)}, options.model, batcher,
-        [&](unsigned short port) {
-          std::cout << "serving " << options.model.graph_file << " on " << options.host << ":" << port << " with "
+  const std::string host = options.host.find(':') == std::string::npos ? options.host : "[" + options.host + "]";
+  serve({options.host, options.port, options.max_body_bytes, std::min(2, cores),
+         std::chrono::seconds(options.idle_timeout_s)},
+        options.model, batcher, [&](unsigned short port) {
+          std::cout << "serving " << options.model.graph_file << " on " << host << ":" << port << " with "
                     << predictors << " predictor(s)" << std::endl;
         });
 }

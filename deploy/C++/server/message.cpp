@@ -23,6 +23,7 @@ using google::protobuf::io::CodedInputStream;
 
 constexpr int kMaxMessages = 64;  // tensors and strings in a request, each of which costs more memory than bytes
 constexpr int kMaxDepth = 8;      // of JSON; a request has 4: the list of a tensor in the list of them
+constexpr std::string_view kByteOrderMark = "\xef\xbb\xbf";  // which some editors and clients put before JSON
 enum ElementType { kInt64 = 0, kFloat32 = 1, kInt32 = 2 };
 
 bool has_its_wire_type(uint32_t tag, const FieldDescriptor& field) {
@@ -82,6 +83,7 @@ void check_depth(std::string_view json) {
 }
 
 std::string json_to_wire(std::string_view json) {
+  if (json.substr(0, kByteOrderMark.size()) == kByteOrderMark) json.remove_prefix(kByteOrderMark.size());
   check_depth(json);
   static const std::string url = "type.googleapis.com/" + Request::descriptor()->full_name();
   std::string wire;

@@ -1,5 +1,7 @@
 #include "options.h"
 
+#include <unistd.h>
+
 #include <google/protobuf/io/tokenizer.h>
 #include <google/protobuf/text_format.h>
 
@@ -9,10 +11,12 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iostream>
 #include <iterator>
 #include <map>
 #include <optional>
 #include <string_view>
+#include <utility>
 
 #include "error.h"
 #include "model_config.pb.h"
@@ -22,6 +26,18 @@ namespace {
 
 constexpr char kServerConfig[] = "serving_server_conf.prototxt";
 constexpr std::string_view kGraphSuffix = ".json", kWeightsSuffix = ".pdiparams";
+
+// This program's own, and those that paddle_serving_server.serve passes on.
+constexpr std::string_view kKnownFlags[] = {
+    "host", "idle_timeout_s", "max_queued_texts", "max_waiting_texts",
+    // paddle_serving_server 0.9.0, server.py
+    "bthread_concurrency", "enable_model_toolkit", "enable_prometheus", "inferservice_file", "inferservice_path",
+    "max_body_size", "max_concurrency", "num_threads", "port", "precision", "prometheus_port", "reload_interval_s",
+    "request_cache_size", "resource_file", "resource_path", "use_calib", "use_trt", "workflow_file", "workflow_path"};
+constexpr int64_t kMaxIdleTimeout = 86400;
+constexpr char kVariablePrefix[] = "SERVING_";  // of a variable in the environment, as web_service.py has it
+constexpr std::string_view kVariables[] = {"SERVING_BIN",  // Paddle Serving's
+                                           "SERVING_HOST", "SERVING_IDLE_TIMEOUT_S", "SERVING_MAX_QUEUED_TEXTS"};
 
 using Flags = std::map<std::string, std::string>;
 
@@ -55,16 +71,47 @@ std::string text(const Flags& flags, const std::string& name, const std::string&
   return found == flags.end() ? otherwise : found->second;
 }
 
-int64_t number(const Flags& flags, const std::string& name, int64_t otherwise, int64_t minimum, int64_t maximum) {
-  const auto found = flags.find(name);
-  if (found == flags.end()) return otherwise;
+int64_t parse_number(const std::string& source, const std::string& given, int64_t minimum, int64_t maximum) {
   int64_t value = 0;
-  const char* const end = found->second.data() + found->second.size();
-  const auto [stopped, error] = std::from_chars(found->second.data(), end, value);
+  const char* const end = given.data() + given.size();
+  const auto [stopped, error] = std::from_chars(given.data(), end, value);
   if (error != std::errc() || stopped != end || value < minimum || value > maximum)
-    throw InputError("-" + name + " " + found->second + ": give a number from " + std::to_string(minimum) + " to " +
+    throw InputError(source + " " + given + ": give a number from " + std::to_string(minimum) + " to " +
                      std::to_string(maximum));
   return value;
+}
+
+int64_t number(const Flags& flags, const std::string& name, int64_t otherwise, int64_t minimum, int64_t maximum) {
+  const auto found = flags.find(name);
+  return found == flags.end() ? otherwise : parse_number("-" + name, found->second, minimum, maximum);
+}
+
+// The number in a flag, else in the environment: Paddle Serving has no option for it.
+int64_t number_or_variable(const Flags& flags, const std::string& name, int64_t otherwise, int64_t minimum,
+                           int64_t maximum) {
+  std::string variable = kVariablePrefix + name;
+  std::transform(variable.begin(), variable.end(), variable.begin(), [](unsigned char c) { return std::toupper(c); });
+  const char* const given = std::getenv(variable.c_str());
+  if (given && *given) otherwise = parse_number(variable, given, minimum, maximum);
+  return number(flags, name, otherwise, minimum, maximum);
+}
+
+// Says which variables with our prefix have no effect, such as misspelled ones and those of web_service.py.
+void report_other_variables() {
+  std::string others;
+  for (char** variable = environ; *variable; ++variable) {
+    const std::string_view line(*variable), name = line.substr(0, line.find('='));
+    if (name.rfind(kVariablePrefix, 0) == 0 &&
+        std::find(std::begin(kVariables), std::end(kVariables), name) == std::end(kVariables))
+      others.append(others.empty() ? "" : ", ").append(name);
+  }
+  if (!others.empty()) std::cerr << "note: " << others << ": no setting of this server, ignored" << std::endl;
+}
+
+void check_names(const Flags& flags) {
+  for (const auto& [name, _] : flags)
+    if (std::find(std::begin(kKnownFlags), std::end(kKnownFlags), name) == std::end(kKnownFlags))
+      throw InputError("-" + name + ": isn't an option of this server or of Paddle Serving");
 }
 
 class Silent : public google::protobuf::io::ErrorCollector {
@@ -101,6 +148,17 @@ void check_device(bool use_gpu, bool use_trt, int precision) {
   if (precision == SERVING_BF16 && !__builtin_cpu_supports("avx512bf16")) {
     throw InputError("--precision bf16: this CPU lacks avx512_bf16; use fp32");
   }
+}
+
+// Throws InputError for options of Paddle Serving that would change what computes, or from what, and can't here.
+void check_supported(const Flags& flags, const model_config::EngineDesc& engine) {
+  const std::pair<std::string, bool> unsupported[] = {{"--use_lite", engine.use_lite()},
+                                                      {"--use_xpu", engine.use_xpu()},
+                                                      {"--use_ascend_cl", engine.use_ascend_cl()},
+                                                      {"--use_encryption_model", engine.encrypted_model()},
+                                                      {"--use_dist_model", engine.enable_dist_model()}};
+  for (const auto& [name, is_set] : unsupported)
+    if (is_set || flags.count(name.substr(2))) throw InputError(name + ": isn't supported; leave it out");
 }
 
 int read_precision(const std::string& given) {
@@ -155,22 +213,34 @@ std::optional<Options> parse_options(int argc, char** argv) {
     if (!std::filesystem::is_regular_file(join(model, kServerConfig)))
       throw InputError("--model " + model + ": has no " + kServerConfig + "; name what export_to_serving.py wrote");
     number(flags, "port", 0, 0, 65535);
+    number_or_variable(flags, "idle_timeout_s", 1, 1, kMaxIdleTimeout);
+    check_supported(flags, {});
     const std::string gpu = text(flags, "gpu_ids", text(flags, "gpu_id", "-1"));
     check_device(gpu != "-1", flags.count("use_trt"), read_precision(text(flags, "precision", "fp32")));
     return {};
   }
+  check_names(flags);
+  report_other_variables();
   Options options;
   // Paddle Serving has no option for it; web_service.py reads the same variable.
   if (const char* const host = std::getenv("SERVING_HOST"); host && *host) options.host = host;
   options.host = text(flags, "host", options.host);
+  if (options.host.size() > 2 && options.host.front() == '[' && options.host.back() == ']')  // as in URLs
+    options.host = options.host.substr(1, options.host.size() - 2);
   options.port = static_cast<unsigned short>(number(flags, "port", options.port, 0, 65535));
   options.threads = static_cast<int>(number(flags, "num_threads", options.threads, 1, 1024));
   // Paddle Serving asks for half a gigabyte when it isn't told anything; no request of kMaxTexts texts needs that.
   options.max_body_bytes = static_cast<size_t>(std::min<int64_t>(
       number(flags, "max_body_size", static_cast<int64_t>(options.max_body_bytes), 1, int64_t{1} << 40),
       static_cast<int64_t>(options.max_body_bytes)));
-  const auto old_name_queued = number(flags, "max_waiting_texts", options.max_queued_texts, 1, 1 << 20);
-  options.max_queued_texts = static_cast<size_t>(number(flags, "max_queued_texts", old_name_queued, 1, 1 << 20));
+  const auto queued = static_cast<int64_t>(options.max_queued_texts);
+  const bool old_name = flags.count("max_waiting_texts") && !flags.count("max_queued_texts");
+  options.max_queued_texts =
+      static_cast<size_t>(old_name ? number(flags, "max_waiting_texts", queued, 1, 1 << 20)
+                                   : number_or_variable(flags, "max_queued_texts", queued, 1, 1 << 20));
+
+  options.idle_timeout_s =
+      static_cast<int>(number_or_variable(flags, "idle_timeout_s", options.idle_timeout_s, 1, kMaxIdleTimeout));
 
   const std::string resource_file =
       join(text(flags, "resource_path", ""), text(flags, "resource_file", "resource.prototxt"));
@@ -182,6 +252,7 @@ std::optional<Options> parse_options(int argc, char** argv) {
       join(resource.model_toolkit_path(0), resource.model_toolkit_file(0)));
   if (toolkit.engines_size() != 1) throw InputError("--model: give one model folder");
   const auto& engine = toolkit.engines(0);
+  check_supported(flags, engine);
   options.precision = read_precision(text(flags, "precision", "fp32"));
   if (flags.count("enable_prometheus"))
     throw InputError("--enable_prometheus: this server has no metrics; leave it out, or use web_service.py's /metrics");

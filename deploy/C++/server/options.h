@@ -16,6 +16,7 @@ struct Options {
   int precision = 0;  // SERVING_FP32, ...
   size_t max_body_bytes = 16 << 20;
   size_t max_queued_texts = 2048;
+  int idle_timeout_s = 620;  // as in serving/settings.py, which says why
 };
 
 // Nothing where the first option is -check and the others, those of paddle_serving_server.serve, suit this machine.

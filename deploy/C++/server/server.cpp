@@ -1,5 +1,8 @@
 #include "server.h"
 
+#include <sys/resource.h>
+
+#include <algorithm>
 #include <atomic>
 #include <boost/asio.hpp>
 #include <boost/beast/core.hpp>
@@ -27,27 +30,30 @@ using boost::system::error_code;
 using tcp = asio::ip::tcp;
 using std::chrono::seconds;
 
-constexpr seconds kIdleTimeout{300};    // between requests
 constexpr seconds kMessageTimeout{30};  // for a request to come in, or a response to be taken
 constexpr seconds kDrainTimeout{25};    // for all that goes on when the server is told to end: Kubernetes kills after 30
 constexpr seconds kLateTimeout{2};      // for requests that are coming in then
 constexpr seconds kDiscardTimeout{2};   // for more of a request that was refused
 constexpr std::chrono::milliseconds kDrainCheckInterval{20};
 constexpr size_t kMaxConnections = 1024;
+constexpr size_t kOtherFiles = 32;  // that are open beside the connections; 11 with two predictors
 constexpr size_t kFirstBytes = 512;
 constexpr size_t kMaxHeaderBytes = 16 << 10;
+constexpr size_t kMaxBufferBytes = 128 << 10;    // of HTTP that isn't parsed yet; ends endless lines between chunks
 constexpr size_t kSmallBody = 64 << 10;          // there is always room for: 64 MiB in all connections
 constexpr size_t kMaxDiscarded = 64 << 20;       // of a request that is refused unread
 constexpr size_t kMaxBytesInFlight = 256 << 20;  // larger bodies of all connections
 constexpr size_t kMaxFramesInFlight = 64;        // of one connection
 constexpr size_t kMinCompressedBytes = 512;
-constexpr char kPath[] = "/GeneralModelService/inference";
+constexpr char kPath[] = "/GeneralModelService/inference", kHealthPath[] = "/health";
+constexpr char kHealthy[] = "{\"status\": \"ok\"}";  // as web_service.py answers
 
 // The state that connections share.
 struct Shared {
   const Model& model;
   Batcher& batcher;
   const size_t max_body_bytes;
+  const seconds idle_timeout;  // between requests
   std::atomic<size_t> bytes_in_flight{0};
   std::atomic<bool> draining{false};
   std::atomic<bool> late{false};  // draining, and no request is waited for any more
@@ -56,20 +62,25 @@ struct Shared {
 // A part of the memory that bodies may take.
 class Reservation {
  public:
-  // Throws RequestError if too much is taken already.
-  Reservation(Shared& shared, size_t bytes) : shared_(shared), bytes_(bytes > kSmallBody ? bytes : 0) {
-    if (shared.bytes_in_flight.fetch_add(bytes_) + bytes_ > kMaxBytesInFlight) {
-      shared.bytes_in_flight.fetch_sub(bytes_);
-      throw RequestError::overloaded("too many large requests are coming in; try again later");
-    }
-  }
+  explicit Reservation(Shared& shared) : shared_(shared) {}
   ~Reservation() { shared_.bytes_in_flight.fetch_sub(bytes_); }
   Reservation(const Reservation&) = delete;
   Reservation& operator=(const Reservation&) = delete;
 
+  // Takes so many bytes in all. Throws RequestError if too much is taken already.
+  void grow(size_t bytes) {
+    if (bytes <= std::max(bytes_, kSmallBody)) return;
+    const size_t more = bytes - bytes_;
+    if (shared_.bytes_in_flight.fetch_add(more) + more > kMaxBytesInFlight) {
+      shared_.bytes_in_flight.fetch_sub(more);
+      throw RequestError::overloaded("too many large requests are coming in; try again later");
+    }
+    bytes_ = bytes;
+  }
+
  private:
   Shared& shared_;
-  const size_t bytes_;
+  size_t bytes_ = 0;
 };
 
 // A connection of either protocol. All its handlers run on the strand of its stream.
@@ -137,11 +148,49 @@ class Connection : public std::enable_shared_from_this<Connection> {
 // ---------------------------------------------------------------------------------------------------------------------
 // HTTP: one request after the other
 
+std::string too_large_message(size_t max_bytes) {
+  return "the body has more than " + std::to_string(max_bytes) + " bytes";
+}
+
+// A request's target without a query, a slash at its end and, as to a proxy, a scheme and a host.
+std::string_view path_of(std::string_view target) {
+  const size_t authority = target.find("://");
+  if (!target.empty() && target[0] != '/' && authority != std::string_view::npos) {
+    const size_t path = target.find_first_of("/?", authority + 3);
+    target = path == std::string_view::npos ? std::string_view() : target.substr(path);
+  }
+  target = target.substr(0, target.find('?'));
+  while (!target.empty() && target.back() == '/') target.remove_suffix(1);
+  return target;
+}
+
+// Whether a Content-Type, with or without parameters, is one of these media types, which ignore case.
+bool is_type(std::string_view content_type, std::initializer_list<const char*> types) {
+  std::string_view type = content_type.substr(0, content_type.find(';'));
+  while (!type.empty() && (type.back() == ' ' || type.back() == '\t')) type.remove_suffix(1);
+  return std::any_of(types.begin(), types.end(),
+                     [&](const char* known) { return beast::iequals({type.data(), type.size()}, known); });
+}
+
+// Whether an Accept-Encoding names gzip, and doesn't exclude it with q=0.
+bool accepts_gzip(beast::string_view accepted) {
+  for (const auto& [name, parameters] : http::ext_list(accepted)) {
+    if (!beast::iequals(name, "gzip")) continue;
+    for (const auto& [key, value] : parameters)
+      if (beast::iequals(key, "q")) return std::strtod(std::string(value).c_str(), nullptr) > 0;
+    return true;
+  }
+  return false;
+}
+
 class HttpConnection : public Connection {
  public:
   using Connection::Connection;
 
-  void start() override { read_header(); }
+  void start() override {
+    buffer_.max_size(kMaxBufferBytes);
+    read_header();
+  }
 
  private:
   using Parser = http::request_parser<http::string_body>;
@@ -158,54 +207,104 @@ class HttpConnection : public Connection {
     reservation_.reset();
     parser_.emplace();
     parser_->header_limit(kMaxHeaderBytes);
-    parser_->body_limit(std::numeric_limits<uint64_t>::max());  // check_header looks at Content-Length
-    stream_.expires_after(idle() ? kIdleTimeout : kMessageTimeout);
+    parser_->body_limit(std::numeric_limits<uint64_t>::max());  // check_header and body_part_read limit it
+    stream_.expires_after(idle() ? shared_.idle_timeout : kMessageTimeout);
     http::async_read_header(stream_, buffer_, *parser_,
                             [self = self()](error_code error, size_t) { self->header_read(error); });
   }
 
-  void header_read(error_code error) {
+  static bool is_of_http(error_code error) {
     static const auto& http_errors = http::make_error_code(http::error::bad_method).category();
-    if (error == http::error::end_of_stream || (error && error.category() != http_errors)) return close();
+    return error.category() == http_errors && error != http::error::end_of_stream &&
+           error != http::error::partial_message;
+  }
+
+  void header_read(error_code error) {
+    if (error && !is_of_http(error)) return close();
     state_ = State::kReceiving;
-    keep_alive_ = false;
+    keep_alive_ = is_head_ = gzip_ = false;
     version_ = 11;
+    format_ = Format::kJson;
     try {
-      if (error) throw RequestError::bad("the request isn't HTTP: " + error.message());
+      if (error == http::error::header_limit)
+        throw RequestError(431, RpcError::kBadRequest, "the head of the request has more than 16 KiB");
+      if (error) throw RequestError::bad("the request isn't HTTP 1.1: " + error.message());
       const auto& request = parser_->get();
-      format_ = is_json(request) ? Format::kJson : Format::kProto;
-      gzip_ = request[http::field::accept_encoding].find("gzip") != beast::string_view::npos;
+      if (is_proto(request)) format_ = Format::kProto;
+      gzip_ = accepts_gzip(request[http::field::accept_encoding]);
+      is_head_ = request.method() == http::verb::head;
+      version_ = request.version();
+      check_path_and_method(request);
+      if (is_health(request)) {
+        keep_alive_ = request.keep_alive() && parser_->is_done();
+        return respond(200, kHealthy);
+      }
       check_header(request);
       keep_alive_ = request.keep_alive();
-      version_ = request.version();
-      reservation_.emplace(shared_, *parser_->content_length());
+      reservation_.emplace(shared_);
+      reservation_->grow(static_cast<size_t>(parser_->content_length().value_or(0)));
     } catch (const RequestError& refused) {
+      keep_alive_ = false;
       return respond_error(refused);
     }
     stream_.expires_after(kMessageTimeout);
+    parser_->eager(true);
     if (beast::iequals(parser_->get()[http::field::expect], "100-continue")) return write_continue();
     read_body();
   }
 
-  static bool is_json(const http::request<http::string_body>& request) {
-    return request[http::field::content_type].starts_with("application/json");
+  using Request = http::request<http::string_body>;
+
+  static std::string_view field(const Request& request, http::field name) {
+    const auto value = request[name];
+    return {value.data(), value.size()};
   }
 
-  void check_header(const http::request<http::string_body>& request) const {
-    if (request.target() != kPath)
-      throw RequestError(404, RpcError::kNoMethod, std::string("the server has one path, ") + kPath);
-    if (request.method() != http::verb::post)
+  static bool is_json(const Request& request) {
+    return is_type(field(request, http::field::content_type), {"application/json"});
+  }
+
+  static bool is_proto(const Request& request) {
+    return is_type(field(request, http::field::content_type),
+                   {"application/proto", "application/protobuf", "application/x-protobuf"});
+  }
+
+  static std::string_view path(const Request& request) {
+    return path_of({request.target().data(), request.target().size()});
+  }
+
+  static bool is_health(const Request& request) { return path(request) == kHealthPath; }
+
+  static void check_path_and_method(const Request& request) {
+    const bool get = request.method() == http::verb::get || request.method() == http::verb::head;
+    if (is_health(request)) {
+      if (!get) throw RequestError(405, RpcError::kBadRequest, "the method has to be GET or HEAD");
+    } else if (path(request) != kPath) {
+      throw RequestError(404, RpcError::kNoMethod, std::string("the server has the path ") + kPath);
+    } else if (request.method() != http::verb::post) {
       throw RequestError(405, RpcError::kBadRequest, "the method has to be POST");
-    const auto type = request[http::field::content_type];
-    if (!is_json(request) && !type.starts_with("application/proto") && !type.starts_with("application/x-protobuf"))
+    }
+  }
+
+  void check_header(const Request& request) const {
+    if (!is_json(request) && !is_proto(request))
       throw RequestError(415, RpcError::kBadRequest, "Content-Type has to be application/proto or application/json");
     const auto encoding = request[http::field::content_encoding];
-    if (!encoding.empty() && !beast::iequals(encoding, "gzip") && !beast::iequals(encoding, "identity"))
+    if (!encoding.empty() && !beast::iequals(encoding, "identity") && !is_gzip(request))
       throw RequestError(415, RpcError::kBadRequest, "Content-Encoding has to be gzip, or nothing");
+    const auto transfer = request[http::field::transfer_encoding];
+    if (!transfer.empty() && !beast::iequals(transfer, "chunked"))
+      throw RequestError(501, RpcError::kBadRequest, "Transfer-Encoding has to be chunked, or nothing");
     const auto length = parser_->content_length();
-    if (!length) throw RequestError(411, RpcError::kBadRequest, "Content-Length is missing");
-    if (*length > shared_.max_body_bytes)
-      throw RequestError::too_large("the body has more than " + std::to_string(shared_.max_body_bytes) + " bytes");
+    if (!length && !parser_->chunked())
+      throw RequestError(411, RpcError::kBadRequest, "Content-Length is missing: send it, or chunks");
+    if (length && *length > shared_.max_body_bytes)
+      throw RequestError::too_large(too_large_message(shared_.max_body_bytes));
+  }
+
+  static bool is_gzip(const Request& request) {
+    const auto encoding = request[http::field::content_encoding];
+    return beast::iequals(encoding, "gzip") || beast::iequals(encoding, "x-gzip");
   }
 
   void write_continue() {
@@ -217,19 +316,35 @@ class HttpConnection : public Connection {
   }
 
   void read_body() {
-    http::async_read(stream_, buffer_, *parser_, [self = self()](error_code error, size_t) { self->body_read(error); });
+    if (parser_->is_done()) return body_read();
+    http::async_read_some(stream_, buffer_, *parser_,
+                          [self = self()](error_code error, size_t) { self->body_part_read(error); });
   }
 
-  void body_read(error_code error) {
-    if (error) return close();
+  // Chunks don't say how large the body is going to be.
+  void body_part_read(error_code error) {
+    if (error && !is_of_http(error)) return close();
+    try {
+      if (error) throw RequestError::bad("the body's chunks are damaged: " + error.message());
+      const std::string& body = parser_->get().body();
+      if (body.size() > shared_.max_body_bytes)
+        throw RequestError::too_large(too_large_message(shared_.max_body_bytes));
+      reservation_->grow(body.capacity());
+    } catch (const RequestError& refused) {
+      keep_alive_ = false;
+      return respond_error(refused);
+    }
+    read_body();
+  }
+
+  void body_read() {
     state_ = State::kAnswering;
     stream_.expires_never();
     try {
       const auto& request = parser_->get();
       std::string decompressed;
       std::string_view body = request.body();
-      if (beast::iequals(request[http::field::content_encoding], "gzip"))
-        body = decompressed = decompress(body, shared_.max_body_bytes);
+      if (is_gzip(request)) body = decompressed = decompress(body, shared_.max_body_bytes);
       submit(parse_request(body, format_, shared_.model), [self = self()](const Job& job) { self->answer(job); });
     } catch (const RequestError& refused) {
       respond_error(refused);
@@ -257,8 +372,10 @@ class HttpConnection : public Connection {
       body = compress_gzip(body);
       response_.set(http::field::content_encoding, "gzip");
     }
+    if (status == 405) response_.set(http::field::allow, is_health(parser_->get()) ? "GET, HEAD" : "POST");
     response_.body() = std::move(body);
     response_.prepare_payload();
+    if (is_head_) response_.body().clear();  // Content-Length stays
     stream_.expires_after(kMessageTimeout);
     http::async_write(stream_, response_, [self = self()](error_code error, size_t) {
       if (error) return self->close();
@@ -272,7 +389,7 @@ class HttpConnection : public Connection {
   std::optional<Reservation> reservation_;
   Format format_ = Format::kProto;
   State state_ = State::kWaiting;
-  bool keep_alive_ = false, gzip_ = false;
+  bool keep_alive_ = false, gzip_ = false, is_head_ = false;
   unsigned version_ = 11;
 };
 
@@ -306,7 +423,7 @@ class FrameConnection : public Connection {
 
   void read_frame() {
     reading_ = true;
-    stream_.expires_after(buffer_.size() > 0 ? kMessageTimeout : kIdleTimeout);
+    stream_.expires_after(buffer_.size() > 0 ? kMessageTimeout : shared_.idle_timeout);
     fill(kFrameHeaderBytes, [this] { header_read(); });
   }
 
@@ -314,7 +431,8 @@ class FrameConnection : public Connection {
     try {
       sizes_ = parse_frame_header(buffered().substr(0, kFrameHeaderBytes), shared_.max_body_bytes);
       buffer_.consume(kFrameHeaderBytes);
-      reservation_.emplace(shared_, sizes_.body);
+      reservation_.emplace(shared_);
+      reservation_->grow(sizes_.body);
     } catch (const RequestError& error) {
       return refuse_and_end(error);  // where the next frame starts isn't known
     }
@@ -407,17 +525,25 @@ class FrameConnection : public Connection {
 class Listener {
  public:
   Listener(asio::io_context& context, const ServerOptions& options, Shared& shared)
-      : context_(context), strand_(asio::make_strand(context)), acceptor_(strand_), retry_(strand_), shared_(shared) {
+      : context_(context),
+        strand_(asio::make_strand(context)),
+        acceptor_(strand_),
+        retry_(strand_),
+        shared_(shared),
+        max_connections_(connection_limit()) {
     try {
-      const tcp::endpoint endpoint =
-          *tcp::resolver(context).resolve(options.host, std::to_string(options.port), tcp::resolver::passive).begin();
+      const tcp::endpoint endpoint = resolve(options);
       acceptor_.open(endpoint.protocol());
       acceptor_.set_option(asio::socket_base::reuse_address(true));
       acceptor_.bind(endpoint);
       acceptor_.listen();
     } catch (const boost::system::system_error& error) {
-      throw InputError("--port " + std::to_string(options.port) + ": can't listen on " + options.host + " (" +
-                       error.code().message() + ")");
+      const std::string reason = "can't listen on " + options.host + " (" + error.code().message() + "); ";
+      if (error.code().category() == asio::error::get_netdb_category() ||
+          error.code() == boost::system::errc::address_family_not_supported ||
+          error.code() == boost::system::errc::address_not_available)
+        throw InputError("SERVING_HOST " + options.host + ": " + reason + "give an address of this machine");
+      throw InputError("--port " + std::to_string(options.port) + ": " + reason + "name another");
     }
   }
 
@@ -435,7 +561,7 @@ class Listener {
           if (!stopped && acceptor_.is_open()) accept();
         });
       }
-      if (open_ < kMaxConnections) find_out_protocol(std::move(socket));
+      if (open_ < max_connections_) find_out_protocol(std::move(socket));
       accept();
     });
   }
@@ -458,6 +584,31 @@ class Listener {
   }
 
  private:
+  // Of a name's addresses an IPv4 address, as web_service.py and clients of "localhost" do, else the first.
+  tcp::endpoint resolve(const ServerOptions& options) {
+    const auto found =
+        tcp::resolver(context_).resolve(options.host, std::to_string(options.port), tcp::resolver::passive);
+    const auto v4 =
+        std::find_if(found.begin(), found.end(), [](const auto& entry) { return entry.endpoint().address().is_v4(); });
+    return v4 == found.end() ? found.begin()->endpoint() : v4->endpoint();
+  }
+
+  // Raises the limit on open files, within what the system allows. Says so where it doesn't allow kMaxConnections.
+  static size_t connection_limit() {
+    rlimit files{};
+    if (getrlimit(RLIMIT_NOFILE, &files) != 0) return kMaxConnections;
+    constexpr rlim_t needed = kMaxConnections + kOtherFiles;
+    if (files.rlim_cur < needed) {
+      files.rlim_cur = std::min(files.rlim_max, needed);
+      setrlimit(RLIMIT_NOFILE, &files);
+    }
+    if (files.rlim_cur >= needed) return kMaxConnections;
+    const size_t room = files.rlim_cur > kOtherFiles ? files.rlim_cur - kOtherFiles : 1;
+    std::cerr << "note: ulimit -n leaves room for " << room << " connections; ulimit -n " << needed << " is enough"
+              << std::endl;
+    return room;
+  }
+
   // A connection whose first bytes haven't come yet.
   struct Opening {
     explicit Opening(tcp::socket socket) : stream(std::move(socket)) {}
@@ -477,7 +628,7 @@ class Listener {
       const std::lock_guard lock(mutex_);
       openings_.insert(opening);
     }
-    opening->stream.expires_after(kIdleTimeout);
+    opening->stream.expires_after(shared_.idle_timeout);
     read_first(opening);
   }
 
@@ -523,6 +674,7 @@ class Listener {
   tcp::acceptor acceptor_;
   asio::steady_timer retry_;
   Shared& shared_;
+  const size_t max_connections_;
   std::atomic<size_t> open_{0};
   std::mutex mutex_;
   std::unordered_map<Connection*, std::weak_ptr<Connection>> connections_;
@@ -533,7 +685,7 @@ class Listener {
 
 void serve(const ServerOptions& options, const Model& model, Batcher& batcher,
            const std::function<void(unsigned short)>& ready) {
-  Shared shared{model, batcher, options.max_body_bytes};
+  Shared shared{model, batcher, options.max_body_bytes, options.idle_timeout};
   asio::io_context context(options.network_threads);
   Listener listener(context, options, shared);
   listener.accept();

@@ -1,6 +1,7 @@
 // HTTP and baidu_std on one port.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <functional>
 #include <memory>
@@ -14,6 +15,7 @@ struct ServerOptions {
   unsigned short port;
   size_t max_body_bytes;
   int network_threads;
+  std::chrono::seconds idle_timeout;  // of connections, between requests
 };
 
 // Serves until SIGTERM or SIGINT, then answers what it has taken and returns. `ready` gets the port that is listened
