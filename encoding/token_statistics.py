@@ -35,7 +35,7 @@ def token_statistics(tokenizer: TextTokenizer, texts: Sequence[str]) -> TokenSta
     rows = np.sort(np.random.default_rng(0).choice(len(texts), min(len(texts), SAMPLE), replace=False)).tolist()
     sample = [texts[row] for row in rows]
     lengths, unknown = tokenizer.count(sample)
-    shares = unknown / np.maximum(1, lengths - 2)  # without [CLS] and [SEP]
+    shares = _unknown_shares(lengths, unknown)
     return TokenStatistics(
         texts=len(sample),
         cut=int((lengths > tokenizer.max_seq_length).sum()),
@@ -44,6 +44,17 @@ def token_statistics(tokenizer: TextTokenizer, texts: Sequence[str]) -> TokenSta
         mostly_unknown=int((shares >= MOSTLY_UNKNOWN).sum()),
         example=sample[int(shares.argmax())],
     )
+
+
+def count_unseen(tokenizer: TextTokenizer, texts: Sequence[str]) -> tuple[int, int]:
+    """How many texts are cut, and how many mostly unknown, see TokenStatistics; of all texts."""
+    lengths, unknown = tokenizer.count(texts)
+    mostly_unknown = _unknown_shares(lengths, unknown) >= MOSTLY_UNKNOWN
+    return int((lengths > tokenizer.max_seq_length).sum()), int(mostly_unknown.sum())
+
+
+def _unknown_shares(lengths: np.ndarray, unknown: np.ndarray) -> np.ndarray:
+    return unknown / np.maximum(1, lengths - 2)  # without [CLS] and [SEP]
 
 
 def report_tokens(tokenizer: TextTokenizer, texts_by_name: Mapping[str, Sequence[str]]) -> None:

@@ -29,6 +29,8 @@ from urllib.request import proxy_bypass
 import numpy as np
 
 from common.errors import InputError
+from data import TextTokenizer
+from encoding.token_statistics import count_unseen
 from serving import installed_packages
 from serving.encoder_process import EncoderProcess
 from serving.limits import (
@@ -92,10 +94,16 @@ def error_response(number: int, message: str) -> Response:
 
 
 class PipelineService:
-    """Answers requests for vectors, over gRPC and for other callers of `answer`."""
+    """Answers requests for vectors, over gRPC and for other callers of `answer`.
 
-    def __init__(self, encoders: Sequence[EncoderProcess], options: ServiceOptions) -> None:
+    tokenizer: the encoders' tokenizer, to count texts that the model doesn't see as a whole; None counts none.
+    """
+
+    def __init__(
+        self, encoders: Sequence[EncoderProcess], options: ServiceOptions, tokenizer: TextTokenizer | None = None
+    ) -> None:
         self._options, self._encoders, self.limits = options, encoders, options.limits
+        self._tokenizer = tokenizer
         self.admission = Admission(self.limits.queued_texts)
         self.metrics = Metrics(self.admission)
         self._batcher = Batcher(encoders, options.batch_size, options.max_queue_delay, self.admission, self.metrics)
@@ -127,6 +135,8 @@ class PipelineService:
         texts = check_texts(request.key, request.value, self.limits)
         with self.admission.admitted(len(texts)):
             vectors = self._batcher.encode(texts)
+            if self._tokenizer:
+                self.metrics.unseen(*count_unseen(self._tokenizer, texts))
         return Response(key=[OUTPUT], value=[vectors_json(vectors)])
 
     def listen(self, host: str, port: int) -> int:

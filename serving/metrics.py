@@ -33,6 +33,8 @@ class Metrics:
         self._request_duration = Histogram(
             "request_duration_seconds", "Time from a request's arrival to its answer", buckets=LATENCY_BUCKETS, **common
         )
+        self._cut_texts = Counter("cut_texts", "Texts with more tokens than max_seq_length, which were cut", **common)
+        self._unknown_texts = Counter("unknown_texts", "Texts of which half of the tokens or more are [UNK]", **common)
         self._batch_size = Histogram("batch_size_texts", "Texts encoded together", buckets=BATCH_BUCKETS, **common)
         self._batch_duration = Histogram(
             "batch_duration_seconds", "Time to encode a batch", buckets=LATENCY_BUCKETS, **common
@@ -44,6 +46,11 @@ class Metrics:
         if number:
             self._errors.labels(number).inc()
         self._request_duration.observe(seconds)
+
+    def unseen(self, cut: int, mostly_unknown: int) -> None:
+        """Counts texts that the model doesn't see as a whole: cut ones, and mostly unknown ones."""
+        self._cut_texts.inc(cut)
+        self._unknown_texts.inc(mostly_unknown)
 
     def encoded(self, texts: int, seconds: float) -> None:
         """Counts a batch."""

@@ -17,6 +17,7 @@ from common.cli import ArgumentParser, number_in_range, text_argument
 from common.errors import InputError
 from data import SAMPLE_TEXTS, TextTokenizer, TokenIds
 from encoding.exported_files import exported_length
+from encoding.token_statistics import report_tokens
 from serving.protos import Request, Response, RpcMeta
 
 INT64 = 0  # elem_type
@@ -55,6 +56,7 @@ def tokenize(texts: Sequence[str], model_dir: str, max_seq_length: int | None) -
         raise InputError(f"--model_dir {folder}: no such folder; give the one that the server serves")
     tokenizer = TextTokenizer.load(folder, exported_length(folder, max_seq_length))
     tokenizer.pad_to_max_seq_len = True
+    report_tokens(tokenizer, {"texts": texts})
     return tokenizer(texts)
 
 

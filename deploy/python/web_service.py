@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import ArgumentParser, run
 from common.cpu import cpu_count
 from common.signals import Stopped, StopSignals
-from encoding.exported_files import find_exported
+from data import TextTokenizer
+from encoding.exported_files import exported_length, find_exported
 from serving.encoder_process import EncoderOptions, EncoderProcess
 from serving.limits import Limits, raise_open_files, service_log
 from serving.settings import add_settings_args, check_ports, read_settings
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(build_parser().parse_args(argv))
     settings = read_settings(args, os.environ, args["config"])
     check_ports(settings)
-    find_exported(settings["model_dir"])
+    model = find_exported(settings["model_dir"])
     # Imported here, so that a missing Paddle Serving is reported in one line.
     from serving.adapter import PipelineService, ServiceOptions
     from serving.http_gateway import OTHER_CONNECTIONS, PREDICTION_PATH, HttpGateway
@@ -47,11 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         threads=settings["threads"] or max(1, cpu_count() // settings["workers"]),
         max_seq_length=settings["max_seq_length"] or None,
     )
+    tokenizer = TextTokenizer.load(model, settings["max_seq_length"] or exported_length(model))
     # Outside of StopSignals: a signal may end the process while the models are loaded.
     encoders = [EncoderProcess(encoder_options) for _ in range(settings["workers"])]
     with StopSignals() as signals:
         delay, requests = settings["max_queue_delay_ms"] / 1000, settings["max_requests"]
-        service = PipelineService(encoders, ServiceOptions(settings["batch_size"], delay, requests, limits))
+        options = ServiceOptions(settings["batch_size"], delay, requests, limits)
+        service = PipelineService(encoders, options, tokenizer)
         rpc_port = service.listen(host, settings["rpc_port"])
         gateway = HttpGateway(service, host, settings["http_port"], requests, settings["idle_timeout_s"])
         try:

@@ -124,7 +124,7 @@ def test_every_answer_under_load_is_the_right_one(service: Service, serving_serv
 def test_metrics_count_what_happened(service: Service) -> None:
     before = read_metrics(service)
     with http_client(service) as http, rpc_client(service) as rpc:
-        http(["水稻", "小麦", "玉米"])
+        http(["水稻", "水稻产量" * 40, "龘靐"])
         rpc(["水稻"])
         with pytest.raises(ServiceError):
             rpc([""])
@@ -137,6 +137,7 @@ def test_metrics_count_what_happened(service: Service) -> None:
     assert changed["semantic_index_batch_size_texts_count"] == 2
     assert changed["semantic_index_batch_size_texts_sum"] == 4
     assert changed['semantic_index_batch_size_texts_bucket{le="1.0"}'] == 1
+    assert changed["semantic_index_cut_texts_total"] == changed["semantic_index_unknown_texts_total"] == 1
     assert after['semantic_index_queue_size{unit="texts"}'] == 0
 
 

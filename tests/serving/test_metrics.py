@@ -27,6 +27,8 @@ def test_metrics_over_http(fake_service: PipelineService, gateway: HttpGateway, 
         "semantic_index_errors_total": "counter",
         "semantic_index_queue_size": "gauge",
         "semantic_index_request_duration_seconds": "histogram",
+        "semantic_index_cut_texts_total": "counter",
+        "semantic_index_unknown_texts_total": "counter",
         "semantic_index_batch_size_texts": "histogram",
         "semantic_index_batch_duration_seconds": "histogram",
     }
