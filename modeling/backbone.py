@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-import tempfile
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import paddle
 from paddle.base import core
 
+from common.environment import can_be_written
 from common.errors import InputError
-from common.files import read_json
+from common.files import read_json, scratch_folder
 from common.paddle_setup import defer_paddlenlp
 from data import BACKBONE_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
 from modeling.checkpoint_files import WEIGHTS_FILES
@@ -22,8 +23,10 @@ import paddlenlp.data  # noqa: F401 - first, as in paddlenlp/__init__.py: it and
 from paddlenlp.transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedModel
 from paddlenlp.transformers.auto.configuration import MODEL_NAMES_MAPPING
 from paddlenlp.utils.download import resolve_file_path
+from paddlenlp.utils.env import MODEL_HOME
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
+PROXY_VARIABLES = ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 SMALLEST_NUMBERS = {"max_position_embeddings": 3, "vocab_size": 1, "pad_token_id": 0}  # least values in a config
 # On a component of the last layer's output: rounding changes it by 1e-5, padding that isn't masked by 0.002.
 LARGEST_EFFECT_OF_PADDING = 1e-3
@@ -72,7 +75,10 @@ def _unreadable(source: str | Path, error: Exception) -> InputError:
 
 def _not_found(name: str | Path) -> InputError:
     """The error for a name that is no folder, and that PaddleNLP doesn't know or can't download."""
-    remedy = "check the name and the network, or give a local folder"
+    proxy = next((name for name in PROXY_VARIABLES if os.environ.get(name)), None)
+    remedy = f"check the name and {f'the proxy ({proxy})' if proxy else 'the network'}, or give a local folder"
+    if not can_be_written(Path(MODEL_HOME)):  # `writable_homes` also makes it a file
+        remedy = "set PPNLP_HOME to a folder that can be written, for PaddleNLP's downloads, or give a local folder"
     return InputError(f"{name}: is no folder here, and can't be downloaded; {remedy}")
 
 
@@ -141,11 +147,11 @@ def load_tokenizer(name_or_path: str | Path, max_seq_length: int) -> TextTokeniz
     """The tokenizer of a folder with a vocab.txt, or of a name, which PaddleNLP may download. Raises InputError."""
     if Path(name_or_path).is_dir():
         return TextTokenizer.load(name_or_path, max_seq_length)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         try:
             AutoTokenizer.from_pretrained(str(name_or_path)).save_pretrained(folder)
         except Exception:
             raise _not_found(name_or_path) from None
-        if not (Path(folder) / VOCABULARY_FILE).is_file():
+        if not (folder / VOCABULARY_FILE).is_file():
             raise InputError(f"{name_or_path}: its tokenizer has no {VOCABULARY_FILE}; need a WordPiece tokenizer")
         return TextTokenizer.load(folder, max_seq_length)
