@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import paddle
 import paddle.distributed as dist
 from paddle.base import core
 
+from common.logs import log
 from common.signals import Stopped
 
 SECONDS_BETWEEN_POLLS = 0.02  # while a rank waits for the others
@@ -26,8 +28,21 @@ def init_ranks() -> tuple[int, int]:
     if dist.get_world_size() > 1 and not dist.is_initialized():
         if paddle.get_device() == "cpu":  # otherwise Paddle takes NCCL, and the GPU, if the launcher saw one
             os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
+        if not _has_launcher():
+            count = os.environ["PADDLE_TRAINERS_NUM"]
+            remedy = "if nothing starts them, end this and unset PADDLE_TRAINERS_NUM"
+            log(f"PADDLE_TRAINERS_NUM={count}: waiting for the other processes; {remedy}")
         dist.init_parallel_env()
     return dist.get_rank(), dist.get_world_size()
+
+
+def _has_launcher() -> bool:
+    """Whether Paddle's launcher has started this process; without /proc, whether it may have."""
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return True
+    return b"paddle.distributed" in command or b"fleetrun" in command
 
 
 def barrier() -> None:
