@@ -14,6 +14,7 @@ import paddle
 import paddle.distributed as dist
 from paddle.base import core
 
+from common.errors import InputError
 from common.logs import log
 from common.signals import Stopped
 
@@ -24,7 +25,10 @@ _EXITED = "semantic_index/exited"
 
 
 def init_ranks() -> tuple[int, int]:
-    """Joins the other processes, over gloo on the CPU and NCCL on GPUs. Returns (rank, number of ranks)."""
+    """Joins the other processes, over gloo on the CPU and NCCL on GPUs. Returns (rank, number of ranks).
+
+    Raises InputError if they can't connect.
+    """
     if dist.get_world_size() > 1 and not dist.is_initialized():
         if paddle.get_device() == "cpu":  # otherwise Paddle takes NCCL, and the GPU, if the launcher saw one
             os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
@@ -32,7 +36,12 @@ def init_ranks() -> tuple[int, int]:
             count = os.environ["PADDLE_TRAINERS_NUM"]
             remedy = "if nothing starts them, end this and unset PADDLE_TRAINERS_NUM"
             log(f"PADDLE_TRAINERS_NUM={count}: waiting for the other processes; {remedy}")
-        dist.init_parallel_env()
+        try:
+            dist.init_parallel_env()
+        except Exception as error:  # Paddle raises anything from ValueError to SystemError
+            reason = str(error).strip().splitlines()[0]
+            remedy = "if it is about this machine's name, add that to /etc/hosts, or set GLOO_SOCKET_IFNAME=lo"
+            raise InputError(f"the processes of the launcher can't connect ({reason}); {remedy}") from None
     return dist.get_rank(), dist.get_world_size()
 
 
