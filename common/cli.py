@@ -149,7 +149,7 @@ def _exit_code(main: Callable[[], int]) -> int:
         return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)  # the shell's convention
     except MemoryError as error:  # numpy's and Paddle's messages tell the size
         reason = (str(error).strip().splitlines() or ["the limit is reached"])[0]
-        print(f"error: no memory is left ({reason}); lower --batch_size, or raise the limit", file=sys.stderr)
+        print(f"error: no memory is left ({reason}); use smaller batches, or raise the limit", file=sys.stderr)
         return INPUT_ERROR_EXIT_CODE
     except SystemExit as ended:  # argparse's, after --help or a wrong option
         return int(ended.code or 0)

@@ -40,7 +40,7 @@ _ROUNDS = Override(("strict",), None, "it would round in fp32, too; use --precis
 OVERRIDES = {
     "FLAGS_enable_pir_api": Override(_ON, "1", "exports and the static engine need Paddle's new IR"),
     "FLAGS_enable_api_kernel_fallback": Override(_ON, "1", "oneDNN lacks kernels that the static engine needs"),
-    # With Paddle 3.3, gradients get new names in every step then, and AdamW takes new moments for each name.
+    # In Paddle 3.3 each step of the optimizer then renames the parameters, by whose names AdamW keeps its moments.
     "GLOG_v": Override(("0", "1", "2", "3", "4", "5"), None, "from 6 on, Paddle's optimizer loses its state"),
     "GLOG_vmodule": Override((), None, "Paddle's optimizer may lose its state, as with GLOG_v=6"),
     "FLAGS_enable_unique_name": Override(_OFF, None, "Paddle's optimizer would lose its state"),

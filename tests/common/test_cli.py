@@ -46,7 +46,7 @@ def test_an_input_error_ends_with_code_2_and_one_line(capsys: pytest.CaptureFixt
 )
 def test_no_memory_ends_with_code_2_and_one_line(message: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(raising(MemoryError(message))) == 2
-    line = f"error: no memory is left ({said}); lower --batch_size, or raise the limit\n"
+    line = f"error: no memory is left ({said}); use smaller batches, or raise the limit\n"
     assert capsys.readouterr() == ("", line)
 
 
