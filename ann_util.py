@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.cli import number_in_range, positive_int, proportion
-from common.cpu import cpu_count
+from common.cpu import cpu_count, memory_limit
 from common.errors import InputError
 from common.files import atomic_write
-from common.logs import progress_bar
+from common.logs import log, progress_bar
 
 ANN_CHOICES = ("hnswlib", "exact")
 HNSW_FILE, VECTORS_FILE = "hnsw.bin", "vectors.npy"
 CORPUS_BLOCK = 16384  # vectors of the corpus that are read or compared at a time
 QUERY_BLOCK = 256  # queries compared with such a block at a time: the similarities take 16 MB
+HNSW_ELEMENT_BYTES = 64  # of a vector besides itself and its links: its label, a pointer and a mutex
 HNSW_BLOCK = 1024  # vectors or queries per call of hnswlib, which takes about a second and delays Ctrl-C
 DEFAULT_TARGET_RECALL = 0.995  # on a sample of the queries; gives 0.99 on all of them
 MAX_EF = 1 << 14  # with a larger ef, HNSW is no faster than exact search
@@ -50,6 +51,17 @@ def add_index_args(parser: argparse._ActionsContainer) -> None:
         f"0: with --hnsw_ef (default: {DEFAULT_TARGET_RECALL} for a new index, its own for a saved one)"
     )
     add("--target_recall", "--tune_ef", type=proportion, help=target_help)
+
+
+def report_small_memory(options: IndexOptions, vectors: int, dim: int) -> None:
+    """Logs a line if the index of this many vectors won't fit into the memory that this process may use."""
+    if options.ann != "hnswlib":  # exact search reads the vectors from the disk
+        return
+    links = 2 * options.hnsw_m + 1  # of 4 bytes on the lowest level, with their number; upper levels add 1 %
+    size, limit = vectors * (4 * dim + 4 * links + HNSW_ELEMENT_BYTES), memory_limit()
+    if size > limit:
+        problem = f"the HNSW index of {vectors} documents needs {size / 1e9:.1f} GB, and the limit of memory is"
+        log(f"{problem} {limit / 1e9:.1f} GB: the system may end this process; use --ann exact, or lower --hnsw_m")
 
 
 def check_index_args(options: IndexOptions, corpus_size: int) -> None:

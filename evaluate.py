@@ -1,7 +1,11 @@
 """Recall@K, MRR and nDCG of a recall result. Imports no Paddle."""
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 leaves it out
 
 from common.cli import ArgumentParser, positive_int, run
 from common.logs import log

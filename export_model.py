@@ -1,8 +1,11 @@
 """Exports a trained model for serving: a folder with the static graph and everything that running it needs."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 leaves it out
 
 from common.cli import ArgumentParser, number_in_range, run
 from common.files import atomic_folder

@@ -2,7 +2,7 @@
 
 import argparse
 import shutil
-import tempfile
+import sys
 from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from google.protobuf import text_format
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 leaves it out
+
 from common.cli import ArgumentParser, add_switch, run
 from common.errors import InputError
-from common.files import atomic_folder, is_within, resolve_interrupted_replace
+from common.files import atomic_folder, is_within, resolve_interrupted_replace, scratch_folder
 from common.manifest import MANIFEST_FILE, check_manifest, check_replaceable, write_manifest
 from common.paddle_setup import set_up_paddle
 from encoding.exported_files import EXPORT_AGAIN, GRAPH_NAME, GRAPH_SUFFIXES, INPUT_NAMES, WEIGHTS_SUFFIX
@@ -131,8 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"used {graph.name}: Paddle 3 writes it instead of {args.model_filename}")
 
     if args.show_proto:
-        with tempfile.TemporaryDirectory() as folder:
-            config = convert(source, graph, weights, Path(folder), feed_aliases, args.fetch_alias_names)
+        with scratch_folder() as folder:
+            config = convert(source, graph, weights, folder, feed_aliases, args.fetch_alias_names)
             print(str(config).rstrip())
         return 0
     with atomic_folder(client) as client_folder, atomic_folder(server) as server_folder:

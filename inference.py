@@ -1,7 +1,11 @@
 """Turns texts into vectors: prints them, or writes them to a .npy file."""
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 leaves it out
 
 from common.cli import ArgumentParser, run, text_argument
 from common.files import prepare_file

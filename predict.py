@@ -1,7 +1,11 @@
 """Predicts the similarity of text pairs: prints the cosine of each line of a file, in the order of the lines."""
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 leaves it out
 
 from common.cli import ArgumentParser, run
 from common.logs import is_main_process, log

@@ -8,6 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 leaves it out
+
 from ann_util import IndexOptions, add_index_args, check_index_args
 from common.cli import ArgumentParser, given_options, positive_int, run, text_argument
 from common.errors import InputError
@@ -127,9 +129,10 @@ def typed_queries(stream: TextIO | None) -> Iterator[str]:
         return
     if stream.isatty():
         log("type a query and press Enter; Ctrl-D ends")
+    encoding = "utf-8" if stream.encoding == "ascii" else stream.encoding  # ascii: a locale that says nothing
     for line in stream.buffer:  # decoded here: the stream itself may fail on bytes of another encoding, or accept them
         try:
-            yield parse_text(line.decode(stream.encoding))
+            yield parse_text(line.decode(encoding))
         except ValueError as error:
             log(f"not a query: {error}")
 

@@ -5,9 +5,12 @@ import math
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 leaves it out
 
 from ann_util import IndexOptions, add_index_args, check_index_args
 from batch_negative.batches import BatchSchedule, PairBatcher, check_batch_size

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from common import __version__
+from common.environment import remove_temporary_home
 from common.errors import InputError
 from common.logs import process_count
 from common.signals import Terminated, terminate
@@ -32,6 +33,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None = None) -> None:
         super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+        self.register("type", None, _path_argument)  # of the options without a type
         self.add_argument("--version", action="version", version=__version__)
 
     def error(self, message: str) -> NoReturn:
@@ -82,20 +84,45 @@ def true_or_false(text: str) -> bool:
 
 
 def text_argument(text: str) -> str:
-    """An argparse type: a text of which something is visible, and that can be encoded in UTF-8."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # Python turns bytes of an argument that it can't decode into surrogates
-        raise argparse.ArgumentTypeError("the text isn't UTF-8") from None
+    """An argparse type: a text of which something is visible, in UTF-8 or the locale's encoding."""
+    text, is_utf8 = _as_utf8(text)
+    if not is_utf8:
+        raise argparse.ArgumentTypeError("the text isn't UTF-8")
     if not has_visible_text(text):
         raise argparse.ArgumentTypeError("the text is empty")
     return text
 
 
+def _path_argument(text: str) -> str:
+    """A file or folder; `~` is the home, which the shell doesn't replace in `--option=~/folder`."""
+    if text.endswith("\r"):
+        remedy = "if it is from a script with Windows line ends, use dos2unix on that"
+        raise argparse.ArgumentTypeError(f"{text!r} ends in a carriage return; {remedy}")
+    decoded, is_utf8 = _as_utf8(text)
+    if decoded != text or not is_utf8:  # Paddle can't open it
+        remedy = "set PYTHONUTF8=1, as the locale isn't UTF-8" if is_utf8 else "rename it"
+        raise argparse.ArgumentTypeError(f"{text!a}: this path can't be read as UTF-8; {remedy}")
+    return os.path.expanduser(text) if text.startswith("~/") else text
+
+
+def _as_utf8(text: str) -> tuple[str, bool]:
+    """An argument's text, and whether it has one: Python turns bytes that the locale can't decode into surrogates."""
+    try:
+        text.encode("utf-8")
+        return text, True
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(text).decode("utf-8"), True
+    except UnicodeError:
+        return text, False
+
+
 def run(main: Callable[[], int]) -> NoReturn:
     """Runs a script's `main` and exits with the code that it returns, or with another one after a line on stderr.
 
-    2: InputError, or the disk of stdout is full; 130: Ctrl-C; 143: SIGTERM; 141, without a line: nobody reads stdout.
+    2: InputError, no memory is left, or the disk of stdout is full; 130: Ctrl-C; 143: SIGTERM; 141, without a line:
+    nobody reads stdout.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the locale's encoding lacks
@@ -112,6 +139,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = _report_output_error(error)
     if has_peers:
         # Skips the interpreter's shutdown, in which Paddle's gloo sometimes aborts.
+        remove_temporary_home()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
@@ -127,6 +155,10 @@ def _exit_code(main: Callable[[], int]) -> int:
     except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)  # the shell's convention
+    except MemoryError as error:  # numpy's and Paddle's messages tell the size
+        reason = (str(error).strip().splitlines() or ["the limit is reached"])[0]
+        print(f"error: no memory is left ({reason}); use smaller batches, or raise the limit", file=sys.stderr)
+        return INPUT_ERROR_EXIT_CODE
     except SystemExit as ended:  # argparse's, after --help or a wrong option
         return int(ended.code or 0)
     except OSError as error:

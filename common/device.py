@@ -10,6 +10,7 @@ from common.cpu import has_bf16
 from common.errors import InputError
 
 STRIDE_FLAG = "FLAGS_use_stride_kernel"
+VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # Paddle's names of the precisions
 BF16_COMPUTE_CAPABILITY = 8  # lowest major version: Ampere and later GPUs
 
@@ -23,8 +24,12 @@ def choose_device(device: str | None) -> str:
     except Exception:  # the driver is missing or too old
         has_gpu = False
     if device == "gpu" and not has_gpu:
-        why = "no GPU is visible" if paddle.is_compiled_with_cuda() else "this Paddle is built for the CPU"
-        raise InputError(f"--device gpu: {why}; use --device cpu, or set up with sh scripts/setup.sh --gpu")
+        remedy = "use --device cpu, or set up with sh scripts/setup.sh --gpu"
+        if not paddle.is_compiled_with_cuda():
+            raise InputError(f"--device gpu: this Paddle is built for the CPU; {remedy}")
+        if (visible := os.environ.get(VISIBLE_VARIABLE)) is not None:
+            remedy = f"{VISIBLE_VARIABLE}={visible} may hide it: unset that, or use --device cpu"
+        raise InputError(f"--device gpu: no GPU is visible; {remedy}")
     return device or ("gpu" if has_gpu else "cpu")
 
 

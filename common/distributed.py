@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import paddle
 import paddle.distributed as dist
 from paddle.base import core
 
+from common.errors import InputError
+from common.logs import log
 from common.signals import Stopped
 
 SECONDS_BETWEEN_POLLS = 0.02  # while a rank waits for the others
@@ -22,12 +25,33 @@ _EXITED = "semantic_index/exited"
 
 
 def init_ranks() -> tuple[int, int]:
-    """Joins the other processes, over gloo on the CPU and NCCL on GPUs. Returns (rank, number of ranks)."""
+    """Joins the other processes, over gloo on the CPU and NCCL on GPUs. Returns (rank, number of ranks).
+
+    Raises InputError if they can't connect.
+    """
     if dist.get_world_size() > 1 and not dist.is_initialized():
         if paddle.get_device() == "cpu":  # otherwise Paddle takes NCCL, and the GPU, if the launcher saw one
             os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
-        dist.init_parallel_env()
+        if not _has_launcher():
+            count = os.environ["PADDLE_TRAINERS_NUM"]
+            remedy = "if nothing starts them, end this and unset PADDLE_TRAINERS_NUM"
+            log(f"PADDLE_TRAINERS_NUM={count}: waiting for the other processes; {remedy}")
+        try:
+            dist.init_parallel_env()
+        except Exception as error:  # Paddle raises anything from ValueError to SystemError
+            reason = str(error).strip().splitlines()[0]
+            remedy = "if it is about this machine's name, add that to /etc/hosts, or set GLOO_SOCKET_IFNAME=lo"
+            raise InputError(f"the processes of the launcher can't connect ({reason}); {remedy}") from None
     return dist.get_rank(), dist.get_world_size()
+
+
+def _has_launcher() -> bool:
+    """Whether Paddle's launcher has started this process; without /proc, whether it may have."""
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return True
+    return b"paddle.distributed" in command or b"fleetrun" in command
 
 
 def barrier() -> None:

@@ -198,6 +198,22 @@ def clear_leftovers(folder: str | Path) -> None:
         raise InputError(f"{error.filename}: can't be removed ({error.strerror})") from None
 
 
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder in TMPDIR, or else in /tmp, until the block ends. Raises InputError if it can't be written."""
+    try:
+        temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    except OSError:
+        raise InputError("no temporary folder can be written; set TMPDIR to a folder that can") from None
+    with temporary as folder:
+        try:
+            yield Path(folder)
+        except (InputError, OSError) as error:
+            if folder not in str(error):  # it is about another file
+                raise
+            raise InputError(f"{error}; if {tempfile.gettempdir()} is full, set TMPDIR to another folder") from None
+
+
 def make_folder(path: str | Path) -> None:
     """Creates a folder if needed. Raises InputError if files can't be written into it."""
     try:

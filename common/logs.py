@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -12,12 +13,16 @@ SECONDS_BEFORE_BAR = 1.0  # on a terminal
 
 def is_main_process() -> bool:
     """Whether this is rank 0 under `paddle.distributed.launch`, or the only process. Only this one logs."""
-    return os.environ.get("PADDLE_TRAINER_ID", "0") == "0"
+    return process_count() == 1 or os.environ.get("PADDLE_TRAINER_ID", "0") == "0"
 
 
 def process_count() -> int:
-    """The number of ranks under `paddle.distributed.launch`, else 1."""
-    return int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+    """The number of ranks under `paddle.distributed.launch`, else 1, also for what isn't a number.
+
+    `common.environment.check_ranks` refuses that.
+    """
+    count = os.environ.get("PADDLE_TRAINERS_NUM", "")
+    return max(1, int(count)) if count.isdecimal() else 1
 
 
 def log(message: str) -> None:
@@ -34,6 +39,8 @@ class LineProgress(tqdm):
     def __init__(self, total: int, desc: str, unit: str) -> None:
         timing = {"mininterval": SECONDS_BETWEEN_LINES, "delay": SECONDS_BETWEEN_LINES, "miniters": 1, "smoothing": 0}
         super().__init__(total=total, desc=desc, unit=unit, ncols=0, file=io.StringIO(), **timing)
+        self._time = time.monotonic  # tqdm's clock may be set meanwhile
+        self.start_t = self.last_print_t = self._time()
 
     def display(self, *_: object, **__: object) -> None:
         """Prints a line, unless nothing was done since the last one: tqdm displays its state again at the end."""

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import io
 import os
+import resource
 import signal
 import sys
 import threading
@@ -15,8 +16,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from common.cpu import cpu_count, cpu_flags, keep_freed_memory, read_cpuinfo
+from common.environment import given_threads, prepare_environment
+from common.errors import InputError
 
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # the features that MKL calls AVX-512
+LOADER_VARIABLES = ("LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH")  # may bring in libraries that don't fit Paddle's
 IRRELEVANT_WARNINGS = (
     "No ccache found",
     "Setuptools is replacing distutils",
@@ -28,18 +32,36 @@ IRRELEVANT_WARNINGS = (
 def set_up_paddle() -> None:
     """Sets memory, threads and CPU dispatch, then imports Paddle; does nothing if Paddle has been imported already.
 
-    Hides IRRELEVANT_WARNINGS from then on, and everything that Python prints on stderr during the import.
+    Hides IRRELEVANT_WARNINGS from then on, and everything that Python prints on stderr during the import. Raises
+    InputError for an environment that Paddle can't be used in, see `prepare_environment`.
     """
     if "paddle" in sys.modules:
         return
-    keep_freed_memory()
+    prepare_environment(os.environ)
+    keep_freed_memory(os.environ)
     os.environ.update(cpu_environment(os.environ, read_cpuinfo(), cpu_count()))
     os.environ.setdefault("GLOG_minloglevel", "2")
+    # With PYTHONWARNINGS=error the imports of third parties would fail.
+    warnings.filters = [each for each in warnings.filters if each[0] != "error"]
     for message in IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     with _prepared_for_import(), contextlib.redirect_stderr(io.StringIO()):
-        paddle = importlib.import_module("paddle")
+        try:
+            paddle = importlib.import_module("paddle")
+        except Exception as error:
+            raise _import_failure(error) from None
         paddle.disable_signal_handler()  # it prints a C++ stack on SIGTERM; PaddleNLP disables it too
+
+
+def _import_failure(error: Exception) -> InputError:
+    """The error for a Paddle that can't be imported; it names what in the environment may be the cause."""
+    causes = [f"{name}={os.environ[name]}" for name in LOADER_VARIABLES if os.environ.get(name)]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        causes.append(f"ulimit -v {limit >> 10}")
+    remedy = f"try without {', '.join(causes)}, or " if causes else ""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return InputError(f"Paddle can't be imported ({reason}); {remedy}set it up with sh scripts/setup.sh")
 
 
 def cpu_environment(environ: Mapping[str, str], cpuinfo: str, cores: int) -> dict[str, str]:
@@ -48,12 +70,15 @@ def cpu_environment(environ: Mapping[str, str], cpuinfo: str, cores: int) -> dic
     environ: the process's environment; cpuinfo: the text of /proc/cpuinfo; cores: how many this process may use.
 
     Paddle's launcher sets OMP_NUM_THREADS=1 for its ranks, so under it a 1 isn't taken for the user's choice. The ranks
-    on this machine divide the cores.
+    on this machine divide the cores. Raises InputError for an OMP_NUM_THREADS that isn't a number of threads.
     """
     under_launch = "PADDLE_TRAINER_ID" in environ
     chosen = {}
-    if "OMP_NUM_THREADS" not in environ or (under_launch and environ["OMP_NUM_THREADS"] == "1"):
-        chosen["OMP_NUM_THREADS"] = str(max(1, cores // int(environ.get("PADDLE_LOCAL_SIZE", "1"))))
+    threads = given_threads(environ)
+    if threads is None or (under_launch and threads == 1):
+        threads = max(1, cores // int(environ.get("PADDLE_LOCAL_SIZE", "1")))
+    if environ.get("OMP_NUM_THREADS") != str(threads):
+        chosen["OMP_NUM_THREADS"] = str(threads)
     if "MKL_DEBUG_CPU_TYPE" not in environ and "AuthenticAMD" in cpuinfo:
         # On AMD the MKL inside the Paddle wheel takes a slow path; this variable selects a faster one (7: AVX-512,
         # 5: AVX2). A type that the CPU lacks causes an illegal instruction, so its flags are checked first.

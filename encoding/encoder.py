@@ -1,6 +1,5 @@
 """Encoding texts with a checkpoint: `load_encoder` chooses the engine and returns an Encoder."""
 
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -15,7 +14,7 @@ from base_model import SemanticIndexBase
 from common.device import DTYPES, check_precision
 from common.distributed import barrier, init_ranks
 from common.errors import InputError
-from common.files import atomic_folder
+from common.files import atomic_folder, scratch_folder
 from common.logs import log, progress_bar
 from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from common.options import STATIC_FROM_TEXTS
@@ -95,8 +94,8 @@ def _static_embed(model: SemanticIndexBase, folder: Path, fingerprint: str, devi
     encoder = encoder or _load_compiled(compiled, load)
     if encoder:
         return encoder.embed
-    with tempfile.TemporaryDirectory() as temporary:  # the graph can't be kept, so each rank compiles its own
-        export_static(model, Path(temporary))
+    with scratch_folder() as temporary:  # the graph can't be kept, so each rank compiles its own
+        export_static(model, temporary)
         return load(temporary).embed
 
 

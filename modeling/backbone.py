@@ -3,7 +3,7 @@
 import codecs
 import contextlib
 import inspect
-import tempfile
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import paddle
 from paddle import _C_ops
 
+from common.environment import can_be_written
 from common.errors import InputError
-from common.files import read_json, write_json
+from common.files import read_json, scratch_folder, write_json
 from common.logs import log
 from common.paddle_setup import defer_paddlenlp
 from data import BACKBONE_CONFIG_FILE, TOKENIZER_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
@@ -24,8 +25,10 @@ import paddlenlp.data  # noqa: F401 - first, as in paddlenlp/__init__.py: it and
 from paddlenlp.transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedModel
 from paddlenlp.transformers.auto.configuration import MODEL_NAMES_MAPPING
 from paddlenlp.utils.download import resolve_file_path
+from paddlenlp.utils.env import MODEL_HOME
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
+PROXY_VARIABLES = ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 SMALLEST_NUMBERS = {"max_position_embeddings": 3, "vocab_size": 1, "pad_token_id": 0}  # least values in a config
 ADDED_TOKENS_FILE = "added_tokens.json"  # Hugging Face's and PaddleNLP's: token -> id
 CASED_SHARE = 0.1  # of words with capital letters: BERT's cased English vocabulary has a third, uncased ones have none
@@ -70,9 +73,9 @@ def _config_of_folder(folder: Path) -> Any:
     """PaddleNLP's config of a model folder."""
     content = read_json(folder / BACKBONE_CONFIG_FILE)
     if (folder / BACKBONE_CONFIG_FILE).read_bytes().startswith(codecs.BOM_UTF8):  # PaddleNLP fails on it
-        with tempfile.TemporaryDirectory() as copy:
-            write_json(Path(copy) / BACKBONE_CONFIG_FILE, content)
-            return AutoConfig.from_pretrained(copy)
+        with scratch_folder() as copy:
+            write_json(copy / BACKBONE_CONFIG_FILE, content)
+            return AutoConfig.from_pretrained(str(copy))
     # The full path, because PaddleNLP takes a relative path like `ernie-1.0` for the name of its own model.
     return AutoConfig.from_pretrained(str(folder.resolve()))
 
@@ -85,7 +88,10 @@ def _unreadable(source: str | Path, error: Exception) -> InputError:
 
 def _not_found(name: str | Path) -> InputError:
     """The error for a name that is no folder, and that PaddleNLP doesn't know or can't download."""
-    remedy = "check the name and the network, or give a local folder"
+    proxy = next((name for name in PROXY_VARIABLES if os.environ.get(name)), None)
+    remedy = f"check the name and {f'the proxy ({proxy})' if proxy else 'the network'}, or give a local folder"
+    if not can_be_written(Path(MODEL_HOME)):  # `writable_homes` also makes it a file
+        remedy = "set PPNLP_HOME to a folder that can be written, for PaddleNLP's downloads, or give a local folder"
     return InputError(f"{name}: is no folder here, and can't be downloaded; {remedy}")
 
 
@@ -157,12 +163,12 @@ def load_tokenizer(name_or_path: str | Path, max_seq_length: int) -> TextTokeniz
         tokenizer = TextTokenizer.load(name_or_path, max_seq_length)
         _report_tokenizer_config(Path(name_or_path), tokenizer)
         return tokenizer
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         try:
             AutoTokenizer.from_pretrained(str(name_or_path)).save_pretrained(folder)
         except Exception:
             raise _not_found(name_or_path) from None
-        if not (Path(folder) / VOCABULARY_FILE).is_file():
+        if not (folder / VOCABULARY_FILE).is_file():
             raise InputError(f"{name_or_path}: its tokenizer has no {VOCABULARY_FILE}; need a WordPiece tokenizer")
         return TextTokenizer.load(folder, max_seq_length)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from ann_util import HnswIndex, IndexOptions, VectorIndex, build_index, recall_vs_exact
+from ann_util import HnswIndex, IndexOptions, VectorIndex, build_index, recall_vs_exact, report_small_memory
 from common.distributed import barrier, broadcast_object, encode_on_all_ranks, init_ranks
 from common.errors import InputError
 from common.logs import is_main_process, log, progress_bar
@@ -118,6 +118,8 @@ def new_index(
 
     The vectors are kept in embedding_dir or, without it, in a temporary folder in `parent` until the block ends.
     """
+    if is_main_process():
+        report_small_memory(options, len(corpus), encoder.embedding_size)
     with contextlib.ExitStack() as stack:
         if not embedding_dir:
             folder = stack.enter_context(temporary_folder(Path(parent))) if is_main_process() else None

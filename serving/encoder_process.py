@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from common.environment import remove_temporary_home
 from common.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,11 +53,14 @@ class EncoderProcess:
     def _start(self) -> None:
         try:
             self._connection, child = Pipe()
+            python_path = os.environ.get("PYTHONPATH")
             with child:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", __name__, str(child.fileno()), json.dumps(self._options)],
                     pass_fds=[child.fileno()],
-                    env={**os.environ, "PYTHONPATH": str(ROOT)},
+                    # -m puts the working folder first, and one with a data.py or a folder common would take our place.
+                    cwd=ROOT,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [python_path])])},
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,  # Ctrl-C is for the service alone
                 )
@@ -118,12 +122,12 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
 
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    set_up_paddle()
-    from common.device import choose_device
-    from data import encode_texts
-    from encoding.static_graph import load_exported
-
     try:
+        set_up_paddle()
+        from common.device import choose_device
+        from data import encode_texts
+        from encoding.static_graph import load_exported
+
         given = {name: value for name, value in options._asdict().items() if name != "batch_size"}
         encoder, tokenizer = load_exported(**{**given, "device": choose_device(options.device)})
         encode_texts(encoder.embed, ["warm up"] * options.batch_size, tokenizer, options.batch_size)
@@ -151,6 +155,7 @@ def main(argv: Sequence[str]) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to every process; the service ends this one
     with Connection(int(argv[0])) as connection, contextlib.suppress(EOFError, OSError):  # the service is gone
         serve(connection, EncoderOptions(*json.loads(argv[1])))
+    remove_temporary_home()
     os._exit(0)  # skips the second that Paddle needs to shut down
 
 

@@ -20,12 +20,13 @@ from ann_util import (
     build_index,
     check_index_args,
     recall_vs_exact,
+    report_small_memory,
     smallest_ef,
 )
 from common import logs
 from common.cpu import cpu_count
 from common.errors import InputError
-from helpers import ROOT, file_size_limit
+from helpers import ROOT, file_size_limit, unit_vectors
 
 DIM = 16
 
@@ -494,3 +495,31 @@ def test_ef_is_enough_when_it_is_tuned() -> None:
         assert recall_vs_exact(index.search(queries, 10)[1], exact) >= target
         index.ef -= 1
         assert index.ef < 10 or recall_vs_exact(index.search(queries, 10)[1], exact) < target
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (IndexOptions(), "the HNSW index of 10000000 documents needs 18.9 GB, and the limit of memory is 8.0 GB"),
+        (IndexOptions(hnsw_m=5), None),
+        (IndexOptions(ann="exact"), None),
+    ],
+)
+def test_an_index_that_memory_will_not_hold_is_announced(
+    options: IndexOptions, said: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ann_util, "memory_limit", lambda: 8e9 if said else 12e9)
+    report_small_memory(options, 10_000_000, 256)
+    err = capsys.readouterr().err
+    assert err == (f"{said}: the system may end this process; use --ann exact, or lower --hnsw_m\n" if said else "")
+
+
+@pytest.mark.parametrize(("share", "is_announced"), [(1.15, False), (1.0, True)])
+def test_the_announced_size_is_that_of_the_index(
+    share: float, is_announced: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In memory it is a little more than its file: a mutex and a pointer for each vector."""
+    file_size = build_index(IndexOptions(), unit_vectors(1000, 64))._index.index_file_size()
+    monkeypatch.setattr(ann_util, "memory_limit", lambda: share * file_size)
+    report_small_memory(IndexOptions(), 1000, 64)
+    assert ("needs 0.0 GB" in capsys.readouterr().err) is is_announced

@@ -58,9 +58,10 @@ DOCUMENT_COMMANDS = (  # of the document that this project implements; all are i
     "python deploy/C++/http_client.py",
     "--init_from_ckpt simcse/model_20000/model_state.pdparams",
 )
-OTHER_PROGRAMS_OPTIONS = {  # of Paddle's launcher, VisualDL and Paddle Serving
+OTHER_PROGRAMS_OPTIONS = {  # of Paddle's launcher, VisualDL, Paddle Serving and Docker
     *("gpus", "nproc_per_node", "nnodes", "master", "log_dir", "logdir"),
     *("gpu_id", "runtime_thread_num"),
+    *("read", "tmpfs", "cpus"),  # the first is --read-only
 }
 MESSAGE = re.compile(r"^\|[^`|]*`([^`]+)`[^|]*\|", re.MULTILINE)  # the first cell of a row of a table
 FOREIGN_MESSAGE = re.compile(r"\w+Error: ")  # from Paddle's launcher

@@ -15,7 +15,7 @@ import recall
 import train_batch_neg
 from common import __version__
 from common.cli import run
-from helpers import V1, has_gpu, run_without_paddle, train_options
+from helpers import ROOT, V1, has_gpu, run_script, run_without_paddle, train_options
 
 SCRIPTS = {
     module.__name__: module
@@ -56,6 +56,17 @@ def test_help_is_shown_without_paddle(script: str) -> None:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_version_is_shown_without_paddle(script: str) -> None:
     assert run_without_paddle(f"{script}.py", "--version") == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_finds_its_modules_from_anywhere(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a link, and where Python leaves the script's folder out; modules of the working folder aren't taken."""
+    (tmp_path / "common.py").write_text("raise SystemExit('the wrong module')\n")
+    (tmp_path / "link.py").symlink_to(ROOT / f"{script}.py")
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    done = run_script("link.py", "--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
 
 
 @pytest.mark.process

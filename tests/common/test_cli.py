@@ -41,6 +41,15 @@ def test_an_input_error_ends_with_code_2_and_one_line(capsys: pytest.CaptureFixt
     assert capsys.readouterr() == ("", "error: corpus.csv: no such file\n")
 
 
+@pytest.mark.parametrize(
+    ("message", "said"), [("", "the limit is reached"), ("Unable to allocate 9 TiB\nmore", "Unable to allocate 9 TiB")]
+)
+def test_no_memory_ends_with_code_2_and_one_line(message: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(raising(MemoryError(message))) == 2
+    line = f"error: no memory is left ({said}); use smaller batches, or raise the limit\n"
+    assert capsys.readouterr() == ("", line)
+
+
 def test_ctrl_c_ends_with_code_130_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
@@ -238,3 +247,37 @@ def test_a_text_argument_is_neither_blank_nor_undecodable(text: str, said: str) 
     assert text_argument(" 水稻 ") == " 水稻 "
     with pytest.raises(argparse.ArgumentTypeError, match=said):
         text_argument(text)
+
+
+def in_the_c_locale(text: str) -> str:
+    """An argument as Python decodes it in a locale that only has ASCII."""
+    return text.encode().decode("ascii", "surrogateescape")
+
+
+def test_a_text_argument_in_a_locale_without_chinese_is_read_as_utf8() -> None:
+    assert text_argument(in_the_c_locale("水稻")) == "水稻"
+
+
+def test_a_path_option_takes_the_home_and_chinese_but_nothing_that_paddle_cannot_open(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", "/home/user")
+    parser = ArgumentParser()
+    group = parser.add_argument_group("paths")
+    group.add_argument("--params_path", default="./checkpoints")
+    parser.add_argument("--text", type=text_argument)
+    assert parser.parse_args([]).params_path == "./checkpoints"
+    good = {"~/model": "/home/user/model", "./~": "./~", "~x": "~x", "数据 100%/a": "数据 100%/a", "a\nb": "a\nb"}
+    for given, path in good.items():
+        assert parser.parse_args(["--params_path", given]).params_path == path
+    assert parser.parse_args(["--text", "~/a"]).text == "~/a"
+    bad = {
+        "model\r": "'model\\r' ends in a carriage return; if it is from a script with Windows line ends, use dos2unix",
+        "model\udcff": "'model\\udcff': this path can't be read as UTF-8; rename it",
+        in_the_c_locale("数据"): "this path can't be read as UTF-8; set PYTHONUTF8=1, as the locale isn't UTF-8",
+    }
+    for given, said in bad.items():
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args(["--params_path", given])
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err

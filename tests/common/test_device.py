@@ -33,6 +33,15 @@ def test_a_failing_driver_counts_as_no_gpu(monkeypatch: pytest.MonkeyPatch, devi
     assert paddle.device.cuda.device_count.called == (device != "cpu")
 
 
+@pytest.mark.parametrize("visible", ["", "-1", "7", "GPU-0"])
+def test_a_variable_that_hides_the_gpu_is_named(monkeypatch: pytest.MonkeyPatch, visible: str) -> None:
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(InputError, match=f"no GPU is visible; CUDA_VISIBLE_DEVICES={visible} may hide it: unset that"):
+        choose_device("gpu")
+
+
 @pytest.mark.parametrize("device", ["cpu", "gpu", None])
 def test_a_gpu_is_taken_unless_the_cpu_is_named(monkeypatch: pytest.MonkeyPatch, device: str | None) -> None:
     monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)

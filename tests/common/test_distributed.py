@@ -1,12 +1,14 @@
 """Collectives and barriers, on one process and on two ranks."""
 
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import paddle
 import pytest
 
 from common import distributed
+from common.errors import InputError
 from helpers import ROOT, run_script
 
 
@@ -30,6 +32,23 @@ def test_on_one_process_nothing_is_exchanged() -> None:
     np.testing.assert_array_equal(distributed.encode_on_all_ranks(5, 2, lambda share: vectors[share]), vectors)
 
 
+def test_ranks_that_cannot_connect_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as on a machine whose own name isn't known; and no launcher has started this process."""
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "0")
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    fails = MagicMock(side_effect=ValueError("network pod-1: cannot be obtained\n  [Hint: ...]"))
+    monkeypatch.setattr(distributed.dist, "init_parallel_env", fails)
+    said = r"connect \(network pod-1: cannot be obtained\); .* add that to /etc/hosts, or set GLOO_SOCKET_IFNAME=lo$"
+    with pytest.raises(InputError, match=said):
+        distributed.init_ranks()
+    assert capsys.readouterr().err.startswith(
+        "PADDLE_TRAINERS_NUM=2: waiting for the other processes; if nothing starts"
+    )
+
+
 ON_EACH_RANK = f"""
 import sys
 import time
@@ -43,6 +62,7 @@ import numpy as np
 import paddle
 
 from common import distributed
+from common.errors import InputError
 from common.signals import Stopped
 
 

@@ -27,6 +27,7 @@ from common.files import (
     remove_folder,
     resolve_interrupted_replace,
     restore_folder,
+    scratch_folder,
     sha256,
     write_json,
 )
@@ -427,3 +428,30 @@ def test_hashes_are_those_of_the_whole_file(tmp_path: Path) -> None:
     assert sha256(written(tmp_path, raw)) == hashlib.sha256(raw).hexdigest()
     with pytest.raises(InputError, match="no such file"):
         sha256(tmp_path / "none")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Temporary folders
+
+
+def test_a_scratch_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with scratch_folder() as folder:
+        (folder / "file").touch()
+        assert folder.parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_room_for_temporary_files_the_message_names_tmpdir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with pytest.raises(InputError, match=r"^no temporary folder can be written; set TMPDIR"), scratch_folder():
+        pass
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    said = f"File too large.*; if {tmp_path} is full, set TMPDIR to another folder$"
+    with pytest.raises(InputError, match=said), scratch_folder() as folder, file_size_limit(10):
+        write_json(folder / "file.json", {"text": "longer than the limit"})
+    with pytest.raises(InputError, match=r"^corpus\.csv: no such file$"), scratch_folder():
+        raise InputError("corpus.csv: no such file")
+    assert list(tmp_path.iterdir()) == []

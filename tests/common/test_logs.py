@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 from tqdm import tqdm
 
-from common.logs import LineProgress, log, progress_bar
+from common.logs import LineProgress, log, process_count, progress_bar
 
 
 def test_only_rank_0_logs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "11")
     for rank in (None, "0", "1", "10"):
         if rank is None:
             monkeypatch.delenv("PADDLE_TRAINER_ID", raising=False)
@@ -19,11 +20,25 @@ def test_only_rank_0_logs(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert capsys.readouterr() == ("", "from None\nfrom 0\n")
 
 
+@pytest.mark.parametrize("count", [None, "1", "", "0", "two"])
+def test_a_rank_left_over_from_a_launcher_still_logs(
+    count: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "1")
+    if count is None:
+        monkeypatch.delenv("PADDLE_TRAINERS_NUM", raising=False)
+    else:
+        monkeypatch.setenv("PADDLE_TRAINERS_NUM", count)
+    log("a line")
+    assert capsys.readouterr().err == "a line\n"
+    assert process_count() == 1
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that the test sets."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
+    monkeypatch.setattr("common.logs.time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 

@@ -49,6 +49,8 @@ def test_mkl_gets_the_fastest_path_that_an_amd_cpu_has(cpuinfo: str, mkl: str | 
         ({"PADDLE_TRAINER_ID": "1", "PADDLE_LOCAL_SIZE": "3", "OMP_NUM_THREADS": "1"}, "2"),
         ({"PADDLE_TRAINER_ID": "0", "PADDLE_LOCAL_SIZE": "16"}, "1"),
         ({"PADDLE_TRAINER_ID": "0", "OMP_NUM_THREADS": "1"}, "8"),
+        ({"OMP_NUM_THREADS": ""}, "8"),
+        ({"OMP_NUM_THREADS": "4,2"}, "4"),
     ],
 )
 def test_threads_take_all_cores_and_ranks_share_them(environ: dict[str, str], threads: str) -> None:

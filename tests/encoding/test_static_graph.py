@@ -3,6 +3,8 @@
 import os
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ from common.cpu import has_bf16
 from common.errors import InputError
 from encoding import static_graph
 from encoding.exported_files import GRAPH_NAME, WEIGHTS_SUFFIX, graph_file
-from encoding.static_graph import StaticEncoder, convert_to_tensorrt, export_static, load_exported
+from encoding.static_graph import StaticEncoder, _is_running, convert_to_tensorrt, export_static, load_exported
 from helpers import has_gpu
 from modeling.checkpoint import load_checkpoint
 
@@ -46,6 +48,28 @@ def test_batches_of_all_shapes(exported: Path, checkpoint: Path, monkeypatch: py
         tokens = input_ids, np.zeros_like(input_ids)
         np.testing.assert_allclose(encoder.embed(*tokens), model.embed(*tokens), atol=1e-5)
     assert len(cleared) >= 3  # by (11, 2) after (1, 12), by (1, 12) again, and by 16 shapes of which 6 are kept
+
+
+def test_a_thread_has_ended_once_the_system_knows_it_no_more() -> None:
+    """Without /proc, which some sandboxes lack."""
+    go = threading.Event()
+    thread = threading.Thread(target=go.wait)
+    thread.start()
+    assert _is_running(thread.native_id)
+    go.set()
+    thread.join()
+    while _is_running(thread.native_id):
+        time.sleep(0.001)
+
+
+def test_checking_for_nan_as_paddle_does_cannot_fail_in_onednn(exported: Path) -> None:
+    """FLAGS_check_nan_inf=1 in the environment does the same."""
+    paddle.set_flags({"FLAGS_check_nan_inf": True})
+    try:
+        encoder, tokenizer = load_exported(exported)
+        assert np.isfinite(encoder.embed(*tokenizer(TEXTS))).all()
+    finally:
+        paddle.set_flags({"FLAGS_check_nan_inf": False})
 
 
 def test_bf16_rounds_if_the_cpu_has_it(exported: Path, checkpoint: Path) -> None:

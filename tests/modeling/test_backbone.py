@@ -241,6 +241,19 @@ def test_an_unknown_name_or_a_missing_network_is_one_line(monkeypatch: pytest.Mo
             pretrained_weights(find_backbone("ernie-1.0"))  # PaddleNLP holds its config
 
 
+def test_what_keeps_a_model_from_being_downloaded_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The proxy, or a cache that can't be written."""
+    monkeypatch.setattr("modeling.backbone.resolve_file_path", lambda *_: 1 / 0)
+    backbone = find_backbone("ernie-1.0")  # PaddleNLP holds its config
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    with pytest.raises(InputError, match=r"^ernie-1.0: .*; check the name and the proxy \(https_proxy\), or"):
+        pretrained_weights(backbone)
+    (tmp_path / "models").touch()
+    monkeypatch.setattr("modeling.backbone.MODEL_HOME", str(tmp_path / "models"))
+    with pytest.raises(InputError, match=r"^ernie-1.0: .*; set PPNLP_HOME to a folder that can be written"):
+        pretrained_weights(backbone)
+
+
 def test_a_tokenizer_without_a_word_piece_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Tokenizer:
         def save_pretrained(self, folder: str) -> None:
