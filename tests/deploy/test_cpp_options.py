@@ -103,6 +103,7 @@ def test_bad_variables(cpp_program: Path, serving_folder: Path, cpp_server: Serv
             capture_output=True,
             text=True,
             check=False,
+            timeout=60,
         )
         message = f"error: SERVING_IDLE_TIMEOUT_S {value}: give a number from 1 to 86400\n"
         assert (done.returncode, done.stderr) == (2, message)
