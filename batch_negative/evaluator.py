@@ -10,6 +10,7 @@ from ann_util import IndexOptions
 from base_model import SemanticIndexBase
 from common.distributed import broadcast_object
 from common.files import atomic_write, prepare_file
+from common.logs import log
 from data import Corpus, TextTokenizer, ranking_by_query, write_hits
 from encoding.encoder import Encoder
 from retrieval.metrics import Evaluation, evaluate, format_lines, metrics
@@ -49,6 +50,8 @@ class Evaluator:
             "SHA-256 of the corpus": self.corpus.sha256,
             "SHA-256 of the evaluation pairs": hashlib.sha256(pairs.encode()).hexdigest(),
         }
+        self._scoring_options = self.index_options._asdict()  # scores differ slightly with these
+        del self._scoring_options["hnsw_max_elements"]
         self._reports: list[str] = []
         self._best: float | None = None
 
@@ -94,6 +97,7 @@ class Evaluator:
         """What `restore` needs, as JSON values."""
         return {
             **self.conditions,
+            "index_options": self._scoring_options,
             "last_step": self.last_step,
             "best": self._best,
             "evals_without_improvement": self.evals_without_improvement,
@@ -101,7 +105,11 @@ class Evaluator:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes over the history in the `state` of an evaluator with the same conditions."""
+        """Takes over the history in the `state` of an evaluator with the same conditions; logs other index options."""
+        earlier = state.get("index_options", {})  # version 2.0.0 didn't save them
+        for name, value in self._scoring_options.items():
+            if earlier.get(name, value) != value:
+                log(f"--{name} {value}: the evaluations before used {earlier[name]}, so scores may differ slightly")
         self.last_step, self._best = state["last_step"], state["best"]
         self._reports = list(state["reports"])
         # Version 1 called it without_gain.

@@ -160,6 +160,20 @@ def test_the_evaluation_of_a_complete_training_is_kept_in_another_folder(
     assert not (resumed / EVALUATIONS_FILE).exists()
 
 
+def test_another_index_than_that_of_the_evaluations_before_is_said(
+    evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    whole, options = evaluated
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    resume = [*options, "--resume_from", "latest"]
+    for changed, line in (([], ""), (["--ann", "hnswlib"], "--ann hnswlib: the evaluations before used exact, ")):
+        capsys.readouterr()
+        assert train_batch_neg.main([*resume, *changed]) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--")]
+        assert lines[0].startswith(line) if line else lines == []
+
+
 def test_a_complete_training_is_not_evaluated_again(
     evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
