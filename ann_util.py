@@ -65,8 +65,16 @@ def report_small_memory(options: IndexOptions, vectors: int, dim: int) -> None:
 
 
 def check_index_args(options: IndexOptions, corpus_size: int) -> None:
-    """Raises InputError if `build_index` would refuse the options for this many vectors; for use before encoding."""
+    """Raises InputError if `build_index` would refuse the options for this many vectors; for use before encoding.
+
+    Logs options that have no effect on this kind of index.
+    """
     if options.ann != "hnswlib":
+        unused = [
+            name for name, value in IndexOptions(options.ann)._asdict().items() if getattr(options, name) != value
+        ]
+        if unused:
+            log(f"--ann {options.ann}: {', '.join(f'--{name}' for name in unused)} have no effect on it")
         return
     _import_hnswlib()
     if options.hnsw_max_elements is not None and options.hnsw_max_elements < corpus_size:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 leaves it out
 
+import numpy as np
+
 from ann_util import IndexOptions, add_index_args, check_index_args
 from batch_negative.batches import BatchSchedule, PairBatcher, check_batch_size
 from common import options
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from base_model import SemanticIndexBase
     from batch_negative.evaluator import Evaluator
 
+MANY_MASKED = 0.1  # of the other titles of a batch; in files of distinct queries it is less than 1 %
 STOP_SECONDS = 25.0  # how long the other ranks wait for rank 0 to save after a signal: the launcher kills all after 30
 # fmt: off
 RESUME_CRITICAL_OPTIONS = (  # must be unchanged to resume bit for bit
@@ -154,6 +157,8 @@ def report_unused_options(given: Mapping[str, Any]) -> None:
         log(f"{', '.join(unused)}: nothing is evaluated without --evaluate")
     if "epochs" in given and "max_steps" in given:
         log(f"--epochs {given['epochs']}: --max_steps {given['max_steps']} takes its place")
+    if "amp_loss_scale" in given and given.get("amp_dtype") == "bfloat16":
+        log("--amp_loss_scale: has no effect with --amp_dtype bfloat16, which needs none")
 
 
 def check_options(given: Mapping[str, Any], device: str) -> None:
@@ -293,13 +298,24 @@ def make_batcher(
 
 
 def report_plan(
-    total_steps: int, completed: int, pairs: int, batch_size: int, world_size: int, cross_device: bool
+    schedule: BatchSchedule,
+    batcher: PairBatcher,
+    completed: int,
+    pairs: int,
+    *,
+    batch_size: int,
+    world_size: int,
+    cross_device: bool,
 ) -> None:
-    """Logs the steps that are left and their batches; nothing if the training is complete."""
+    """Logs the steps that are left, their batches, and if many titles are masked; nothing if no step is left."""
+    if completed == schedule.total_steps:
+        return
+    steps = f"steps {completed + 1} to {schedule.total_steps} of {batch_size} pairs on each of {world_size} process(es)"
     titles = batch_size * (world_size if cross_device else 1)
-    if completed < total_steps:
-        steps = f"steps {completed + 1} to {total_steps} of {batch_size} pairs on each of {world_size} process(es)"
-        log(f"training on {pairs} pairs: {steps}; a query has {titles - 1} other titles as negatives")
+    first_batch = next(schedule.steps(completed)).batches[0]
+    masked = batcher.masked_share(np.concatenate(first_batch if cross_device else first_batch[:1]))
+    note = f", of which {100 * masked:.0f} % are masked" if masked >= MANY_MASKED else ""
+    log(f"training on {pairs} pairs: {steps}; a query has {titles - 1} other titles as negatives{note}")
 
 
 def warn_of_small_disk(
@@ -366,9 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = start_or_resume(args.resume_from, save_dir, run_config, evaluator, args.seed, model_options)
     model, completed = start.loaded.model, start.step
     prepare_model(model, args.device, args.use_recompute)
-    chunk_texts = args.grad_cache_chunk
-    if args.use_gradient_cache:
-        chunk_texts = math.ceil(args.batch_size / args.chunk_numbers)
+    texts_of_chunk = math.ceil(args.batch_size / args.chunk_numbers)
+    chunk_texts = texts_of_chunk if args.use_gradient_cache else args.grad_cache_chunk
     report_texts(start.loaded.tokenizer, pairs, args.train_set_file, evaluation)
     batcher = options.call(make_batcher, args, tokenizer=start.loaded.tokenizer, pairs=pairs, chunk_texts=chunk_texts)
     lengths = batcher.lengths if args.group_by_length else None
@@ -380,7 +395,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer = Trainer(model, batcher, optimizer, scheduler, **trainer_options)
     if start.state:
         trainer.restore(start.state)
-    report_plan(steps, completed, len(pairs), args.batch_size, world_size, cross_device)
+    plan = {"batch_size": args.batch_size, "world_size": world_size, "cross_device": cross_device}
+    report_plan(schedule, batcher, completed, len(pairs), **plan)
     warn_of_small_disk(save_dir, model, steps - completed, args.save_steps, args.keep_checkpoints)
     training_log = TrainingLog(save_dir / "visualdl", args.log_steps, steps, completed) if is_main_process() else None
     loop_options = options.pick(args, TrainingLoop, save_dir=save_dir, run_config=run_config)

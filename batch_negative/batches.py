@@ -153,6 +153,13 @@ class PairBatcher:
         total[self._has_hard_negative] += lengths[2 * count :]
         return total
 
+    def masked_share(self, rows: np.ndarray) -> float:
+        """The share of the other titles of a batch that are no negatives of its queries. rows: int64 [B]."""
+        if self.mask is None or len(rows) < 2:
+            return 0.0
+        masked = self.mask(rows, rows, rows[:0])
+        return float(masked[~np.eye(len(rows), dtype=bool)].mean())
+
     def __call__(self, rank_rows: Sequence[np.ndarray], rank: int = 0) -> PairBatch:
         """The batch of rank_rows[rank]. rank_rows: int64 [B], B may be 0, for each of the ranks scored together."""
         hard_negative_rows = [rows[self._has_hard_negative[rows]] for rows in rank_rows]

@@ -96,7 +96,7 @@ def open_or_build_index(
         elif added or options.target_recall is not None:
             yield update_index(index_dir, encoder, query_vectors, k, corpus=corpus, added=added, options=options)
         else:
-            yield load_index(index_dir, encoder.fingerprint, corpus)
+            yield load_index(index_dir, encoder.fingerprint, corpus, encoder.precision)
         return
     if corpus is None:
         raise InputError("there is neither a saved index nor a corpus to search")
@@ -126,7 +126,8 @@ def new_index(
             embedding_dir = broadcast_object(folder)
         embeddings = encode_corpus(encoder, corpus, Path(embedding_dir))
         if is_main_process():
-            yield DocumentIndex(build_index(options, embeddings), corpus, encoder.fingerprint, corpus.sha256)
+            index = build_index(options, embeddings)
+            yield DocumentIndex(index, corpus, encoder.fingerprint, corpus.sha256, encoder.precision)
         else:
             yield None
 
@@ -146,7 +147,7 @@ def update_index(
     Without a target recall in the options the index keeps its own, and its `ef` doesn't decrease. Raises InputError.
     """
     with locked_index(index_dir):
-        saved = load_index(index_dir, encoder.fingerprint, corpus)
+        saved = load_index(index_dir, encoder.fingerprint, corpus, encoder.precision)
         lowest_ef = 0
         if isinstance(saved.index, HnswIndex):
             if options.target_recall is None:  # tuning for a smaller k than the last run's must not lower ef

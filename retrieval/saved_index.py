@@ -9,6 +9,7 @@ from pathlib import Path
 from ann_util import ExactIndex, HnswIndex, VectorIndex
 from common.errors import InputError
 from common.files import atomic_folder, atomic_write, locked, read_json, resolve_interrupted_replace, write_json
+from common.logs import log
 from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from data import Corpus
 
@@ -26,6 +27,7 @@ class DocumentIndex:
     documents: Corpus
     model: str  # `Encoder.fingerprint` of its vectors
     corpus: str  # `Corpus.sha256` of the corpus that it was built from, without the documents that were added later
+    precision: str | None = None  # of the encoder; None: not recorded, as in version 2.0.0
 
 
 def has_index(folder: str | Path) -> bool:
@@ -48,6 +50,7 @@ def save_index(folder: str | Path, saved: DocumentIndex, new_documents: Iterable
             **index.settings,
             "model": saved.model,
             "corpus": saved.corpus,
+            "precision": saved.precision,
         }
         write_json(temporary / INDEX_FILE, content)
         write_manifest(temporary)
@@ -76,17 +79,21 @@ def locked_index(folder: str | Path) -> Iterator[None]:
         yield
 
 
-def load_index(folder: str | Path, model: str | None = None, corpus: Corpus | None = None) -> DocumentIndex:
+def load_index(
+    folder: str | Path, model: str | None = None, corpus: Corpus | None = None, precision: str | None = None
+) -> DocumentIndex:
     """Reads a saved index. Raises InputError if one of its files is missing or has changed.
 
     model, corpus: the encoder's fingerprint and the documents; if given, an index of others raises InputError.
+    precision: the encoder's; one of another precision is logged.
     """
     folder = _index_folder(folder)
     check_manifest(folder, remedy=REMEDY)
     content = read_json(folder / INDEX_FILE)
     try:
         index = INDEX_CLASSES[content["ann"]].load(folder, content)
-        saved = DocumentIndex(index, Corpus(folder / DOCUMENTS_FILE), content["model"], content["corpus"])
+        documents = Corpus(folder / DOCUMENTS_FILE)
+        saved = DocumentIndex(index, documents, content["model"], content["corpus"], content.get("precision"))
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / INDEX_FILE}: isn't the description of an index (see {error}); {REMEDY}") from None
     if len(saved.documents) != len(index):
@@ -94,6 +101,8 @@ def load_index(folder: str | Path, model: str | None = None, corpus: Corpus | No
     if model is not None and saved.model != model:
         remedy = "give the --params_path that it was built with, or another --index_dir"
         raise InputError(f"{folder}: its vectors come from another model or --max_seq_length; {remedy}")
+    if precision and saved.precision and saved.precision != precision:
+        log(f"--precision {precision}: the vectors of {folder} were computed in {saved.precision}")
     if corpus is not None and corpus.sha256 not in (saved.corpus, saved.documents.sha256):
         remedy = "add documents with --add_corpus, leave --corpus_file out, or give another --index_dir"
         raise InputError(f"{folder}: was built from another corpus, or the corpus file has changed since; {remedy}")

@@ -325,6 +325,16 @@ def test_equal_vectors_and_small_corpora(checkpoint: Path, recall_data: Path, tm
     assert "top 31" in capsys.readouterr().out
 
 
+def test_options_without_effect_on_exact_search_are_named(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    arguments = options(checkpoint, recall_data, tmp_path, "--ann", "exact")
+    assert recall.main([*arguments, "--hnsw_m", "20", "--target_recall", "0.9"]) == 0
+    assert "--ann exact: --hnsw_m, --target_recall have no effect on it\n" in capsys.readouterr().err
+    assert recall.main(arguments) == 0
+    assert "no effect" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("ann", ["exact", "hnswlib"])
 def test_a_repeated_document_counts_once(
     checkpoint: Path, recall_data: Path, tmp_path: Path, ann: str, capsys: Capture

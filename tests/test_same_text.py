@@ -267,3 +267,19 @@ def test_visible_text(text: str, visible: bool) -> None:
     assert has_visible_text(text) == visible
     tokens = TextTokenizer(["[PAD]", "[CLS]", "[SEP]", "[UNK]"], 8).tokenize([text])[0]
     assert (len(tokens) > 2) == visible
+
+
+def test_many_masked_titles_are_told(
+    model_folder: Path, recall_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as in a file whose query column has few different texts: there is little to learn from."""
+    titles = [title for _, title in all_pairs()[:40]]
+    for queries, share in ((["水稻", "土壤"], "49"), ([f"水稻{row}" for row in range(40)], None)):
+        pairs = write_pairs(
+            tmp_path / "train.csv", [(queries[row % len(queries)], title) for row, title in enumerate(titles)]
+        )
+        options = train_options(model_folder, recall_data, tmp_path / "save", "--train_set_file", str(pairs))
+        assert train_batch_neg.main([*options, "--batch_size", "40", "--max_steps", "1"]) == 0
+        line = capsys.readouterr().err.splitlines()[-1]
+        end = f", of which {share} % are masked" if share else ""
+        assert line.endswith(f"a query has 39 other titles as negatives{end}")

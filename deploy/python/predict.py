@@ -93,6 +93,16 @@ def read_inputs(
     return (texts, pairs) if texts or pairs else (SAMPLE_TEXTS[:1], [*SAMPLE_PAIRS])
 
 
+def report_unused_options(
+    device: str, cpu_threads: int | None, enable_mkldnn: bool, save_log_path: str | None, benchmark: bool
+) -> None:
+    """Logs the options that have no effect on this device, or without another option."""
+    if save_log_path and not benchmark:
+        log(f"--save_log_path {save_log_path}: does nothing without --benchmark")
+    if device == "gpu" and (cpu_threads or not enable_mkldnn):
+        log("--device gpu: --cpu_threads and --enable_mkldnn have no effect on it")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints shape and vectors, then the list of similarities, in the document's form; or the benchmark's figures."""
     args = build_parser().parse_args(argv)
@@ -103,8 +113,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     good_pairs = [pair for pair in pairs if pair is not None]
 
     find_exported(args.model_dir)
-    if args.save_log_path and not args.benchmark:
-        log(f"--save_log_path {args.save_log_path}: does nothing without --benchmark")
     log_file = Path(args.save_log_path) / BENCHMARK_FILE if args.benchmark and args.save_log_path else None
     for file in (log_file, args.output):
         if file:
@@ -116,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from encoding.token_statistics import report_tokens
 
     given = {"device": choose_device(args.device), "threads": args.cpu_threads, "onednn": args.enable_mkldnn}
+    call(report_unused_options, args, device=given["device"])
     tensorrt_batch_size = args.batch_size if args.use_tensorrt else None
     model = load_exported(**pick(args, load_exported, tensorrt_batch_size=tensorrt_batch_size, **given))
     if args.benchmark:

@@ -169,3 +169,19 @@ def test_an_index_fits_its_model_and_its_corpus(tmp_path: Path) -> None:
         load_index(tmp_path / "index", "model", corpus_of(tmp_path / "other", 2))
     with pytest.raises(InputError, match=r"another model or --max_seq_length; give the --params_path"):
         load_index(tmp_path / "index", "other", None)
+
+
+def test_vectors_of_another_precision_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An index of version 2.0.0 doesn't tell its precision, so nothing is said."""
+    corpus = corpus_of(tmp_path, 3)
+    index = build_index(IndexOptions("exact"), unit_vectors(3, DIM))
+    for saved, precision, line in (
+        ("bf16", "fp32", f"--precision fp32: the vectors of {tmp_path / 'index'} were computed in bf16\n"),
+        ("bf16", "bf16", ""),
+        ("fp32", None, ""),
+        (None, "bf16", ""),
+    ):
+        save_index(tmp_path / "index", DocumentIndex(index, corpus, "model", corpus.sha256, saved))
+        capsys.readouterr()
+        assert load_index(tmp_path / "index", "model", corpus, precision).precision == saved
+        assert capsys.readouterr().err == line
