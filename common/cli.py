@@ -19,6 +19,11 @@ from common.texts import has_visible_text
 
 INPUT_ERROR_EXIT_CODE = 2
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, a quota, a file size limit
+# What even asking whether a file is there may end in: permissions, names, mounts, limits.
+UNUSABLE = {
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS),
+    *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE),
+}
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -121,8 +126,8 @@ def _as_utf8(text: str) -> tuple[str, bool]:
 def run(main: Callable[[], int]) -> NoReturn:
     """Runs a script's `main` and exits with the code that it returns, or with another one after a line on stderr.
 
-    2: InputError, no memory is left, or the disk of stdout is full; 130: Ctrl-C; 143: SIGTERM; 141, without a line:
-    nobody reads stdout.
+    2: InputError, a file that can't be used, no memory, or the disk of stdout is full; 130: Ctrl-C; 143: SIGTERM; 141,
+    without a line: nobody reads stdout.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the locale's encoding lacks
@@ -136,7 +141,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         if sys.stdout:  # None if it was closed before the start
             sys.stdout.flush()
     except OSError as error:
-        code = _report_output_error(error)
+        code = _report_system_error(error)
     if has_peers:
         # Skips the interpreter's shutdown, in which Paddle's gloo sometimes aborts.
         remove_temporary_home()
@@ -162,16 +167,22 @@ def _exit_code(main: Callable[[], int]) -> int:
     except SystemExit as ended:  # argparse's, after --help or a wrong option
         return int(ended.code or 0)
     except OSError as error:
-        return _report_output_error(error)
+        return _report_system_error(error)
 
 
-def _report_output_error(error: OSError) -> int:
-    """Returns the exit code if stdout has no reader or its disk is full, which it reports; re-raises other errors."""
+def _report_system_error(error: OSError) -> int:
+    """Reports that stdout has no reader, its disk is full, or a file can't be used; re-raises other errors.
+
+    Returns the exit code.
+    """
     if isinstance(error, BrokenPipeError):
         code = 128 + signal.SIGPIPE
     elif error.errno in NO_SPACE:
         print(f"error: the output can't be written ({error.strerror})", file=sys.stderr)
         code = INPUT_ERROR_EXIT_CODE
+    elif error.errno in UNUSABLE and error.filename is not None:
+        print(f"error: {error.filename}: can't be used ({error.strerror})", file=sys.stderr)
+        return INPUT_ERROR_EXIT_CODE
     else:
         raise error
     # Otherwise the interpreter fails when it writes the rest of the buffer at its end.

@@ -59,6 +59,7 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
     """
     check_limits(environ)
     check_ranks(environ)
+    check_working_folder()
     if "PADDLE_TRAINER_ID" in environ and environ.get("PADDLE_TRAINERS_NUM", "1") == "1":
         environ["PADDLE_TRAINER_ID"] = "0"  # left over from a launcher: as another rank, this process would wait
     for name, override in OVERRIDES.items():
@@ -95,6 +96,19 @@ def check_ranks(environ: Mapping[str, str]) -> None:
     if count > 1 and int(environ["PADDLE_TRAINER_ID"]) >= count:
         problem = f"PADDLE_TRAINER_ID={environ['PADDLE_TRAINER_ID']}: PADDLE_TRAINERS_NUM={count} has no such process"
         raise InputError(f"{problem}; {remedy}")
+
+
+def check_working_folder() -> None:
+    """Raises InputError for a working folder that Paddle can't use: it takes the full paths of what it writes."""
+    try:
+        folder = os.getcwd()
+        folder.encode("utf-8")
+    except FileNotFoundError:
+        raise InputError("the working folder has been removed; change to another one with cd") from None
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{folder!a}: the working folder's name isn't UTF-8; rename it, or change to another"
+        ) from None
 
 
 def given_threads(environ: Mapping[str, str]) -> int | None:

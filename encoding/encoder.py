@@ -1,5 +1,6 @@
 """Encoding texts with a checkpoint: `load_encoder` chooses the engine and returns an Encoder."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -115,7 +116,7 @@ def _compile(model: SemanticIndexBase, compiled: Path, load: Callable[[Path], St
 
 def _load_compiled(compiled: Path, load: Callable[[Path], StaticEncoder]) -> StaticEncoder | None:
     """Loads a graph that is kept; None if it is missing, changed, or can't be loaded."""
-    if not (compiled / MANIFEST_FILE).is_file():
+    if not os.path.isfile(compiled / MANIFEST_FILE):  # Path.is_file fails in another user's folder
         return None
     try:
         check_manifest(compiled)

@@ -50,6 +50,21 @@ def test_no_memory_ends_with_code_2_and_one_line(message: str, said: str, capsys
     assert capsys.readouterr() == ("", line)
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_file_that_cannot_be_used_ends_with_code_2_and_one_line(
+    number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even asking whether it is there may fail, in a folder of another user, for example."""
+    assert exit_code(raising(OSError(number, os.strerror(number), "/srv/model_40"))) == 2
+    assert capsys.readouterr() == ("", f"error: /srv/model_40: can't be used ({os.strerror(number)})\n")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "", "/a"), OSError(errno.EACCES, "socket")])
+def test_errors_of_our_own_keep_their_traceback(error: OSError) -> None:
+    with pytest.raises(type(error)):
+        run(raising(error))
+
+
 def test_ctrl_c_ends_with_code_130_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr() == ("", "interrupted\n")

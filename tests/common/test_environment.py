@@ -12,6 +12,7 @@ from common.environment import (
     can_be_written,
     check_limits,
     check_ranks,
+    check_working_folder,
     given_threads,
     prepare_environment,
     remove_temporary_home,
@@ -150,6 +151,17 @@ def test_harmless_values_stay_and_need_no_line(
     prepare_environment(environ)
     assert environ[name] == value
     assert capsys.readouterr().err == ""
+
+
+def test_a_working_folder_that_paddle_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_working_folder()
+    (tmp_path / "bad\udcff").mkdir()
+    monkeypatch.chdir(tmp_path / "bad\udcff")
+    with pytest.raises(InputError, match=r"bad\\udcff': the working folder's name isn't UTF-8; rename it"):
+        check_working_folder()
+    (tmp_path / "bad\udcff").rmdir()
+    with pytest.raises(InputError, match=r"^the working folder has been removed; change to another one with cd$"):
+        check_working_folder()
 
 
 def test_a_small_address_space_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,27 @@ def test_a_damaged_compiled_graph_is_compiled_again(folder: Path) -> None:
     np.testing.assert_array_equal(static_encoder(folder).encode(["水稻"]), expected)
 
 
+def test_a_compiled_graph_of_another_user_is_compiled_for_this_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder that can neither be read nor written; a root's tests can't make one."""
+    expected = static_encoder(folder).encode(["水稻"])
+    (graph,) = (folder / STATIC_FOLDER).iterdir()
+    is_link, is_file, isfile = Path.is_symlink, Path.is_file, os.path.isfile
+
+    def is_symlink(path: Path) -> bool:
+        if path == graph:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_link(path)
+
+    monkeypatch.setattr(Path, "is_symlink", is_symlink)
+    monkeypatch.setattr(os.path, "isfile", lambda path: Path(path).parent != graph and isfile(path))
+    monkeypatch.setattr(Path, "is_file", lambda path: is_symlink(path.parent) or is_file(path))
+    capsys.readouterr()
+    np.testing.assert_array_equal(static_encoder(folder).encode(["水稻"]), expected)
+    assert f"{graph}: can't be written (Permission denied); compiling it for this run alone" in capsys.readouterr().err
+
+
 def test_a_compiled_graph_that_is_cut_short_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither one that this run wrote to a full disk, nor one of an earlier run whose manifest agrees with it."""
     export_static = encoder_module.export_static
