@@ -273,8 +273,8 @@ def test_many_masked_titles_are_told(
     model_folder: Path, recall_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Such as in a file whose query column has few different texts: there is little to learn from."""
-    titles = [title for _, title in all_pairs()[:40]]
-    for queries, share in ((["水稻", "土壤"], "49"), ([f"水稻{row}" for row in range(40)], None)):
+    distinct, titles = zip(*all_pairs()[:40], strict=True)
+    for queries, share in ((["水稻", "土壤"], "49"), (distinct, None)):
         pairs = write_pairs(
             tmp_path / "train.csv", [(queries[row % len(queries)], title) for row, title in enumerate(titles)]
         )
