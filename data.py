@@ -142,7 +142,8 @@ def pair_lines(
         yield from read_lines(path, parse_pair, skip_bad_lines, check=check if check_columns else None)
         return
     kept = left_out = 0
-    for line in read_lines(path, parse_labelled_pair, skip_bad_lines, check=check if check_columns else None):
+    remedy = "correct them, or leave out --label_column if the file has no labels, or the lines with --skip_bad_lines"
+    for line in read_lines(path, parse_labelled_pair, skip_bad_lines, remedy, check if check_columns else None):
         pair, label = line.row or (None, True)
         kept, left_out = kept + (pair is not None and label), left_out + (not label)
         if label:

@@ -244,6 +244,8 @@ def test_a_line_without_a_label_is_bad(tmp_path: Path, row: str, reason: str) ->
     with pytest.raises(InputError, match=f"{path}:2: .*{reason}"):
         read_text_pairs(path, label_column=True)
     assert len(read_text_pairs(path, label_column=True, skip_bad_lines=True)) == 1
+    with pytest.raises(InputError, match="leave out --label_column if the file has no labels"):
+        read_text_pairs(write_pairs(tmp_path / "dev.csv", PAIRS), label_column=True)
 
 
 def test_labels_of_0_alone_are_refused(tmp_path: Path) -> None:
