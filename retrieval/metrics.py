@@ -1,7 +1,7 @@
 """Recall@K, MRR and nDCG of a recall result. Imports no Paddle."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
 from statistics import fmean
 from typing import NamedTuple
@@ -75,11 +75,13 @@ def evaluate(positives: Mapping[str, set[str]], ranking: Mapping[str, Sequence[s
     """
     if not positives:
         raise InputError("there are no queries to evaluate: the pair file holds no pairs")
-    documents_of = {text_key(query): documents for query, documents in ranking.items()}
+    found_queries = {text_key(query): query for query in ranking}
     keys = [text_key(query) for query in positives]
-    results = [documents_of.get(key, ()) for key in keys]
+    known = set(keys)
+    results = [ranking[found_queries[key]] if key in found_queries else () for key in keys]
     titles = [TextSet(texts) for texts in positives.values()]
-    ranked = [_rank(*each)[:recall_num] for each in zip(positives, titles, results, strict=True)]
+    rankings = [_rank(*each) for each in zip(positives, titles, results, strict=True)]
+    ranked = [documents[:recall_num] for documents, _ in rankings]
     relevant = [set(texts) for texts in titles]
     return Evaluation(
         recall={k: recall_at_k(ranked, relevant, k) for k in RECALL_CUTOFFS if k <= recall_num},
@@ -88,22 +90,17 @@ def evaluate(positives: Mapping[str, set[str]], ranking: Mapping[str, Sequence[s
         recall_num=recall_num,
         queries=len(positives),
         queries_without_results=[query for query, documents in zip(positives, results, strict=True) if not documents],
-        unknown_queries=[query for query in ranking if text_key(query) not in set(keys)],
-        own_texts=sum(
-            any(map(_is_own_text(*each[:2]), each[2])) for each in zip(positives, titles, results, strict=True)
-        ),
+        unknown_queries=[query for key, query in found_queries.items() if key not in known],
+        own_texts=sum(has_own_text for _, has_own_text in rankings),
     )
 
 
-def _rank(query: str, titles: TextSet, documents: Sequence[str]) -> list[str]:
-    """The distinct documents without the query's own text, unless that is a title; titles in their own spelling."""
-    is_own_text = _is_own_text(query, titles)
-    return list(dict.fromkeys(titles.find(text) or text for text in documents if not is_own_text(text)))
-
-
-def _is_own_text(query: str, titles: TextSet) -> Callable[[str], bool]:
-    own = TextSet([query] if titles.find(query) is None else ())
-    return lambda document: own.find(document) is not None
+def _rank(query: str, titles: TextSet, documents: Sequence[str]) -> tuple[list[str], bool]:
+    """The distinct documents, titles in their own spelling, and whether the query's own text was left out of them."""
+    known = TextSet([*titles, query])
+    own = query if titles.find(query) is None else None
+    found = dict.fromkeys(known.find(document) or document for document in documents)
+    return [document for document in found if document != own], own in found
 
 
 def metric_names(recall_num: int) -> list[str]:
