@@ -266,6 +266,11 @@ def children(process: int) -> list[int]:
     return [int(number) for file in files for number in file.read_text().split()]
 
 
+def about_texts_alone(stderr: str) -> bool:
+    """Whether all lines say that texts are cut or unknown, as those of the document are to a tiny model."""
+    return all(" are cut to " in line or " are [UNK]" in line for line in stderr.splitlines())
+
+
 def refuses(done: Completed, *words: str) -> bool:
     """Whether a script ended with exit code 2 and one line on stderr that holds all `words`."""
     return done.returncode == 2 and done.stderr.count("\n") == 1 and all(word in done.stderr for word in words)
