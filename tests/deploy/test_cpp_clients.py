@@ -19,10 +19,7 @@ def test_clients_without_a_server_or_a_model(script: str, serving_folder: Path, 
     model_dir = ["--model_dir", serving_folder / "serving_server"]
     known = [*model_dir, "--texts", "水稻"]
     for options, named in (
-        (
-            [*model_dir, "--texts", "水稻", "--endpoint", f"{HOST}:{free_port()}"],
-            r"--endpoint 127.0.0.1:\d+: no answer .*start_server.sh",
-        ),
+        ([*known, "--endpoint", f"{HOST}:{free_port()}"], r"--endpoint 127.0.0.1:\d+: no answer .*start_server.sh"),
         ([*model_dir, "--endpoint", "here"], "argument --endpoint: here isn't host:port"),
         ([*model_dir, "--texts", "好", " "], "argument --texts: the text is empty"),
         (["--model_dir", tmp_path / "none"], "--model_dir .*none: no such folder; give the one that the server serves"),
