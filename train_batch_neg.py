@@ -3,8 +3,6 @@
 import argparse
 import math
 import os
-import shutil
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 leaves it out
 
-import numpy as np
-
 from ann_util import IndexOptions, add_index_args, check_index_args
 from batch_negative.batches import BatchSchedule, PairBatcher, check_batch_size
+from batch_negative.reports import describe_end, report_plan, report_stop, report_texts, warn_of_small_disk
 from common import options
 from common.cli import ArgumentParser, add_switch, non_negative_float, number_in_range, positive_int, proportion, run
 from common.errors import InputError
@@ -23,7 +20,7 @@ from common.files import clear_leftovers, make_folder, sha256
 from common.logs import is_main_process, log, process_count
 from common.paddle_setup import set_up_paddle
 from common.signals import StopSignals
-from data import Corpus, TextPair, TextTokenizer, positives_by_query, read_corpus, read_text_pairs
+from data import TextPair, TextTokenizer, positives_by_query, read_corpus, read_text_pairs
 from modeling.checkpoint_files import check_checkpoint, find_checkpoint_folder, find_weights, lowercases, step_folders
 from retrieval.metrics import metric_names, report_missing_positives
 
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
     from base_model import SemanticIndexBase
     from batch_negative.evaluator import Evaluator
 
-MANY_MASKED = 0.1  # of the other titles of a batch; in files of distinct queries it is less than 1 %
 STOP_SECONDS = 25.0  # how long the other ranks wait for rank 0 to save after a signal: the launcher kills all after 30
 # fmt: off
 RESUME_CRITICAL_OPTIONS = (  # must be unchanged to resume bit for bit
@@ -253,27 +249,6 @@ def prepare_model(model: "SemanticIndexBase", device: str, use_recompute: bool) 
             log(f"--use_recompute: does nothing, PaddleNLP's {type(model.ptm).__name__} doesn't support it")
 
 
-def report_texts(
-    tokenizer: TextTokenizer, pairs: Sequence[TextPair], train_set_file: str, evaluation: Mapping[str, Any] | None
-) -> None:
-    """Logs how many of the texts are cut or unknown, if they are many. Raises InputError if almost all are unknown."""
-    from encoding.token_statistics import report_tokens
-
-    queries, titles, hard_negatives = zip(*pairs, strict=True)
-    texts_by_name = {
-        f"queries of {train_set_file}": queries,
-        f"titles of {train_set_file}": titles,
-        f"hard negatives of {train_set_file}": [text for text in hard_negatives if text],
-    }
-    if evaluation:
-        corpus: Corpus = evaluation["corpus"]
-        texts_by_name |= {
-            "queries of the evaluation": list(evaluation["positives"]),
-            f"documents of {corpus.path}": corpus,
-        }
-    report_tokens(tokenizer, texts_by_name)
-
-
 def make_batcher(
     tokenizer: TextTokenizer,
     pairs: Sequence[TextPair],
@@ -295,59 +270,6 @@ def make_batcher(
         remedy = "--symmetric_pairs False takes only titles as similar to queries"
         log(f"{train_set_file}: {share}, so all are taken as similar in both; {remedy}")
     return batcher
-
-
-def report_plan(
-    schedule: BatchSchedule,
-    batcher: PairBatcher,
-    completed: int,
-    pairs: int,
-    *,
-    batch_size: int,
-    world_size: int,
-    cross_device: bool,
-) -> None:
-    """Logs the steps that are left, their batches, and if many titles are masked; nothing if no step is left."""
-    if completed == schedule.total_steps:
-        return
-    steps = f"steps {completed + 1} to {schedule.total_steps} of {batch_size} pairs on each of {world_size} process(es)"
-    titles = batch_size * (world_size if cross_device else 1)
-    first_batch = next(schedule.steps(completed)).batches[0]
-    masked = batcher.masked_share(np.concatenate(first_batch if cross_device else first_batch[:1]))
-    note = f", of which {100 * masked:.0f} % are masked" if masked >= MANY_MASKED else ""
-    log(f"training on {pairs} pairs: {steps}; a query has {titles - 1} other titles as negatives{note}")
-
-
-def warn_of_small_disk(
-    save_dir: Path, model: "SemanticIndexBase", steps: int, save_steps: int, keep_checkpoints: int | None
-) -> None:
-    """Logs a warning if the checkpoints of the next `steps` won't fit on the disk."""
-    size = 3 * sum(4 * parameter.size for parameter in model.parameters())  # float32: weights, AdamW's two moments
-    count = math.ceil(steps / save_steps)
-    count = min(count, keep_checkpoints or count)
-    folder = next(path for path in (save_dir.absolute(), *save_dir.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    if count * size > free:
-        problem = f"{count} checkpoints of {size / 1e9:.1f} GB won't fit into the {free / 1e9:.0f} GB that are free"
-        log(f"{save_dir}: {problem}; save less often (--save_steps) or keep fewer (--keep_checkpoints)")
-
-
-def report_stop(received: int | None, step: int, written: Path | None, resumed: Path | None) -> int:
-    """Logs how to continue after a signal, and returns the exit code; received: None if another rank got the signal."""
-    number = signal.Signals(received or signal.SIGTERM)
-    # Nothing was written if the signal came while the checkpoint that was resumed from was evaluated.
-    wrote = f": wrote {written}" if written else ""
-    remedy = f"go on with --resume_from {'latest' if written else resumed}"
-    log(f"stopped by {number.name} after step {step}{wrote}; {remedy}")
-    return 128 + number
-
-
-def describe_end(written: Path | None, resumed: Path | None, has_evaluated: bool) -> str:
-    """What a run that wasn't stopped has done. written: its last checkpoint; resumed: the one that it began with."""
-    if written:
-        return f"wrote {written}"
-    missing = "only its evaluation was missing" if has_evaluated else "nothing to do"
-    return f"{resumed}: training is complete, {missing}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
