@@ -17,9 +17,9 @@ class ModelConfig:
     """What turns a backbone into a semantic indexing model; stored in a checkpoint's semantic_index.json."""
 
     output_emb_size: int = DEFAULT_EMBEDDING_SIZE  # 0: the backbone's hidden size, without a linear reduction
-    pooling: str = (
-        DEFAULT_POOLING  # "cls": the backbone's pooled output; "mean": the mean of its last layer, without padding
-    )
+    # "cls": the backbone's pooled output; "first_token": the last layer's first token, without the pooler's layer and
+    # tanh; "mean": the mean of the last layer, without padding
+    pooling: str = DEFAULT_POOLING
     dropout: float = DEFAULT_DROPOUT  # of the vector before it is normalized, in training
     max_seq_length: int = DEFAULT_LENGTH
 
@@ -35,7 +35,7 @@ class ClsOnlyLayer(nn.TransformerEncoderLayer):
 
 
 def use_cls_only_last_layer(ptm: nn.Layer) -> None:
-    """Makes the last layer compute only [CLS], which is all that the pooled output needs.
+    """Makes the last layer compute only [CLS], which is all that the pooled output and the first token need.
 
     The encoder's sequence output is then [B, 1, H]. Parameters and their names don't change. Does nothing if the last
     layer isn't like BERT's, a plain TransformerEncoderLayer with normalize_before=False.
@@ -50,7 +50,7 @@ def use_cls_only_last_layer(ptm: nn.Layer) -> None:
 
 
 def projection_initializer(pooling: str) -> nn.initializer.Initializer:
-    """Initial weights of the linear reduction: truncated normal as in the original for "cls", orthogonal for "mean".
+    """Initial weights of the linear reduction: truncated normal as in the original for "cls", else orthogonal.
 
     A square orthogonal matrix (Saxe et al. 2014, arXiv:1312.6120) keeps the angles between vectors. From random
     weights, mean pooling learns much faster with it (docs/results.md).
@@ -69,7 +69,7 @@ class SemanticIndexBase(nn.Layer):
         self.ptm = ptm
         self.config = config
         self.dropout = nn.Dropout(config.dropout)
-        if config.pooling == "cls":
+        if config.pooling != "mean":
             use_cls_only_last_layer(ptm)
         if config.output_emb_size:
             weight_attr = paddle.ParamAttr(initializer=projection_initializer(config.pooling))
@@ -83,6 +83,8 @@ class SemanticIndexBase(nn.Layer):
     def get_pooled_embedding(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor) -> paddle.Tensor:
         """Unit vectors, float32 [B, D], for int64 [B, L] token ids padded with the backbone's pad_token_id."""
         sequence, pooled = self.ptm(input_ids, token_type_ids)
+        if self.config.pooling == "first_token":
+            pooled = sequence[:, 0]
         if self.config.pooling == "mean":
             is_token = (input_ids != self.ptm.config.pad_token_id).astype(sequence.dtype).unsqueeze(-1)
             pooled = (sequence * is_token).sum(axis=1) / is_token.sum(axis=1)

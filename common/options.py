@@ -9,6 +9,7 @@ from common.cli import number_in_range, positive_int, proportion
 
 DEFAULT_MODEL = "ernie-1.0"
 DEFAULT_EMBEDDING_SIZE = 256
+POOLINGS = ("cls", "first_token", "mean")  # see base_model.ModelConfig
 DEFAULT_POOLING = "cls"
 DEFAULT_DROPOUT = 0.1
 ENGINES = ("auto", "dygraph", "static")
@@ -66,8 +67,11 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     add("--init_from_ckpt", help="start from the weights and settings of this checkpoint (folder or .pdparams)")
     size_help = "length of a vector; 0 keeps the backbone's hidden size, without a linear reduction"
     add("--output_emb_size", type=number_in_range(0), help=f"{size_help} {default_help(DEFAULT_EMBEDDING_SIZE)}")
-    pooling_help = "cls: the pooled output; mean: the mean over tokens, which learns faster from scratch"
-    add("--pooling", choices=["cls", "mean"], help=f"{pooling_help} {default_help(DEFAULT_POOLING)}")
+    pooling_help = (
+        "cls: the pooled output; first_token: the last layer's first token, without the pooler, as BGE and most models "
+        "of the Hugging Face hub mean CLS; mean: the mean over tokens, which learns faster from scratch"
+    )
+    add("--pooling", choices=POOLINGS, help=f"{pooling_help} {default_help(DEFAULT_POOLING)}")
     dropout_help = "dropout of the vector; the backbone's own is in its config.json"
     add("--dropout", type=proportion, help=f"{dropout_help} {default_help(DEFAULT_DROPOUT)}")
 

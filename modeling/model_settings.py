@@ -12,7 +12,7 @@ from base_model import ModelConfig
 from common.errors import InputError
 from common.files import read_json
 from common.logs import log
-from common.options import DEFAULT_DROPOUT, DEFAULT_EMBEDDING_SIZE, DEFAULT_MODEL, DEFAULT_POOLING
+from common.options import DEFAULT_DROPOUT, DEFAULT_EMBEDDING_SIZE, DEFAULT_MODEL, DEFAULT_POOLING, POOLINGS
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
 from modeling.backbone import Backbone, find_backbone, load_tokenizer
 from modeling.checkpoint_files import check_checkpoint
@@ -142,7 +142,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         config = ModelConfig(size, str(content["pooling"]), float(content["dropout"]), length)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: isn't a model config (see {error})") from None
-    if config.pooling not in ("cls", "mean") or size < 0 or length < 3 or not 0 <= config.dropout < 1:
+    if config.pooling not in POOLINGS or size < 0 or length < 3 or not 0 <= config.dropout < 1:
         raise InputError(f"{file}: has a value out of range")
     return config
 

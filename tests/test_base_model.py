@@ -1,5 +1,6 @@
 """The model's vectors, their gradients, and the last layer that computes [CLS] only."""
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +10,24 @@ from paddle import nn
 
 from base_model import ClsOnlyLayer, use_cls_only_last_layer
 from common.device import set_seed
+from common.options import POOLINGS
 from helpers import assert_close, new_model
 from modeling.cpu_training_layers import speed_up_training
 
+UNUSED = {"cls": [], "first_token": ["ptm.pooler.dense.weight", "ptm.pooler.dense.bias"]}  # without a gradient
 TEXTS = ["水稻的产量", "桥", "论糖尿病影响因素研究糖尿病,影响因素", "a" * 200, ""]
 
 
 @pytest.mark.parametrize("output_emb_size", [0, 16])
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_vectors_follow_their_definition(still_model_folder: Path, pooling: str, output_emb_size: int) -> None:
     model, tokenizer = new_model(still_model_folder, pooling=pooling, output_emb_size=output_emb_size, dropout=0.0)
     model.eval()
     for text in TEXTS:
         input_ids, token_type_ids = map(paddle.to_tensor, tokenizer([text]))
         sequence, pooled = model.ptm(input_ids, token_type_ids)
-        vector = sequence[0].mean(axis=0).numpy() if pooling == "mean" else pooled[0].numpy()
+        rows = {"cls": pooled, "first_token": sequence[:, 0], "mean": sequence.mean(axis=1)}[pooling]
+        vector = rows[0].numpy()
         if output_emb_size:
             vector = vector @ model.emb_reduce_linear.weight.numpy() + model.emb_reduce_linear.bias.numpy()
         vector /= np.linalg.norm(vector)
@@ -31,7 +35,7 @@ def test_vectors_follow_their_definition(still_model_folder: Path, pooling: str,
         np.testing.assert_allclose(model.embed(*tokenizer([text]))[0], vector, atol=1e-6)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_padding_does_not_change_a_vector(model_folder: Path, pooling: str) -> None:
     model, tokenizer = new_model(model_folder, pooling=pooling, max_seq_length=32)
     alone = np.concatenate([model.embed(*tokenizer([text])) for text in TEXTS])
@@ -54,12 +58,15 @@ def test_embed_keeps_the_training_mode(model_folder: Path) -> None:
 # The last layer
 
 
+@pytest.mark.parametrize("pooling", ["cls", "first_token"])
 @pytest.mark.parametrize("fast_layers", [False, True])
-def test_cls_only_layer_gives_the_same_vectors_and_gradients(still_model_folder: Path, fast_layers: bool) -> None:
+def test_cls_only_layer_gives_the_same_vectors_and_gradients(
+    still_model_folder: Path, fast_layers: bool, pooling: str
+) -> None:
     """As a last layer that computes all tokens."""
 
     def vectors_and_gradients(all_tokens: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        model, tokenizer = new_model(still_model_folder, dropout=0.0)
+        model, tokenizer = new_model(still_model_folder, dropout=0.0, pooling=pooling)
         if all_tokens:
             model.ptm.encoder.layers[-1].__class__ = nn.TransformerEncoderLayer
         if fast_layers:
@@ -69,7 +76,9 @@ def test_cls_only_layer_gives_the_same_vectors_and_gradients(still_model_folder:
         assert length == (input_ids.shape[1] if all_tokens else 1)
         vectors = model.get_pooled_embedding(input_ids, token_type_ids)
         vectors.multiply(paddle.linspace(0, 1, vectors.size).reshape(vectors.shape)).sum().backward()
-        return vectors.numpy(), {name: value.grad.numpy() for name, value in model.named_parameters()}
+        gradients = {name: value.grad for name, value in model.named_parameters()}
+        assert [name for name, value in gradients.items() if value is None] == UNUSED[pooling]
+        return vectors.numpy(), {name: value.numpy() for name, value in gradients.items() if value is not None}
 
     vectors, gradients = vectors_and_gradients(all_tokens=False)
     expected_vectors, expected_gradients = vectors_and_gradients(all_tokens=True)
@@ -110,14 +119,14 @@ def test_all_tokens_are_computed_for_mean_pooling_and_by_other_layers_than_berts
 
 
 def test_initial_weights_of_the_reduction(model_folder: Path) -> None:
-    """Normal for the pooled output, orthogonal for the mean."""
+    """Normal for the pooled output, orthogonal for the others."""
 
     def reduction(pooling: str, size: int) -> np.ndarray:
         return new_model(model_folder, pooling=pooling, output_emb_size=size).model.emb_reduce_linear.weight.numpy()
 
     assert reduction("cls", 512).std() == pytest.approx(0.02, rel=0.05)
     hidden_size = len(reduction("mean", 1))
-    for size in (hidden_size // 2, hidden_size, 2 * hidden_size):
-        weight = reduction("mean", size)
-        product = weight.T @ weight if size <= hidden_size else weight @ weight.T
-        np.testing.assert_allclose(product, np.eye(min(size, hidden_size)), atol=1e-5)
+    for size, pooling in product((hidden_size // 2, hidden_size, 2 * hidden_size), ("mean", "first_token")):
+        weight = reduction(pooling, size)
+        products = weight.T @ weight if size <= hidden_size else weight @ weight.T
+        np.testing.assert_allclose(products, np.eye(min(size, hidden_size)), atol=1e-5)
