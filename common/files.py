@@ -37,19 +37,32 @@ def open_for_reading(path: str | Path) -> io.BufferedReader:
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """Reads a JSON object; a BOM is accepted. Raises InputError if the file can't be opened or holds anything else."""
+    content = _load_json(path, "object")
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: isn't a JSON object")
+    return content
+
+
+def read_json_list(path: str | Path) -> list[Any]:
+    """Reads a JSON list, as `read_json` reads an object."""
+    content = _load_json(path, "list")
+    if not isinstance(content, list):
+        raise InputError(f"{path}: isn't a JSON list")
+    return content
+
+
+def _load_json(path: str | Path, kind: str) -> Any:
+    """The content of a JSON file; None if it is JSON that Python doesn't read."""
     with open_for_reading(path) as file:
         try:
-            content = json.loads(file.read().decode("utf-8-sig"))
+            return json.loads(file.read().decode("utf-8-sig"))
         except UnicodeDecodeError:
             raise InputError(f"{path}: isn't UTF-8; convert it with iconv") from None
         except json.JSONDecodeError as error:
             where = f"line {error.lineno}, column {error.colno}"
-            raise InputError(f"{path}: isn't a JSON object ({error.msg} at {where})") from None
+            raise InputError(f"{path}: isn't a JSON {kind} ({error.msg} at {where})") from None
         except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
-            content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: isn't a JSON object")
-    return content
+            return None
 
 
 def sha256(path: str | Path) -> str:
