@@ -68,8 +68,9 @@ def find_backbone(name_or_path: str | Path) -> Backbone:
         if not isinstance(value, int) or value < minimum:
             problem = f"has {key} {value!r}, which must be a whole number, {minimum} or more"
             raise InputError(f"{name_or_path}: the config of {model_class.__name__} {problem}")
-    if model_type == "bert":  # else PaddleNLP's BERT returns more than two things; most folders set use_cache
-        config.use_cache = config.output_attentions = config.output_hidden_states = config.return_dict = False
+    config.return_dict = False
+    if model_type == "bert":  # PaddleNLP's BERT would return more than two things; most folders set use_cache
+        config.use_cache = config.output_attentions = config.output_hidden_states = False
     return Backbone(str(name_or_path), model_class, config)
 
 

@@ -30,23 +30,26 @@ def has_tokenizer(folder: str | Path) -> bool:
 def check_tokenizer(folder: str | Path) -> None:
     """Raises InputError if there is a vocabulary that can't be used."""
     if has_tokenizer(folder):
-        read_tokenizer(folder, LONGEST_WORD)
+        _read_vocabulary(Path(folder))
 
 
 def read_tokenizer(folder: str | Path, max_seq_length: int) -> TextTokenizer:
     """The tokenizer of a folder. Raises InputError if it has none, or another one than BERT's."""
-    folder = Path(folder)
+    vocabulary, config = _read_vocabulary(Path(folder)), read_tokenizer_config(Path(folder))
+    return TextTokenizer(vocabulary, max_seq_length, config or None)
+
+
+def _read_vocabulary(folder: Path) -> list[str]:
+    """The tokens in the order of their ids. Raises InputError as `read_tokenizer` does."""
     if (folder / SPECIAL_TOKENS_FILE).is_file():
         _check_special_tokens(folder / SPECIAL_TOKENS_FILE)
     if (folder / VOCABULARY_FILE).is_file():
-        vocabulary = read_vocabulary(folder / VOCABULARY_FILE)
-    elif (folder / TOKENIZER_FILE).is_file():
-        vocabulary = _vocabulary_of(folder / TOKENIZER_FILE)
-    else:
-        kind = next((kind for name, kind in OTHER_VOCABULARIES.items() if (folder / name).is_file()), None)
-        problem = f"its tokenizer is {kind}" if kind else f"has no {VOCABULARY_FILE} or {TOKENIZER_FILE}"
-        raise InputError(f"{folder}: {problem}; {NEED_WORDPIECE}")
-    return TextTokenizer(vocabulary, max_seq_length, read_tokenizer_config(folder) or None)
+        return read_vocabulary(folder / VOCABULARY_FILE)
+    if (folder / TOKENIZER_FILE).is_file():
+        return _vocabulary_of(folder / TOKENIZER_FILE)
+    kind = next((kind for name, kind in OTHER_VOCABULARIES.items() if (folder / name).is_file()), None)
+    problem = f"its tokenizer is {kind}" if kind else f"has no {VOCABULARY_FILE} or {TOKENIZER_FILE}"
+    raise InputError(f"{folder}: {problem}; {NEED_WORDPIECE}")
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
