@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import paddle
-from paddle import _C_ops
+from paddle import _C_ops, nn
 
 from common.environment import can_be_written
 from common.errors import InputError
@@ -17,7 +17,9 @@ from common.files import read_json, scratch_folder, write_json
 from common.logs import log
 from common.paddle_setup import defer_paddlenlp
 from data import BACKBONE_CONFIG_FILE, TOKENIZER_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
-from modeling.checkpoint_files import WEIGHTS_FILES
+from modeling.checkpoint_files import SAFETENSORS_FILE, TORCH_FILE, WEIGHTS_FILES, weights_in
+from modeling.hugging_face import FOLLOWS_EPSILON, NEED_ENCODER, check_config
+from modeling.tokenizer_files import read_tokenizer, read_tokenizer_config
 
 defer_paddlenlp()
 
@@ -32,7 +34,6 @@ PROXY_VARIABLES = ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "al
 SMALLEST_NUMBERS = {"max_position_embeddings": 3, "vocab_size": 1, "pad_token_id": 0}  # least values in a config
 ADDED_TOKENS_FILE = "added_tokens.json"  # Hugging Face's and PaddleNLP's: token -> id
 CASED_SHARE = 0.1  # of words with capital letters: BERT's cased English vocabulary has a third, uncased ones have none
-NEED_ENCODER = "need an encoder such as ERNIE or BERT"  # the remedy for others
 
 
 class Backbone(NamedTuple):
@@ -48,7 +49,8 @@ def find_backbone(name_or_path: str | Path) -> Backbone:
     paddlenlp_logger.set_level("ERROR")
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / BACKBONE_CONFIG_FILE).is_file():
-        raise InputError(f"{folder}: has no {BACKBONE_CONFIG_FILE}; give a PaddleNLP model folder or a name")
+        remedy = "give a model folder of PaddleNLP or Hugging Face, or a name"
+        raise InputError(f"{folder}: has no {BACKBONE_CONFIG_FILE}; {remedy}")
     try:
         config = _config_of_folder(folder) if folder.is_dir() else AutoConfig.from_pretrained(str(name_or_path))
     except InputError:
@@ -66,12 +68,16 @@ def find_backbone(name_or_path: str | Path) -> Backbone:
         if not isinstance(value, int) or value < minimum:
             problem = f"has {key} {value!r}, which must be a whole number, {minimum} or more"
             raise InputError(f"{name_or_path}: the config of {model_class.__name__} {problem}")
+    config.return_dict = False
+    if model_type == "bert":  # PaddleNLP's BERT would return more than two things; most folders set use_cache
+        config.use_cache = config.output_attentions = config.output_hidden_states = False
     return Backbone(str(name_or_path), model_class, config)
 
 
 def _config_of_folder(folder: Path) -> Any:
     """PaddleNLP's config of a model folder."""
     content = read_json(folder / BACKBONE_CONFIG_FILE)
+    check_config(folder, content)
     if (folder / BACKBONE_CONFIG_FILE).read_bytes().startswith(codecs.BOM_UTF8):  # PaddleNLP fails on it
         with scratch_folder() as copy:
             write_json(copy / BACKBONE_CONFIG_FILE, content)
@@ -108,6 +114,10 @@ def build_backbone(backbone: Backbone, *, draw: bool = True) -> PretrainedModel:
     name = f"{backbone.source}: {backbone.model_class.__name__}"
     if not {"input_ids", "token_type_ids"} <= set(inspect.signature(ptm.forward).parameters):
         raise InputError(f"{name} doesn't take input_ids and token_type_ids; {NEED_ENCODER}")
+    if getattr(backbone.config, FOLLOWS_EPSILON, False):
+        for layer in ptm.sublayers():
+            if isinstance(layer, nn.LayerNorm):
+                layer._epsilon = backbone.config.layer_norm_eps
     ptm.eval()
     ids = paddle.full([1, 3], 0 if backbone.config.pad_token_id else 1, "int64")  # any token but [PAD]
     with paddle.no_grad():
@@ -142,11 +152,10 @@ def pretrained_weights(backbone: Backbone) -> Path:
     """The backbone's weights file, in its folder or downloaded into PaddleNLP's cache. Raises InputError if missing."""
     folder = Path(backbone.source)
     if folder.is_dir():
-        for name in WEIGHTS_FILES:
-            if (folder / name).is_file():
-                return folder / name
+        if found := weights_in(folder):
+            return found
         remedy = f"use --from_scratch {folder} to start from random weights"
-        raise InputError(f"{folder}: has no {WEIGHTS_FILES[0]}; {remedy}")
+        raise InputError(f"{folder}: has no {WEIGHTS_FILES[0]}, {SAFETENSORS_FILE} or {TORCH_FILE}; {remedy}")
     url = backbone.model_class.pretrained_resource_files_map.get("model_state", {}).get(backbone.source)
     try:
         file = resolve_file_path(backbone.source, [url] if url else list(WEIGHTS_FILES))
@@ -158,9 +167,9 @@ def pretrained_weights(backbone: Backbone) -> Path:
 
 
 def load_tokenizer(name_or_path: str | Path, max_seq_length: int) -> TextTokenizer:
-    """The tokenizer of a folder with a vocab.txt, or of a name, which PaddleNLP may download. Raises InputError."""
+    """The tokenizer of a folder, or of a name, which PaddleNLP may download. Raises InputError."""
     if Path(name_or_path).is_dir():
-        tokenizer = TextTokenizer.load(name_or_path, max_seq_length)
+        tokenizer = read_tokenizer(name_or_path, max_seq_length)
         _report_tokenizer_config(Path(name_or_path), tokenizer)
         return tokenizer
     with scratch_folder() as folder:
@@ -179,7 +188,7 @@ def _report_tokenizer_config(folder: Path, tokenizer: TextTokenizer) -> None:
     Also a vocabulary that seems cased though texts become lower case, which is the default.
     """
     file = folder / TOKENIZER_CONFIG_FILE
-    config = read_json(file) if file.exists() else {}
+    config = read_tokenizer_config(folder)
     lower = bool(config.get("do_lower_case", True))
     fixed = {"strip_accents": lower, "tokenize_chinese_chars": True, "do_basic_tokenize": True}
     if unused := [f"{name} {config[name]}" for name, value in fixed.items() if config.get(name) not in (None, value)]:

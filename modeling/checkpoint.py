@@ -20,8 +20,9 @@ from common.logs import log
 from common.manifest import check_manifest, read_manifest, write_manifest
 from common.options import DEFAULT_MODEL
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer, max_position_tokens
-from modeling.backbone import NEED_ENCODER, Backbone, build_backbone, find_backbone, load_tokenizer, pretrained_weights
+from modeling.backbone import Backbone, build_backbone, find_backbone, load_tokenizer, pretrained_weights
 from modeling.checkpoint_files import WEIGHTS_FILES, check_checkpoint
+from modeling.hugging_face import NEED_ENCODER, NEED_SUPPORTED, from_pytorch, has_pytorch_names, is_other_pytorch_model
 from modeling.model_settings import (
     NOT_OF_THE_MODEL,
     ModelSettings,
@@ -33,11 +34,13 @@ from modeling.model_settings import (
     report_difference,
     report_scratch_folder,
 )
+from modeling.tokenizer_files import has_tokenizer
 from modeling.weight_files import read_weights
 
 DEFAULT_TRAIN_LENGTH = 512  # of train_batch_neg.py; less for a shorter position table
 REPORTED_PARAMETERS = 3  # names in a message
 PROBED_TOKENS = 32
+POOLER = "ptm.pooler."
 # On the length of a unit vector's change: rounding makes up 1e-6, 30 tokens of padding that isn't masked 0.006 or more.
 LARGEST_EFFECT_OF_PADDING = 5e-4
 
@@ -93,10 +96,11 @@ def create_model(
         report_scratch_folder(Path(from_scratch), checkpoint and checkpoint.parent, backbone, tokenizer, settings)
     report_backbone_dropout(dropout, backbone)
     weights_file = checkpoint or (None if from_scratch else pretrained_weights(backbone))
-    model = cls(build_backbone(backbone), ModelConfig(**settings._asdict()))
     _check_vocabulary(tokenizer, backbone)
+    weights = _named_weights(read_weights(weights_file), weights_file, backbone) if weights_file else {}
+    model = cls(build_backbone(backbone), ModelConfig(**settings._asdict()))
     if weights_file:
-        _set_weights(model, read_weights(weights_file), weights_file, backbone, head_is_optional=True)
+        _set_weights(model, weights, weights_file, backbone, head_is_optional=True)
     _check_padding(model, backbone)
     return LoadedModel(model, tokenizer)
 
@@ -128,12 +132,13 @@ def load_checkpoint(
     if output_emb_size is not None and output_emb_size != config.output_emb_size:
         problem = f"--output_emb_size {output_emb_size}: {file} has {config.output_emb_size}"
         raise InputError(f"{problem}; leave the option out")
+    tokenizer = _load_tokenizer(file, backbone, max_seq_length, config.max_seq_length)
+    _check_vocabulary(tokenizer, backbone)
+    weights = _named_weights(weights, file, backbone)
     model = cls(build_backbone(backbone, draw=False), config)
     _set_weights(model, weights, file, backbone, head_is_optional=False)
     _check_padding(model, backbone)
     model.eval()
-    tokenizer = _load_tokenizer(file, backbone, max_seq_length, config.max_seq_length)
-    _check_vocabulary(tokenizer, backbone)
     if has_config:
         report_difference("max_seq_length", tokenizer.max_seq_length, file.parent, config.max_seq_length)
     assumed = {"pooling": config.pooling, "max_seq_length": None if max_seq_length else tokenizer.max_seq_length}
@@ -225,8 +230,7 @@ def _load_tokenizer(
     if max_seq_length and max_seq_length > longest:
         limit = f"the position table of {backbone.source} has {longest} rows"
         raise InputError(f"--max_seq_length {max_seq_length}: {limit}; use at most that many tokens")
-    has_vocabulary = file and (file.parent / VOCABULARY_FILE).is_file()
-    source = file.parent if file and has_vocabulary else backbone.source
+    source = file.parent if file and has_tokenizer(file.parent) else backbone.source
     return load_tokenizer(source, max_seq_length or min(default_length, longest))
 
 
@@ -234,9 +238,23 @@ def _check_vocabulary(tokenizer: TextTokenizer, backbone: Backbone) -> None:
     """Raises InputError if the tokenizer's ids don't fit the backbone's embeddings."""
     rows = backbone.config.vocab_size
     if tokenizer.vocabulary_size > rows:
-        raise InputError(f"{backbone.source}: its {VOCABULARY_FILE} has more lines than the model's {rows} embeddings")
+        problem = f"its vocabulary has {tokenizer.vocabulary_size} tokens, more than the model's {rows} embeddings"
+        raise InputError(f"{backbone.source}: {problem}; give the {VOCABULARY_FILE} of this model")
     if tokenizer.pad_id != backbone.config.pad_token_id:
         raise InputError(f"{backbone.source}: pad_token_id isn't the line number of [PAD] in {VOCABULARY_FILE}")
+
+
+def _named_weights(weights: Mapping[str, np.ndarray], file: Path, backbone: Backbone) -> dict[str, np.ndarray]:
+    """The weights of a file with our names (`ptm.embeddings.…`); before the model is built, since the form counts.
+
+    Raises InputError if they are PyTorch's, and of a model that can't be used.
+    """
+    if has_pytorch_names(weights, backbone.config.model_type):
+        return from_pytorch(weights, file, backbone.config)
+    if any(name.startswith("ptm.") for name in weights):
+        return dict(weights)
+    prefix = backbone.model_class.base_model_prefix + "."  # PaddleNLP's are `embeddings.…` or `ernie.embeddings.…`
+    return {"ptm." + name.removeprefix(prefix): array for name, array in weights.items()}
 
 
 def _set_weights(
@@ -245,9 +263,9 @@ def _set_weights(
     """Copies the weights of `file` into the model, and logs the names that don't fit.
 
     Raises InputError if a parameter is missing or has another shape. With `head_is_optional` the linear reduction's
-    may: it keeps its values. The number of parameters taken is then always logged.
+    may: it keeps its values. The number of parameters taken is then always logged. The pooler may be missing if the
+    pooling doesn't use it.
     """
-    weights = _with_our_names(weights, backbone.model_class.base_model_prefix)
     parameters = model.state_dict()
     fitting = [name for name in parameters if name in weights and weights[name].shape == tuple(parameters[name].shape)]
     problems = {
@@ -259,17 +277,24 @@ def _set_weights(
         ],
         "unexpected": [name for name in weights if name not in parameters],
     }
-    errors = problems["missing"] + problems["wrong-shaped"]
+    missing = problems["missing"]
+    if model.config.pooling == "mean":
+        missing = [name for name in missing if not name.startswith(POOLER)]
+    errors = missing + problems["wrong-shaped"]
     if head_is_optional:
         errors = [error for error in errors if not error.startswith("emb_reduce_linear.")]
+    if errors and all(error in missing and error.startswith(POOLER) for error in errors):
+        raise InputError(f"{file}: has no pooler (pooler.dense), which cls pooling needs; train with --pooling mean")
     report = "; ".join(f"{len(names)} {kind}: {_first_names(names)}" for kind, names in problems.items() if names)
+    if errors and is_other_pytorch_model(weights, backbone.config.model_type):
+        raise InputError(f"{file}: is PyTorch's {backbone.config.model_type}; {NEED_SUPPORTED}, or PaddleNLP's form")
     if errors:
         raise InputError(f"{file}: doesn't fit {backbone.model_class.__name__} of {backbone.source} ({report})")
     if report or head_is_optional:
         log(f"{file}: took {len(fitting)} of {len(parameters)} parameters" + (f" ({report})" if report else ""))
     for name in fitting:
         if parameters[name].is_floating_point():
-            parameters[name].set_value(_as_float32(weights[name]))
+            parameters[name].set_value(np.require(_as_float32(weights[name]), requirements=["C", "A"]))
         else:  # a buffer, such as ALBERT's position ids
             parameters[name].set_value(weights[name].astype(parameters[name].numpy().dtype))
 
@@ -301,13 +326,6 @@ def _as_float32(array: np.ndarray) -> np.ndarray:
     if array.dtype == np.uint16:  # Paddle saves bfloat16 as uint16: the upper half of a float32
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32, copy=False)
-
-
-def _with_our_names(weights: Mapping[str, np.ndarray], backbone_prefix: str) -> dict[str, np.ndarray]:
-    """Renames a PaddleNLP backbone's weights (`embeddings.…` or `ernie.embeddings.…`) to ours (`ptm.embeddings.…`)."""
-    if any(name.startswith("ptm.") for name in weights):
-        return dict(weights)
-    return {"ptm." + name.removeprefix(backbone_prefix + "."): array for name, array in weights.items()}
 
 
 def _first_names(names: list[str]) -> str:

@@ -6,10 +6,14 @@ from pathlib import Path
 from common.errors import InputError
 from common.files import read_json, resolve_interrupted_replace
 from common.manifest import check_manifest
-from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_CONFIG_FILE, VOCABULARY_FILE, read_vocabulary
+from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE
+from modeling.tokenizer_files import check_tokenizer, has_tokenizer, read_tokenizer_config
+from modeling.weight_files import INDEX_SUFFIX
 
 SAFETENSORS_FILE = "model.safetensors"
+TORCH_FILE = "pytorch_model.bin"
 WEIGHTS_FILES = ("model_state.pdparams", SAFETENSORS_FILE)  # in this order; version 1 wrote both
+HUGGING_FACE_FILES = (f"{SAFETENSORS_FILE}{INDEX_SUFFIX}", TORCH_FILE, f"{TORCH_FILE}{INDEX_SUFFIX}")  # after these
 TRAINING_PREFIX = "training_"  # of the files that only --resume_from reads
 STEP_FOLDER = "model_"  # followed by the step's number
 
@@ -38,14 +42,19 @@ def find_weights(path: str | Path) -> Path:
     path = Path(path)
     folder = resolve_interrupted_replace(path)
     if folder.is_dir():
-        for name in WEIGHTS_FILES:
-            if (folder / name).is_file():
-                return folder / name
+        if file := weights_in(folder):
+            return file
         raise InputError(f"{path}: has no {' or '.join(WEIGHTS_FILES)}{_newest_in(path)}")
     file = resolve_interrupted_replace(path.parent) / path.name
     if not file.is_file():
         raise InputError(f"{path}: no such checkpoint{_newest_in(path)}")
     return file
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The weights file of a folder in PaddleNLP's or Hugging Face's form; the index if they are in shards."""
+    files = (folder / name for name in (*WEIGHTS_FILES, *HUGGING_FACE_FILES))
+    return next((file for file in files if file.is_file()), None)
 
 
 def check_checkpoint(path: str | Path) -> Path:
@@ -56,8 +65,7 @@ def check_checkpoint(path: str | Path) -> Path:
     for name in (BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE):
         if (folder / name).is_file():
             read_json(folder / name)
-    if (folder / VOCABULARY_FILE).is_file():
-        read_vocabulary(folder / VOCABULARY_FILE)
+    check_tokenizer(folder)
     return weights
 
 
@@ -66,10 +74,8 @@ def lowercases(*sources: str | Path | None) -> bool:
 
     True without such a folder, as for most models that PaddleNLP knows by name.
     """
-    folder = next((Path(source) for source in sources if source and Path(source, VOCABULARY_FILE).is_file()), None)
-    if folder is None or not (folder / TOKENIZER_CONFIG_FILE).is_file():
-        return True
-    return bool(read_json(folder / TOKENIZER_CONFIG_FILE).get("do_lower_case", True))
+    folder = next((Path(source) for source in sources if source and has_tokenizer(source)), None)
+    return folder is None or bool(read_tokenizer_config(folder).get("do_lower_case", True))
 
 
 def _newest_in(path: Path) -> str:

@@ -16,6 +16,7 @@ from common.options import DEFAULT_DROPOUT, DEFAULT_EMBEDDING_SIZE, DEFAULT_MODE
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
 from modeling.backbone import Backbone, find_backbone, load_tokenizer
 from modeling.checkpoint_files import check_checkpoint
+from modeling.tokenizer_files import has_tokenizer
 from modeling.weight_files import read_weights
 
 NOT_OF_THE_MODEL = ("_name_or_path", "paddlenlp_version")  # of a backbone's config: don't change the vectors
@@ -78,7 +79,7 @@ def report_assumed(source: Path, settings: Mapping[str, Any], backbone: str | No
     assumed = {
         file: [f"{name} {value}" for name, value in values.items() if value is not None]
         for file, values in told_by.items()
-        if not (folder / file).is_file()
+        if not (has_tokenizer(folder) if file == VOCABULARY_FILE else (folder / file).is_file())
     }
     if files := [file for file, values in assumed.items() if values]:
         log(f"{source}: has no {', '.join(files)}; assuming {', '.join(chain.from_iterable(assumed.values()))}")
@@ -104,7 +105,7 @@ def report_scratch_folder(
         changed = [name for name in names if config.get(name) != other.get(name)]
         if values := ", ".join(f"{name} {config.get(name)}, not {other.get(name)}" for name in changed):
             log(f"{option}: its {BACKBONE_CONFIG_FILE} takes the place of that of {checkpoint}: {values}")
-    has_other = checkpoint and (checkpoint / VOCABULARY_FILE).is_file() and (folder / VOCABULARY_FILE).is_file()
+    has_other = checkpoint and has_tokenizer(checkpoint) and has_tokenizer(folder)
     if has_other and load_tokenizer(folder, tokenizer.max_seq_length).settings != tokenizer.settings:
         log(f"{option}: its tokenizer isn't used, {checkpoint} has its own")
 

@@ -1,18 +1,24 @@
 """Reading weight files as NumPy arrays without running code from them, and writing them. Imports no Paddle."""
 
 import collections
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from common.errors import InputError
+from common.files import read_json
+from modeling.torch_files import BFLOAT16, LEGACY_START, ZIP_START, read_torch_file
 
 # An entry that paddle.save adds to every state dict: structured names -> Paddle's internal names.
 STRUCTURE_KEY = "StructuredToParameterName@@"
+INDEX_SUFFIX = ".index.json"  # of a file that names the shard of each array
+GIT_LFS_START = b"version https://git-lfs"  # of a file that stands for a large one in a Git repository
 
 
 def _latin1_encode(text: str, encoding: str) -> bytes:
@@ -50,15 +56,19 @@ class _WeightsUnpickler(pickle._Unpickler):
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
-    """Parameter name -> array, from a `.pdparams` or `.safetensors` file.
+    """Parameter name -> array, from a `.pdparams`, `.safetensors` or `.bin` file, or from the index of its shards.
 
-    Raises InputError if the file is missing or damaged, holds no arrays or anything else, or asks to run code.
+    bfloat16 is read as uint16, the upper half of a float32. Raises InputError if the file is missing or damaged, holds
+    no arrays or anything else, or asks to run code.
     """
     path = Path(path)
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_shards(path)
     try:
         with open(path, "rb") as file:
-            is_safetensors = path.suffix == ".safetensors"
-            content = load_file(path) if is_safetensors else _WeightsUnpickler(file, encoding="latin1").load()
+            content = _read_content(path, file)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: no such weights file, or it can't be read ({error.strerror or error})") from None
     except MemoryError:
@@ -74,6 +84,63 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     if not weights:
         raise InputError(f"{path}: isn't a weights file (it is empty)")
     return weights
+
+
+def _read_content(path: Path, file: BinaryIO) -> Any:
+    """What the file holds, which may be anything. Raises any exception."""
+    start = file.read(len(GIT_LFS_START))
+    file.seek(0)
+    if start == GIT_LFS_START:
+        raise InputError(f"{path}: is a pointer of Git LFS, not the weights; get them with git lfs pull")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if start.startswith((ZIP_START, LEGACY_START)):
+        return read_torch_file(file)
+    return _WeightsUnpickler(file, encoding="latin1").load()
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """As `read_weights`; the package itself has no bfloat16 for NumPy. Raises any exception."""
+    with safe_open(path, framework="np") as file:  # checks the whole header
+        in_bfloat16 = [name for name in file.keys() if file.get_slice(name).get_dtype() == "BF16"]  # noqa: SIM118
+        if not in_bfloat16:
+            return file.get_tensors()
+        others = [name for name in file.keys() if name not in in_bfloat16]  # noqa: SIM118
+        arrays = {name: file.get_tensor(name) for name in others}
+    with open(path, "rb") as raw:
+        size = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(size))
+    for name in in_bfloat16:
+        start, end = header[name]["data_offsets"]
+        numbers = np.fromfile(path, BFLOAT16, (end - start) // 2, offset=8 + size + start)
+        arrays[name] = numbers.reshape(header[name]["shape"])
+    return arrays
+
+
+def _read_shards(path: Path) -> dict[str, np.ndarray]:
+    """The arrays that an index names, from the files beside it. Raises InputError, also if one is missing."""
+    files = read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(_is_file_name(file) for file in files.values()):
+        raise InputError(
+            f"{path}: isn't an index of shards: its weight_map doesn't give a file beside it for each name"
+        )
+    shards = sorted(set(files.values()))
+    if missing := [name for name in shards if not (path.parent / name).is_file()]:
+        problem = f"{len(missing)} of its {len(shards)} shards are missing, such as {missing[0]}"
+        raise InputError(f"{path}: {problem}; get them into {path.parent}")
+    weights: dict[str, np.ndarray] = {}
+    for shard in shards:
+        held = read_weights(path.parent / shard)
+        for name in (name for name, file in files.items() if file == shard):
+            if name not in held:
+                raise InputError(f"{path}: names {name!r}, which {shard} lacks; get the index and its shards again")
+            weights[name] = held[name]
+    return weights
+
+
+def _is_file_name(value: object) -> bool:
+    """Whether it names a weights file in the same folder, and no other index."""
+    return isinstance(value, str) and Path(value).name == value and not value.endswith(INDEX_SUFFIX)
 
 
 def write_safetensors(path: Path, weights: Mapping[str, np.ndarray]) -> None:

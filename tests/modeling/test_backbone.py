@@ -199,7 +199,8 @@ def test_pretrained_weights_of_a_folder(
 
 
 def test_a_folder_without_weights_is_refused(model_folder: Path) -> None:
-    with pytest.raises(InputError, match=rf"^{model_folder}: has no model_state\.pdparams; use --from_scratch"):
+    has_none = r"has no model_state\.pdparams, model\.safetensors or pytorch_model\.bin; use --from_scratch"
+    with pytest.raises(InputError, match=rf"^{model_folder}: {has_none}"):
         pretrained_weights(find_backbone(model_folder))
 
 
