@@ -24,8 +24,10 @@ from modeling.backbone import Backbone, build_backbone, find_backbone, load_toke
 from modeling.checkpoint_files import WEIGHTS_FILES, check_checkpoint
 from modeling.hugging_face import NEED_ENCODER, NEED_SUPPORTED, from_pytorch, has_pytorch_names, is_other_pytorch_model
 from modeling.model_settings import (
+    DEFAULT_TRAIN_LENGTH,
     NOT_OF_THE_MODEL,
     ModelSettings,
+    has_model_config,
     held_settings,
     read_model_config,
     reduced_size,
@@ -34,10 +36,10 @@ from modeling.model_settings import (
     report_difference,
     report_scratch_folder,
 )
+from modeling.sentence_transformers_folder import dense_weights, report_prompts
 from modeling.tokenizer_files import has_tokenizer
 from modeling.weight_files import read_weights
 
-DEFAULT_TRAIN_LENGTH = 512  # of train_batch_neg.py; less for a shorter position table
 REPORTED_PARAMETERS = 3  # names in a message
 PROBED_TOKENS = 32
 POOLER = "ptm.pooler."
@@ -101,6 +103,7 @@ def create_model(
     model = cls(build_backbone(backbone), ModelConfig(**settings._asdict()))
     if weights_file:
         _set_weights(model, weights, weights_file, backbone, head_is_optional=True)
+        report_prompts(weights_file.parent)
     _check_padding(model, backbone)
     return LoadedModel(model, tokenizer)
 
@@ -127,7 +130,7 @@ def load_checkpoint(
     except InputError:
         _check_weights_file(file)  # says more about a damaged file
         raise
-    has_config = (file.parent / MODEL_CONFIG_FILE).is_file()
+    has_config = has_model_config(file.parent)
     config = read_model_config(file.parent) if has_config else ModelConfig(output_emb_size=reduced_size(weights))
     if output_emb_size is not None and output_emb_size != config.output_emb_size:
         problem = f"--output_emb_size {output_emb_size}: {file} has {config.output_emb_size}"
@@ -137,6 +140,7 @@ def load_checkpoint(
     weights = _named_weights(weights, file, backbone)
     model = cls(build_backbone(backbone, draw=False), config)
     _set_weights(model, weights, file, backbone, head_is_optional=False)
+    report_prompts(file.parent)
     _check_padding(model, backbone)
     model.eval()
     if has_config:
@@ -250,7 +254,7 @@ def _named_weights(weights: Mapping[str, np.ndarray], file: Path, backbone: Back
     Raises InputError if they are PyTorch's, and of a model that can't be used.
     """
     if has_pytorch_names(weights, backbone.config.model_type):
-        return from_pytorch(weights, file, backbone.config)
+        return {**from_pytorch(weights, file, backbone.config), **dense_weights(file.parent)}
     if any(name.startswith("ptm.") for name in weights):
         return dict(weights)
     prefix = backbone.model_class.base_model_prefix + "."  # PaddleNLP's are `embeddings.…` or `ernie.embeddings.…`
@@ -278,13 +282,15 @@ def _set_weights(
         "unexpected": [name for name in weights if name not in parameters],
     }
     missing = problems["missing"]
-    if model.config.pooling == "mean":
+    if model.config.pooling != "cls":
         missing = [name for name in missing if not name.startswith(POOLER)]
     errors = missing + problems["wrong-shaped"]
     if head_is_optional:
         errors = [error for error in errors if not error.startswith("emb_reduce_linear.")]
     if errors and all(error in missing and error.startswith(POOLER) for error in errors):
-        raise InputError(f"{file}: has no pooler (pooler.dense), which cls pooling needs; train with --pooling mean")
+        raise InputError(
+            f"{file}: has no pooler (pooler.dense), which cls pooling needs; use --pooling first_token or mean"
+        )
     report = "; ".join(f"{len(names)} {kind}: {_first_names(names)}" for kind, names in problems.items() if names)
     if errors and is_other_pytorch_model(weights, backbone.config.model_type):
         raise InputError(f"{file}: is PyTorch's {backbone.config.model_type}; {NEED_SUPPORTED}, or PaddleNLP's form")

@@ -16,9 +16,11 @@ from common.options import DEFAULT_DROPOUT, DEFAULT_EMBEDDING_SIZE, DEFAULT_MODE
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
 from modeling.backbone import Backbone, find_backbone, load_tokenizer
 from modeling.checkpoint_files import check_checkpoint
+from modeling.sentence_transformers_folder import is_sentence_transformers_folder, read_sentence_transformers_folder
 from modeling.tokenizer_files import has_tokenizer
 from modeling.weight_files import read_weights
 
+DEFAULT_TRAIN_LENGTH = 512  # of train_batch_neg.py; less for a shorter position table
 NOT_OF_THE_MODEL = ("_name_or_path", "paddlenlp_version")  # of a backbone's config: don't change the vectors
 
 
@@ -71,6 +73,8 @@ def report_assumed(source: Path, settings: Mapping[str, Any], backbone: str | No
     """
     folder = source if source.is_dir() else source.parent
     default = None if backbone else DEFAULT_MODEL
+    if is_sentence_transformers_folder(folder):
+        settings = {}
     told_by = {
         BACKBONE_CONFIG_FILE: {"backbone": default},
         VOCABULARY_FILE: {"vocabulary": default},
@@ -124,19 +128,35 @@ def held_settings(init_from_ckpt: str | None, from_scratch: str | None, model_na
     """
     if init_from_ckpt:
         file = check_checkpoint(init_from_ckpt)
-        if (file.parent / MODEL_CONFIG_FILE).is_file():
-            return HeldSettings(file.parent, asdict(read_model_config(file.parent)))
+        if has_model_config(file.parent):
+            return HeldSettings(file.parent, _held_values(file.parent))
         size = reduced_size(read_weights(file))
         return HeldSettings(file, {"output_emb_size": size} if size else {})
     folder = Path(model_name_or_path or DEFAULT_MODEL)
-    if not from_scratch and (folder / MODEL_CONFIG_FILE).is_file():
-        return HeldSettings(folder, asdict(read_model_config(folder)))
+    if not from_scratch and has_model_config(folder):
+        return HeldSettings(folder, _held_values(folder))
     return HeldSettings()
 
 
+def _held_values(folder: Path) -> dict[str, Any]:
+    """The settings in a folder with a model config; sentence-transformers' may not tell the length."""
+    values = asdict(read_model_config(folder))
+    if not (folder / MODEL_CONFIG_FILE).is_file() and not read_sentence_transformers_folder(folder).max_seq_length:
+        del values["max_seq_length"]
+    return values
+
+
+def has_model_config(folder: Path) -> bool:
+    """Whether a folder tells the settings of a model: a checkpoint, or one in the form of sentence-transformers."""
+    return (folder / MODEL_CONFIG_FILE).is_file() or is_sentence_transformers_folder(folder)
+
+
 def read_model_config(folder: Path) -> ModelConfig:
-    """The content of a checkpoint's semantic_index.json. Raises InputError."""
+    """The settings in a folder with a model config, see `has_model_config`. Raises InputError."""
     file = folder / MODEL_CONFIG_FILE
+    if not file.is_file():
+        told = read_sentence_transformers_folder(folder)
+        return ModelConfig(told.output_emb_size, told.pooling, 0.0, told.max_seq_length or DEFAULT_TRAIN_LENGTH)
     content = read_json(file)
     try:
         size, length = int(content["output_emb_size"]), int(content["max_seq_length"])

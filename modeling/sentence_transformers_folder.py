@@ -1,11 +1,16 @@
-"""Folders in the form of sentence-transformers: what their modules mean in ours. Imports no Paddle."""
+"""Folders in the form of sentence-transformers: what their modules mean in our terms. Imports no Paddle."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from common.errors import InputError
 from common.files import read_json, read_json_list
+from common.logs import log
+from modeling.checkpoint_files import weights_in
+from modeling.weight_files import read_weights
 
 MODULES_FILE = "modules.json"
 LENGTH_FILE = "sentence_bert_config.json"
@@ -30,6 +35,27 @@ class SentenceTransformersFolder(NamedTuple):
 def is_sentence_transformers_folder(folder: Path) -> bool:
     """Whether a folder is in this form."""
     return (folder / MODULES_FILE).is_file()
+
+
+def dense_weights(folder: Path) -> dict[str, np.ndarray]:
+    """The weights of the Dense module with the names of our linear reduction; {} without one. Raises InputError."""
+    dense = read_sentence_transformers_folder(folder).dense if is_sentence_transformers_folder(folder) else None
+    if dense is None:
+        return {}
+    file = weights_in(dense)
+    if file is None:
+        raise InputError(f"{dense}: has no weights, though {MODULES_FILE} lists it")
+    weights = read_weights(file)
+    if not {"linear.weight", "linear.bias"} <= weights.keys():
+        raise InputError(f"{file}: isn't the weights of a Dense module (linear.weight, linear.bias)")
+    return {"emb_reduce_linear.weight": weights["linear.weight"].T, "emb_reduce_linear.bias": weights["linear.bias"]}
+
+
+def report_prompts(folder: Path) -> None:
+    """Logs that the folder's prompts aren't put before texts, if it has any."""
+    if is_sentence_transformers_folder(folder) and (prompts := read_sentence_transformers_folder(folder).prompts):
+        names = ", ".join(f"{name} {text!r}" for name, text in prompts.items())
+        log(f"{folder / PROMPTS_FILE}: its prompts aren't put before texts ({names}); write them into your files")
 
 
 def read_sentence_transformers_folder(folder: Path) -> SentenceTransformersFolder:

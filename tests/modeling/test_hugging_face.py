@@ -286,7 +286,7 @@ def test_without_a_pooler_mean_pooling_works_and_cls_is_refused(
     )
     ids = np.arange(5, 25)[None]
     np.testing.assert_array_equal(model.embed(ids, 0 * ids), started(DATA / "bert").embed(ids, 0 * ids))
-    assert "has no pooler (pooler.dense), which cls pooling needs; train with --pooling mean" in refusal(
+    assert "has no pooler (pooler.dense), which cls pooling needs; use --pooling first_token or mean" in refusal(
         folder, pooling="cls"
     )
     with pytest.raises(InputError, match="has no pooler"):
