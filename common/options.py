@@ -49,7 +49,7 @@ def add_encoder_args(
 
 def add_checkpoint_args(parser: argparse.ArgumentParser, params_path: str | None = None) -> None:
     """Adds the options of scripts that use a trained model; without a default, `--params_path` is required."""
-    path_help = "checkpoint: its folder, or the .pdparams file in it"
+    path_help = "checkpoint: its folder, or the weights file in it"
     parser.add_argument("--params_path", required=params_path is None, default=params_path, help=path_help)
     size_help = "length of a vector (default: the checkpoint's; another value is an error)"
     parser.add_argument("--output_emb_size", type=number_in_range(0), help=size_help)
@@ -60,11 +60,11 @@ def add_checkpoint_args(parser: argparse.ArgumentParser, params_path: str | None
 def add_model_args(parser: argparse.ArgumentParser) -> None:
     """Adds the options of training that describe the model."""
     add = parser.add_argument_group("model").add_argument
-    backbone_help = "pretrained PaddleNLP encoder: a name, or a folder with config, vocabulary and weights"
+    backbone_help = "pretrained encoder: PaddleNLP's name, or a folder in its form or in that of Hugging Face"
     add("--model_name_or_path", help=f"{backbone_help} (default: {DEFAULT_MODEL})")
     scratch_help = "start from random weights; FOLDER has a config.json and a vocab.txt"
     add("--from_scratch", metavar="FOLDER", help=scratch_help)
-    add("--init_from_ckpt", help="start from the weights and settings of this checkpoint (folder or .pdparams)")
+    add("--init_from_ckpt", help="start from the weights and settings of this checkpoint (folder or weights file)")
     size_help = "length of a vector; 0 keeps the backbone's hidden size, without a linear reduction"
     add("--output_emb_size", type=number_in_range(0), help=f"{size_help} {default_help(DEFAULT_EMBEDDING_SIZE)}")
     pooling_help = (

@@ -44,7 +44,7 @@ def find_weights(path: str | Path) -> Path:
     if folder.is_dir():
         if file := weights_in(folder):
             return file
-        raise InputError(f"{path}: has no {' or '.join(WEIGHTS_FILES)}{_newest_in(path)}")
+        raise InputError(f"{path}: has no {', '.join(WEIGHTS_FILES)} or {TORCH_FILE}{_newest_in(path)}")
     file = resolve_interrupted_replace(path.parent) / path.name
     if not file.is_file():
         raise InputError(f"{path}: no such checkpoint{_newest_in(path)}")

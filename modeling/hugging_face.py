@@ -49,7 +49,7 @@ def check_config(folder: Path, content: Mapping[str, Any]) -> None:
     for kind, pattern in OTHER_KINDS.items():
         if re.fullmatch(pattern, model_type):
             raise InputError(f"{folder}: is {kind} ({model_type}); {NEED_ENCODER}")
-    if model_type not in SUPPORTED:
+    if model_type not in (*SUPPORTED, "None"):  # without one, PaddleNLP guesses it from the architecture
         return
     for name, admitted in FIXED_FIELDS.items():
         if content.get(name) not in admitted:
