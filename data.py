@@ -384,6 +384,10 @@ class TextTokenizer:
         tokenizer.no_truncation()
         return tokenizer
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json of Hugging Face that tokenizes in the same way, without cutting."""
+        return self._uncut_tokenizer.to_str()
+
     def count(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of each uncut text, with [CLS] and [SEP], and how many of them are [UNK]; int64 [N] each."""
         token_ids = [encoding.ids for encoding in self._uncut_tokenizer.encode_batch_fast(list(texts))]

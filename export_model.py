@@ -14,6 +14,9 @@ from common.options import add_checkpoint_args, pick
 from common.paddle_setup import set_up_paddle
 from encoding.exported_files import GRAPH_NAME, MODEL_CARD_FILE
 from modeling.checkpoint_files import check_checkpoint
+from modeling.sentence_transformers_folder import MODULE_FOLDERS
+
+SENTENCE_TRANSFORMERS = "sentence-transformers"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,8 +27,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_path", default="./output", help="folder to write; an earlier export there is replaced")
     tokens_help = "tokens to which serving cuts longer texts (default: the checkpoint's)"
     add("--max_seq_length", type=number_in_range(3), help=tokens_help)
-    formats_help = "paddle: Paddle's static graph; onnx: also the graph in ONNX; safetensors: also model.safetensors"
-    add("--format", choices=["paddle", "onnx", "safetensors"], default="paddle", help=formats_help)
+    formats_help = (
+        "paddle: Paddle's static graph; onnx: also the graph in ONNX; safetensors: also model.safetensors; "
+        f"{SENTENCE_TRANSFORMERS}: instead, a folder that SentenceTransformer loads"
+    )
+    formats = ["paddle", "onnx", "safetensors", SENTENCE_TRANSFORMERS]
+    add("--format", choices=formats, default="paddle", help=formats_help)
     return parser
 
 
@@ -34,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_checkpoint(args.params_path)
     output = Path(args.output_path)
-    check_replaceable(output, "--output_path", MODEL_CARD_FILE)
+    check_replaceable(output, "--output_path", MODEL_CARD_FILE, others=MODULE_FOLDERS)
 
     set_up_paddle()
     from common.device import set_device
@@ -46,6 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         onnx_packages()
     set_device("cpu")
     loaded = load_checkpoint(**pick(args, load_checkpoint))
+    if args.format == SENTENCE_TRANSFORMERS:
+        from encoding.sentence_transformers_export import export_sentence_transformers
+
+        with atomic_folder(output) as folder:
+            difference = export_sentence_transformers(loaded, folder)
+        print(f"largest difference between the model and the folder read again: {difference:.2g}")
+        print(f"wrote {output}")
+        return 0
     with atomic_folder(output) as folder:
         differences = export_model(loaded, folder, args.format)
     for name, difference in differences.items():

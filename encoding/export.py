@@ -1,8 +1,10 @@
 """Exporting a model: its static graph and all that is needed to run it, checked against the model."""
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
@@ -29,7 +31,7 @@ def export_model(loaded: LoadedCheckpoint, folder: Path, form: str = "paddle") -
     form: "onnx" also writes the graph in ONNX, "safetensors" the weights in that format. Returns the largest difference
     of each graph, "paddle" and "onnx", from the model. Raises InputError if one exceeds LARGEST_DIFFERENCE.
     """
-    model, tokenizer, fingerprint, checkpoint = loaded
+    model, tokenizer = loaded.model, loaded.tokenizer
     export_static(model, folder)
     encoder = StaticEncoder(folder)
     embeds: dict[str, Embed] = {"paddle": encoder.embed}
@@ -38,26 +40,41 @@ def export_model(loaded: LoadedCheckpoint, folder: Path, form: str = "paddle") -
         embeds["onnx"] = OnnxEncoder(folder).embed
     differences = {name: largest_difference(model.embed, embed, tokenizer) for name, embed in embeds.items()}
     for name, difference in differences.items():
-        if not difference <= LARGEST_DIFFERENCE:  # NaN too
-            raise InputError(f"{folder}: the {name} graph is off by {difference:.2g}, more than {LARGEST_DIFFERENCE:g}")
+        check_difference(folder, f"{name} graph", difference)
     write_model_files(folder, model, tokenizer)
     if form == "safetensors":
         write_safetensors(folder / SAFETENSORS_FILE, {name: w.numpy() for name, w in model.state_dict().items()})
-    modules = (paddle, *(onnx_packages() if form == "onnx" else ()))
-    packages = {"paddlenlp": version("paddlenlp"), **{module.__name__: module.__version__ for module in modules}}
-    card = {
-        "fingerprint": fingerprint,
-        "checkpoint": {"file": f"{checkpoint.parent.name}/{checkpoint.name}", "sha256": sha256(checkpoint)},
-        "versions": {"semantic_index": __version__, "python": platform.python_version(), **packages},
+    interface = {
         "inputs": dict.fromkeys(INPUT_NAMES, "int64 [batch, length]"),
         "outputs": {encoder.output_name: "float32 [batch, embedding_size], unit vectors"},
-        "embedding_size": model.embedding_size,
-        "max_seq_length": tokenizer.max_seq_length,
+    }
+    write_card(loaded, folder, differences, onnx_packages() if form == "onnx" else (), **interface)
+    return differences
+
+
+def write_card(
+    loaded: LoadedCheckpoint, folder: Path, differences: dict[str, float], packages: Sequence[Any] = (), **more: Any
+) -> None:
+    """Writes the model card and the manifest. packages: imported ones; more: further entries of the card."""
+    versions = {"paddlenlp": version("paddlenlp"), **{each.__name__: each.__version__ for each in (paddle, *packages)}}
+    checkpoint = loaded.weights
+    card = {
+        "fingerprint": loaded.fingerprint,
+        "checkpoint": {"file": f"{checkpoint.parent.name}/{checkpoint.name}", "sha256": sha256(checkpoint)},
+        "versions": {"semantic_index": __version__, "python": platform.python_version(), **versions},
+        **more,
+        "embedding_size": loaded.model.embedding_size,
+        "max_seq_length": loaded.tokenizer.max_seq_length,
         "largest_difference": differences,
     }
     write_json(folder / MODEL_CARD_FILE, card)
     write_manifest(folder)
-    return differences
+
+
+def check_difference(folder: Path, what: str, difference: float) -> None:
+    """Raises InputError if an export's vectors differ from the model's by more than rounding."""
+    if not difference <= LARGEST_DIFFERENCE:  # NaN too
+        raise InputError(f"{folder}: the {what} is off by {difference:.2g}, more than {LARGEST_DIFFERENCE:g}")
 
 
 def largest_difference(first: Embed, second: Embed, tokenizer: TextTokenizer) -> float:

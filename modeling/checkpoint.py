@@ -36,7 +36,7 @@ from modeling.model_settings import (
     report_difference,
     report_scratch_folder,
 )
-from modeling.sentence_transformers_folder import dense_weights, report_prompts
+from modeling.sentence_transformers_folder import module_weights, report_prompts
 from modeling.tokenizer_files import has_tokenizer
 from modeling.weight_files import read_weights
 
@@ -254,7 +254,7 @@ def _named_weights(weights: Mapping[str, np.ndarray], file: Path, backbone: Back
     Raises InputError if they are PyTorch's, and of a model that can't be used.
     """
     if has_pytorch_names(weights, backbone.config.model_type):
-        return {**from_pytorch(weights, file, backbone.config), **dense_weights(file.parent)}
+        return {**from_pytorch(weights, file, backbone.config), **module_weights(file.parent)}
     if any(name.startswith("ptm.") for name in weights):
         return dict(weights)
     prefix = backbone.model_class.base_model_prefix + "."  # PaddleNLP's are `embeddings.…` or `ernie.embeddings.…`

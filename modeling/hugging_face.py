@@ -109,6 +109,20 @@ def from_pytorch(weights: Mapping[str, np.ndarray], file: Path, config: Any) -> 
     return named
 
 
+def to_pytorch(weights: Mapping[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
+    """The reverse of `from_pytorch` for the weights of the encoder (`ptm.…`): PyTorch's names, matrices transposed.
+
+    Raises InputError if the encoder isn't one of SUPPORTED.
+    """
+    if config.model_type not in SUPPORTED:
+        raise InputError(f"{config.model_type}: can't be written in PyTorch's form; {NEED_SUPPORTED}")
+    named = {}
+    for source, (target, transposed) in _paddle_names(config).items():
+        if (array := weights.get(f"ptm.{target}")) is not None:
+            named[source] = np.ascontiguousarray(array.T if transposed else array)
+    return named
+
+
 def _check_not_cross_encoder(file: Path, weights: Mapping[str, np.ndarray]) -> None:
     """Raises InputError for a classifier of text pairs, which the config beside the weights tells."""
     config_file = file.parent / BACKBONE_CONFIG_FILE

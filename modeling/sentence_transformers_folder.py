@@ -1,5 +1,6 @@
 """Folders in the form of sentence-transformers: what their modules mean in our terms. Imports no Paddle."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,17 @@ MODULES_FILE = "modules.json"
 LENGTH_FILE = "sentence_bert_config.json"
 PROMPTS_FILE = "config_sentence_transformers.json"
 MODULE_CONFIG_FILE = "config.json"  # in the folder of a module
+# The folders of the modules after the encoder that this project writes.
+POOLING_FOLDER, POOLER_FOLDER, REDUCTION_FOLDER, NORMALIZE_FOLDER = (
+    "1_Pooling",
+    "2_Pooler",
+    "3_Reduction",
+    "4_Normalize",
+)
+MODULE_FOLDERS = (POOLING_FOLDER, POOLER_FOLDER, REDUCTION_FOLDER, NORMALIZE_FOLDER)
 IDENTITY = "torch.nn.modules.linear.Identity"
+TANH = "torch.nn.modules.activation.Tanh"
+PLAIN_LAYER = {"activation_function": IDENTITY, "bias": True, "use_residual": False}  # of Dense
 POOLINGS = {"cls": "first_token", "mean": "mean"}  # their name -> ours
 MODE_PREFIX = "pooling_mode_"  # of a mode's switch, in the files before version 6
 MODE_NAMES = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max"}  # of these switches -> today's names
@@ -26,6 +37,7 @@ class SentenceTransformersFolder(NamedTuple):
     """How the modules of a folder turn tokens into a vector."""
 
     pooling: str  # see base_model.ModelConfig
+    pooler: Path | None  # the folder of the pooler's weights, for the pooling "cls"
     dense: Path | None  # the folder of the linear reduction's weights
     output_emb_size: int  # of the reduction; 0 without one
     max_seq_length: int | None  # None: the folder doesn't tell
@@ -37,18 +49,28 @@ def is_sentence_transformers_folder(folder: Path) -> bool:
     return (folder / MODULES_FILE).is_file()
 
 
-def dense_weights(folder: Path) -> dict[str, np.ndarray]:
-    """The weights of the Dense module with the names of our linear reduction; {} without one. Raises InputError."""
-    dense = read_sentence_transformers_folder(folder).dense if is_sentence_transformers_folder(folder) else None
-    if dense is None:
+def module_weights(folder: Path) -> dict[str, np.ndarray]:
+    """The weights of the Dense modules with our names, those of pooler and linear reduction. Raises InputError."""
+    if not is_sentence_transformers_folder(folder):
         return {}
+    told = read_sentence_transformers_folder(folder)
+    weights: dict[str, np.ndarray] = {}
+    for dense, name in ((told.pooler, "ptm.pooler.dense"), (told.dense, "emb_reduce_linear")):
+        if dense:
+            weight, bias = _dense_weights(dense)
+            weights |= {f"{name}.weight": weight.T, f"{name}.bias": bias}
+    return weights
+
+
+def _dense_weights(dense: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Weight [out, in] and bias [out] of a Dense module."""
     file = weights_in(dense)
     if file is None:
         raise InputError(f"{dense}: has no weights, though {MODULES_FILE} lists it")
     weights = read_weights(file)
     if not {"linear.weight", "linear.bias"} <= weights.keys():
         raise InputError(f"{file}: isn't the weights of a Dense module (linear.weight, linear.bias)")
-    return {"emb_reduce_linear.weight": weights["linear.weight"].T, "emb_reduce_linear.bias": weights["linear.bias"]}
+    return weights["linear.weight"], weights["linear.bias"]
 
 
 def report_prompts(folder: Path) -> None:
@@ -63,23 +85,24 @@ def read_sentence_transformers_folder(folder: Path) -> SentenceTransformersFolde
     file = folder / MODULES_FILE
     modules = [(_kind(file, module), str(module.get("path", ""))) for module in read_json_list(file)]
     kinds = [kind for kind, _ in modules]
-    if kinds not in ([*first, *last] for first in (_ENCODER, [*_ENCODER, "Dense"]) for last in ([], ["Normalize"])):
-        expected = "Transformer, Pooling, at most one Dense, and Normalize"
+    if not re.fullmatch("Transformer,Pooling(,Dense){0,2}(,Normalize)?", ",".join(kinds)):
+        expected = "Transformer, Pooling, Dense and Normalize, in this order,"
         raise InputError(f"{file}: has the modules {', '.join(kinds) or 'none'}; only {expected} can be used")
-    paths = dict(modules)
-    if paths["Transformer"]:
+    if modules[0][1]:
         remedy = "move that folder's files up, beside modules.json"
-        raise InputError(f"{file}: its Transformer is in the folder {paths['Transformer']}; {remedy}")
-    pooling = _pooling(folder / paths["Pooling"] / MODULE_CONFIG_FILE)
-    dense = folder / paths["Dense"] if "Dense" in paths else None
-    size = _dense_size(dense / MODULE_CONFIG_FILE) if dense else 0
+        raise InputError(f"{file}: its Transformer is in the folder {modules[0][1]}; {remedy}")
+    pooling = _pooling(folder / modules[1][1] / MODULE_CONFIG_FILE)
+    layers = [folder / path for kind, path in modules if kind == "Dense"]
+    # A layer with tanh of the first token's size is the pooler.
+    pooler = layers.pop(0) if layers and pooling == POOLINGS["cls"] and _activation(layers[0]) == TANH else None
+    if len(layers) > 1:
+        raise InputError(f"{file}: has two Dense modules; only one can be used")
+    size = _dense_size(layers[0] / MODULE_CONFIG_FILE) if layers else 0
+    pooling, dense = "cls" if pooler else pooling, layers[0] if layers else None
     length = read_json(folder / LENGTH_FILE).get("max_seq_length") if (folder / LENGTH_FILE).is_file() else None
     prompts = read_json(folder / PROMPTS_FILE).get("prompts") if (folder / PROMPTS_FILE).is_file() else None
     given = {name: text for name, text in (prompts or {}).items() if text}
-    return SentenceTransformersFolder(pooling, dense, size, length, given)
-
-
-_ENCODER = ["Transformer", "Pooling"]
+    return SentenceTransformersFolder(pooling, pooler, dense, size, length, given)
 
 
 def _kind(file: Path, module: Any) -> str:
@@ -101,10 +124,14 @@ def _pooling(file: Path) -> str:
     return POOLINGS[modes[0]]
 
 
+def _activation(dense: Path) -> str:
+    return str(read_json(dense / MODULE_CONFIG_FILE).get("activation_function", IDENTITY))
+
+
 def _dense_size(file: Path) -> int:
     config = read_json(file)
-    activation, size = config.get("activation_function", IDENTITY), config.get("out_features")
-    if activation != IDENTITY or not config.get("bias", True) or not isinstance(size, int):
-        problem = f"its layer has the activation {activation} and bias {config.get('bias', True)}"
-        raise InputError(f"{file}: {problem}; only a layer with bias and without activation can be used")
-    return size
+    other = {name: config[name] for name, value in PLAIN_LAYER.items() if config.get(name, value) != value}
+    if other or not isinstance(config.get("out_features"), int):
+        found = ", ".join(f"{name} {value}" for name, value in other.items()) or "no out_features"
+        raise InputError(f"{file}: has {found}; only a layer with bias and without activation can be used")
+    return int(config["out_features"])

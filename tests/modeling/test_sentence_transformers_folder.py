@@ -138,10 +138,13 @@ def test_prompts_that_aren_t_used_are_said(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("modules", "reason"),
     [
-        ([TRANSFORMER], "has the modules Transformer; only Transformer, Pooling"),
+        ([TRANSFORMER], "has the modules Transformer; only Transformer, Pooling, Dense"),
         ([("0_Transformer", TRANSFORMER[1]), ("1_Pooling", "a.Pooling")], "is in the folder 0_Transformer; move"),
         ([TRANSFORMER, ("1_Pooling", "a.Pooling"), ("2", "a.LSTM")], "Transformer, Pooling, LSTM"),
-        ([TRANSFORMER, ("1", "a.Pooling"), ("2", "a.Dense"), ("3", "a.Dense")], "Dense, Dense"),
+        (
+            [TRANSFORMER, ("1", "a.Pooling"), ("2", "a.Dense"), ("3", "a.Dense"), ("4", "a.Dense")],
+            "Dense, Dense, Dense",
+        ),
         ([("", "a.Router")], "has the modules Router"),
         ([("", "a.WordEmbeddings"), ("1_Pooling", "a.Pooling")], "WordEmbeddings, Pooling"),
         ([], "has the modules none"),
@@ -162,8 +165,14 @@ def test_modules_that_can_t_be_followed_are_named(tmp_path: Path, modules: Modul
         ({"pooling_mode_lasttoken": True}, None, "pools by lasttoken"),
         ({"pooling_mode": ["mean", "max"]}, None, "pools by mean and max"),
         ({}, None, "pools by nothing"),
-        (MEAN, {**DENSE, "activation_function": "torch.nn.modules.activation.Tanh"}, "activation.Tanh and bias True"),
-        (MEAN, {**DENSE, "bias": False}, "and bias False; only a layer with bias"),
+        (
+            MEAN,
+            {**DENSE, "activation_function": "torch.nn.modules.activation.Tanh"},
+            "has activation_function torch.nn.modules.activation.Tanh; only a",
+        ),
+        (MEAN, {**DENSE, "bias": False}, "has bias False; only a layer with bias"),
+        (MEAN, {**DENSE, "use_residual": True}, "has use_residual True"),
+        (MEAN, {"in_features": 32}, "has no out_features"),
     ],
 )
 def test_what_modules_do_otherwise_is_named(
@@ -208,4 +217,4 @@ def test_a_dense_module_without_its_layer_is_named(tmp_path: Path) -> None:
 
 def test_what_a_folder_tells(tmp_path: Path) -> None:
     told = read_sentence_transformers_folder(made(tmp_path / "model", CLS, DENSE))
-    assert told == ("first_token", tmp_path / "model" / "2_Dense", 8, None, {})
+    assert told == ("first_token", None, tmp_path / "model" / "2_Dense", 8, None, {})
