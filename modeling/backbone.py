@@ -56,13 +56,17 @@ def find_backbone(name_or_path: str | Path) -> Backbone:
     except InputError:
         raise
     except Exception as error:  # PaddleNLP raises anything from KeyError to its own classes
-        raise (_unreadable(folder, error) if folder.exists() else _not_found(name_or_path)) from None
+        if not folder.exists():
+            raise _not_found(name_or_path) from None
+        given_type = read_json(folder / BACKBONE_CONFIG_FILE).get("model_type") if folder.is_dir() else None
+        is_unknown = isinstance(given_type, str) and given_type not in MODEL_NAMES_MAPPING
+        raise (_unknown_type(folder, given_type) if is_unknown else _unreadable(folder, error)) from None
     model_type = getattr(config, "model_type", None)
     try:
         config.architectures = [MODEL_NAMES_MAPPING[model_type] + "Model"]
         model_class = AutoModel._get_model_class_from_config(None, None, config)
     except (KeyError, AttributeError):  # AttributeError: PaddleNLP knows the type, but has no class of that name
-        raise InputError(f"{name_or_path}: PaddleNLP knows no model of type {model_type!r}") from None
+        raise _unknown_type(name_or_path, model_type) from None
     for key, minimum in SMALLEST_NUMBERS.items():
         value = getattr(config, key, None)
         if not isinstance(value, int) or value < minimum:
@@ -84,6 +88,11 @@ def _config_of_folder(folder: Path) -> Any:
             return AutoConfig.from_pretrained(str(copy))
     # The full path, because PaddleNLP takes a relative path like `ernie-1.0` for the name of its own model.
     return AutoConfig.from_pretrained(str(folder.resolve()))
+
+
+def _unknown_type(source: str | Path, model_type: object) -> InputError:
+    """The error for a config of a type that PaddleNLP doesn't have."""
+    return InputError(f"{source}: PaddleNLP knows no model of type {model_type!r}; {NEED_ENCODER}")
 
 
 def _unreadable(source: str | Path, error: Exception) -> InputError:

@@ -37,7 +37,7 @@ def test_weights_are_found_by_folder_and_by_file(tmp_path: Path) -> None:
     (folder / WEIGHTS).unlink()
     assert find_weights(folder) == other
     other.unlink()
-    with pytest.raises(InputError, match=rf"^{folder}: has no {WEIGHTS_FILES[0]} or {WEIGHTS_FILES[1]}$"):
+    with pytest.raises(InputError, match=rf"^{folder}: has no {', '.join(WEIGHTS_FILES)} or pytorch_model.bin$"):
         find_weights(folder)
     with pytest.raises(InputError, match=f"^{folder / WEIGHTS}: no such checkpoint$"):
         find_weights(folder / WEIGHTS)

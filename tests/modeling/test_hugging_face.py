@@ -334,6 +334,14 @@ def test_models_of_another_kind_are_named(model_type: str, kind: str, tmp_path: 
     assert said.endswith(f"model: is {kind} ({model_type}); need an encoder such as ERNIE or BERT")
 
 
+@pytest.mark.parametrize("model_type", ["new", "modernbert", "nomic_bert"])
+def test_types_that_paddlenlp_lacks_are_named(model_type: str, tmp_path: Path) -> None:
+    said = refusal(copy("bert", tmp_path / "model", model_type=model_type, architectures=["NewModel"]))
+    assert said.endswith(
+        f"model: PaddleNLP knows no model of type '{model_type}'; need an encoder such as ERNIE or BERT"
+    )
+
+
 def test_albert_of_pytorch_is_named(tmp_path: Path) -> None:
     layer = "albert.encoder.albert_layer_groups.0.albert_layers.0."
     names = ["albert.embeddings.word_embeddings.weight", "albert.embeddings.LayerNorm.weight", f"{layer}ffn.weight"]
@@ -442,7 +450,12 @@ def changed_tokenizer(folder: Path, change: Callable[[dict[str, Any]], object]) 
 
 
 def test_tokenizer_json_gives_the_vocabulary_in_the_order_of_ids(tmp_path: Path) -> None:
-    _, tokenizer = create_model(SemanticIndexBase, model_name_or_path=str(DATA / "roberta"))
+
+    def reverse(content: dict[str, Any]) -> None:
+        content["model"]["vocab"] = dict(reversed(content["model"]["vocab"].items()))
+
+    folder = changed_tokenizer(tmp_path / "model", reverse)
+    _, tokenizer = create_model(SemanticIndexBase, model_name_or_path=str(folder))
     assert tokenizer.settings["vocabulary"][:5] == ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
     assert tokenizer.pad_id == 1
     assert not tokenizer.lowercases
