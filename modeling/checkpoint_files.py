@@ -7,6 +7,7 @@ from common.errors import InputError
 from common.files import read_json, resolve_interrupted_replace
 from common.manifest import check_manifest
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_CONFIG_FILE, VOCABULARY_FILE, read_vocabulary
+from modeling.model_cache import cached_folder
 
 SAFETENSORS_FILE = "model.safetensors"
 WEIGHTS_FILES = ("model_state.pdparams", SAFETENSORS_FILE)  # in this order; version 1 wrote both
@@ -62,11 +63,12 @@ def check_checkpoint(path: str | Path) -> Path:
 
 
 def lowercases(*sources: str | Path | None) -> bool:
-    """Whether the tokenizer of a model lowercases: that of the first source that is a folder with a vocabulary.
+    """Whether the tokenizer of a model lowercases: that of the first source, folder or name, with a vocabulary here.
 
-    True without such a folder, as for most models that PaddleNLP knows by name.
+    True without one, as for most models.
     """
-    folder = next((Path(source) for source in sources if source and Path(source, VOCABULARY_FILE).is_file()), None)
+    folders = [cached_folder(source) for source in sources if source]
+    folder = next((folder for folder in folders if folder and (folder / VOCABULARY_FILE).is_file()), None)
     if folder is None or not (folder / TOKENIZER_CONFIG_FILE).is_file():
         return True
     return bool(read_json(folder / TOKENIZER_CONFIG_FILE).get("do_lower_case", True))

@@ -16,6 +16,7 @@ from common.options import DEFAULT_DROPOUT, DEFAULT_EMBEDDING_SIZE, DEFAULT_MODE
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
 from modeling.backbone import Backbone, find_backbone, load_tokenizer
 from modeling.checkpoint_files import check_checkpoint
+from modeling.model_cache import cached_folder
 from modeling.weight_files import read_weights
 
 NOT_OF_THE_MODEL = ("_name_or_path", "paddlenlp_version")  # of a backbone's config: don't change the vectors
@@ -127,8 +128,8 @@ def held_settings(init_from_ckpt: str | None, from_scratch: str | None, model_na
             return HeldSettings(file.parent, asdict(read_model_config(file.parent)))
         size = reduced_size(read_weights(file))
         return HeldSettings(file, {"output_emb_size": size} if size else {})
-    folder = Path(model_name_or_path or DEFAULT_MODEL)
-    if not from_scratch and (folder / MODEL_CONFIG_FILE).is_file():
+    folder = cached_folder(model_name_or_path or DEFAULT_MODEL)
+    if not from_scratch and folder and (folder / MODEL_CONFIG_FILE).is_file():
         return HeldSettings(folder, asdict(read_model_config(folder)))
     return HeldSettings()
 
