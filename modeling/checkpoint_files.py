@@ -7,7 +7,6 @@ from common.errors import InputError
 from common.files import read_json, resolve_interrupted_replace
 from common.manifest import check_manifest
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_CONFIG_FILE, VOCABULARY_FILE, read_vocabulary
-from modeling.model_cache import cached_folder
 
 SAFETENSORS_FILE = "model.safetensors"
 WEIGHTS_FILES = ("model_state.pdparams", SAFETENSORS_FILE)  # in this order; version 1 wrote both
@@ -63,12 +62,12 @@ def check_checkpoint(path: str | Path) -> Path:
 
 
 def lowercases(*sources: str | Path | None) -> bool:
-    """Whether the tokenizer of a model lowercases: that of the first source, folder or name, with a vocabulary here.
+    """Whether the tokenizer of a model lowercases: that of the first source that is a folder with a vocabulary.
 
-    True without one, as for most models.
+    True without such a folder, as for most models that are given by name, also if the name is in a cache: the first run
+    and a resumed one have to take the same documents for equal.
     """
-    folders = [cached_folder(source) for source in sources if source]
-    folder = next((folder for folder in folders if folder and (folder / VOCABULARY_FILE).is_file()), None)
+    folder = next((Path(source) for source in sources if source and Path(source, VOCABULARY_FILE).is_file()), None)
     if folder is None or not (folder / TOKENIZER_CONFIG_FILE).is_file():
         return True
     return bool(read_json(folder / TOKENIZER_CONFIG_FILE).get("do_lower_case", True))

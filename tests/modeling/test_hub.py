@@ -25,7 +25,6 @@ from common.files import read_json
 from helpers import ROOT, assert_same_weights, make_model_folder, new_model, run_script
 from modeling.backbone import find_backbone, load_tokenizer, pretrained_weights
 from modeling.checkpoint import create_model
-from modeling.checkpoint_files import lowercases
 from modeling.hub import HUB_COPIES, model_folder
 from modeling.model_cache import cached_folder
 
@@ -291,7 +290,6 @@ def test_a_filled_cache_asks_nobody(hub: Server, monkeypatch: pytest.MonkeyPatch
     assert hub.requests == []
     no_network(monkeypatch)
     assert model_folder(BERT, weights=weights) == folder
-    assert lowercases(BERT) is False
 
 
 def test_a_cache_that_others_filled_is_completed_or_used_as_it_is(
