@@ -20,6 +20,7 @@ import requests
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import get_session, hf_raise_for_status
+from requests.utils import should_bypass_proxies
 from tqdm import tqdm
 
 from common.errors import InputError
@@ -31,6 +32,7 @@ BLOCK_BYTES = 1 << 16  # a break loses what has arrived of a block
 MOST_REDIRECTS = 5
 PARTIAL_SUFFIX = ".incomplete"  # huggingface_hub's, so that its unfinished downloads are continued
 PROXY_VARIABLES = ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
+NOT_A_HUB = "it doesn't answer as a hub does"
 TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 
 
@@ -82,15 +84,29 @@ def described_errors() -> Iterator[None]:
 def describe(error: Exception) -> str:
     """What is wrong with a request, in a few words."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    proxy = next((name for name in PROXY_VARIABLES if os.environ.get(name)), None)
-    if status is not None:
-        return f"status {status}"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
+    if isinstance(error, requests.JSONDecodeError):
+        return NOT_A_HUB
+    if status is not None:
+        return f"status {status}"
+    if isinstance(error, requests.exceptions.InvalidSchema) and "SOCKS" in str(error):
+        return f"the SOCKS proxy of {_proxy_variable(error)} needs a package: pip install pysocks"
+    if isinstance(error, ValueError):  # requests' errors of addresses
+        return "isn't an address such as https://hf-mirror.com"
     if isinstance(error, requests.exceptions.SSLError):
         return "its certificate can't be verified"
     reason = "timeout" if isinstance(error, requests.Timeout) else "no connection"
-    return f"{reason} through the proxy of {proxy}" if proxy else reason
+    variable = _proxy_variable(error)
+    return f"{reason} through the proxy of {variable}" if variable else reason
+
+
+def _proxy_variable(error: Exception) -> str | None:
+    """The variable of the proxy that a request went through, if any."""
+    url = getattr(getattr(error, "request", None), "url", None)
+    if url and should_bypass_proxies(url, no_proxy=None):
+        return None
+    return next((name for name in PROXY_VARIABLES if os.environ.get(name)), None)
 
 
 def look_up(url: str, headers: Mapping[str, str]) -> RemoteFile:
@@ -107,6 +123,8 @@ def look_up(url: str, headers: Mapping[str, str]) -> RemoteFile:
             if urlsplit(target).netloc != urlsplit(url).netloc:
                 headers.pop("authorization", None)
             url = target
+    if answer.headers.get("Content-Type", "").startswith("text/html"):
+        raise DownloadError("a web page is answered instead of the file")  # the log-in of a network, or a proxy's error
     size = answer.headers.get("X-Linked-Size") or answer.headers.get("Content-Length", "")
     if (answer.is_redirect and "X-Linked-Etag" not in answer.headers) or not size.isdecimal():
         raise DownloadError("its server tells no size")

@@ -18,7 +18,7 @@ from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, Reposit
 from huggingface_hub.utils import build_hf_headers
 
 from common.distributed import barrier
-from common.downloads import DownloadError, RemoteFile, described_errors, download, look_up, timeouts
+from common.downloads import NOT_A_HUB, DownloadError, RemoteFile, described_errors, download, look_up, timeouts
 from common.environment import can_be_written, folder_of_process
 from common.errors import InputError
 from common.files import write_json
@@ -142,10 +142,13 @@ def _remedy_of(error: Exception) -> str | None:
 def _download_snapshot(repository: Repository, name: str, snapshot: Path | None, weights: bool) -> Path:
     """Downloads what a cached snapshot lacks, and returns it. Raises DownloadError, and InputError for a repository."""
     revision = snapshot.name if snapshot else repository.revision  # a branch may have moved since
-    with described_errors():
-        api = HfApi(endpoint=constants.ENDPOINT)
-        info = api.model_info(repository.name, revision=revision, timeout=timeouts()[1])
-    listed = [sibling.rfilename for sibling in info.siblings or []]
+    try:
+        with described_errors():
+            api = HfApi(endpoint=constants.ENDPOINT)
+            info = api.model_info(repository.name, revision=revision, timeout=timeouts()[1])
+        listed = [sibling.rfilename for sibling in info.siblings or []]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # JSON of something else
+        raise DownloadError(NOT_A_HUB) from error
     if missing := _missing_files(listed, weights):
         raise InputError(f"{name}: {repository.page} {_what_it_is(listed) or missing}")
     if not re.fullmatch(COMMIT, str(info.sha)):

@@ -40,8 +40,10 @@ WEIGHT_FORMS = (
     re.escape(PADDLE_WEIGHTS),
 )
 MODULE_FOLDER = r"[1-9]\d*_\w+/"  # 1_Pooling, 2_Dense, ...; 0 is the encoder itself
-REPOSITORY = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
-REVISION = r"[\w-][\w./-]*"
+PART = r"(?![.-])[A-Za-z0-9_.-]+(?<![.-])"
+REPOSITORY = f"{PART}/{PART}"  # as the hub has them: ASCII, no -- or .., at most 96 characters
+LONGEST_REPOSITORY = 96
+REVISION = r"[A-Za-z0-9_-][A-Za-z0-9_./-]*"
 COMMIT = r"[0-9a-f]{40}"
 
 
@@ -89,7 +91,7 @@ def cached_folder(name_or_path: str | Path, *, tokenizer: bool = True, weights: 
 def named_repository(name: str) -> Repository | None:
     """The repository that a text names, if it has the form of such a name."""
     matched = re.fullmatch(f"({REPOSITORY})(?:@({REVISION}))?", name)
-    if not matched or ".." in name:
+    if not matched or ".." in name or "--" in matched[1] or len(matched[1]) > LONGEST_REPOSITORY:
         return None
     return Repository(matched[1], matched[2] or constants.DEFAULT_REVISION)
 

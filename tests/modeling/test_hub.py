@@ -76,7 +76,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         for end, (status, headers) in server.status.items():
             if path.endswith(end):
-                return self.answer(status, headers, b"{}")
+                return self.answer(status, headers, b"<html>" if "X-Garbled" in headers else b"{}")
         if path.startswith("/api/models/"):
             return self.describe(path.removeprefix("/api/models/"))
         name, _, rest = path.removeprefix("/").partition("/resolve/")
@@ -440,13 +440,40 @@ def test_a_file_that_is_listed_but_missing_is_named(hub: Server) -> None:
     assert "vocab.txt: status 404" in message_of(BERT)
 
 
+def test_an_answer_of_something_else_is_named(hub: Server) -> None:
+    """Such as the log-in page of a network."""
+    put_bert(hub)
+    hub.status["/vocab.txt"] = (200, {"Content-Type": "text/html; charset=utf-8"})
+    assert "vocab.txt: a web page is answered instead of the file" in message_of(BERT)
+    hub.status["/revision/main"] = (200, {})
+    assert "it doesn't answer as a hub does" in message_of(BERT)
+    del hub.status["/vocab.txt"]
+    hub.status["/revision/main"] = (200, {"X-Garbled": "yes"})
+    assert "it doesn't answer as a hub does" in message_of(BERT)
+
+
 def test_a_misspelt_repository_and_revision_are_named(hub: Server) -> None:
     put_bert(hub)
     assert "check the name; if the repository is private" in message_of("owner/brt")
     assert "check the revision after the @" in message_of(f"{BERT}@v2")
 
 
-@pytest.mark.parametrize("name", ["./owner/bert", "/owner/bert", "a/b/c", "owner/../bert", "owner/", "ernie@v1", "~/x"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./owner/bert",
+        "/owner/bert",
+        "a/b/c",
+        "模型/中文",
+        "a--b/c",
+        "-a/b",
+        "a/" + "b" * 99,
+        "owner/../bert",
+        "owner/",
+        "ernie@v1",
+        "~/x",
+    ],
+)
 def test_what_is_no_name_is_no_folder(hub: Server, name: str) -> None:
     assert message_of(name).startswith(f"{name}: is no folder here, and no owner/name")
     assert hub.requests == []
@@ -458,6 +485,17 @@ def test_no_network_and_the_proxy_are_named(hub: Server, monkeypatch: pytest.Mon
     monkeypatch.setenv("http_proxy", constants.ENDPOINT)
     monkeypatch.setenv("no_proxy", "")
     assert f"{BERT}: no connection through the proxy of http_proxy)" in message_of(BERT)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert f"{BERT}: no connection);" in message_of(BERT)
+
+
+def test_a_mistyped_mirror_and_a_socks_proxy_are_named(hub: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(constants, "ENDPOINT", "hf-mirror.com")
+        assert "hf-mirror.com/owner/bert: isn't an address such as https://hf-mirror.com" in message_of(BERT)
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "localhost")
+    assert "the SOCKS proxy of all_proxy needs a package: pip install pysocks" in message_of(BERT)
 
 
 def test_a_server_that_never_answers_is_given_up(hub: Server) -> None:
