@@ -391,13 +391,16 @@ def test_a_wrong_checksum_is_named(hub: Server, file: str) -> None:
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
 
 
-def test_large_files_may_be_on_another_server(hub: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The token isn't for that one."""
+def test_files_may_be_on_another_server(hub: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones are in a storage of their own, and mirrors redirect others. The token isn't for those servers."""
     storage = start_server()
     needed = put_bert(hub)
     content = needed["model.safetensors"]
-    storage.files = {f"/{hashlib.sha256(content).hexdigest()}": content}
+    storage.files = {f"/{hashlib.sha256(content).hexdigest()}": content, "/vocab.txt": needed["vocab.txt"]}
     hub.storage = storage.url
+    hub.status["/vocab.txt"] = (307, {"Location": f"{storage.url}/vocab.txt"})
+    hub.status[f"{COMMIT}/config.json"] = (307, {"Location": "/renamed/config.json"})
+    hub.files["/renamed/config.json"] = needed["config.json"]
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     try:
         assert contents(model_folder(BERT, weights=True)) == needed
@@ -405,8 +408,11 @@ def test_large_files_may_be_on_another_server(hub: Server, monkeypatch: pytest.M
         storage.shutdown()
         storage.server_close()
     assert {headers.get("authorization") for _, _, headers in hub.requests} == {"Bearer hf_secret"}
-    # Another port is another server for requests as well.
-    assert [(kind, headers.get("authorization")) for kind, _, headers in storage.requests] == [("GET", None)]
+    # Another port is another server.
+    assert {(kind, headers.get("authorization")) for kind, _, headers in storage.requests} == {
+        ("HEAD", None),
+        ("GET", None),
+    }
 
 
 @pytest.mark.parametrize(
@@ -713,6 +719,9 @@ def test_a_checkpoint_on_the_hub_gives_its_settings(
     settings = read_json(tmp_path / "named/model_2/semantic_index.json")
     assert (settings["pooling"], settings["output_emb_size"]) == ("mean", 16)
     assert read_json(tmp_path / "named/model_2/training_state.json")["run_config"]["pooling"] == "mean"
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    model, _ = create_model(SemanticIndexBase, model_name_or_path="owner/ours")
+    assert (model.config.pooling, model.config.output_emb_size) == ("mean", 16)
 
 
 @pytest.mark.process
