@@ -158,8 +158,7 @@ def _download_snapshot(repository: Repository, name: str, snapshot: Path | None,
     if wanted:
         _check_writable(repository.cache, name, "HF_HOME")
     found = _look_up_all(_hub_urls(repository, snapshot.name, wanted), build_hf_headers())
-    # huggingface_hub's names of the files.
-    names = {file: re.sub(r"[^\w-]", "_", remote.etag or f"{info.sha}-{file}") for file, remote in found.items()}
+    names = {file: _blob_name(remote.etag, f"{info.sha}-{file}") for file, remote in found.items()}
     blobs = {file: repository.cache / "blobs" / name for file, name in names.items()}
     lock = Path(constants.HF_HUB_CACHE) / ".locks" / repository.cache.name / "semantic_index.lock"
     pairs = [(remote, blobs[file]) for file, remote in found.items()]
@@ -176,6 +175,11 @@ def _download_snapshot(repository: Repository, name: str, snapshot: Path | None,
             reference.parent.mkdir(parents=True, exist_ok=True)
             reference.write_text(snapshot.name, encoding="utf-8")
     return snapshot
+
+
+def _blob_name(etag: str, otherwise: str) -> str:
+    """The name of a file in huggingface_hub's cache: its checksum, or another one for an etag that is none."""
+    return etag if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", etag) else re.sub(r"[^\w-]", "_", otherwise)
 
 
 def _look_up_all(urls: Mapping[str, str], headers: Mapping[str, str]) -> dict[str, RemoteFile]:
