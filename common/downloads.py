@@ -140,6 +140,8 @@ def download(files: Sequence[tuple[RemoteFile, Path]], description: str, lock: P
     lock: a file that one process locks at a time. remedy: what to do if the disk is full. Raises DownloadError, and
     InputError for a disk that can't hold the files or be written.
     """
+    if not files:
+        return  # the folders may be read-only
     try:
         for folder in (lock.parent, *(target.parent for _, target in files)):
             folder.mkdir(parents=True, exist_ok=True)

@@ -166,7 +166,7 @@ def _download_snapshot(repository: Repository, name: str, snapshot: Path | None,
     for file, blob in blobs.items():
         pointer = snapshot / file
         pointer.parent.mkdir(parents=True, exist_ok=True)
-        if not pointer.is_symlink():
+        with contextlib.suppress(FileExistsError):  # by another process meanwhile, or the blob had been deleted
             pointer.symlink_to(os.path.relpath(blob, pointer.parent))
     with contextlib.suppress(OSError):  # a cache that can't be written, and lacks nothing: the next run asks again
         _note_absent_files(repository, snapshot, listed)

@@ -310,6 +310,19 @@ def test_a_cache_that_others_filled_is_completed_or_used_as_it_is(
     assert hub.taken("HEAD") == ["modules.json"]
 
 
+def test_a_full_cache_of_others_may_be_read_only(hub: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = put_bert(hub)
+    folder = model_folder(BERT, weights=True)
+    shutil.rmtree(folder.parents[1] / ".no_exist")
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for name in ("mkdir", "touch", "write_text"):
+        monkeypatch.setattr(Path, name, refuse)
+    assert contents(model_folder(BERT, weights=True)) == needed
+
+
 def test_missing_weights_of_a_cache_are_no_reason_to_go_on_without_them(
     hub: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
