@@ -208,13 +208,24 @@ def read_evaluation(
     return {"corpus": corpus, "positives": positives, "index_options": index_options, "best_metric": best_metric}
 
 
+def fetch_model(args: Mapping[str, Any]) -> None:
+    """Downloads the model that a new training starts from, if it is given by name. Raises InputError."""
+    from modeling.hub import model_folder
+
+    resumes = args["resume_from"] and (args["resume_from"] != "latest" or step_folders(Path(args["save_dir"])))
+    if not (resumes or args["from_scratch"] or args["init_from_ckpt"]):
+        model_folder(args["model_name_or_path"] or options.DEFAULT_MODEL, weights=True)
+
+
 def describe_run(args: Mapping[str, Any], world_size: int) -> dict[str, Any]:
     """The run's configuration, saved with checkpoints to find those of the same run. args: all of this script's.
 
-    The model's settings are those that apply, given or not. Raises InputError for a checkpoint that can't be read.
+    The model's settings are those that apply, given or not; they may be in the folder of a model that is given by
+    name, so it is downloaded first. Raises InputError for a checkpoint that can't be read.
     """
     from modeling.model_settings import held_settings
 
+    fetch_model(args)
     settings = held_settings(**{name: args[name] for name in STARTING_OPTIONS}).resolve(args)
     args = {**args, **settings._asdict(), "model_name_or_path": args["model_name_or_path"] or options.DEFAULT_MODEL}
     run_config = {name: args[name] for name in RESUME_CRITICAL_OPTIONS}

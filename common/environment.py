@@ -21,9 +21,10 @@ ALLOCATORS = ("auto_growth", "naive_best_fit", "thread_local")
 # Folders in HOME: Paddle makes the first at its import and writes into the second in an export; VisualDL, in training.
 HOME_FOLDERS = (".cache/paddle/dataset", ".cache/paddle/to_static_tmp", ".visualdl/conf")
 PPNLP_FOLDERS = ("models", "datasets", "packages")  # in PPNLP_HOME; PaddleNLP makes them at its import
+HUB_CACHE_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")  # by which huggingface_hub finds its cache
 BLOCK_BYTES = 4096  # written to see whether a disk has room
 
-_cleanup = contextlib.ExitStack()  # removes the temporary home
+_cleanup = contextlib.ExitStack()  # removes the process's folders
 
 
 class Override(NamedTuple):
@@ -134,7 +135,7 @@ def writable_homes(environ: Mapping[str, str]) -> dict[str, str]:
     ppnlp_is_fine = all(os.path.isdir(ppnlp_home / name) for name in PPNLP_FOLDERS) or can_be_written(ppnlp_home)
     if home_is_fine and ppnlp_is_fine:
         return {"PPNLP_HOME": str(ppnlp_home)} if "PPNLP_HOME" in environ else {}
-    temporary = _temporary_home()
+    temporary = folder_of_process()
     if not ppnlp_is_fine:
         usual, ppnlp_home = ppnlp_home, temporary / "paddlenlp"
         ppnlp_home.mkdir()
@@ -143,17 +144,22 @@ def writable_homes(environ: Mapping[str, str]) -> dict[str, str]:
                 (ppnlp_home / name).symlink_to(usual.absolute() / name)
             else:
                 (ppnlp_home / name).touch()  # not a folder, so nothing is downloaded into it
-    return {"PPNLP_HOME": str(ppnlp_home), **({} if home_is_fine else {"HOME": str(temporary)})}
+    changes = {"PPNLP_HOME": str(ppnlp_home)}
+    if not home_is_fine:
+        changes["HOME"] = str(temporary)
+        if not any(environ.get(name) for name in HUB_CACHE_VARIABLES):  # models of the hub are still found
+            changes["HF_HOME"] = str(home / ".cache/huggingface")
+    return changes
 
 
-def _temporary_home() -> Path:
-    """A folder that is removed when the process ends, or by `remove_temporary_home`."""
+def folder_of_process() -> Path:
+    """A new folder that is removed when the process ends, or by `remove_temporary_home`. Raises InputError."""
     atexit.register(remove_temporary_home)
     return _cleanup.enter_context(scratch_folder())
 
 
 def remove_temporary_home() -> None:
-    """Removes the folder that `writable_homes` made, if any; for processes that end with `os._exit`."""
+    """Removes the folders of `folder_of_process`, if any; for processes that end with `os._exit`."""
     _cleanup.close()
 
 

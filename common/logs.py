@@ -36,9 +36,10 @@ class LineProgress(tqdm):
 
     printed_n = 0  # `n` in the last line
 
-    def __init__(self, total: int, desc: str, unit: str) -> None:
+    def __init__(self, total: int, desc: str, unit: str, unit_scale: bool = False) -> None:
         timing = {"mininterval": SECONDS_BETWEEN_LINES, "delay": SECONDS_BETWEEN_LINES, "miniters": 1, "smoothing": 0}
-        super().__init__(total=total, desc=desc, unit=unit, ncols=0, file=io.StringIO(), **timing)
+        layout = {"unit": unit, "unit_scale": unit_scale, "ncols": 0}
+        super().__init__(total=total, desc=desc, file=io.StringIO(), **layout, **timing)
         self._time = time.monotonic  # tqdm's clock may be set meanwhile
         self.start_t = self.last_print_t = self._time()
 
@@ -49,8 +50,12 @@ class LineProgress(tqdm):
             print(self, file=sys.stderr, flush=True)
 
 
-def progress_bar(total: int, desc: str, unit: str) -> tqdm:
-    """A context manager with `update(n)`: a tqdm bar on a terminal, else a line every 10 s; nothing for short work."""
+def progress_bar(total: int, desc: str, unit: str, *, unit_scale: bool = False) -> tqdm:
+    """A context manager with `update(n)`: a tqdm bar on a terminal, else a line every 10 s; nothing for short work.
+
+    unit_scale: shows large numbers with k, M or G.
+    """
     if sys.stderr.isatty():
-        return tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True, delay=SECONDS_BEFORE_BAR)
-    return LineProgress(total, desc, unit)
+        layout = {"unit": unit, "unit_scale": unit_scale, "dynamic_ncols": True}
+        return tqdm(total=total, desc=desc, delay=SECONDS_BEFORE_BAR, **layout)
+    return LineProgress(total, desc, unit, unit_scale)

@@ -60,7 +60,10 @@ def add_checkpoint_args(parser: argparse.ArgumentParser, params_path: str | None
 def add_model_args(parser: argparse.ArgumentParser) -> None:
     """Adds the options of training that describe the model."""
     add = parser.add_argument_group("model").add_argument
-    backbone_help = "pretrained encoder: PaddleNLP's name, or a folder in its form or in that of Hugging Face"
+    backbone_help = (
+        "pretrained encoder: a folder in the form of PaddleNLP, Hugging Face or sentence-transformers, a name of "
+        "PaddleNLP, or owner/name[@revision] on the Hugging Face hub"
+    )
     add("--model_name_or_path", help=f"{backbone_help} (default: {DEFAULT_MODEL})")
     scratch_help = "start from random weights; FOLDER has a config.json and a vocab.txt"
     add("--from_scratch", metavar="FOLDER", help=scratch_help)

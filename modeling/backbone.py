@@ -3,7 +3,6 @@
 import codecs
 import contextlib
 import inspect
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,26 +10,23 @@ from typing import Any, NamedTuple
 import paddle
 from paddle import _C_ops, nn
 
-from common.environment import can_be_written
 from common.errors import InputError
 from common.files import read_json, scratch_folder, write_json
 from common.logs import log
 from common.paddle_setup import defer_paddlenlp
 from data import BACKBONE_CONFIG_FILE, TOKENIZER_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
 from modeling.checkpoint_files import SAFETENSORS_FILE, TORCH_FILE, WEIGHTS_FILES, weights_in
+from modeling.hub import model_folder
 from modeling.hugging_face import FOLLOWS_EPSILON, NEED_ENCODER, check_config
 from modeling.tokenizer_files import read_tokenizer, read_tokenizer_config
 
 defer_paddlenlp()
 
 import paddlenlp.data  # noqa: F401 - first, as in paddlenlp/__init__.py: it and transformers import each other
-from paddlenlp.transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedModel
+from paddlenlp.transformers import AutoConfig, AutoModel, PretrainedModel
 from paddlenlp.transformers.auto.configuration import MODEL_NAMES_MAPPING
-from paddlenlp.utils.download import resolve_file_path
-from paddlenlp.utils.env import MODEL_HOME
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
-PROXY_VARIABLES = ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 SMALLEST_NUMBERS = {"max_position_embeddings": 3, "vocab_size": 1, "pad_token_id": 0}  # least values in a config
 ADDED_TOKENS_FILE = "added_tokens.json"  # Hugging Face's and PaddleNLP's: token -> id
 CASED_SHARE = 0.1  # of words with capital letters: BERT's cased English vocabulary has a third, uncased ones have none
@@ -45,20 +41,18 @@ class Backbone(NamedTuple):
 
 
 def find_backbone(name_or_path: str | Path) -> Backbone:
-    """The class and config of a folder or a name that PaddleNLP knows; may download the config. Raises InputError."""
+    """The class and config of a folder or a name, see `modeling.hub`; may download the config. Raises InputError."""
     paddlenlp_logger.set_level("ERROR")
-    folder = Path(name_or_path)
-    if folder.is_dir() and not (folder / BACKBONE_CONFIG_FILE).is_file():
+    folder = model_folder(name_or_path, tokenizer=False)
+    if not (folder / BACKBONE_CONFIG_FILE).is_file():
         remedy = "give a model folder of PaddleNLP or Hugging Face, or a name"
         raise InputError(f"{folder}: has no {BACKBONE_CONFIG_FILE}; {remedy}")
     try:
-        config = _config_of_folder(folder) if folder.is_dir() else AutoConfig.from_pretrained(str(name_or_path))
+        config = _config_of_folder(folder)
     except InputError:
         raise
     except Exception as error:  # PaddleNLP raises anything from KeyError to its own classes
-        if not folder.exists():
-            raise _not_found(name_or_path) from None
-        given_type = read_json(folder / BACKBONE_CONFIG_FILE).get("model_type") if folder.is_dir() else None
+        given_type = read_json(folder / BACKBONE_CONFIG_FILE).get("model_type")
         is_unknown = isinstance(given_type, str) and given_type not in MODEL_NAMES_MAPPING
         raise (_unknown_type(folder, given_type) if is_unknown else _unreadable(folder, error)) from None
     model_type = getattr(config, "model_type", None)
@@ -99,15 +93,6 @@ def _unreadable(source: str | Path, error: Exception) -> InputError:
     """The error for a model folder that can't be loaded."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return InputError(f"{source}: isn't a PaddleNLP model that can be read ({reason})")
-
-
-def _not_found(name: str | Path) -> InputError:
-    """The error for a name that is no folder, and that PaddleNLP doesn't know or can't download."""
-    proxy = next((name for name in PROXY_VARIABLES if os.environ.get(name)), None)
-    remedy = f"check the name and {f'the proxy ({proxy})' if proxy else 'the network'}, or give a local folder"
-    if not can_be_written(Path(MODEL_HOME)):  # `writable_homes` also makes it a file
-        remedy = "set PPNLP_HOME to a folder that can be written, for PaddleNLP's downloads, or give a local folder"
-    return InputError(f"{name}: is no folder here, and can't be downloaded; {remedy}")
 
 
 def build_backbone(backbone: Backbone, *, draw: bool = True) -> PretrainedModel:
@@ -158,37 +143,20 @@ def _without_drawing() -> Iterator[None]:
 
 
 def pretrained_weights(backbone: Backbone) -> Path:
-    """The backbone's weights file, in its folder or downloaded into PaddleNLP's cache. Raises InputError if missing."""
-    folder = Path(backbone.source)
-    if folder.is_dir():
-        if found := weights_in(folder):
-            return found
-        remedy = f"use --from_scratch {folder} to start from random weights"
-        raise InputError(f"{folder}: has no {WEIGHTS_FILES[0]}, {SAFETENSORS_FILE} or {TORCH_FILE}; {remedy}")
-    url = backbone.model_class.pretrained_resource_files_map.get("model_state", {}).get(backbone.source)
-    try:
-        file = resolve_file_path(backbone.source, [url] if url else list(WEIGHTS_FILES))
-    except Exception:
-        file = None
-    if file is None:
-        raise _not_found(backbone.source)
-    return Path(file)
+    """The backbone's weights file, which may be downloaded if it has a name. Raises InputError if it is missing."""
+    folder = model_folder(backbone.source, weights=True)
+    if found := weights_in(folder):
+        return found
+    remedy = f"use --from_scratch {folder} to start from random weights"
+    raise InputError(f"{folder}: has no {WEIGHTS_FILES[0]}, {SAFETENSORS_FILE} or {TORCH_FILE}; {remedy}")
 
 
 def load_tokenizer(name_or_path: str | Path, max_seq_length: int) -> TextTokenizer:
-    """The tokenizer of a folder, or of a name, which PaddleNLP may download. Raises InputError."""
-    if Path(name_or_path).is_dir():
-        tokenizer = read_tokenizer(name_or_path, max_seq_length)
-        _report_tokenizer_config(Path(name_or_path), tokenizer)
-        return tokenizer
-    with scratch_folder() as folder:
-        try:
-            AutoTokenizer.from_pretrained(str(name_or_path)).save_pretrained(folder)
-        except Exception:
-            raise _not_found(name_or_path) from None
-        if not (folder / VOCABULARY_FILE).is_file():
-            raise InputError(f"{name_or_path}: its tokenizer has no {VOCABULARY_FILE}; need a WordPiece tokenizer")
-        return TextTokenizer.load(folder, max_seq_length)
+    """The tokenizer of a folder, or of a name, which may be downloaded. Raises InputError."""
+    folder = model_folder(name_or_path)
+    tokenizer = read_tokenizer(folder, max_seq_length)
+    _report_tokenizer_config(folder, tokenizer)
+    return tokenizer
 
 
 def _report_tokenizer_config(folder: Path, tokenizer: TextTokenizer) -> None:

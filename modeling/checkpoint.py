@@ -22,6 +22,7 @@ from common.options import DEFAULT_MODEL
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer, max_position_tokens
 from modeling.backbone import Backbone, build_backbone, find_backbone, load_tokenizer, pretrained_weights
 from modeling.checkpoint_files import WEIGHTS_FILES, check_checkpoint
+from modeling.hub import model_folder
 from modeling.hugging_face import NEED_ENCODER, NEED_SUPPORTED, from_pytorch, has_pytorch_names, is_other_pytorch_model
 from modeling.model_settings import (
     DEFAULT_TRAIN_LENGTH,
@@ -84,6 +85,8 @@ def create_model(
     """
     values = zip(ModelSettings._fields, (output_emb_size, pooling, dropout, max_seq_length), strict=True)
     given = {name: value for name, value in values if value is not None}
+    if not (init_from_ckpt or from_scratch):
+        model_folder(model_name_or_path or DEFAULT_MODEL, weights=True)  # before its settings are looked at
     held = held_settings(init_from_ckpt, from_scratch, model_name_or_path)
     settings = held.resolve(given)
     checkpoint = check_checkpoint(init_from_ckpt) if init_from_ckpt else None

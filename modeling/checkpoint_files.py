@@ -72,7 +72,8 @@ def check_checkpoint(path: str | Path) -> Path:
 def lowercases(*sources: str | Path | None) -> bool:
     """Whether the tokenizer of a model lowercases: that of the first source that is a folder with a vocabulary.
 
-    True without such a folder, as for most models that PaddleNLP knows by name.
+    True without such a folder, as for most models that are given by name, also if the name is in a cache: the first run
+    and a resumed one have to take the same documents for equal.
     """
     folder = next((Path(source) for source in sources if source and has_tokenizer(source)), None)
     return folder is None or bool(read_tokenizer_config(folder).get("do_lower_case", True))

@@ -16,6 +16,7 @@ from common.options import DEFAULT_DROPOUT, DEFAULT_EMBEDDING_SIZE, DEFAULT_MODE
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
 from modeling.backbone import Backbone, find_backbone, load_tokenizer
 from modeling.checkpoint_files import check_checkpoint
+from modeling.model_cache import cached_folder
 from modeling.sentence_transformers_folder import is_sentence_transformers_folder, read_sentence_transformers_folder
 from modeling.tokenizer_files import has_tokenizer
 from modeling.weight_files import read_weights
@@ -132,8 +133,8 @@ def held_settings(init_from_ckpt: str | None, from_scratch: str | None, model_na
             return HeldSettings(file.parent, _held_values(file.parent))
         size = reduced_size(read_weights(file))
         return HeldSettings(file, {"output_emb_size": size} if size else {})
-    folder = Path(model_name_or_path or DEFAULT_MODEL)
-    if not from_scratch and has_model_config(folder):
+    folder = cached_folder(model_name_or_path or DEFAULT_MODEL)
+    if not from_scratch and folder and has_model_config(folder):
         return HeldSettings(folder, _held_values(folder))
     return HeldSettings()
 

@@ -80,6 +80,14 @@ def test_models_in_a_cache_that_cannot_be_written_are_found(tmp_path: Path, monk
     remove_temporary_home()
 
 
+@pytest.mark.parametrize("variable", [None, "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"])
+def test_models_of_the_hub_are_found_in_a_home_that_cannot_be_written(tmp_path: Path, variable: str | None) -> None:
+    (tmp_path / "home").touch()
+    homes = writable_homes({"HOME": str(tmp_path / "home"), **({variable: "/models"} if variable else {})})
+    assert homes.get("HF_HOME") == (None if variable else str(tmp_path / "home/.cache/huggingface"))
+    remove_temporary_home()
+
+
 def test_a_home_of_paddlenlp_is_never_a_folder_named_like_a_shortcut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

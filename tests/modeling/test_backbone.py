@@ -12,9 +12,8 @@ from paddle.base import core
 from base_model import SemanticIndexBase
 from common.device import set_seed
 from common.errors import InputError
-from common.files import read_json
 from helpers import make_model_folder, new_model
-from modeling.backbone import build_backbone, find_backbone, load_tokenizer, pretrained_weights
+from modeling.backbone import build_backbone, find_backbone, pretrained_weights
 from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
 
 TEXTS = ["水稻的产量", "桥", "论糖尿病影响因素研究糖尿病,影响因素" * 10]
@@ -202,64 +201,3 @@ def test_a_folder_without_weights_is_refused(model_folder: Path) -> None:
     has_none = r"has no model_state\.pdparams, model\.safetensors or pytorch_model\.bin; use --from_scratch"
     with pytest.raises(InputError, match=rf"^{model_folder}: {has_none}"):
         pretrained_weights(find_backbone(model_folder))
-
-
-def test_a_model_by_name_is_downloaded_and_read_safely(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The download is replaced by a local file, which is read as any other weights file."""
-    from paddlenlp.transformers.ernie.modeling import ErnieModel  # only after modeling.backbone, which sets an order
-
-    backbone = new_model(model_folder).model.ptm
-    file = tmp_path / "ernie_v1_chn_base.pdparams"
-    paddle.save({f"ernie.{name}": value for name, value in backbone.state_dict().items()}, str(file))
-    config = read_json(model_folder / "config.json")
-    monkeypatch.setitem(ErnieModel.config_class.pretrained_init_configuration, "ernie-1.0", config)
-    monkeypatch.setattr("modeling.backbone.resolve_file_path", lambda name, files: str(file))
-
-    class Tokenizer:
-        def save_pretrained(self, folder: str) -> None:
-            shutil.copy(model_folder / "vocab.txt", folder)
-
-    monkeypatch.setattr("modeling.backbone.AutoTokenizer.from_pretrained", lambda name: Tokenizer())
-    model, _ = create_model(SemanticIndexBase)
-    for name, value in backbone.state_dict().items():
-        np.testing.assert_array_equal(model.ptm.state_dict()[name].numpy(), value.numpy())
-    file.write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
-    with pytest.raises(InputError, match=r"os\.system|posix\.system"):
-        create_model(SemanticIndexBase)
-
-
-def test_an_unknown_name_or_a_missing_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = r"^{}: is no folder here, and can't be downloaded; .* give a local folder$"
-    with pytest.raises(InputError, match=message.format("no-such-model")):
-        find_backbone("no-such-model")
-    with pytest.raises(InputError, match=message.format("no-such-model")):
-        load_tokenizer("no-such-model", 64)
-    for found in (lambda *_: None, lambda *_: 1 / 0):
-        monkeypatch.setattr("modeling.backbone.resolve_file_path", found)
-        with pytest.raises(InputError, match=message.format("ernie-1.0")):
-            pretrained_weights(find_backbone("ernie-1.0"))  # PaddleNLP holds its config
-
-
-def test_what_keeps_a_model_from_being_downloaded_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The proxy, or a cache that can't be written."""
-    monkeypatch.setattr("modeling.backbone.resolve_file_path", lambda *_: 1 / 0)
-    backbone = find_backbone("ernie-1.0")  # PaddleNLP holds its config
-    monkeypatch.setenv("https_proxy", "http://proxy:3128")
-    with pytest.raises(InputError, match=r"^ernie-1.0: .*; check the name and the proxy \(https_proxy\), or"):
-        pretrained_weights(backbone)
-    (tmp_path / "models").touch()
-    monkeypatch.setattr("modeling.backbone.MODEL_HOME", str(tmp_path / "models"))
-    with pytest.raises(InputError, match=r"^ernie-1.0: .*; set PPNLP_HOME to a folder that can be written"):
-        pretrained_weights(backbone)
-
-
-def test_a_tokenizer_without_a_word_piece_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Tokenizer:
-        def save_pretrained(self, folder: str) -> None:
-            Path(folder, "sentencepiece.bpe.model").touch()
-
-    monkeypatch.setattr("modeling.backbone.AutoTokenizer.from_pretrained", lambda name: Tokenizer())
-    with pytest.raises(InputError, match=r"^ernie-m-base: its tokenizer has no vocab\.txt; need a WordPiece tokenizer"):
-        load_tokenizer("ernie-m-base", 64)
