@@ -291,9 +291,8 @@ def _set_weights(
     if head_is_optional:
         errors = [error for error in errors if not error.startswith("emb_reduce_linear.")]
     if errors and all(error in missing and error.startswith(POOLER) for error in errors):
-        raise InputError(
-            f"{file}: has no pooler (pooler.dense), which cls pooling needs; use --pooling first_token or mean"
-        )
+        remedy = "train from it with --pooling first_token or mean"
+        raise InputError(f"{file}: has no pooler (pooler.dense), which cls pooling needs; {remedy}")
     report = "; ".join(f"{len(names)} {kind}: {_first_names(names)}" for kind, names in problems.items() if names)
     if errors and is_other_pytorch_model(weights, backbone.config.model_type):
         raise InputError(f"{file}: is PyTorch's {backbone.config.model_type}; {NEED_SUPPORTED}, or PaddleNLP's form")

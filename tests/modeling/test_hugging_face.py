@@ -274,20 +274,24 @@ def test_pytorchs_names_in_paddles_file(tmp_path: Path) -> None:
     assert_pytorchs_outputs(started(folder), "bert")
 
 
-def test_without_a_pooler_mean_pooling_works_and_cls_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("pooling", ["mean", "first_token"])
+def test_without_a_pooler_other_poolings_work_and_cls_is_refused(
+    tmp_path: Path, pooling: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """BGE and models of masked words have none."""
     weights = {name: array for name, array in bert().items() if not name.startswith("pooler")}
     folder = copy("bert", tmp_path / "model", weights)
-    model = started(folder)
+    model = started(folder, pooling=pooling)
     assert "took 37 of 39 parameters (2 missing: ptm.pooler.dense.weight, ptm.pooler.dense.bias)" in (
         capsys.readouterr().err
     )
     ids = np.arange(5, 25)[None]
-    np.testing.assert_array_equal(model.embed(ids, 0 * ids), started(DATA / "bert").embed(ids, 0 * ids))
-    assert "has no pooler (pooler.dense), which cls pooling needs; use --pooling first_token or mean" in refusal(
-        folder, pooling="cls"
+    np.testing.assert_array_equal(
+        model.embed(ids, 0 * ids), started(DATA / "bert", pooling=pooling).embed(ids, 0 * ids)
+    )
+    assert (
+        "has no pooler (pooler.dense), which cls pooling needs; train from it with --pooling first_token or mean"
+        in refusal(folder, pooling="cls")
     )
     with pytest.raises(InputError, match="has no pooler"):
         load_checkpoint(folder)
