@@ -2,6 +2,7 @@
 
 import io
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ REPORTED_BAD_LINES = 10
 UNCHECKED = "; if it is meant so, add --no_column_check"
 
 MAX_LINE_BYTES = 1 << 20  # a file with a longer line probably isn't a text file
-UTF8_BOM = b"\xef\xbb\xbf"
 OTHER_FILES = {  # first bytes -> what the file is, and what to do
     b"PK\x03\x04": "a zip archive or an Excel workbook; save its table as text with tabs, in UTF-8",
     b"\xd0\xcf\x11\xe0": "an Excel or Word document; save its table as text with tabs, in UTF-8",
@@ -99,7 +99,7 @@ def split_lines(file: io.BufferedReader, name: object) -> Iterator[tuple[int, in
     for magic, kind in OTHER_FILES.items():
         if start.startswith(magic):
             raise InputError(f"{name}: is {kind}")
-    offset = len(UTF8_BOM) if start.startswith(UTF8_BOM) else 0
+    offset = len(BOM_UTF8) if start.startswith(BOM_UTF8) else 0
     file.seek(offset)
     number = 0
     while raw := file.readline(MAX_LINE_BYTES):

@@ -9,7 +9,7 @@ from paddle import nn
 
 from base_model import SemanticIndexBase
 from common.files import atomic_write, write_json
-from data import BACKBONE_CONFIG_FILE, CLS, MASK, PAD, SEP, TOKENIZER_CONFIG_FILE, UNK, TextTokenizer
+from data import BACKBONE_CONFIG_FILE, TOKENIZER_CONFIG_FILE, TextTokenizer
 from encoding.export import check_difference, largest_difference, write_card
 from modeling.checkpoint import LoadedCheckpoint, load_checkpoint
 from modeling.checkpoint_files import SAFETENSORS_FILE
@@ -27,7 +27,7 @@ from modeling.sentence_transformers_folder import (
     REDUCTION_FOLDER,
     TANH,
 )
-from modeling.tokenizer_files import TOKENIZER_FILE
+from modeling.tokenizer_files import SPECIAL_TOKENS, TOKENIZER_FILE
 from modeling.weight_files import write_safetensors
 
 ARCHITECTURES = {"bert": "BertModel", "ernie": "ErnieModel", "roberta": "RobertaModel"}
@@ -92,7 +92,6 @@ def write_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
     tokenizer.save(folder)  # vocab.txt, for other libraries
     with atomic_write(folder / TOKENIZER_FILE) as file:
         file.write(tokenizer.to_json())
-    special = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "unk_token": UNK, "mask_token": MASK}
     known = tokenizer.settings["vocabulary"]
     config = {
         # Not BertTokenizer, whose splitting at symbols differs.
@@ -100,7 +99,7 @@ def write_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
         "do_lower_case": tokenizer.lowercases,
         "model_max_length": tokenizer.max_seq_length,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-        **{name: token for name, token in special.items() if token in known},
+        **{name: token for name, token in SPECIAL_TOKENS.items() if token in known},
     }
     write_json(folder / TOKENIZER_CONFIG_FILE, config)
 

@@ -18,7 +18,7 @@ from data import BACKBONE_CONFIG_FILE, TOKENIZER_CONFIG_FILE, VOCABULARY_FILE, T
 from modeling.checkpoint_files import SAFETENSORS_FILE, TORCH_FILE, WEIGHTS_FILES, weights_in
 from modeling.hub import model_folder
 from modeling.hugging_face import FOLLOWS_EPSILON, NEED_ENCODER, check_config
-from modeling.tokenizer_files import read_tokenizer, read_tokenizer_config
+from modeling.tokenizer_files import ADDED_TOKENS_FILE, read_tokenizer, read_tokenizer_config
 
 defer_paddlenlp()
 
@@ -28,7 +28,6 @@ from paddlenlp.transformers.auto.configuration import MODEL_NAMES_MAPPING
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
 SMALLEST_NUMBERS = {"max_position_embeddings": 3, "vocab_size": 1, "pad_token_id": 0}  # least values in a config
-ADDED_TOKENS_FILE = "added_tokens.json"  # Hugging Face's and PaddleNLP's: token -> id
 CASED_SHARE = 0.1  # of words with capital letters: BERT's cased English vocabulary has a third, uncased ones have none
 
 

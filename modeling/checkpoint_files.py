@@ -12,7 +12,8 @@ from modeling.weight_files import INDEX_SUFFIX
 
 SAFETENSORS_FILE = "model.safetensors"
 TORCH_FILE = "pytorch_model.bin"
-WEIGHTS_FILES = ("model_state.pdparams", SAFETENSORS_FILE)  # in this order; version 1 wrote both
+PADDLE_WEIGHTS = "model_state.pdparams"
+WEIGHTS_FILES = (PADDLE_WEIGHTS, SAFETENSORS_FILE)  # in this order; version 1 wrote both
 HUGGING_FACE_FILES = (f"{SAFETENSORS_FILE}{INDEX_SUFFIX}", TORCH_FILE, f"{TORCH_FILE}{INDEX_SUFFIX}")  # after these
 TRAINING_PREFIX = "training_"  # of the files that only --resume_from reads
 STEP_FOLDER = "model_"  # followed by the step's number

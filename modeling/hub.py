@@ -24,13 +24,11 @@ from common.errors import InputError
 from common.files import write_json
 from common.logs import is_main_process, log, process_count
 from data import BACKBONE_CONFIG_FILE, TOKENIZER_CONFIG_FILE, VOCABULARY_FILE
+from modeling.checkpoint_files import PADDLE_WEIGHTS
 from modeling.model_cache import (
     COMMIT,
     MODULE_FOLDER,
-    MODULES_FILE,
-    PADDLE_WEIGHTS,
     SMALL_FILES,
-    TOKENIZER_FILE,
     Repository,
     cached_folder,
     missing_weights,
@@ -40,6 +38,8 @@ from modeling.model_cache import (
     unknown_files,
     weights_files,
 )
+from modeling.sentence_transformers_folder import MODULES_FILE
+from modeling.tokenizer_files import TOKENIZER_FILE
 
 UNUSABLE_FORMS = {  # a file's name -> what a repository is that has such a file and no usable weights
     r"adapter_config\.json": "is a LoRA adapter without the model itself; merge it into its base model first",

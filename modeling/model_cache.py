@@ -14,21 +14,21 @@ from huggingface_hub import constants
 
 from common.files import read_json
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_CONFIG_FILE, VOCABULARY_FILE
+from modeling.checkpoint_files import PADDLE_WEIGHTS
+from modeling.sentence_transformers_folder import LENGTH_FILE, MODULES_FILE, PROMPTS_FILE
+from modeling.tokenizer_files import ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_FILE
 
-PADDLE_WEIGHTS = "model_state.pdparams"
-TOKENIZER_FILE = "tokenizer.json"  # a tokenizer's vocabulary and settings in one, for a folder without vocab.txt
-MODULES_FILE = "modules.json"  # sentence-transformers': what follows the encoder, and in which folder
 # Without those of the weights and of sentence-transformers' modules.
 SMALL_FILES = (
     BACKBONE_CONFIG_FILE,
     VOCABULARY_FILE,
     TOKENIZER_FILE,
     TOKENIZER_CONFIG_FILE,
-    "special_tokens_map.json",
-    "added_tokens.json",
+    SPECIAL_TOKENS_FILE,
+    ADDED_TOKENS_FILE,
     MODULES_FILE,
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
+    LENGTH_FILE,
+    PROMPTS_FILE,
     MODEL_CONFIG_FILE,
 )
 # One form of the weights is taken, the first that a repository has.

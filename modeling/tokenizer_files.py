@@ -8,8 +8,9 @@ from common.errors import InputError
 from common.files import read_json
 from data import CLS, MASK, PAD, SEP, TOKENIZER_CONFIG_FILE, UNK, VOCABULARY_FILE, TextTokenizer, read_vocabulary
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"  # a tokenizer's vocabulary and settings in one, for a folder without vocab.txt
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+ADDED_TOKENS_FILE = "added_tokens.json"  # Hugging Face's and PaddleNLP's: token -> id
 SPECIAL_TOKENS = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "unk_token": UNK, "mask_token": MASK}
 OTHER_VOCABULARIES = {  # files of tokenizers that this project doesn't have
     "sentencepiece.bpe.model": "SentencePiece",

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 
+from common.errors import InputError
 from common.files import write_json
 from common.paddle_setup import set_up_paddle
 from data import TextTokenizer, write_vocabulary
@@ -248,6 +250,16 @@ def poisoned(checkpoint: Path, folder: Path) -> Path:
     weights["ptm.embeddings.word_embeddings.weight"][unknown] = np.finfo(np.float32).max
     paddle.save(weights, str(folder / "model_state.pdparams"))
     return folder / "model_state.pdparams"
+
+
+def weights_refusal(path: Path) -> str:
+    """The one line that refuses a weights file; fails if the file is read."""
+    with pytest.raises(InputError) as error:
+        read_weights(path)
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith(f"{path}: ")
+    return message
 
 
 class Calls:

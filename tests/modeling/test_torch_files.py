@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from common.errors import InputError
-from helpers import ROOT, Calls
+from helpers import ROOT, Calls, weights_refusal
 from modeling.weight_files import read_weights
 
 DATA = ROOT / "tests" / "data" / "hugging_face"
@@ -59,16 +59,6 @@ def write_zip(
         for key, numbers in ({"0": np.arange(4, dtype="<f4").tobytes()} if storages is None else storages).items():
             archive.writestr(f"archive/data/{key}", numbers)
     return path
-
-
-def refusal(path: Path) -> str:
-    """The one line that refuses a file; fails if the file is read."""
-    with pytest.raises(InputError) as error:
-        read_weights(path)
-    message = str(error.value)
-    assert "\n" not in message
-    assert message.startswith(f"{path}: ")
-    return message
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,7 +128,7 @@ def test_what_tensors_do_not_need_is_refused_and_not_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = write_zip(tmp_path / "pytorch_model.bin", state(CALLS[case]))
-    assert "can't be trusted" in refusal(path)
+    assert "can't be trusted" in weights_refusal(path)
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -158,7 +148,7 @@ def test_each_pickle_of_the_format_before_1_6_is_refused_if_it_calls(
     pickles[place] = pickle.dumps(Calls(os.system, f"touch {MARKER}"), 2)
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(b"".join(pickles))
-    assert "system" in refusal(path)
+    assert "system" in weights_refusal(path)
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -208,21 +198,21 @@ TENSORS: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("case", TENSORS)
 def test_a_tensor_that_its_storage_does_not_hold_is_refused(tmp_path: Path, case: str) -> None:
     raw, said = TENSORS[case]
-    assert said in refusal(write_zip(tmp_path / "pytorch_model.bin", state(raw)))
+    assert said in weights_refusal(write_zip(tmp_path / "pytorch_model.bin", state(raw)))
 
 
 @pytest.mark.parametrize("key", [DEEP, plain(1), plain(("a", 1)), tensor()], ids=["deep", "number", "tuple", "tensor"])
 @pytest.mark.parametrize("end", [b"s.", b"u."])
 def test_a_name_that_is_no_text_is_refused_before_it_is_hashed(tmp_path: Path, key: bytes, end: bytes) -> None:
     raw = b"\x80\x02}" + (b"(" if end == b"u." else b"") + key + tensor() + end
-    assert "is no text" in refusal(write_zip(tmp_path / "pytorch_model.bin", raw))
+    assert "is no text" in weights_refusal(write_zip(tmp_path / "pytorch_model.bin", raw))
 
 
 def test_refusing_sizes_takes_no_memory(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for raw in (tensor(shape=(2**32,), strides=(0,)), tensor(storage(count=2**33), shape=(2**33,), strides=(1,))):
-        refusal(write_zip(tmp_path / "pytorch_model.bin", state(raw)))
-    refusal(write_zip(tmp_path / "pytorch_model.bin", b"\x80\x02}r\xff\xff\xff\x0f."))
+        weights_refusal(write_zip(tmp_path / "pytorch_model.bin", state(raw)))
+    weights_refusal(write_zip(tmp_path / "pytorch_model.bin", b"\x80\x02}r\xff\xff\xff\x0f."))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
 
 
@@ -236,7 +226,7 @@ def test_a_compressed_entry_is_refused_and_not_unpacked(tmp_path: Path) -> None:
     raw = state(tensor(storage(count=25_000_000), shape=(25_000_000,), strides=(1,)))
     path = write_zip(tmp_path / "pytorch_model.bin", raw, bomb, zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 1_000_000
-    assert "is compressed" in refusal(path)
+    assert "is compressed" in weights_refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +247,7 @@ def test_a_zip_file_of_other_entries_is_refused(tmp_path: Path, names: list[str]
     with zipfile.ZipFile(path, "w") as archive:
         for name in ["other", *names]:
             archive.writestr(name, contents.get(Path(name).name, b""))
-    assert said in refusal(path)
+    assert said in weights_refusal(path)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -265,7 +255,7 @@ def test_a_cut_file_is_refused(tmp_path: Path, name: str) -> None:
     raw, path = (DATA / name).read_bytes(), tmp_path / "pytorch_model.bin"
     for length in range(0, len(raw) - 1, 7):
         path.write_bytes(raw[:length])
-        refusal(path)
+        weights_refusal(path)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -290,9 +280,11 @@ def test_flipped_bytes_give_arrays_or_an_input_error(tmp_path: Path, name: str) 
 def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
     for name in ("pytorch_model.bin", "model.safetensors", "model_state.pdparams"):
         (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-        assert "git lfs pull" in refusal(tmp_path / name)
+        assert "git lfs pull" in weights_refusal(tmp_path / name)
 
 
 def test_other_content_than_a_dict_is_refused(tmp_path: Path) -> None:
-    assert "not named arrays" in refusal(write_zip(tmp_path / "pytorch_model.bin", b"\x80\x02" + tensor() + b"."))
-    assert "it is empty" in refusal(write_zip(tmp_path / "pytorch_model.bin", b"\x80\x02}."))
+    assert "not named arrays" in weights_refusal(
+        write_zip(tmp_path / "pytorch_model.bin", b"\x80\x02" + tensor() + b".")
+    )
+    assert "it is empty" in weights_refusal(write_zip(tmp_path / "pytorch_model.bin", b"\x80\x02}."))

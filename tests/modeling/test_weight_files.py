@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import save, save_file
 
 from common.errors import InputError
-from helpers import Calls
+from helpers import Calls, weights_refusal
 from modeling.weight_files import STRUCTURE_KEY, read_weights, write_safetensors
 
 PROTOCOLS = [2, 3, 4]  # those that paddle.save takes
@@ -43,16 +43,6 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
         assert type(found[name]) is np.ndarray
         assert found[name].dtype == array.dtype
         np.testing.assert_array_equal(found[name], array)
-
-
-def refusal(path: Path) -> str:
-    """The one line that refuses a file; fails if the file is read."""
-    with pytest.raises(InputError) as error:
-        read_weights(path)
-    message = str(error.value)
-    assert "\n" not in message
-    assert message.startswith(f"{path}: ")
-    return message
 
 
 def written(folder: Path, raw: bytes, name: str = "model_state.pdparams") -> Path:
@@ -150,7 +140,7 @@ def test_a_call_is_refused_by_name_and_not_made(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = written(tmp_path, HOSTILE_PICKLES[case, protocol])
-    assert re.search(rf"it wants to load \S+\.{HOSTILE[case][1]},", refusal(path))
+    assert re.search(rf"it wants to load \S+\.{HOSTILE[case][1]},", weights_refusal(path))
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -181,7 +171,7 @@ def test_pickles_that_no_pickler_writes_are_refused(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     raw, said = RAW_HOSTILE[case]
     path = written(tmp_path, raw)
-    assert said in refusal(path)
+    assert said in weights_refusal(path)
     assert os.listdir(tmp_path) == [path.name]
     assert_same(read_weights(written(tmp_path, pickle.dumps(arrays(), 2))), arrays())  # the reader works as before
 
@@ -193,9 +183,9 @@ def test_a_torch_checkpoint_is_refused(tmp_path: Path) -> None:
 
     buffer = io.BytesIO()
     TorchPickler(buffer, 2).dump({"weight": bytearray(3)})
-    assert "persistent" in refusal(written(tmp_path, buffer.getvalue()))
+    assert "persistent" in weights_refusal(written(tmp_path, buffer.getvalue()))
     zipped = written(tmp_path, b"PK\x03\x04" + bytes(100))  # how torch.save's files begin
-    assert "isn't a weights file" in refusal(zipped)
+    assert "isn't a weights file" in weights_refusal(zipped)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,12 +197,12 @@ def test_a_torch_checkpoint_is_refused(tmp_path: Path) -> None:
 )
 def test_content_other_than_a_dict_is_refused_with_its_type(tmp_path: Path, content: object) -> None:
     path = written(tmp_path, pickle.dumps(content, 4))
-    assert f"it holds a {type(content).__name__}" in refusal(path)
+    assert f"it holds a {type(content).__name__}" in weights_refusal(path)
 
 
 @pytest.mark.parametrize("content", [{}, {STRUCTURE_KEY: {}}])
 def test_a_dict_without_arrays_is_refused(tmp_path: Path, content: dict) -> None:
-    assert "it is empty" in refusal(written(tmp_path, pickle.dumps(content, 4)))
+    assert "it is empty" in weights_refusal(written(tmp_path, pickle.dumps(content, 4)))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +227,7 @@ def test_a_dict_without_arrays_is_refused(tmp_path: Path, content: dict) -> None
 )
 def test_a_value_other_than_an_array_of_numbers_is_refused_by_its_name(tmp_path: Path, value: object) -> None:
     path = written(tmp_path, pickle.dumps({"good": np.zeros(2), "linear.bias": value}, 4))
-    assert "'linear.bias' is no array" in refusal(path)
+    assert "'linear.bias' is no array" in weights_refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +242,7 @@ def test_a_value_other_than_an_array_of_numbers_is_refused_by_its_name(tmp_path:
 )
 def test_a_name_other_than_a_string_is_refused(tmp_path: Path, raw_name: bytes) -> None:
     array = pickle.dumps(np.zeros(2), 2)[2:-1]
-    refusal(written(tmp_path, b"\x80\x02}" + raw_name + array + b"s."))
+    weights_refusal(written(tmp_path, b"\x80\x02}" + raw_name + array + b"s."))
 
 
 def safetensors(dtype: str, size: int) -> bytes:
@@ -278,21 +268,21 @@ def safetensors(dtype: str, size: int) -> bytes:
     ids=["empty", "zeros", "ones", "json", "cut", "header cut", "no arrays", "F8", "C64", "unknown", "pickle"],
 )
 def test_a_damaged_or_unusable_safetensors_file_is_refused(tmp_path: Path, raw: bytes) -> None:
-    refusal(written(tmp_path, raw, "model.safetensors"))
+    weights_refusal(written(tmp_path, raw, "model.safetensors"))
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
     for protocol in PROTOCOLS:
         raw = pickle.dumps({"w": np.arange(3.0), "b": np.zeros(2), STRUCTURE_KEY: {"w": "w_0"}}, protocol)
         for length in range(len(raw)):
-            refusal(written(tmp_path, raw[:length]))
+            weights_refusal(written(tmp_path, raw[:length]))
 
 
 def test_random_bytes_are_refused(tmp_path: Path) -> None:
     rng = random.Random(11)
     for _ in range(500):
         prefix = rng.choice([b"", b"\x80\x02", b"\x80\x04}", b"\x80\x04}\x94("])
-        refusal(written(tmp_path, prefix + rng.randbytes(rng.randrange(200))))
+        weights_refusal(written(tmp_path, prefix + rng.randbytes(rng.randrange(200))))
 
 
 def test_flipped_bytes_give_arrays_or_an_input_error(tmp_path: Path) -> None:
@@ -338,14 +328,14 @@ def forbidden_folder() -> Iterator[Path]:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model_state.pdparams", "closed/model_state.pdparams"])
 def test_a_file_without_permission_is_refused(forbidden_folder: Path, name: str) -> None:
-    assert "ermission denied" in refusal(forbidden_folder / name)
+    assert "ermission denied" in weights_refusal(forbidden_folder / name)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model_state.pdparams"])
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path, name: str) -> None:
-    assert "no such" in refusal(tmp_path / name)
+    assert "no such" in weights_refusal(tmp_path / name)
     (tmp_path / name).mkdir()
-    refusal(tmp_path / name)
+    weights_refusal(tmp_path / name)
 
 
 def test_a_large_index_into_the_table_of_objects_takes_no_memory(tmp_path: Path) -> None:
