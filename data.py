@@ -1,14 +1,10 @@
 """File formats, tokenizing, and `encode_texts`, the only way from texts to vectors. Imports no Paddle."""
 
-import hashlib
 import math
-import mmap
-import os
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -21,7 +17,7 @@ from common.errors import InputError
 from common.files import atomic_write, open_for_reading, read_json, write_json
 from common.lines import Line, read_lines
 from common.logs import log
-from common.texts import TextSet, has_visible_text, rough_key, wordpiece_tokenizer
+from common.texts import TextSet, has_visible_text, wordpiece_tokenizer
 
 PAIR_COLUMNS = ("query", "title", "hard negative")
 PADDING_TOKENS = 100  # maximum per batch; an additional batch costs as much as 20 (base ERNIE) to 400 (tiny) tokens
@@ -165,86 +161,6 @@ def read_texts(path: str | Path, *, skip_bad_lines: bool = False, check_columns:
     """The texts of a file, one per line. Options and errors as for `pair_lines`."""
     check = ColumnCheck(["text"]) if check_columns else None
     return [line.row for line in read_lines(path, parse_text, skip_bad_lines, check=check) if line.row is not None]
-
-
-class Corpus(Sequence[str]):
-    """The documents of a file, one per line; the id of a document is its row. The file is mapped, not held in memory.
-
-    distinct: leaves out documents whose `text_key` another one has. sha256: hash of the documents in hex, repeated ones
-    included; it doesn't depend on BOM, line ends and skipped lines. Raises InputError as `read_lines` does, and on
-    access if the file has changed.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        skip_bad_lines: bool = False,
-        distinct: bool = False,
-        lowercase: bool = True,
-        check: ColumnCheck | None = None,
-    ) -> None:
-        digest, hashes = hashlib.sha256(), array("q")
-        self.path, self._file = path, open_for_reading(path)
-        self._state = self._current_state()
-
-        def good_lines() -> Iterator[int]:
-            for line in read_lines(path, parse_text, skip_bad_lines, check=check):
-                if line.row is not None:
-                    digest.update(line.row.encode() + b"\n")
-                    if distinct:
-                        hashes.append(hash(rough_key(line.row)))
-                    yield line.offset
-
-        self._offsets = np.fromiter(good_lines(), dtype=np.int64)
-        self.sha256 = digest.hexdigest()
-        self._bytes = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        repeated = self._repeated(np.frombuffer(hashes, np.int64), lowercase)
-        if repeated:
-            log(f"{path}: left out {len(repeated)} line(s) of {len(self)} that repeat another one")
-            self._offsets = np.delete(self._offsets, repeated)
-
-    def _repeated(self, hashes: np.ndarray, lowercase: bool) -> list[int]:
-        """The rows that repeat an earlier one. hashes: int64, one per row; only rows with equal ones are compared."""
-        hashes_in_order = np.sort(hashes)
-        repeated_hashes = hashes_in_order[1:][hashes_in_order[1:] == hashes_in_order[:-1]]
-        seen = TextSet(lowercase=lowercase)
-        return [row for row in np.flatnonzero(np.isin(hashes, repeated_hashes)).tolist() if not seen.add(self[row])]
-
-    def _current_state(self) -> tuple[int, int]:
-        status = os.fstat(self._file.fileno())
-        return status.st_size, status.st_mtime_ns
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        if self._current_state() != self._state:  # reading beyond the end of a truncated file kills the process
-            raise InputError(f"{self.path}: was changed while it was in use; start again")
-        if isinstance(row, slice):
-            return [self._read(offset) for offset in self._offsets[row]]
-        return self._read(self._offsets[row])
-
-    def _read(self, offset: np.int64) -> str:
-        start = int(offset)
-        end = self._bytes.find(b"\n", start)
-        return parse_text(self._bytes[start : len(self._bytes) if end < 0 else end].decode("utf-8"))
-
-
-def read_corpus(
-    path: str | Path, *, skip_bad_lines: bool = False, check_columns: bool = True, lowercase: bool = True
-) -> Corpus:
-    """The distinct documents of a file; logs how many lines repeat another.
-
-    lowercase: whether documents that differ in case alone are the same, as for a tokenizer that lowercases. Other
-    options and errors as for `pair_lines`.
-    """
-    check = ColumnCheck(["document"]) if check_columns else None
-    return Corpus(path, skip_bad_lines=skip_bad_lines, distinct=True, lowercase=lowercase, check=check)
 
 
 def read_hits(path: str | Path) -> dict[str, list[str]]:

@@ -17,8 +17,9 @@ from common.files import is_within, make_folder, prepare_file, read_json, resolv
 from common.logs import is_main_process, log
 from common.options import add_encoder_args, add_evaluation_file_args, pick
 from common.paddle_setup import set_up_paddle
-from data import Corpus, parse_text, positives_by_query, read_corpus, read_text_pairs, write_hits
+from data import parse_text, positives_by_query, read_text_pairs, write_hits
 from modeling.checkpoint_files import check_checkpoint, lowercases
+from retrieval.corpus import Corpus, read_corpus
 from retrieval.metrics import report_missing_positives
 from retrieval.saved_index import INDEX_FILE, DocumentIndex, has_index
 

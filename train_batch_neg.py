@@ -20,8 +20,9 @@ from common.files import clear_leftovers, make_folder, sha256
 from common.logs import is_main_process, log, process_count
 from common.paddle_setup import set_up_paddle
 from common.signals import StopSignals
-from data import TextPair, TextTokenizer, positives_by_query, read_corpus, read_text_pairs
+from data import TextPair, TextTokenizer, positives_by_query, read_text_pairs
 from modeling.checkpoint_files import check_checkpoint, find_checkpoint_folder, find_weights, lowercases, step_folders
+from retrieval.corpus import read_corpus
 from retrieval.metrics import metric_names, report_missing_positives
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from base_model import SemanticIndexBase
 from common.distributed import broadcast_object
 from common.files import atomic_write, prepare_file
 from common.logs import log
-from data import Corpus, TextTokenizer, ranking_by_query, write_hits
+from data import TextTokenizer, ranking_by_query, write_hits
 from encoding.encoder import Encoder
+from retrieval.corpus import Corpus
 from retrieval.metrics import Evaluation, evaluate, format_lines, metrics
 from retrieval.pipeline import encode_queries, hits_of, open_or_build_index, search
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from batch_negative.batches import BatchSchedule, PairBatcher
 from common.logs import log
-from data import Corpus, TextPair, TextTokenizer
+from data import TextPair, TextTokenizer
 from encoding.token_statistics import report_tokens
+from retrieval.corpus import Corpus
 
 if TYPE_CHECKING:
     from base_model import SemanticIndexBase

@@ -24,10 +24,11 @@ from common.cli import number_in_range
 from common.cpu import cpu_count, cpu_flags, read_cpuinfo
 from common.errors import InputError
 from common.files import atomic_write, read_json, write_json
-from data import Corpus, TextPair, read_corpus, read_text_pairs
+from data import TextPair, read_text_pairs
 from examples import make_dataset
 from examples.make_tiny_ernie import TINY_ERNIE_CONFIG, write_model_folder
 from examples.vocabulary import build_vocabulary
+from retrieval.corpus import Corpus, read_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS_PYTHON = ROOT / ".venv-benchmarks" / "bin" / "python"

@@ -14,7 +14,7 @@ from benchmarks.harness import peak_memory
 from common.cli import ArgumentParser, run
 from common.files import write_json
 from common.paddle_setup import set_up_paddle
-from data import read_corpus
+from retrieval.corpus import read_corpus
 from retrieval.saved_index import DocumentIndex, save_index
 
 if __name__ == "__main__":

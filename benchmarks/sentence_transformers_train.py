@@ -34,10 +34,11 @@ from benchmarks.harness import (
     used,
     write_report,
 )
-from common.cli import ArgumentParser, run
+from common.cli import ArgumentParser, number_in_range, run
 from common.files import read_json
 from common.logs import progress_bar
-from data import PAD, UNK, Embed, TextTokenizer, encode_texts, positives_by_query, read_corpus, read_text_pairs
+from data import PAD, UNK, Embed, TextTokenizer, encode_texts, positives_by_query, read_text_pairs
+from retrieval.corpus import read_corpus
 
 ERNIE_TO_BERT = (  # sizes and rates with the same names in both configs
     "vocab_size",
@@ -71,6 +72,13 @@ def as_sentence_transformer(bert: BertModel, head: Sequence[torch.nn.Module]) ->
         tokenizer.save_pretrained(temporary)
         transformer = Transformer(temporary, max_seq_length=MAX_SEQ_LENGTH)
     return SentenceTransformer(modules=[transformer, *head], device="cpu")
+
+
+def pretrained_model(folder: str, max_seq_length: int) -> SentenceTransformer:
+    """The model of a folder in the form of sentence-transformers."""
+    model = SentenceTransformer(folder, device="cpu")
+    model.max_seq_length = max_seq_length
+    return model
 
 
 def create_model(folder: str) -> SentenceTransformer:
@@ -138,6 +146,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_trainer_args(parser)
+    parser.add_argument("--pretrained", action="store_true", help="start from the weights of --model's folder")
+    length_help = "tokens of a text; longer ones are cut"
+    parser.add_argument("--max_seq_length", type=number_in_range(3), default=MAX_SEQ_LENGTH, help=length_help)
+    parser.add_argument("--save", help="folder for the trained model")
     parser.add_argument("--corpus_file", help="documents, one per line, to encode after training")
     parser.add_argument("--similar_text_pair_file", help="pairs whose distinct queries to encode after training")
     parser.add_argument(
@@ -151,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     torch.manual_seed(args.seed)
     pairs = read_text_pairs(args.train_set_file)
-    tokenizer = TextTokenizer.load(args.model, MAX_SEQ_LENGTH)
-    model = create_model(args.model)
+    tokenizer = TextTokenizer.load(args.model, args.max_seq_length)
+    model = pretrained_model(args.model, args.max_seq_length) if args.pretrained else create_model(args.model)
     step = make_step(model, args.learning_rate, args.steps)
     columns = [[pair.query for pair in pairs], [pair.title for pair in pairs]]
     training_batches = batches(tokenizer, columns, args.batch_size, args.seed)
@@ -160,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.report:
         write_report(args.report, Training(seconds, losses, *used(["sentence-transformers", "torch"])))
     print(f"{len(losses)} steps, last loss {losses[-1]:.4f}")
+    if args.save:
+        model.save(args.save)
     if args.corpus_file or args.similar_text_pair_file:
         args.output.mkdir(parents=True, exist_ok=True)
     if args.corpus_file:

@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ArgumentParser, number_in_range, run
 from common.options import add_evaluation_file_args, add_reading_args, call
-from data import Hit, positives_by_query, read_corpus, read_text_pairs, write_hits
+from data import Hit, positives_by_query, read_text_pairs, write_hits
+from retrieval.corpus import read_corpus
 
 # The usual values of BM25 (Robertson and Zaragoza 2009, section 3.2; Lucene's defaults).
 K1 = 1.2

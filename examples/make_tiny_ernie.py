@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import ArgumentParser, number_in_range, run
 from common.files import read_json, write_json
 from common.options import add_reading_args, call
-from data import BACKBONE_CONFIG_FILE, VOCABULARY_FILE, TextPair, read_corpus, read_text_pairs, write_vocabulary
+from data import BACKBONE_CONFIG_FILE, VOCABULARY_FILE, TextPair, read_text_pairs, write_vocabulary
 from examples.vocabulary import build_vocabulary
+from retrieval.corpus import read_corpus
 
 TINY_ERNIE_CONFIG = Path(__file__).parent / "tiny_ernie" / "config.json"
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from common.errors import InputError
 from common.logs import log
 from common.texts import TextSet, text_key
-from data import Corpus
+from retrieval.corpus import Corpus
 
 RECALL_CUTOFFS = (1, 5, 10, 20, 50)
 

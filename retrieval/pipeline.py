@@ -15,8 +15,9 @@ from common.distributed import barrier, broadcast_object, encode_on_all_ranks, i
 from common.errors import InputError
 from common.logs import is_main_process, log, progress_bar
 from common.texts import TextSet
-from data import Corpus, Hit, encode_texts
+from data import Hit, encode_texts
 from encoding.encoder import Encoder
+from retrieval.corpus import Corpus
 from retrieval.embedding_store import SHARD_ROWS, Embeddings, EmbeddingsMetadata, temporary_folder
 from retrieval.saved_index import DocumentIndex, has_index, load_index, locked_index, save_index
 

@@ -11,7 +11,7 @@ from common.errors import InputError
 from common.files import atomic_folder, atomic_write, locked, read_json, resolve_interrupted_replace, write_json
 from common.logs import log
 from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
-from data import Corpus
+from retrieval.corpus import Corpus
 
 INDEX_FILE = "index.json"
 DOCUMENTS_FILE = "documents.txt"

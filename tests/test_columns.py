@@ -15,10 +15,11 @@ import recall
 import train_batch_neg
 from common.columns import is_header
 from common.errors import InputError
-from data import TextPair, read_corpus, read_text_pairs, read_texts
+from data import TextPair, read_text_pairs, read_texts
 from deploy.python import predict as deployed
 from examples import make_tiny_ernie
 from helpers import all_pairs, train_options, write_pairs
+from retrieval.corpus import read_corpus
 
 Main = Callable[[Sequence[str]], int]
 PAIRS = all_pairs()[:40]

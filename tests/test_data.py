@@ -29,14 +29,12 @@ from data import (
     PAD,
     SEP,
     UNK,
-    Corpus,
     Hit,
     TextPair,
     TextTokenizer,
     encode_texts,
     max_position_tokens,
     positives_by_query,
-    read_corpus,
     read_hits,
     read_text_pairs,
     read_texts,
@@ -47,6 +45,7 @@ from data import (
 )
 from examples.vocabulary import build_vocabulary
 from helpers import VARIED_TEXTS, random_texts, small_tokenizer
+from retrieval.corpus import Corpus, read_corpus
 
 BOM = b"\xef\xbb\xbf"
 

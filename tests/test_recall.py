@@ -12,9 +12,9 @@ import pytest
 
 import recall
 from common.errors import InputError
-from data import Corpus, read_corpus
 from helpers import ROOT, run_script, write_pairs
 from retrieval import pipeline
+from retrieval.corpus import Corpus, read_corpus
 from retrieval.embedding_store import EmbeddingsMetadata
 from retrieval.saved_index import load_index
 

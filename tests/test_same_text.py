@@ -14,9 +14,10 @@ import recall
 import train_batch_neg
 from batch_negative.batches import PairBatcher
 from common.texts import TextSet, has_visible_text, rough_key, text_key
-from data import Hit, TextPair, TextTokenizer, positives_by_query, read_corpus, read_hits, write_hits
+from data import Hit, TextPair, TextTokenizer, positives_by_query, read_hits, write_hits
 from examples.vocabulary import build_vocabulary
 from helpers import VARIED_TEXTS, all_pairs, evaluation_options, random_texts, train_options, write_pairs
+from retrieval.corpus import read_corpus
 from retrieval.saved_index import load_index
 
 A, B, C, D = "水稻的产量", "论水稻产量研究", "土壤的品质", "论土壤品质研究"

@@ -14,11 +14,12 @@ import recall
 import train_batch_neg
 from common.errors import InputError
 from common.files import write_json
-from data import TextTokenizer, read_corpus, read_text_pairs, read_texts, write_vocabulary
+from data import TextTokenizer, read_text_pairs, read_texts, write_vocabulary
 from deploy.python import predict as deployed
 from encoding.token_statistics import SAMPLE, report_tokens, token_statistics
 from examples.vocabulary import build_vocabulary
 from helpers import CONFIG, all_pairs, evaluation_options, train_options, write_pairs
+from retrieval.corpus import read_corpus
 
 PAIRS = all_pairs()[:40]
 ENGLISH = [(f"soil of field {row}", f"on the soil of field {row} of the farm") for row in range(40)]

@@ -17,11 +17,12 @@ import recall
 import train_batch_neg
 from common.errors import InputError
 from common.files import read_json
-from data import read_corpus, read_texts
+from data import read_texts
 from encoding.encoder import load_encoder
 from helpers import ROOT, V1, assert_same_weights, write_pairs
 from modeling.checkpoint import load_checkpoint
 from retrieval import pipeline
+from retrieval.corpus import read_corpus
 from retrieval.saved_index import load_index
 
 CHECKPOINT = V1 / "run" / "model_4"

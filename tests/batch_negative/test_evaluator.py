@@ -15,9 +15,10 @@ from ann_util import IndexOptions
 from batch_negative import evaluator as evaluator_module
 from batch_negative.evaluator import Evaluator
 from common.errors import InputError
-from data import positives_by_query, read_corpus, read_text_pairs
+from data import positives_by_query, read_text_pairs
 from helpers import evaluation_options, file_size_limit, train_options
 from modeling.checkpoint import load_checkpoint
+from retrieval.corpus import read_corpus
 from retrieval.metrics import Evaluation, evaluate
 
 

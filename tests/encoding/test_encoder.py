@@ -11,11 +11,11 @@ from base_model import SemanticIndexBase
 from common.errors import InputError
 from common.manifest import write_manifest
 from common.options import STATIC_FROM_TEXTS
-from data import read_corpus
 from encoding import encoder as encoder_module
 from encoding.encoder import STATIC_FOLDER, Encoder, compare_with_fp32, load_encoder
 from encoding.exported_files import GRAPH_NAME, WEIGHTS_SUFFIX
 from modeling.checkpoint import load_checkpoint
+from retrieval.corpus import read_corpus
 
 
 @pytest.fixture

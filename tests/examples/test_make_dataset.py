@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from common.errors import InputError
-from data import read_corpus, read_text_pairs
+from data import read_text_pairs
 from examples import make_dataset
+from retrieval.corpus import read_corpus
 
 SIZES = {"train.csv": 1500, "dev.csv": 100, "test.csv": 400, "corpus.csv": 3000}
 TINY = ["--documents", "60", "--train_pairs", "80", "--dev_pairs", "5", "--test_pairs", "10"]

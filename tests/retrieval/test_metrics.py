@@ -9,7 +9,7 @@ import pytest
 from ir_measures import RR, Qrel, R, ScoredDoc, nDCG
 
 from common.errors import InputError
-from data import read_corpus
+from retrieval.corpus import read_corpus
 from retrieval.metrics import (
     evaluate,
     format_lines,

@@ -12,10 +12,10 @@ import pytest
 from ann_util import DEFAULT_TARGET_RECALL, HnswIndex, IndexOptions, VectorIndex, build_index
 from common.errors import InputError
 from common.files import read_json
-from data import Corpus, read_corpus
 from encoding.encoder import Encoder, load_encoder
 from helpers import unit_vectors, write_pairs
 from retrieval import pipeline
+from retrieval.corpus import Corpus, read_corpus
 from retrieval.embedding_store import Embeddings, EmbeddingsMetadata
 from retrieval.saved_index import DocumentIndex, load_index, locked_index, save_index
 

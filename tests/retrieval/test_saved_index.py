@@ -12,9 +12,9 @@ from ann_util import IndexOptions, build_index
 from common.errors import InputError
 from common.files import read_json, write_json
 from common.manifest import write_manifest
-from data import Corpus, read_corpus
 from encoding.encoder import load_encoder
 from helpers import file_size_limit, flip_a_bit, unit_vectors, write_pairs
+from retrieval.corpus import Corpus, read_corpus
 from retrieval.saved_index import DocumentIndex, has_index, load_index, locked_index, save_index
 
 DIM = 8
