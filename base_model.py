@@ -8,6 +8,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from common.options import DEFAULT_DROPOUT, DEFAULT_EMBEDDING_SIZE, DEFAULT_POOLING
+from common.texts import DOCUMENT, QUERY
 
 DEFAULT_LENGTH = 64  # of a checkpoint without semantic_index.json: the default of the original's recall and predict
 
@@ -22,6 +23,13 @@ class ModelConfig:
     pooling: str = DEFAULT_POOLING
     dropout: float = DEFAULT_DROPOUT  # of the vector before it is normalized, in training
     max_seq_length: int = DEFAULT_LENGTH
+    query_prefix: str = ""  # put before a query, such as BGE's instruction
+    document_prefix: str = ""  # put before a document, such as E5's "passage: "
+
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """The prefixes by role."""
+        return {QUERY: self.query_prefix, DOCUMENT: self.document_prefix}
 
 
 class ClsOnlyLayer(nn.TransformerEncoderLayer):

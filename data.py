@@ -252,12 +252,14 @@ class TextTokenizer:
 
     vocabulary: tokens in the order of their ids; max_seq_length: tokens of a text, including [CLS] and [SEP], to which
     longer texts are cut; config: the content of tokenizer_config.json, of which only `do_lower_case` is used (it strips
-    accents too). Set `pad_to_max_seq_len` to pad every batch to max_seq_length instead of its longest text.
+    accents too). Set `pad_to_max_seq_len` to pad every batch to max_seq_length instead of its longest text, and
+    `prefixes`, by role, to what `prefixed` puts before texts.
     """
 
     def __init__(self, vocabulary: Sequence[str], max_seq_length: int, config: Mapping[str, Any] | None = None) -> None:
         self._vocabulary, self._config = list(vocabulary), dict(config or {"do_lower_case": True})
         self.max_seq_length = max_seq_length
+        self.prefixes: Mapping[str, str] = {}
         self.pad_to_max_seq_len = False
         id_of_token = {token: token_id for token_id, token in enumerate(self._vocabulary)}
         # A longer word becomes [UNK]; PaddleNLP has the same limit.
@@ -283,12 +285,23 @@ class TextTokenizer:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that the token ids depend on."""
-        return {"vocabulary": self._vocabulary, "config": self._config, "max_seq_length": self.max_seq_length}
+        settings = {"vocabulary": self._vocabulary, "config": self._config, "max_seq_length": self.max_seq_length}
+        prefixes = {role: prefix for role, prefix in self.prefixes.items() if prefix}
+        return {**settings, "prefixes": prefixes} if prefixes else settings  # earlier versions' fingerprints have none
 
     @property
     def vocabulary_size(self) -> int:
         """Number of lines of the vocabulary, which is one more than the largest token id."""
         return len(self._vocabulary)
+
+    def prefixed(self, texts: Sequence[str], role: str | None) -> Sequence[str]:
+        """The texts after the prefix of a role, one of ROLES; None is neither and has no prefix."""
+        prefix = self.prefixes.get(role or "")
+        return [prefix + text for text in texts] if prefix else texts
+
+    def prefix_length(self, role: str | None) -> int:
+        """The number of tokens of the prefix of a role."""
+        return len(self._uncut_tokenizer.encode(self.prefixes.get(role or "", ""), add_special_tokens=False).ids)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, including [CLS] and [SEP], at most max_seq_length."""

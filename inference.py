@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 lea
 from common.cli import ArgumentParser, run, text_argument
 from common.files import prepare_file
 from common.logs import log
-from common.options import add_encoder_args, call, pick
+from common.options import add_encoder_args, add_role_arg, call, pick
 from common.paddle_setup import set_up_paddle
 from data import SAMPLE_TEXTS, read_texts, write_vectors
 from modeling.checkpoint_files import check_checkpoint
@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     text_help = "a text; may be given several times (default: the original's sample text)"
     group.add_argument("--text", action="append", type=text_argument, help=text_help)
     group.add_argument("--text_file", help="file with one text per line")
+    add_role_arg(parser)
     parser.add_argument("--output", help="write the vectors, float32 [N, D], to this .npy file and don't print them")
     return parser
 
@@ -47,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     set_device(args.device)
     encoder = load_encoder(**pick(args, load_encoder, text_count=len(texts)))
-    report_tokens(encoder.tokenizer, {"texts": texts})
-    vectors = encoder.encode(texts, "texts" if args.output else None)
+    report_tokens(encoder.tokenizer, {"texts": texts}, args.role)
+    vectors = encoder.encode(texts, "texts" if args.output else None, args.role)
     if encoder.embed_fp32:
-        log(f"{encoder.precision}: {compare_with_fp32(encoder, texts, texts)}")
+        log(f"{encoder.precision}: {compare_with_fp32(encoder, texts, texts, (args.role, args.role))}")
     print(list(vectors.shape))
     if args.output:
         write_vectors(args.output, vectors)

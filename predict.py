@@ -11,6 +11,7 @@ from common.cli import ArgumentParser, run
 from common.logs import is_main_process, log
 from common.options import add_encoder_args, call, pick
 from common.paddle_setup import set_up_paddle
+from common.texts import DOCUMENT, QUERY
 from data import pair_lines
 from modeling.checkpoint_files import check_checkpoint
 
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoder = load_encoder(**pick(args, load_encoder, text_count=2 * len(pairs)))
     encoder.tokenizer.pad_to_max_seq_len = args.pad_to_max_seq_len
     queries, titles = [pair.query for pair in pairs], [pair.title for pair in pairs]
-    report_tokens(encoder.tokenizer, {"queries": queries, "titles": titles})
+    report_tokens(encoder.tokenizer, {"queries": queries}, QUERY)
+    report_tokens(encoder.tokenizer, {"titles": titles}, DOCUMENT)
     cosines = pair_cosines(encoder, queries, titles)
     if encoder.embed_fp32:
         log(f"{encoder.precision}: {compare_with_fp32(encoder, titles, queries)}")

@@ -17,6 +17,7 @@ from common.files import is_within, make_folder, prepare_file, read_json, resolv
 from common.logs import is_main_process, log
 from common.options import add_encoder_args, add_evaluation_file_args, pick
 from common.paddle_setup import set_up_paddle
+from common.texts import DOCUMENT, QUERY
 from data import parse_text, positives_by_query, read_text_pairs, write_hits
 from modeling.checkpoint_files import check_checkpoint, lowercases
 from retrieval.corpus import Corpus, read_corpus
@@ -98,7 +99,8 @@ def report_texts(encoder: "Encoder", queries: Sequence[str], corpora: Sequence[C
     from encoding.token_statistics import report_tokens
 
     documents = {f"documents of {corpus.path}": corpus for corpus in corpora if corpus}
-    report_tokens(encoder.tokenizer, {"queries": queries, **documents})
+    report_tokens(encoder.tokenizer, {"queries": queries}, QUERY)
+    report_tokens(encoder.tokenizer, documents, DOCUMENT)
 
 
 def prepare_outputs(result_dir: str | None, result_file: Path | None, index_dir: str | None) -> None:
@@ -141,7 +143,7 @@ def typed_queries(stream: TextIO | None) -> Iterator[str]:
 def answer(encoder: "Encoder", document_index: DocumentIndex, query: str, recall_num: int) -> list[str]:
     """Searches for a query; a line with the query and the time, then one per hit with rank, cosine and document."""
     start = time.perf_counter()
-    ids, similarities = document_index.index.search(encoder.encode([query]), recall_num)
+    ids, similarities = document_index.index.search(encoder.encode([query], role=QUERY), recall_num)
     milliseconds = 1000 * (time.perf_counter() - start)
     hits = enumerate(zip(ids[0], similarities[0], strict=True), 1)
     lines = [f"{rank:3}  {similarity:.4f}  {document_index.documents[row]}" for rank, (row, similarity) in hits]

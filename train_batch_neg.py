@@ -35,7 +35,8 @@ RESUME_CRITICAL_OPTIONS = (  # must be unchanged to resume bit for bit
     "batch_size", "gradient_accumulation_steps", "epochs", "max_steps", "learning_rate", "warmup_proportion",
     "weight_decay", "max_grad_norm", "margin", "scale", "no_false_negative_mask", "symmetric_pairs", "label_column",
     "no_cross_device_negatives", "grad_cache_chunk", "use_gradient_cache", "chunk_numbers", "group_by_length",
-    "use_amp", "amp_dtype", "output_emb_size", "pooling", "dropout", "max_seq_length", "seed", "skip_bad_lines",
+    "use_amp", "amp_dtype", "output_emb_size", "pooling", "dropout", "max_seq_length", "query_prefix",
+    "document_prefix", "seed", "skip_bad_lines",
 )
 # fmt: on
 STARTING_OPTIONS = ("model_name_or_path", "from_scratch", "init_from_ckpt")  # the initial weights; unchanged as well

@@ -10,6 +10,7 @@ import numpy as np
 
 from common.errors import InputError
 from common.logs import progress_bar
+from common.texts import DOCUMENT, QUERY
 from data import SORTING_WINDOW, TextPair, TextTokenizer, TokenIds
 
 Item = TypeVar("Item")
@@ -134,13 +135,20 @@ class PairBatcher:
         self._tokenizer, self._chunk_texts = tokenizer, chunk_texts
         self._has_hard_negative = np.array([pair.hard_negative is not None for pair in pairs])
         queries, titles, hard_negatives = zip(*pairs, strict=True)
-        texts = [*queries, *titles, *(text for text in hard_negatives if text is not None)]
-        self._texts = TokenizedTexts(tokenizer, texts)
+        documents = [*titles, *(text for text in hard_negatives if text is not None)]
+        prefixed = [*tokenizer.prefixed(queries, QUERY), *tokenizer.prefixed(documents, DOCUMENT)]
+        self._texts = TokenizedTexts(tokenizer, prefixed)
         self._hard_negative_numbers = 2 * len(pairs) + np.cumsum(self._has_hard_negative) - 1  # in self._texts
-        self.mask = self._make_mask(symmetric_pairs) if mask_false_negatives else None
+        self.mask = None
+        if mask_false_negatives:
+            # The same text as a query and as a title has the same tokens only without prefixes.
+            plain = (
+                TokenizedTexts(tokenizer, [*queries, *documents]) if any(tokenizer.prefixes.values()) else self._texts
+            )
+            self.mask = self._make_mask(plain.ids(), symmetric_pairs)
 
-    def _make_mask(self, symmetric_pairs: bool | None) -> FalseNegativeMask:
-        count, ids = len(self._has_hard_negative), self._texts.ids()
+    def _make_mask(self, ids: np.ndarray, symmetric_pairs: bool | None) -> FalseNegativeMask:
+        count = len(self._has_hard_negative)
         hard_negative_ids = np.full(count, -1)
         hard_negative_ids[self._has_hard_negative] = ids[2 * count :]
         return FalseNegativeMask(ids[:count], ids[count : 2 * count], hard_negative_ids, symmetric_pairs)

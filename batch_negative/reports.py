@@ -11,6 +11,7 @@ import numpy as np
 
 from batch_negative.batches import BatchSchedule, PairBatcher
 from common.logs import log
+from common.texts import DOCUMENT, QUERY
 from data import TextPair, TextTokenizer
 from encoding.token_statistics import report_tokens
 from retrieval.corpus import Corpus
@@ -25,19 +26,18 @@ def report_texts(
     tokenizer: TextTokenizer, pairs: Sequence[TextPair], train_set_file: str, evaluation: Mapping[str, Any] | None
 ) -> None:
     """Logs how many of the texts are cut or unknown, if they are many. Raises InputError if almost all are unknown."""
-    queries, titles, hard_negatives = zip(*pairs, strict=True)
-    texts_by_name = {
-        f"queries of {train_set_file}": queries,
+    query_column, titles, hard_negatives = zip(*pairs, strict=True)
+    queries: dict[str, Sequence[str]] = {f"queries of {train_set_file}": query_column}
+    documents: dict[str, Sequence[str]] = {
         f"titles of {train_set_file}": titles,
         f"hard negatives of {train_set_file}": [text for text in hard_negatives if text],
     }
     if evaluation:
         corpus: Corpus = evaluation["corpus"]
-        texts_by_name |= {
-            "queries of the evaluation": list(evaluation["positives"]),
-            f"documents of {corpus.path}": corpus,
-        }
-    report_tokens(tokenizer, texts_by_name)
+        queries["queries of the evaluation"] = list(evaluation["positives"])
+        documents[f"documents of {corpus.path}"] = corpus
+    report_tokens(tokenizer, queries, QUERY)
+    report_tokens(tokenizer, documents, DOCUMENT)
 
 
 def report_plan(

@@ -25,7 +25,12 @@ OPTIMIZER_FILE = TRAINING_PREFIX + "optimizer.safetensors"
 EVALUATIONS_FILE = TRAINING_PREFIX + "evaluations.json"  # written after the checkpoint, so not in its manifest
 PROGRESS_KEYS = ("step", "run_config", "evaluator", "loss_scaler")  # in STATE_FILE
 OLD_NAMES = {"shape": "run_config", "no_mask_duplicates": "no_false_negative_mask"}  # version 1's name -> today's
-LATER_OPTIONS = {"label_column": False, "symmetric_pairs": None}  # as a checkpoint that lacks them was trained
+LATER_OPTIONS = {  # as a checkpoint that lacks them was trained
+    "label_column": False,
+    "symmetric_pairs": None,
+    "query_prefix": "",
+    "document_prefix": "",
+}
 NOT_SAVED = ("LR_Scheduler", "master_weights")  # of AdamW: the step gives the learning rate; parameters are float32
 
 

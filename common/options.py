@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common.cli import number_in_range, positive_int, proportion
+from common.texts import ROLES
 
 DEFAULT_MODEL = "ernie-1.0"
 DEFAULT_EMBEDDING_SIZE = 256
@@ -77,6 +78,15 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     add("--pooling", choices=POOLINGS, help=f"{pooling_help} {default_help(DEFAULT_POOLING)}")
     dropout_help = "dropout of the vector; the backbone's own is in its config.json"
     add("--dropout", type=proportion, help=f"{dropout_help} {default_help(DEFAULT_DROPOUT)}")
+    prefix_default = "(default: that of --init_from_ckpt or of the model's folder, else none)"
+    add("--query_prefix", help=f"text before every query, such as BGE's instruction {prefix_default}")
+    add("--document_prefix", help=f"text before every title and document, such as E5's 'passage: ' {prefix_default}")
+
+
+def add_role_arg(parser: argparse.ArgumentParser) -> None:
+    """Adds `--role`."""
+    role_help = "what the texts are, for a model with a prefix for that role (default: neither, no prefix)"
+    parser.add_argument("--role", choices=ROLES, help=role_help)
 
 
 def default_help(value: Any) -> str:

@@ -11,6 +11,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer, PreTokenizer, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 
+QUERY, DOCUMENT = ROLES = ("query", "document")  # what a text is in a search; a model may have a prefix for each
 REPLACEMENT_CHARACTER = "\ufffd"
 NO_LETTERS = re.compile(r"[\W_]+")
 

@@ -19,6 +19,7 @@ from common.files import atomic_folder, scratch_folder
 from common.logs import log, progress_bar
 from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from common.options import STATIC_FROM_TEXTS
+from common.texts import DOCUMENT, QUERY
 from data import Embed, TextTokenizer, encode_texts
 from encoding.static_graph import StaticEncoder, export_static
 from modeling.checkpoint import load_checkpoint
@@ -39,12 +40,16 @@ class Encoder(NamedTuple):
     precision: str = "fp32"
     embed_fp32: Embed | None = None  # None if the precision is fp32
 
-    def encode(self, texts: Sequence[str], desc: str | None = None) -> np.ndarray:
-        """Unit vectors, float32 [N, D], in the texts' order. desc: name of a progress bar; None shows none."""
+    def encode(self, texts: Sequence[str], desc: str | None = None, role: str | None = None) -> np.ndarray:
+        """Unit vectors, float32 [N, D], in the texts' order.
+
+        desc: name of a progress bar; None shows none. role: see `TextTokenizer.prefixed`.
+        """
         if not texts:
             return np.empty((0, self.embedding_size), dtype=np.float32)
         with progress_bar(len(texts), desc, "text") if desc else nullcontext() as progress:
-            return encode_texts(self.embed, texts, self.tokenizer, self.batch_size, progress)
+            prefixed = self.tokenizer.prefixed(texts, role)
+            return encode_texts(self.embed, prefixed, self.tokenizer, self.batch_size, progress)
 
 
 def load_encoder(
@@ -142,11 +147,22 @@ class Fidelity(NamedTuple):
         return f"{cosines}, and find {100 * self.recall_vs_fp32:.2f} % of fp32's top {SAMPLE_TOP}"
 
 
-def compare_with_fp32(encoder: Encoder, documents: Sequence[str], queries: Sequence[str]) -> Fidelity:
-    """Encodes the first documents and queries in both precisions. Raises InputError for a vector whose norm isn't 1."""
+def compare_with_fp32(
+    encoder: Encoder,
+    documents: Sequence[str],
+    queries: Sequence[str],
+    roles: tuple[str | None, str | None] = (DOCUMENT, QUERY),
+) -> Fidelity:
+    """Encodes the first documents and queries in both precisions. Raises InputError for a vector whose norm isn't 1.
+
+    roles: those of `documents` and `queries`.
+    """
     documents, queries = documents[:SAMPLE_DOCUMENTS], queries[:SAMPLE_QUERIES]
     encoders = (encoder, encoder._replace(embed=encoder.embed_fp32 or encoder.embed))
-    vectors, fp32_vectors = [np.concatenate([each.encode(documents), each.encode(queries)]) for each in encoders]
+    vectors, fp32_vectors = [
+        np.concatenate([each.encode(documents, role=roles[0]), each.encode(queries, role=roles[1])])
+        for each in encoders
+    ]
     found = []
     for rows in (vectors, fp32_vectors):
         index = ExactIndex(encoder.embedding_size)

@@ -6,7 +6,8 @@ from common.errors import InputError
 from common.files import read_json, resolve_interrupted_replace
 from common.logs import log
 from common.manifest import MANIFEST_FILE, check_manifest
-from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, max_position_tokens
+from common.texts import ROLES
+from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, TextTokenizer, max_position_tokens
 
 GRAPH_NAME = "inference.get_pooled_embedding"  # file name without suffix, as in the original
 GRAPH_SUFFIXES = (".json", ".pdmodel")  # of Paddle 3, of Paddle 2
@@ -51,15 +52,21 @@ def check_exported(model_dir: str | Path, max_seq_length: int | None = None) -> 
     return folder
 
 
-def exported_length(model_dir: str | Path, max_seq_length: int | None = None) -> int:
-    """The tokens to which texts are cut: max_seq_length or, if it is None, those of the exported model.
+def exported_tokenizer(model_dir: str | Path, max_seq_length: int | None = None) -> TextTokenizer:
+    """The tokenizer of an exported model, with its prefixes.
 
-    Logs a max_seq_length that differs. Raises InputError if the folder's semantic_index.json can't be used.
+    max_seq_length: the tokens to which texts are cut, instead of the exported length, which is logged. Raises
+    InputError if the folder's files can't be used.
     """
     file = Path(model_dir) / MODEL_CONFIG_FILE
-    exported = read_json(file).get("max_seq_length")
+    config = read_json(file)
+    exported = config.get("max_seq_length")
     if not isinstance(exported, int):
         raise InputError(f"{file}: has no max_seq_length; {EXPORT_AGAIN}")
     if max_seq_length and max_seq_length != exported:
         log(f"--max_seq_length {max_seq_length}: {model_dir} was exported with {exported}")
-    return max_seq_length or exported
+    tokenizer = TextTokenizer.load(model_dir, max_seq_length or exported)
+    tokenizer.prefixes = {role: config.get(f"{role}_prefix", "") for role in ROLES}  # earlier versions have none
+    if not all(isinstance(prefix, str) for prefix in tokenizer.prefixes.values()):
+        raise InputError(f"{file}: has a prefix that isn't a text; {EXPORT_AGAIN}")
+    return tokenizer

@@ -64,7 +64,8 @@ def export_sentence_transformers(loaded: LoadedCheckpoint, folder: Path) -> floa
     write_tokenizer(folder, tokenizer)
     write_modules(folder, model, weights)
     write_json(folder / LENGTH_FILE, {"max_seq_length": tokenizer.max_seq_length, "do_lower_case": False})
-    write_json(folder / PROMPTS_FILE, {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"})
+    prompts = {"prompts": model.config.prefixes, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    write_json(folder / PROMPTS_FILE, prompts)
     again = load_checkpoint(folder)
     difference = largest_difference(model.embed, again.model.embed, tokenizer)
     check_difference(folder, "model", difference)

@@ -26,7 +26,7 @@ from encoding.exported_files import (
     INPUT_NAMES,
     WEIGHTS_SUFFIX,
     check_exported,
-    exported_length,
+    exported_tokenizer,
     graph_file,
 )
 
@@ -259,8 +259,7 @@ def load_exported(
     manifest.
     """
     folder = check_exported(model_dir, max_seq_length)
-    length = exported_length(folder, max_seq_length)
-    tokenizer = TextTokenizer.load(folder, length)
+    tokenizer = exported_tokenizer(folder, max_seq_length)
     load = partial(StaticEncoder, device=device, precision=precision, threads=threads, onednn=onednn)
     if not tensorrt_batch_size:
         return Exported(load(folder), tokenizer)
@@ -268,5 +267,7 @@ def load_exported(
     check_precision(precision, device)
     tokenizer.pad_to_max_seq_len = True
     with scratch_folder() as target:
-        convert_to_tensorrt(folder, target, precision=precision, batch_size=tensorrt_batch_size, length=length)
+        convert_to_tensorrt(
+            folder, target, precision=precision, batch_size=tensorrt_batch_size, length=tokenizer.max_seq_length
+        )
         return Exported(load(target), tokenizer)

@@ -30,41 +30,49 @@ class TokenStatistics(NamedTuple):
     example: str  # a text with the largest share of [UNK]
 
 
-def token_statistics(tokenizer: TextTokenizer, texts: Sequence[str]) -> TokenStatistics:
-    """The statistics of a random sample, the same in each call; texts: at least one."""
+def token_statistics(tokenizer: TextTokenizer, texts: Sequence[str], role: str | None = None) -> TokenStatistics:
+    """The statistics of a random sample, the same in each call; texts: at least one.
+
+    role: see `TextTokenizer.prefixed`; a prefix counts for the length alone.
+    """
     rows = np.sort(np.random.default_rng(0).choice(len(texts), min(len(texts), SAMPLE), replace=False)).tolist()
     sample = [texts[row] for row in rows]
     lengths, unknown = tokenizer.count(sample)
     shares = _unknown_shares(lengths, unknown)
+    prefixed_lengths = lengths + tokenizer.prefix_length(role)
     return TokenStatistics(
         texts=len(sample),
-        cut=int((lengths > tokenizer.max_seq_length).sum()),
-        covering_length=int(np.quantile(lengths, COVERED, method="higher")),
+        cut=int((prefixed_lengths > tokenizer.max_seq_length).sum()),
+        covering_length=int(np.quantile(prefixed_lengths, COVERED, method="higher")),
         unknown=float(unknown.sum() / max(1, (lengths - 2).sum())),
         mostly_unknown=int((shares >= MOSTLY_UNKNOWN).sum()),
         example=sample[int(shares.argmax())],
     )
 
 
-def count_unseen(tokenizer: TextTokenizer, texts: Sequence[str]) -> tuple[int, int]:
-    """How many texts are cut, and how many mostly unknown, see TokenStatistics; of all texts."""
+def count_unseen(tokenizer: TextTokenizer, texts: Sequence[str], role: str | None = None) -> tuple[int, int]:
+    """How many texts of a role are cut, and how many mostly unknown, see TokenStatistics; of all texts."""
     lengths, unknown = tokenizer.count(texts)
     mostly_unknown = _unknown_shares(lengths, unknown) >= MOSTLY_UNKNOWN
-    return int((lengths > tokenizer.max_seq_length).sum()), int(mostly_unknown.sum())
+    room = tokenizer.max_seq_length - tokenizer.prefix_length(role)
+    return int((lengths > room).sum()), int(mostly_unknown.sum())
 
 
 def _unknown_shares(lengths: np.ndarray, unknown: np.ndarray) -> np.ndarray:
     return unknown / np.maximum(1, lengths - 2)  # without [CLS] and [SEP]
 
 
-def report_tokens(tokenizer: TextTokenizer, texts_by_name: Mapping[str, Sequence[str]]) -> None:
+def report_tokens(
+    tokenizer: TextTokenizer, texts_by_name: Mapping[str, Sequence[str]], role: str | None = None
+) -> None:
     """Logs the shares of cut texts and of unknown tokens, if they are large.
 
-    texts_by_name: a name, in the plural, and its texts. Raises InputError if almost all of them are mostly unknown.
+    texts_by_name: a name, in the plural, and its texts, which all have this role. Raises InputError if almost all of
+    them are mostly unknown.
     """
     for name, texts in texts_by_name.items():
         if texts:
-            _report(token_statistics(tokenizer, texts), name, tokenizer.max_seq_length)
+            _report(token_statistics(tokenizer, texts, role), name, tokenizer.max_seq_length)
 
 
 def _report(statistics: TokenStatistics, name: str, max_seq_length: int) -> None:

@@ -76,6 +76,8 @@ def create_model(
     pooling: str | None = None,
     dropout: float | None = None,
     max_seq_length: int | None = None,
+    query_prefix: str | None = None,
+    document_prefix: str | None = None,
 ) -> LoadedModel:
     """The model that a training starts from, in training mode. The arguments are options of train_batch_neg.py.
 
@@ -83,8 +85,9 @@ def create_model(
     reduction's are random unless the file has them in the right shape. A setting that is None is the checkpoint's; if
     it has none, the default of ModelSettings. Logs what is given and differs, and what is assumed. Raises InputError.
     """
-    values = zip(ModelSettings._fields, (output_emb_size, pooling, dropout, max_seq_length), strict=True)
-    given = {name: value for name, value in values if value is not None}
+    values = (output_emb_size, pooling, dropout, max_seq_length, query_prefix, document_prefix)
+    named = zip(ModelSettings._fields, values, strict=True)
+    given = {name: value for name, value in named if value is not None}
     if not (init_from_ckpt or from_scratch):
         model_folder(model_name_or_path or DEFAULT_MODEL, weights=True)  # before its settings are looked at
     held = held_settings(init_from_ckpt, from_scratch, model_name_or_path)
@@ -104,6 +107,7 @@ def create_model(
     _check_vocabulary(tokenizer, backbone)
     weights = _named_weights(read_weights(weights_file), weights_file, backbone) if weights_file else {}
     model = cls(build_backbone(backbone), ModelConfig(**settings._asdict()))
+    tokenizer.prefixes = model.config.prefixes
     if weights_file:
         _set_weights(model, weights, weights_file, backbone, head_is_optional=True)
         report_prompts(weights_file.parent)
@@ -142,6 +146,7 @@ def load_checkpoint(
     _check_vocabulary(tokenizer, backbone)
     weights = _named_weights(weights, file, backbone)
     model = cls(build_backbone(backbone, draw=False), config)
+    tokenizer.prefixes = config.prefixes
     _set_weights(model, weights, file, backbone, head_is_optional=False)
     report_prompts(file.parent)
     _check_padding(model, backbone)

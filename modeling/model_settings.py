@@ -22,6 +22,7 @@ from modeling.tokenizer_files import has_tokenizer
 from modeling.weight_files import read_weights
 
 DEFAULT_TRAIN_LENGTH = 512  # of train_batch_neg.py; less for a shorter position table
+PREFIXES = ("query_prefix", "document_prefix")
 NOT_OF_THE_MODEL = ("_name_or_path", "paddlenlp_version")  # of a backbone's config: don't change the vectors
 
 
@@ -32,6 +33,8 @@ class ModelSettings(NamedTuple):
     pooling: str = DEFAULT_POOLING
     dropout: float = DEFAULT_DROPOUT
     max_seq_length: int | None = None  # None: DEFAULT_TRAIN_LENGTH, or the size of the position table if that is less
+    query_prefix: str = ""
+    document_prefix: str = ""
 
 
 class HeldSettings(NamedTuple):
@@ -52,19 +55,26 @@ class HeldSettings(NamedTuple):
         """
         if self.source is None:
             return
-        if taken := ", ".join(f"{name} {value}" for name, value in self.values.items() if name not in given):
+        untold = {name: value for name, value in self.values.items() if name not in given and value != ""}
+        if taken := ", ".join(described(name, value) for name, value in untold.items()):
             log(f"{self.source}: going on with its settings: {taken}")
         for name, value in given.items():
             report_difference(name, value, self.source, self.values.get(name, value))
         known = {*self.values, *given}
-        assumed = {name: value for name, value in resolved._asdict().items() if name not in known}
+        assumed = {name: value for name, value in resolved._asdict().items() if name not in known and value != ""}
         report_assumed(self.source, assumed, backbone)
+
+
+def described(name: str, value: Any) -> str:
+    """A setting in a message; prefixes are quoted, since spaces at their ends count."""
+    return f"{name} {value!r}" if name.endswith("_prefix") else f"{name} {value}"
 
 
 def report_difference(name: str, value: Any, source: Path, held: Any) -> None:
     """Logs an option whose value isn't the one that a checkpoint holds."""
     if value != held:
-        log(f"--{name} {value}: {source} was trained with {held}")
+        value_held = described(name, held).removeprefix(f"{name} ")
+        log(f"--{described(name, value)}: {source} was trained with {value_held}")
 
 
 def report_assumed(source: Path, settings: Mapping[str, Any], backbone: str | None) -> None:
@@ -102,7 +112,7 @@ def report_scratch_folder(
     if (folder / MODEL_CONFIG_FILE).is_file():
         held, ours = asdict(read_model_config(folder)), settings._asdict()
         changed = [name for name in ours if held[name] != ours[name]]
-        if values := ", ".join(f"{name} {ours[name]}, not {held[name]}" for name in changed):
+        if values := ", ".join(f"{described(name, ours[name])}, not {held[name]}" for name in changed):
             log(f"{option}: its {MODEL_CONFIG_FILE} isn't used: {values}")
     if checkpoint and (checkpoint / BACKBONE_CONFIG_FILE).is_file():
         config, other = backbone.config.to_dict(), find_backbone(checkpoint).config.to_dict()
@@ -157,14 +167,17 @@ def read_model_config(folder: Path) -> ModelConfig:
     file = folder / MODEL_CONFIG_FILE
     if not file.is_file():
         told = read_sentence_transformers_folder(folder)
-        return ModelConfig(told.output_emb_size, told.pooling, 0.0, told.max_seq_length or DEFAULT_TRAIN_LENGTH)
+        length = told.max_seq_length or DEFAULT_TRAIN_LENGTH
+        return ModelConfig(told.output_emb_size, told.pooling, 0.0, length, told.query_prefix, told.document_prefix)
     content = read_json(file)
+    prefixes = {name: content.get(name, "") for name in PREFIXES}
     try:
         size, length = int(content["output_emb_size"]), int(content["max_seq_length"])
-        config = ModelConfig(size, str(content["pooling"]), float(content["dropout"]), length)
+        config = ModelConfig(size, str(content["pooling"]), float(content["dropout"]), length, **prefixes)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: isn't a model config (see {error})") from None
-    if config.pooling not in POOLINGS or size < 0 or length < 3 or not 0 <= config.dropout < 1:
+    are_texts = all(isinstance(prefix, str) for prefix in prefixes.values())
+    if config.pooling not in POOLINGS or size < 0 or length < 3 or not 0 <= config.dropout < 1 or not are_texts:
         raise InputError(f"{file}: has a value out of range")
     return config
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ IDENTITY = "torch.nn.modules.linear.Identity"
 TANH = "torch.nn.modules.activation.Tanh"
 PLAIN_LAYER = {"activation_function": IDENTITY, "bias": True, "use_residual": False}  # of Dense
 POOLINGS = {"cls": "first_token", "mean": "mean"}  # their name -> ours
+PROMPT_NAMES = (("query",), ("document", "passage", "corpus"))  # of queries, of documents; the first one counts
 MODE_PREFIX = "pooling_mode_"  # of a mode's switch, in the files before version 6
 MODE_NAMES = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max"}  # of these switches -> today's names
 
@@ -41,7 +43,9 @@ class SentenceTransformersFolder(NamedTuple):
     dense: Path | None  # the folder of the linear reduction's weights
     output_emb_size: int  # of the reduction; 0 without one
     max_seq_length: int | None  # None: the folder doesn't tell
-    prompts: Mapping[str, str]  # those that aren't empty, by their names
+    query_prefix: str
+    document_prefix: str
+    other_prompts: Mapping[str, str]  # those of other roles that aren't empty, by their names
 
 
 def is_sentence_transformers_folder(folder: Path) -> bool:
@@ -74,10 +78,11 @@ def _dense_weights(dense: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def report_prompts(folder: Path) -> None:
-    """Logs that the folder's prompts aren't put before texts, if it has any."""
-    if is_sentence_transformers_folder(folder) and (prompts := read_sentence_transformers_folder(folder).prompts):
+    """Logs the folder's prompts that are neither for queries nor for documents, if it has any."""
+    if is_sentence_transformers_folder(folder) and (prompts := read_sentence_transformers_folder(folder).other_prompts):
         names = ", ".join(f"{name} {text!r}" for name, text in prompts.items())
-        log(f"{folder / PROMPTS_FILE}: its prompts aren't put before texts ({names}); write them into your files")
+        remedy = "to train with one of them, give it as --query_prefix or --document_prefix"
+        log(f"{folder / PROMPTS_FILE}: prompts for other tasks aren't used ({names}); {remedy}")
 
 
 def read_sentence_transformers_folder(folder: Path) -> SentenceTransformersFolder:
@@ -100,9 +105,21 @@ def read_sentence_transformers_folder(folder: Path) -> SentenceTransformersFolde
     size = _dense_size(layers[0] / MODULE_CONFIG_FILE) if layers else 0
     pooling, dense = "cls" if pooler else pooling, layers[0] if layers else None
     length = read_json(folder / LENGTH_FILE).get("max_seq_length") if (folder / LENGTH_FILE).is_file() else None
-    prompts = read_json(folder / PROMPTS_FILE).get("prompts") if (folder / PROMPTS_FILE).is_file() else None
-    given = {name: text for name, text in (prompts or {}).items() if text}
-    return SentenceTransformersFolder(pooling, pooler, dense, size, length, given)
+    query, document, others = _prompts(folder)
+    if (query or document) and read_json(folder / modules[1][1] / MODULE_CONFIG_FILE).get("include_prompt") is False:
+        raise InputError(f"{file}: its Pooling leaves prompts out (include_prompt false), which can't be followed")
+    return SentenceTransformersFolder(pooling, pooler, dense, size, length, query, document, others)
+
+
+def _prompts(folder: Path) -> tuple[str, str, dict[str, str]]:
+    """The prompts of queries, of documents, and those of other tasks by their names."""
+    file = folder / PROMPTS_FILE
+    prompts = (read_json(file).get("prompts") if file.is_file() else None) or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
+        raise InputError(f"{file}: its prompts aren't texts by names")
+    given = {name: text for name, text in prompts.items() if text}
+    query, document = (next((given[name] for name in names if name in given), "") for names in PROMPT_NAMES)
+    return query, document, {name: given[name] for name in given if name not in chain.from_iterable(PROMPT_NAMES)}
 
 
 def _kind(file: Path, module: Any) -> str:

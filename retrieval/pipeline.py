@@ -14,7 +14,7 @@ from ann_util import HnswIndex, IndexOptions, VectorIndex, build_index, recall_v
 from common.distributed import barrier, broadcast_object, encode_on_all_ranks, init_ranks
 from common.errors import InputError
 from common.logs import is_main_process, log, progress_bar
-from common.texts import TextSet
+from common.texts import DOCUMENT, QUERY, TextSet
 from data import Hit, encode_texts
 from encoding.encoder import Encoder
 from retrieval.corpus import Corpus
@@ -36,15 +36,15 @@ class SearchResult(NamedTuple):
 def encode_queries(encoder: Encoder, queries: Sequence[str]) -> np.ndarray:
     """Vectors of the queries, float32 [Q, D], on all ranks; each rank encodes a part."""
     size = encoder.embedding_size
-    return encode_on_all_ranks(len(queries), size, lambda rows: encoder.encode(queries[rows], "queries"))
+    return encode_on_all_ranks(len(queries), size, lambda rows: encoder.encode(queries[rows], "queries", QUERY))
 
 
 def pair_cosines(encoder: Encoder, queries: Sequence[str], titles: Sequence[str]) -> np.ndarray:
     """The cosine of each query with the title in the same row, float32 [N], on all ranks; each rank computes a part."""
 
     def cosines(rows: slice) -> np.ndarray:
-        products = encoder.encode(queries[rows], "queries") * encoder.encode(titles[rows], "titles")
-        return products.sum(axis=1, keepdims=True)
+        query_vectors = encoder.encode(queries[rows], "queries", QUERY)
+        return (query_vectors * encoder.encode(titles[rows], "titles", DOCUMENT)).sum(axis=1, keepdims=True)
 
     return encode_on_all_ranks(len(queries), 1, cosines)[:, 0]
 
@@ -63,7 +63,7 @@ def encode_corpus(encoder: Encoder, corpus: Corpus, folder: Path) -> Embeddings:
     text_count = sum(shards[number].stop - shards[number].start for number in own_shards)
     with progress_bar(text_count, "corpus", "text") as progress:
         for number in own_shards:
-            texts = corpus[shards[number]]
+            texts = encoder.tokenizer.prefixed(corpus[shards[number]], DOCUMENT)
             vectors = encode_texts(encoder.embed, texts, encoder.tokenizer, encoder.batch_size, progress)
             embeddings.write(number, vectors)
     barrier()
@@ -172,7 +172,7 @@ def add_documents(encoder: Encoder, document_index: DocumentIndex, added: Corpus
         log(f"{added.path}: left out {len(added) - len(missing)} documents that the index has")
     new_documents = list(missing)
     for start in range(0, len(new_documents), SHARD_ROWS):
-        document_index.index.add(encoder.encode(new_documents[start : start + SHARD_ROWS], "added"))
+        document_index.index.add(encoder.encode(new_documents[start : start + SHARD_ROWS], "added", DOCUMENT))
     return new_documents
 
 
@@ -197,7 +197,9 @@ def tune(
     """
     if isinstance(index, HnswIndex) and index.target_recall:
         has_queries = len(query_vectors) > 0
-        sample = sample_of(query_vectors, other=True) if has_queries else encoder.encode(sample_of(documents))
+        sample = (
+            sample_of(query_vectors, other=True) if has_queries else encoder.encode(sample_of(documents), role=QUERY)
+        )
         index.tune_ef(sample, k, index.target_recall)
         index.ef = max(index.ef, lowest_ef)
 

@@ -43,6 +43,7 @@ from serving.limits import (
     check_texts,
     connection_limit,
     service_log,
+    take_role,
 )
 
 # Python 3.10 dropped this name; paddle_serving_client.httpclient imports it.
@@ -96,7 +97,8 @@ def error_response(number: int, message: str) -> Response:
 class PipelineService:
     """Answers requests for vectors, over gRPC and for other callers of `answer`.
 
-    tokenizer: the encoders' tokenizer, to count texts that the model doesn't see as a whole; None counts none.
+    tokenizer: the encoders' tokenizer, for prefixes and to count texts that the model doesn't see as a whole; None does
+    neither.
     """
 
     def __init__(
@@ -132,11 +134,12 @@ class PipelineService:
             raise RequestError(NO_SUCH_SERVICE, f"no such service: this one is named {SERVICE}")
         if request.tensors:
             raise RequestError(BAD_REQUEST, "tensors aren't accepted: send texts as values")
-        texts = check_texts(request.key, request.value, self.limits)
+        role, keys, values = take_role(request.key, request.value)
+        texts = check_texts(keys, values, self.limits)
         with self.admission.admitted(len(texts)):
-            vectors = self._batcher.encode(texts)
+            vectors = self._batcher.encode(self._tokenizer.prefixed(texts, role) if self._tokenizer else texts)
             if self._tokenizer:
-                self.metrics.unseen(*count_unseen(self._tokenizer, texts))
+                self.metrics.unseen(*count_unseen(self._tokenizer, texts, role))
         return Response(key=[OUTPUT], value=[vectors_json(vectors)])
 
     def listen(self, host: str, port: int) -> int:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from common.logs import log
-from common.texts import has_visible_text
+from common.texts import ROLES, has_visible_text
 
 # Values of err_no: those of Serving's `CustomExceptionCode` (0.9.0); it leaves 51 to 99 to its users.
 OK = 0
@@ -16,6 +16,7 @@ STOPPING = 3001
 NO_SUCH_SERVICE = 3002
 BAD_REQUEST = 5000
 INTERNAL_ERROR = 10000
+ROLE_KEY = "role"  # of a request: its value is what the texts are
 OTHER_FILES = 40  # that the service opens beside the connections of its two ports; 15 with one encoder at rest
 
 
@@ -40,6 +41,20 @@ class Limits(NamedTuple):
     characters: int  # of a text
     bytes: int
     queued_texts: int  # of all requests that aren't answered yet
+
+
+def take_role(keys: Sequence[str], values: Sequence[str]) -> tuple[str | None, Sequence[str], Sequence[str]]:
+    """The role of a request's texts, which is the value of the key "role", and its other keys and values.
+
+    Without that key the role is None. Raises RequestError.
+    """
+    if ROLE_KEY not in keys or len(keys) != len(values):  # check_texts reports the latter
+        return None, keys, values
+    place = list(keys).index(ROLE_KEY)
+    role = values[place]
+    if role not in ROLES:
+        raise RequestError(BAD_REQUEST, f"role is none of {', '.join(ROLES)}: leave it out for texts that are neither")
+    return role, [*keys[:place], *keys[place + 1 :]], [*values[:place], *values[place + 1 :]]
 
 
 def check_texts(keys: Sequence[str], values: Sequence[str], limits: Limits) -> list[str]:

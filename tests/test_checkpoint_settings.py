@@ -336,7 +336,7 @@ def test_another_length_than_the_exports_is_said(
         capsys.readouterr()
         assert deploy_predict.main([*options, *(["--max_seq_length", str(length)] if length else [])]) == 0
         assert settings_lines(capsys.readouterr().err) == lines
-        assert clients.tokenize([text], str(tmp_path / "output"), length)[0].shape == (1, length or 12)
+        assert clients.tokenize([text], str(tmp_path / "output"), length, None)[0].shape == (1, length or 12)
         assert settings_lines(capsys.readouterr().err) == lines
 
 

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import ArgumentParser, number_in_range, text_argument
 from common.errors import InputError
-from data import SAMPLE_TEXTS, TextTokenizer, TokenIds
-from encoding.exported_files import exported_length
+from common.options import add_role_arg
+from data import SAMPLE_TEXTS, TokenIds
+from encoding.exported_files import exported_tokenizer
 from encoding.token_statistics import report_tokens
 from serving.protos import Request, Response, RpcMeta
 
@@ -32,6 +33,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--texts", nargs="+", type=text_argument, default=SAMPLE_TEXTS, help="texts to encode")
     parser.add_argument("--endpoint", type=endpoint, default="127.0.0.1:9393", help="host:port of the server")
     parser.add_argument("--model_dir", default="serving_server", help="folder with the model's vocabulary")
+    add_role_arg(parser)
     parser.add_argument("--max_seq_length", type=number_in_range(3), help="tokens per text (default: the model's)")
     seconds = number_in_range(0.001, float)
     parser.add_argument("--timeout", type=seconds, default=20.0, help="seconds to wait for the server")
@@ -46,18 +48,19 @@ def endpoint(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def tokenize(texts: Sequence[str], model_dir: str, max_seq_length: int | None) -> TokenIds:
+def tokenize(texts: Sequence[str], model_dir: str, max_seq_length: int | None, role: str | None) -> TokenIds:
     """The texts as int64 [B, max_seq_length], padded to the full length as the document's clients do.
 
-    max_seq_length: by default the model's. Raises InputError if the folder isn't a model's.
+    max_seq_length: by default the model's; role: see `TextTokenizer.prefixed`. Raises InputError if the
+    folder isn't a model's.
     """
     folder = Path(model_dir)
     if not folder.is_dir():
         raise InputError(f"--model_dir {folder}: no such folder; give the one that the server serves")
-    tokenizer = TextTokenizer.load(folder, exported_length(folder, max_seq_length))
+    tokenizer = exported_tokenizer(folder, max_seq_length)
     tokenizer.pad_to_max_seq_len = True
-    report_tokens(tokenizer, {"texts": texts})
-    return tokenizer(texts)
+    report_tokens(tokenizer, {"texts": texts}, role)
+    return tokenizer(tokenizer.prefixed(texts, role))
 
 
 def make_request(tokens: TokenIds, log_id: int = 0, *, as_bytes: bool = False) -> Any:

@@ -9,7 +9,7 @@ from common.cli import run
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the shapes of the token ids, and the whole answer."""
     args = build_parser(__doc__).parse_args(argv)
-    tokens = tokenize(args.texts, args.model_dir, args.max_seq_length)
+    tokens = tokenize(args.texts, args.model_dir, args.max_seq_length, args.role)
     for array in tokens:
         print(array.shape)
     print(http_inference(args.endpoint, make_request(tokens), args.timeout))

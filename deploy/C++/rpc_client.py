@@ -10,7 +10,7 @@ from common.cli import run
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the time in seconds, and the vectors."""
     args = build_parser(__doc__).parse_args(argv)
-    request = make_request(tokenize(args.texts, args.model_dir, args.max_seq_length), as_bytes=True)
+    request = make_request(tokenize(args.texts, args.model_dir, args.max_seq_length, args.role), as_bytes=True)
     start = time.perf_counter()
     response = rpc_inference(args.endpoint, request, args.timeout)
     print(f"time to cost :{time.perf_counter() - start} seconds")

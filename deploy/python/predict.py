@@ -17,8 +17,17 @@ from common.cli import ArgumentParser, add_switch, positive_int, run, text_argum
 from common.errors import InputError
 from common.files import prepare_file, write_json
 from common.logs import log, progress_bar
-from common.options import add_device_arg, add_encoding_args, add_precision_arg, add_reading_args, call, pick
+from common.options import (
+    add_device_arg,
+    add_encoding_args,
+    add_precision_arg,
+    add_reading_args,
+    add_role_arg,
+    call,
+    pick,
+)
 from common.paddle_setup import set_up_paddle
+from common.texts import DOCUMENT, QUERY
 from data import SAMPLE_TEXTS, TextPair, encode_texts, pair_lines, read_texts, write_vectors
 from encoding.exported_files import find_exported
 
@@ -35,10 +44,11 @@ PERCENTILES = (50, 90, 95, 99)
 BENCHMARK_FILE = "benchmark.json"
 
 
-def encode(model: "Exported", texts: Sequence[str], batch_size: int) -> np.ndarray:
-    """The vectors of the texts, float32 [N, D], in order."""
+def encode(model: "Exported", texts: Sequence[str], role: str | None, batch_size: int) -> np.ndarray:
+    """The vectors of the texts of a role, float32 [N, D], in order."""
+    prefixed = model.tokenizer.prefixed(texts, role)
     with progress_bar(len(texts), "texts", "text") as progress:
-        return encode_texts(model.encoder.embed, texts, model.tokenizer, batch_size, progress=progress)
+        return encode_texts(model.encoder.embed, prefixed, model.tokenizer, batch_size, progress=progress)
 
 
 def measure(model: "Exported", texts: Sequence[str], batch_size: int) -> dict[str, float]:
@@ -65,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text_file", help="a file of texts to encode, one per line")
     parser.add_argument("--text_pair_file", help="a file of pairs to compare, query<TAB>title a line")
     parser.add_argument("--output", help="write the vectors, float32 [N, D] in the texts' order, to this .npy file")
+    add_role_arg(parser)
     add_reading_args(parser)
     add_encoding_args(parser, batch_size=15, length="the exported model's")
     add_device_arg(parser, default=None)
@@ -134,9 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_json(log_file, figures)
         return 0
     queries, titles = [pair.query for pair in good_pairs], [pair.title for pair in good_pairs]
-    report_tokens(model.tokenizer, {"texts": texts, "queries": queries, "titles": titles})
+    for name, column, role in (("texts", texts, args.role), ("queries", queries, QUERY), ("titles", titles, DOCUMENT)):
+        report_tokens(model.tokenizer, {name: column}, role)
     if texts:
-        vectors = encode(model, texts, args.batch_size)
+        vectors = encode(model, texts, args.role, args.batch_size)
         print(vectors.shape)
         if args.output:
             write_vectors(args.output, vectors)
@@ -144,7 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(vectors)
     if pairs:
-        query_vectors, title_vectors = np.split(encode(model, queries + titles, args.batch_size), 2)
+        query_vectors = encode(model, queries, QUERY, args.batch_size)
+        title_vectors = encode(model, titles, DOCUMENT, args.batch_size)
         cosines = iter((query_vectors * title_vectors).sum(axis=1).tolist())
         print([math.nan if pair is None else next(cosines) for pair in pairs])
     return 0

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import ArgumentParser, run, text_argument
 from common.errors import InputError
+from common.options import add_role_arg
 from data import SAMPLE_TEXTS
 
 
@@ -23,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--endpoint", default=f"127.0.0.1:{port}", help="address and gRPC port of the service")
     text = "a text; may be given several times (default: the document's samples)"
     parser.add_argument("--text", action="append", type=text_argument, help=text)
+    add_role_arg(parser)
     return parser
 
 
@@ -33,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from serving.adapter import embed_remotely
 
     feed = {str(number): text for number, text in enumerate(args.text or SAMPLE_TEXTS)}
+    if args.role:
+        feed["role"] = args.role
     print(feed)
     answer = embed_remotely(args.endpoint, feed)
     if answer.err_no:

@@ -12,8 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import ArgumentParser, run
 from common.cpu import cpu_count
 from common.signals import Stopped, StopSignals
-from data import TextTokenizer
-from encoding.exported_files import exported_length, find_exported
+from encoding.exported_files import exported_tokenizer, find_exported
 from serving.encoder_process import EncoderOptions, EncoderProcess
 from serving.limits import Limits, raise_open_files, service_log
 from serving.settings import add_settings_args, check_ports, read_settings
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         threads=settings["threads"] or max(1, cpu_count() // settings["workers"]),
         max_seq_length=settings["max_seq_length"] or None,
     )
-    tokenizer = TextTokenizer.load(model, settings["max_seq_length"] or exported_length(model))
+    tokenizer = exported_tokenizer(model, settings["max_seq_length"] or None)
     # Outside of StopSignals: a signal may end the process while the models are loaded.
     encoders = [EncoderProcess(encoder_options) for _ in range(settings["workers"])]
     with StopSignals() as signals:

@@ -70,5 +70,5 @@ def test_endpoints() -> None:
 @pytest.mark.parametrize(("max_seq_length", "length"), [(None, 24), (10, 10)])
 def test_texts_are_padded_to_the_models_length(serving_server: Path, max_seq_length: int | None, length: int) -> None:
     """Or to the given length."""
-    tokens = clients.tokenize(["水稻"], str(serving_server), max_seq_length)
+    tokens = clients.tokenize(["水稻"], str(serving_server), max_seq_length, None)
     assert [array.shape for array in tokens] == [(1, length)] * 2

@@ -58,6 +58,7 @@ def test_files_of_a_checkpoint(model_folder: Path, tmp_path: Path) -> None:
     }
     assert read_json(tmp_path / "model_1" / "semantic_index.json") == {
         **{"output_emb_size": 16, "pooling": "cls", "dropout": 0.1, "max_seq_length": 20},
+        **{"query_prefix": "", "document_prefix": ""},
         "version": __version__,
     }
 

@@ -14,7 +14,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import export_model
-import inference
 import train_batch_neg
 from base_model import ModelConfig, SemanticIndexBase
 from common.errors import InputError
@@ -120,19 +119,52 @@ def test_a_training_takes_the_folder_s_settings_and_keeps_them(
     assert f"--output_emb_size 4: {folder} was trained with 0" in capsys.readouterr().err
 
 
-def test_prompts_that_aren_t_used_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prompts = {"prompts": {"query": "为这个句子生成表示：", "document": ""}, "default_prompt_name": None}
-    folder = made(tmp_path / "model", config_sentence_transformers=prompts)
-    line = "its prompts aren't put before texts (query '为这个句子生成表示：'); write them into your files\n"
-    create_model(SemanticIndexBase, model_name_or_path=str(folder))
-    assert line in capsys.readouterr().err
-    assert inference.main(["--params_path", str(folder), "--device", "cpu", "--text", "水稻"]) == 0
-    assert line in capsys.readouterr().err
-    none = made(tmp_path / "none", config_sentence_transformers={"prompts": {}})
-    create_model(SemanticIndexBase, model_name_or_path=str(none))
-    error = capsys.readouterr().err
-    assert "aren't put before texts" not in error
-    assert "going on with its settings: output_emb_size 0, pooling mean, dropout 0.0\n" in error
+INSTRUCTION = "为这个句子生成表示："
+
+
+@pytest.mark.parametrize(
+    ("prompts", "query_prefix", "document_prefix", "others"),
+    [
+        ({"query": INSTRUCTION, "document": ""}, INSTRUCTION, "", ""),
+        ({"query": "query: ", "passage": "passage: "}, "query: ", "passage: ", ""),
+        ({"query": "q: ", "corpus": "c: ", "passage": "p: ", "document": None}, "q: ", "p: ", ""),
+        ({"query": "q: ", "sts": "same: ", "s2s": ""}, "q: ", "", "sts 'same: '"),
+        ({}, "", "", ""),
+    ],
+)
+def test_prompts_are_prefixes(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    prompts: dict[str, str],
+    query_prefix: str,
+    document_prefix: str,
+    others: str,
+) -> None:
+    """In a start of a training and as a checkpoint; those of other tasks are said."""
+    folder = made(tmp_path / "model", config_sentence_transformers={"prompts": prompts, "default_prompt_name": None})
+    for load in (
+        lambda: create_model(SemanticIndexBase, model_name_or_path=str(folder)),
+        lambda: load_checkpoint(folder),
+    ):
+        loaded = load()
+        error = capsys.readouterr().err
+        assert loaded.model.config.query_prefix == query_prefix
+        assert loaded.model.config.document_prefix == document_prefix
+        assert loaded.tokenizer.prefixes == {"query": query_prefix, "document": document_prefix}
+        assert (f"prompts for other tasks aren't used ({others}); to train with one of them" in error) == bool(others)
+        if "going on" in error:
+            assert (f", query_prefix {query_prefix!r}" in error) == bool(query_prefix)
+            assert ("document_prefix" in error.splitlines()[0]) == bool(document_prefix)
+
+
+def test_prompts_that_can_t_be_followed(tmp_path: Path) -> None:
+    prompts = {"prompts": {"query": "query: "}}
+    folder = made(tmp_path / "model", {**MEAN, "include_prompt": False}, config_sentence_transformers=prompts)
+    with pytest.raises(InputError, match="leaves prompts out"):
+        load_checkpoint(folder)
+    folder = made(tmp_path / "other", config_sentence_transformers={"prompts": {"query": 1}})
+    with pytest.raises(InputError, match="its prompts aren't texts by names"):
+        load_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -217,4 +249,4 @@ def test_a_dense_module_without_its_layer_is_named(tmp_path: Path) -> None:
 
 def test_what_a_folder_tells(tmp_path: Path) -> None:
     told = read_sentence_transformers_folder(made(tmp_path / "model", CLS, DENSE))
-    assert told == ("first_token", None, tmp_path / "model" / "2_Dense", 8, None, {})
+    assert told == ("first_token", None, tmp_path / "model" / "2_Dense", 8, None, "", "", {})
