@@ -32,6 +32,7 @@ SAMPLE_TEXTS = [  # the original's samples, for scripts that are given no text
     "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据",
     "试论翻译过程中的文化差异与语言空缺翻译过程,文化差异,语言空缺,文化对比",
 ]
+SPLIT_SYMBOLS = "split_symbols"  # this project's own entry of tokenizer_config.json
 PAD, CLS, SEP, MASK, UNK = "[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"
 
 TokenIds = tuple[np.ndarray, np.ndarray]  # (input_ids, token_type_ids), int64 [B, L] each
@@ -251,9 +252,10 @@ class TextTokenizer:
     """Turns texts into padded token ids, in all scripts and services.
 
     vocabulary: tokens in the order of their ids; max_seq_length: tokens of a text, including [CLS] and [SEP], to which
-    longer texts are cut; config: the content of tokenizer_config.json, of which only `do_lower_case` is used (it strips
-    accents too). Set `pad_to_max_seq_len` to pad every batch to max_seq_length instead of its longest text, and
-    `prefixes`, by role, to what `prefixed` puts before texts.
+    longer texts are cut; config: the content of tokenizer_config.json, of which only `do_lower_case` (it strips accents
+    too) and `split_symbols` are used, see `wordpiece_tokenizer`; both are true by default. Set `pad_to_max_seq_len` to
+    pad every batch to max_seq_length instead of its longest text, and `prefixes`, by role, to what `prefixed` puts
+    before texts.
     """
 
     def __init__(self, vocabulary: Sequence[str], max_seq_length: int, config: Mapping[str, Any] | None = None) -> None:
@@ -265,7 +267,8 @@ class TextTokenizer:
         # A longer word becomes [UNK]; PaddleNLP has the same limit.
         model = WordPiece(id_of_token, unk_token=UNK, max_input_chars_per_word=100)
         self.lowercases = bool(self._config.get("do_lower_case", True))
-        self._tokenizer = wordpiece_tokenizer(model, self.lowercases)
+        self.splits_symbols = bool(self._config.get(SPLIT_SYMBOLS, True))
+        self._tokenizer = wordpiece_tokenizer(model, self.lowercases, self.splits_symbols)
         self._tokenizer.post_processor = BertProcessing((SEP, id_of_token[SEP]), (CLS, id_of_token[CLS]))
         self._tokenizer.enable_truncation(max_seq_length)
         self.pad_id = id_of_token[PAD]

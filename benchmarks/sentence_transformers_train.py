@@ -38,6 +38,7 @@ from common.cli import ArgumentParser, number_in_range, run
 from common.files import read_json
 from common.logs import progress_bar
 from data import PAD, UNK, Embed, TextTokenizer, encode_texts, positives_by_query, read_text_pairs
+from modeling.tokenizer_files import read_tokenizer
 from retrieval.corpus import read_corpus
 
 ERNIE_TO_BERT = (  # sizes and rates with the same names in both configs
@@ -163,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     torch.manual_seed(args.seed)
     pairs = read_text_pairs(args.train_set_file)
-    tokenizer = TextTokenizer.load(args.model, args.max_seq_length)
+    tokenizer = read_tokenizer(args.model, args.max_seq_length, is_pytorch=args.pretrained)
     model = pretrained_model(args.model, args.max_seq_length) if args.pretrained else create_model(args.model)
     step = make_step(model, args.learning_rate, args.steps)
     columns = [[pair.query for pair in pairs], [pair.title for pair in pairs]]

@@ -28,11 +28,14 @@ def _is_invisible(character: str) -> bool:
     return category.startswith("C") or category == "Mn"
 
 
-def wordpiece_tokenizer(model: WordPiece, do_lower_case: bool) -> Tokenizer:
-    """Tokenizes like PaddleNLP's ErnieTokenizer and BertTokenizer, but treats "[SEP]" in a text as ordinary text."""
+def wordpiece_tokenizer(model: WordPiece, do_lower_case: bool, split_symbols: bool = True) -> Tokenizer:
+    """Tokenizes like PaddleNLP's ErnieTokenizer and BertTokenizer; without split_symbols like Hugging Face's.
+
+    Both of these make a special token of "[SEP]" in a text; here it is ordinary text.
+    """
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = _normalizer(do_lower_case)
-    tokenizer.pre_tokenizer = _word_splitter()
+    tokenizer.pre_tokenizer = _word_splitter() if split_symbols else BertPreTokenizer()
     return tokenizer
 
 
@@ -51,6 +54,7 @@ def _word_splitter() -> PreTokenizer:
 def text_key(text: str, lowercase: bool = True) -> str:
     """The words that a tokenizer sees, separated by spaces: texts with equal keys have equal tokens.
 
+    Without split_symbols, texts that differ in spaces beside a symbol have equal keys, too, though other tokens.
     lowercase: whether the tokenizer lowercases, as most do.
     """
     words = _word_splitter().pre_tokenize_str(_normalizer(lowercase).normalize_str(text))

@@ -9,7 +9,7 @@ from paddle import nn
 
 from base_model import SemanticIndexBase
 from common.files import atomic_write, write_json
-from data import BACKBONE_CONFIG_FILE, TOKENIZER_CONFIG_FILE, TextTokenizer
+from data import BACKBONE_CONFIG_FILE, SPLIT_SYMBOLS, TOKENIZER_CONFIG_FILE, TextTokenizer
 from encoding.export import check_difference, largest_difference, write_card
 from modeling.checkpoint import LoadedCheckpoint, load_checkpoint
 from modeling.checkpoint_files import SAFETENSORS_FILE
@@ -95,9 +95,10 @@ def write_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
         file.write(tokenizer.to_json())
     known = tokenizer.settings["vocabulary"]
     config = {
-        # Not BertTokenizer, whose splitting at symbols differs.
+        # Not BertTokenizer, whose splitting at symbols may differ.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "do_lower_case": tokenizer.lowercases,
+        SPLIT_SYMBOLS: tokenizer.splits_symbols,
         "model_max_length": tokenizer.max_seq_length,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         **{name: token for name, token in SPECIAL_TOKENS.items() if token in known},

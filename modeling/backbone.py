@@ -150,10 +150,13 @@ def pretrained_weights(backbone: Backbone) -> Path:
     raise InputError(f"{folder}: has no {WEIGHTS_FILES[0]}, {SAFETENSORS_FILE} or {TORCH_FILE}; {remedy}")
 
 
-def load_tokenizer(name_or_path: str | Path, max_seq_length: int) -> TextTokenizer:
-    """The tokenizer of a folder, or of a name, which may be downloaded. Raises InputError."""
+def load_tokenizer(name_or_path: str | Path, max_seq_length: int, *, is_pytorch: bool = False) -> TextTokenizer:
+    """The tokenizer of a folder, or of a name, which may be downloaded. is_pytorch: see `read_tokenizer`.
+
+    Raises InputError.
+    """
     folder = model_folder(name_or_path)
-    tokenizer = read_tokenizer(folder, max_seq_length)
+    tokenizer = read_tokenizer(folder, max_seq_length, is_pytorch=is_pytorch)
     _report_tokenizer_config(folder, tokenizer)
     return tokenizer
 

@@ -96,16 +96,17 @@ def create_model(
     if checkpoint:
         _check_weights_file(checkpoint)
     backbone = find_backbone(from_scratch) if from_scratch else _find_backbone(checkpoint, model_name_or_path)
+    weights_file = checkpoint or (None if from_scratch else pretrained_weights(backbone))
+    weights = read_weights(weights_file) if weights_file else {}
     default_length = settings.max_seq_length or DEFAULT_TRAIN_LENGTH
-    tokenizer = _load_tokenizer(checkpoint, backbone, max_seq_length, default_length)
+    tokenizer = _load_tokenizer(checkpoint, backbone, weights, max_seq_length, default_length)
     settings = settings._replace(max_seq_length=tokenizer.max_seq_length)
     held.report(given, settings, from_scratch or model_name_or_path)
     if from_scratch:
         report_scratch_folder(Path(from_scratch), checkpoint and checkpoint.parent, backbone, tokenizer, settings)
     report_backbone_dropout(dropout, backbone)
-    weights_file = checkpoint or (None if from_scratch else pretrained_weights(backbone))
     _check_vocabulary(tokenizer, backbone)
-    weights = _named_weights(read_weights(weights_file), weights_file, backbone) if weights_file else {}
+    weights = _named_weights(weights, weights_file, backbone) if weights_file else {}
     model = cls(build_backbone(backbone), ModelConfig(**settings._asdict()))
     tokenizer.prefixes = model.config.prefixes
     if weights_file:
@@ -142,7 +143,7 @@ def load_checkpoint(
     if output_emb_size is not None and output_emb_size != config.output_emb_size:
         problem = f"--output_emb_size {output_emb_size}: {file} has {config.output_emb_size}"
         raise InputError(f"{problem}; leave the option out")
-    tokenizer = _load_tokenizer(file, backbone, max_seq_length, config.max_seq_length)
+    tokenizer = _load_tokenizer(file, backbone, weights, max_seq_length, config.max_seq_length)
     _check_vocabulary(tokenizer, backbone)
     weights = _named_weights(weights, file, backbone)
     model = cls(build_backbone(backbone, draw=False), config)
@@ -231,10 +232,15 @@ def _find_backbone(file: Path | None, model_name_or_path: str | None) -> Backbon
 
 
 def _load_tokenizer(
-    file: Path | None, backbone: Backbone, max_seq_length: int | None, default_length: int
+    file: Path | None,
+    backbone: Backbone,
+    weights: Mapping[str, np.ndarray],
+    max_seq_length: int | None,
+    default_length: int,
 ) -> TextTokenizer:
     """The tokenizer in the folder of `file` if that has a vocabulary, else the backbone's.
 
+    It splits texts as the model's own does, whose weights (as read from the file) tell where the model comes from.
     Texts are cut at max_seq_length or, if it is None, at default_length or a shorter position table. Raises InputError,
     also if max_seq_length exceeds the position table.
     """
@@ -243,7 +249,8 @@ def _load_tokenizer(
         limit = f"the position table of {backbone.source} has {longest} rows"
         raise InputError(f"--max_seq_length {max_seq_length}: {limit}; use at most that many tokens")
     source = file.parent if file and has_tokenizer(file.parent) else backbone.source
-    return load_tokenizer(source, max_seq_length or min(default_length, longest))
+    is_pytorch = has_pytorch_names(weights, backbone.config.model_type)
+    return load_tokenizer(source, max_seq_length or min(default_length, longest), is_pytorch=is_pytorch)
 
 
 def _check_vocabulary(tokenizer: TextTokenizer, backbone: Backbone) -> None:

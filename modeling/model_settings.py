@@ -120,8 +120,10 @@ def report_scratch_folder(
         changed = [name for name in names if config.get(name) != other.get(name)]
         if values := ", ".join(f"{name} {config.get(name)}, not {other.get(name)}" for name in changed):
             log(f"{option}: its {BACKBONE_CONFIG_FILE} takes the place of that of {checkpoint}: {values}")
-    has_other = checkpoint and has_tokenizer(checkpoint) and has_tokenizer(folder)
-    if has_other and load_tokenizer(folder, tokenizer.max_seq_length).settings != tokenizer.settings:
+    if not (checkpoint and has_tokenizer(checkpoint) and has_tokenizer(folder)):
+        return
+    other = load_tokenizer(folder, tokenizer.max_seq_length, is_pytorch=not tokenizer.splits_symbols)
+    if other.settings != tokenizer.settings:
         log(f"{option}: its tokenizer isn't used, {checkpoint} has its own")
 
 

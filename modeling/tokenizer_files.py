@@ -1,12 +1,28 @@
 """The tokenizer of a model folder, from vocab.txt or a WordPiece tokenizer.json. Imports no Paddle."""
 
+import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tokenizers.models import WordPiece
+
 from common.errors import InputError
 from common.files import read_json
-from data import CLS, MASK, PAD, SEP, TOKENIZER_CONFIG_FILE, UNK, VOCABULARY_FILE, TextTokenizer, read_vocabulary
+from common.texts import wordpiece_tokenizer
+from data import (
+    CLS,
+    MASK,
+    PAD,
+    SEP,
+    SPLIT_SYMBOLS,
+    TOKENIZER_CONFIG_FILE,
+    UNK,
+    VOCABULARY_FILE,
+    TextTokenizer,
+    read_vocabulary,
+)
 
 TOKENIZER_FILE = "tokenizer.json"  # a tokenizer's vocabulary and settings in one, for a folder without vocab.txt
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
@@ -34,9 +50,15 @@ def check_tokenizer(folder: str | Path) -> None:
         _read_vocabulary(Path(folder))
 
 
-def read_tokenizer(folder: str | Path, max_seq_length: int) -> TextTokenizer:
-    """The tokenizer of a folder. Raises InputError if it has none, or another one than BERT's."""
+def read_tokenizer(folder: str | Path, max_seq_length: int, *, is_pytorch: bool = False) -> TextTokenizer:
+    """The tokenizer of a folder. Raises InputError if it has none, or another one than BERT's.
+
+    is_pytorch: whether its model's weights are in PyTorch's form, so that texts are split as by Hugging Face's
+    tokenizer unless the folder says otherwise.
+    """
     vocabulary, config = _read_vocabulary(Path(folder)), read_tokenizer_config(Path(folder))
+    if is_pytorch:
+        config = {"do_lower_case": True, SPLIT_SYMBOLS: False, **config}
     return TextTokenizer(vocabulary, max_seq_length, config or None)
 
 
@@ -54,21 +76,28 @@ def _read_vocabulary(folder: Path) -> list[str]:
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """The content of tokenizer_config.json, with what only the normalizer of tokenizer.json says. Raises InputError."""
+    """The content of tokenizer_config.json, with what only tokenizer.json says. Raises InputError."""
     has_config = (folder / TOKENIZER_CONFIG_FILE).is_file()
     config = read_json(folder / TOKENIZER_CONFIG_FILE) if has_config else {}
     if not (folder / TOKENIZER_FILE).is_file():
         return config
-    normalizer = read_json(folder / TOKENIZER_FILE).get("normalizer")
-    if not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
-        return config
-    same = {
-        "do_lower_case": "lowercase",
-        "strip_accents": "strip_accents",
-        "tokenize_chinese_chars": "handle_chinese_chars",
-    }
-    said = {name: normalizer[other] for name, other in same.items() if isinstance(normalizer.get(other), bool)}
+    content = read_json(folder / TOKENIZER_FILE)
+    said = {SPLIT_SYMBOLS: True} if content.get("pre_tokenizer") == _symbol_splitter() else {}
+    normalizer = _object(content, "normalizer")
+    if normalizer.get("type") == "BertNormalizer":
+        same = {
+            "do_lower_case": "lowercase",
+            "strip_accents": "strip_accents",
+            "tokenize_chinese_chars": "handle_chinese_chars",
+        }
+        said |= {name: normalizer[other] for name, other in same.items() if isinstance(normalizer.get(other), bool)}
     return {**said, **config}
+
+
+@cache
+def _symbol_splitter() -> dict[str, Any]:
+    """The pre_tokenizer in tokenizer.json of a TextTokenizer that splits at symbols."""
+    return json.loads(wordpiece_tokenizer(WordPiece(unk_token=UNK), do_lower_case=True).to_str())["pre_tokenizer"]
 
 
 def _check_special_tokens(file: Path) -> None:
@@ -108,7 +137,8 @@ def _check_wordpiece(file: Path, content: Mapping[str, Any], model: Mapping[str,
         if model.get(name, value) != value:
             raise InputError(f"{file}: has {name} {model[name]!r}, not {value!r}; {NEED_WORDPIECE}")
     for name, kind in (("normalizer", "BertNormalizer"), ("pre_tokenizer", "BertPreTokenizer")):
-        if (found := _object(content, name).get("type")) != kind:
+        is_ours = name == "pre_tokenizer" and content[name] == _symbol_splitter()
+        if (found := _object(content, name).get("type")) != kind and not is_ours:
             raise InputError(f"{file}: its {name} is {found}, not {kind}; {NEED_WORDPIECE}")
 
 

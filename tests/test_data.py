@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import BertWordPieceTokenizer
 
 import data
 from common import logs
@@ -536,10 +537,30 @@ def test_token_ids_equal_paddlenlp_s_on_random_mixtures(
     assert ids == [ernie_tokenizers[True](text, max_seq_len=64)["input_ids"] for text in texts]
 
 
-def test_special_tokens_typed_in_a_text_are_ordinary_text() -> None:
+@pytest.mark.parametrize("do_lower_case", [True, False])
+@pytest.mark.parametrize("max_seq_length", [3, 10, 512])
+def test_token_ids_without_split_symbols_equal_hugging_face_s(
+    vocabulary: list[str], do_lower_case: bool, max_seq_length: int
+) -> None:
+    """Those of the BERT tokenizer in its own library, which is what transformers runs."""
+    theirs = BertWordPieceTokenizer({token: row for row, token in enumerate(vocabulary)}, lowercase=do_lower_case)
+    theirs.enable_truncation(max_seq_length)
+    config = {"do_lower_case": do_lower_case, "split_symbols": False}
+    rng = random.Random(6)
+    characters = sorted(set("".join(VARIED_TEXTS)))
+    texts = [*VARIED_TEXTS, *("".join(rng.choices(characters, k=rng.randrange(1, 140))) for _ in range(1000))]
+    ids = TextTokenizer(vocabulary, max_seq_length, config).tokenize(texts)
+    assert ids == [encoding.ids for encoding in theirs.encode_batch(texts)]
+    if max_seq_length == 512:
+        splitting = TextTokenizer(vocabulary, max_seq_length, {**config, "split_symbols": True})
+        assert sum(one != other for one, other in zip(ids, splitting.tokenize(texts), strict=True)) > 500
+
+
+@pytest.mark.parametrize("split_symbols", [True, False])
+def test_special_tokens_typed_in_a_text_are_ordinary_text(split_symbols: bool) -> None:
     vocabulary = [*SPECIAL_TOKENS, *"[]", "sep", "cls", "pad", "unk", "mask", "a"]
     ids = {token: row for row, token in enumerate(vocabulary)}
-    tokenizer = TextTokenizer(vocabulary, 32)
+    tokenizer = TextTokenizer(vocabulary, 32, {"split_symbols": split_symbols})
     for token in SPECIAL_TOKENS:
         inside = [ids["["], ids[token[1:-1].lower()], ids["]"]]
         assert tokenizer.tokenize([f"a{token}a"]) == [[ids[CLS], ids["a"], *inside, ids["a"], ids[SEP]]]
@@ -568,7 +589,9 @@ def test_padding_takes_the_vocabulary_s_pad_id() -> None:
     assert tokenizer(["a", "a a"])[0].tolist() == [[1, 0, 2, 4], [1, 0, 0, 2]]
 
 
-@pytest.mark.parametrize("config", [None, {"do_lower_case": False, "model_max_length": 513, "名": "值"}])
+@pytest.mark.parametrize(
+    "config", [None, {"do_lower_case": False, "model_max_length": 513, "名": "值"}, {"split_symbols": False}]
+)
 def test_save_and_load_round_trip(tmp_path: Path, vocabulary: list[str], config: dict | None) -> None:
     tokenizer = TextTokenizer(vocabulary, 32, config)
     tokenizer.save(tmp_path)

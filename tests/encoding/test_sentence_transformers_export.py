@@ -16,11 +16,12 @@ import export_model
 from base_model import SemanticIndexBase
 from common.errors import InputError
 from common.options import POOLINGS
-from encoding.sentence_transformers_export import export_sentence_transformers
+from encoding.sentence_transformers_export import export_sentence_transformers, write_tokenizer
 from helpers import ROOT, VARIED_TEXTS, new_model, small_tokenizer
 from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
 from modeling.hugging_face import to_pytorch
 from modeling.sentence_transformers_folder import module_weights, read_sentence_transformers_folder
+from modeling.tokenizer_files import read_tokenizer
 
 HUGGING_FACE = ROOT / "tests" / "data" / "hugging_face"  # written by PyTorch
 FORMAT = ["--format", "sentence-transformers"]
@@ -94,13 +95,27 @@ def test_the_pooler_and_the_reduction_are_dense_modules(model_folder: Path, tmp_
         np.testing.assert_array_equal(array, weights[name].numpy(), err_msg=name)
 
 
+@pytest.mark.parametrize("split_symbols", [True, False])
 @pytest.mark.parametrize("do_lower_case", [True, False])
-def test_tokenizer_json_tokenizes_as_we_do(tmp_path: Path, do_lower_case: bool) -> None:
+def test_tokenizer_json_tokenizes_as_we_do(tmp_path: Path, do_lower_case: bool, split_symbols: bool) -> None:
     """Also symbols, at which BERT's own tokenizer doesn't split."""
-    tokenizer = small_tokenizer(512, {"do_lower_case": do_lower_case})
+    tokenizer = small_tokenizer(512, {"do_lower_case": do_lower_case, "split_symbols": split_symbols})
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     other = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert [encoding.ids for encoding in other.encode_batch(VARIED_TEXTS)] == tokenizer.tokenize(VARIED_TEXTS)
+
+
+@pytest.mark.parametrize("missing", [(), ("vocab.txt", "tokenizer_config.json")])
+@pytest.mark.parametrize("split_symbols", [True, False])
+def test_the_tokenizer_comes_back_as_it_went_out(tmp_path: Path, split_symbols: bool, missing: tuple[str, ...]) -> None:
+    """Also without the files that sentence-transformers leaves out, or changes, when it saves the folder again."""
+    tokenizer = small_tokenizer(64, {"split_symbols": split_symbols})
+    write_tokenizer(tmp_path, tokenizer)
+    for name in missing:
+        (tmp_path / name).unlink()
+    again = read_tokenizer(tmp_path, 64, is_pytorch=True)
+    assert again.splits_symbols == split_symbols
+    assert again.tokenize(VARIED_TEXTS) == tokenizer.tokenize(VARIED_TEXTS)
 
 
 def test_a_readme_and_a_model_card_are_written(model_folder: Path, tmp_path: Path) -> None:

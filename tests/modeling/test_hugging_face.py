@@ -20,6 +20,7 @@ from base_model import SemanticIndexBase
 from common.device import set_seed
 from common.errors import InputError
 from common.files import read_json, write_json
+from data import TextTokenizer
 from encoding.encoder import load_encoder
 from encoding.static_graph import load_exported
 from helpers import ROOT, assert_close, assert_same_bits, make_model_folder, new_model
@@ -481,6 +482,53 @@ def test_tokenizer_config_decides_on_lower_case(tmp_path: Path) -> None:
     shutil.copy(DATA / "roberta" / "tokenizer.json", folder)
     assert not lowercases(folder)
     assert not create_model(SemanticIndexBase, model_name_or_path=str(folder)).tokenizer.lowercases
+
+
+SYMBOLS = "the℃wheat"  # one word to Hugging Face's tokenizer, three to PaddleNLP's
+SPLIT = ["[CLS]", "the", "[UNK]", "wheat", "[SEP]"]
+WHOLE = ["[CLS]", "[UNK]", "[SEP]"]
+
+
+def tokens_of(tokenizer: TextTokenizer) -> list[str]:
+    vocabulary = tokenizer.settings["vocabulary"]
+    return [vocabulary[token_id] for token_id in tokenizer.tokenize([SYMBOLS])[0]]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_texts_are_split_as_by_hugging_face_s_tokenizer_where_the_weights_are_pytorchs(
+    name: str, tmp_path: Path
+) -> None:
+    """Also in a checkpoint that is saved, and in its exports; the folder may say otherwise."""
+    folder = copy(name, tmp_path / "model")
+    for start in ({"model_name_or_path": str(folder)}, {"init_from_ckpt": str(folder)}):
+        loaded = create_model(SemanticIndexBase, **start, output_emb_size=0)
+        assert tokens_of(loaded.tokenizer) == WHOLE
+    assert tokens_of(load_checkpoint(folder).tokenizer) == WHOLE
+    save_checkpoint(tmp_path / "model_1", *loaded)
+    assert tokens_of(load_checkpoint(tmp_path / "model_1").tokenizer) == WHOLE
+    options = ["--params_path", str(tmp_path / "model_1"), "--output_path", str(tmp_path / "output")]
+    assert export_model.main(options) == 0
+    assert tokens_of(load_exported(tmp_path / "output").tokenizer) == WHOLE
+    write_json(folder / "tokenizer_config.json", {"do_lower_case": False, "split_symbols": True})
+    assert tokens_of(load_checkpoint(folder).tokenizer) == SPLIT
+
+
+def test_texts_are_split_as_by_paddlenlp_s_tokenizer_where_the_weights_are_paddlenlps(tmp_path: Path) -> None:
+    """Whatever the files are called, and with random weights."""
+    model = started(DATA / "bert")
+    folder = copy("bert", tmp_path / "model", {name: array.numpy() for name, array in model.ptm.state_dict().items()})
+    shutil.copy(DATA / "roberta" / "tokenizer.json", folder)
+    assert tokens_of(load_checkpoint(folder).tokenizer) == SPLIT
+    assert tokens_of(create_model(SemanticIndexBase, model_name_or_path=str(folder)).tokenizer) == SPLIT
+    assert tokens_of(create_model(SemanticIndexBase, from_scratch=str(DATA / "bert")).tokenizer) == SPLIT
+
+
+def test_a_checkpoint_s_tokenizer_isn_t_called_another_one_for_its_splitting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(copy("bert", tmp_path / "model"))
+    create_model(SemanticIndexBase, init_from_ckpt=folder, from_scratch=folder)
+    assert "its tokenizer isn't used" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
