@@ -130,7 +130,7 @@ def succeed(command: str, folder: Path) -> Completed:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project without its environment, with data in recall/ and tiny models in ernie-1.0/ and bge-small-zh-v1.5/."""
+    """The project without its environment, with data in recall/ and tiny models in ernie-1.0 and bge-small-zh-v1.5."""
     folder = tmp_path_factory.mktemp("checkout")
     for path in ROOT.iterdir():
         if path.suffix == ".py":
