@@ -17,7 +17,7 @@ from common.paddle_setup import defer_paddlenlp
 from data import BACKBONE_CONFIG_FILE, TOKENIZER_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer
 from modeling.checkpoint_files import SAFETENSORS_FILE, TORCH_FILE, WEIGHTS_FILES, weights_in
 from modeling.hub import model_folder
-from modeling.hugging_face import FOLLOWS_EPSILON, NEED_ENCODER, check_config
+from modeling.hugging_face import FOLLOWS_EPSILON, NEED_ENCODER, check_config, check_layers
 from modeling.tokenizer_files import ADDED_TOKENS_FILE, read_tokenizer, read_tokenizer_config
 
 defer_paddlenlp()
@@ -99,6 +99,7 @@ def build_backbone(backbone: Backbone, *, draw: bool = True) -> PretrainedModel:
 
     Raises InputError if it can't be built, or has other inputs or outputs than ERNIE and BERT.
     """
+    check_layers(backbone.source, backbone.config)
     try:
         with contextlib.nullcontext() if draw else _without_drawing():
             ptm = backbone.model_class(backbone.config)

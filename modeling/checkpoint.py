@@ -21,7 +21,7 @@ from common.manifest import check_manifest, read_manifest, write_manifest
 from common.options import DEFAULT_MODEL
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer, max_position_tokens
 from modeling.backbone import Backbone, build_backbone, find_backbone, load_tokenizer, pretrained_weights
-from modeling.checkpoint_files import WEIGHTS_FILES, check_checkpoint
+from modeling.checkpoint_files import WEIGHTS_FILES, check_checkpoint, report_other_weights
 from modeling.hub import model_folder
 from modeling.hugging_face import NEED_ENCODER, NEED_SUPPORTED, from_pytorch, has_pytorch_names, is_other_pytorch_model
 from modeling.model_settings import (
@@ -110,6 +110,7 @@ def create_model(
     model = cls(build_backbone(backbone), ModelConfig(**settings._asdict()))
     tokenizer.prefixes = model.config.prefixes
     if weights_file:
+        report_other_weights(weights_file)
         _set_weights(model, weights, weights_file, backbone, head_is_optional=True)
         report_prompts(weights_file.parent)
     _check_padding(model, backbone)
@@ -148,6 +149,7 @@ def load_checkpoint(
     weights = _named_weights(weights, file, backbone)
     model = cls(build_backbone(backbone, draw=False), config)
     tokenizer.prefixes = config.prefixes
+    report_other_weights(file)
     _set_weights(model, weights, file, backbone, head_is_optional=False)
     report_prompts(file.parent)
     _check_padding(model, backbone)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from common.errors import InputError
 from common.files import read_json, resolve_interrupted_replace
+from common.logs import log
 from common.manifest import check_manifest
 from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE
 from modeling.tokenizer_files import check_tokenizer, has_tokenizer, read_tokenizer_config
@@ -54,8 +55,20 @@ def find_weights(path: str | Path) -> Path:
 
 def weights_in(folder: Path) -> Path | None:
     """The weights file of a folder in PaddleNLP's or Hugging Face's form; the index if they are in shards."""
+    return next(iter(_all_weights_in(folder)), None)
+
+
+def _all_weights_in(folder: Path) -> list[Path]:
+    """The weights files of a folder; the first one counts."""
     files = (folder / name for name in (*WEIGHTS_FILES, *HUGGING_FACE_FILES))
-    return next((file for file in files if file.is_file()), None)
+    return [file for file in files if file.is_file()]
+
+
+def report_other_weights(file: Path) -> None:
+    """Logs the weights files beside `file`, which aren't used; not for a checkpoint, of which version 1 wrote two."""
+    others = [other.name for other in _all_weights_in(file.parent) if other != file]
+    if others and not (file.parent / MODEL_CONFIG_FILE).is_file():
+        log(f"{file.parent}: has several weights files; using {file.name}, not {', '.join(others)}")
 
 
 def check_checkpoint(path: str | Path) -> Path:

@@ -30,6 +30,7 @@ FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 # An entry that this project adds to a backbone's config: PaddleNLP's ERNIE ignores layer_norm_eps, PyTorch's doesn't.
 FOLLOWS_EPSILON = "follows_layer_norm_eps"
+LARGEST_EPSILON = 1e-3  # that Paddle's layer_norm takes
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 TASK_EMBEDDINGS = "embeddings.task_type_embeddings.weight"  # of ERNIE 3, the only one beyond BERT's
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # constants that older versions saved
@@ -59,6 +60,22 @@ def check_config(folder: Path, content: Mapping[str, Any]) -> None:
     if isinstance(code, dict) and "AutoModel" in code:
         problem = f"its model is code of its own ({code['AutoModel']}), which isn't run"
         raise InputError(f"{folder / BACKBONE_CONFIG_FILE}: {problem}; {NEED_SUPPORTED}")
+
+
+def check_layers(source: str, config: Any) -> None:
+    """Raises InputError if Paddle's layers lack the activation or the epsilon in the config of one of SUPPORTED."""
+    from paddle.nn import functional
+
+    if config.model_type not in SUPPORTED:
+        return
+    if not hasattr(functional, str(config.hidden_act)):
+        remedy = "need a model with gelu, relu, silu or another one of Paddle's"
+        raise InputError(f"{source}: {BACKBONE_CONFIG_FILE} has hidden_act {config.hidden_act!r}; {remedy}")
+    follows = config.model_type != "ernie" or getattr(config, FOLLOWS_EPSILON, False)
+    epsilon = config.layer_norm_eps
+    if follows and not (isinstance(epsilon, int | float) and 0 <= epsilon <= LARGEST_EPSILON):
+        remedy = f"need a model with a number from 0 to {LARGEST_EPSILON}, as Paddle's layers do"
+        raise InputError(f"{source}: {BACKBONE_CONFIG_FILE} has layer_norm_eps {epsilon!r}; {remedy}")
 
 
 def has_pytorch_names(weights: Mapping[str, np.ndarray], model_type: str) -> bool:

@@ -23,7 +23,7 @@ from common.files import read_json, write_json
 from data import TextTokenizer
 from encoding.encoder import load_encoder
 from encoding.static_graph import load_exported
-from helpers import ROOT, assert_close, assert_same_bits, make_model_folder, new_model
+from helpers import ROOT, V1, assert_close, assert_same_bits, make_model_folder, new_model
 from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
 from modeling.checkpoint_files import find_weights, lowercases
 from modeling.weight_files import read_weights, write_safetensors
@@ -268,6 +268,21 @@ def test_the_names_tell_the_form_and_not_the_files(file: str, form: str, tmp_pat
     assert_pytorchs_outputs(started(folder), "bert")
 
 
+def test_other_weights_files_of_a_folder_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """But not the second one in a checkpoint of version 1."""
+    folder = copy("bert", tmp_path / "model")
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        (folder / name).write_bytes(b"not read")
+    said = "has several weights files; using model.safetensors, not pytorch_model.bin, pytorch_model.bin.index.json\n"
+    for load in (load_checkpoint, started):
+        load(folder)
+        assert f"{folder}: {said}" in capsys.readouterr().err
+    for load in (load_checkpoint, started):
+        load(DATA / "bert")
+        load(V1 / "run" / "model_4")
+        assert "several weights files" not in capsys.readouterr().err
+
+
 def test_pytorchs_names_in_paddles_file(tmp_path: Path) -> None:
     folder = copy("bert", tmp_path / "model")
     (folder / "model.safetensors").unlink()
@@ -371,6 +386,23 @@ def test_fields_that_change_the_vectors_are_refused_by_name(
 ) -> None:
     said = refusal(copy(name, tmp_path / "model", **{field: value}))
     assert f"config.json: has {field} {value!r}, which this project doesn't have" in said
+
+
+@pytest.mark.parametrize("value", ["gelu_new", "gelu_pytorch_tanh", None])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_activation_that_paddle_lacks_is_named(name: str, value: object, tmp_path: Path) -> None:
+    said = refusal(copy(name, tmp_path / "model", hidden_act=value))
+    remedy = "need a model with gelu, relu, silu or another one of Paddle's"
+    assert said == f"{tmp_path / 'model'}: config.json has hidden_act {value!r}; {remedy}"
+
+
+@pytest.mark.parametrize("value", [2e-3, -1.0, "small", None])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_epsilon_that_paddle_lacks_is_named(name: str, value: object, tmp_path: Path) -> None:
+    """But PaddleNLP's own ERNIE ignores it."""
+    said = refusal(copy(name, tmp_path / "model", layer_norm_eps=value))
+    assert f"config.json has layer_norm_eps {value!r}; need a model with a number from 0 to 0.001" in said
+    new_model(make_model_folder(tmp_path / "ernie", layer_norm_eps=value))
 
 
 def test_code_of_the_folders_own_is_named_and_not_run(tmp_path: Path) -> None:
