@@ -7,7 +7,7 @@ from typing import Any
 
 from batch_negative.batches import BatchSchedule
 from batch_negative.evaluator import Evaluator
-from batch_negative.resume import EVALUATIONS_FILE, remove_old_checkpoints
+from batch_negative.resume import remove_old_checkpoints
 from batch_negative.trainer import NonFiniteLoss, Trainer
 from batch_negative.training_log import TrainingLog
 from common.distributed import announce_exit, barrier
@@ -18,6 +18,7 @@ from common.signals import Stopped, StopSignals
 from data import pair_lines
 from modeling.checkpoint import LoadedModel, save_checkpoint
 from modeling.checkpoint_files import step_folder
+from modeling.training_progress import EVALUATIONS_FILE
 
 BEST_FOLDER = "model_best"
 BEST_RESULT_FILE = "train_result.txt"  # in BEST_FOLDER: step and score, in the original's form

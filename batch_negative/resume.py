@@ -12,25 +12,16 @@ from batch_negative.model import SemanticIndexBatchNeg
 from common.device import set_seed
 from common.distributed import broadcast_parameters
 from common.errors import InputError
-from common.files import read_json, remove_folder, write_json
+from common.files import remove_folder, write_json
 from common.logs import log
 from common.manifest import MANIFEST_FILE, check_manifest
 from modeling.checkpoint import LoadedModel, create_model, load_checkpoint
 from modeling.checkpoint_files import TRAINING_PREFIX, find_checkpoint_folder, step_folder, step_folders
 from modeling.model_settings import read_model_config
+from modeling.training_progress import STATE_FILE, read_progress, read_run_config
 from modeling.weight_files import read_weights, write_safetensors
 
-STATE_FILE = TRAINING_PREFIX + "state.json"
 OPTIMIZER_FILE = TRAINING_PREFIX + "optimizer.safetensors"
-EVALUATIONS_FILE = TRAINING_PREFIX + "evaluations.json"  # written after the checkpoint, so not in its manifest
-PROGRESS_KEYS = ("step", "run_config", "evaluator", "loss_scaler")  # in STATE_FILE
-OLD_NAMES = {"shape": "run_config", "no_mask_duplicates": "no_false_negative_mask"}  # version 1's name -> today's
-LATER_OPTIONS = {  # as a checkpoint that lacks them was trained
-    "label_column": False,
-    "symmetric_pairs": None,
-    "query_prefix": "",
-    "document_prefix": "",
-}
 NOT_SAVED = ("LR_Scheduler", "master_weights")  # of AdamW: the step gives the learning rate; parameters are float32
 
 
@@ -53,20 +44,7 @@ def read_training_state(folder: Path) -> TrainingState:
             remedy = "take its weights alone with --init_from_ckpt"
             raise InputError(f"{folder}: has no {name}, so no training can be resumed from it; {remedy}")
     check_manifest(folder)
-    progress = _with_new_names(read_json(folder / STATE_FILE))
-    if (folder / EVALUATIONS_FILE).is_file():
-        try:
-            progress["evaluator"] = read_json(folder / EVALUATIONS_FILE)
-        except InputError as error:  # a power failure can cut the file short
-            log(f"{error}; the evaluation is made again")
-    if missing := [key for key in PROGRESS_KEYS if key not in progress]:
-        raise InputError(f"{folder / STATE_FILE}: isn't a training state, it lacks {', '.join(missing)}")
-    progress["run_config"] = {**LATER_OPTIONS, **_with_new_names(progress["run_config"])}
-    return TrainingState(progress, read_weights(folder / OPTIMIZER_FILE))
-
-
-def _with_new_names(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {OLD_NAMES.get(name, name): value for name, value in content.items()}
+    return TrainingState(read_progress(folder), read_weights(folder / OPTIMIZER_FILE))
 
 
 class Start(NamedTuple):
@@ -198,8 +176,7 @@ def remove_old_checkpoints(save_dir: Path, step: int, keep: int, run_config: Map
 def _belongs_to(folder: Path, run_config: Mapping[str, Any]) -> bool:
     """Whether a run with this configuration wrote the checkpoint; False if its training state can't be read."""
     try:
-        saved = _with_new_names(read_json(folder / STATE_FILE))["run_config"]
-        return resume_mismatch(folder, {**LATER_OPTIONS, **_with_new_names(saved)}, run_config) is None
+        return resume_mismatch(folder, read_run_config(folder), run_config) is None
     except (InputError, KeyError):
         return False
 

@@ -11,6 +11,7 @@ from base_model import SemanticIndexBase
 from common.files import atomic_write, write_json
 from data import BACKBONE_CONFIG_FILE, SPLIT_SYMBOLS, TOKENIZER_CONFIG_FILE, TextTokenizer
 from encoding.export import check_difference, largest_difference, write_card
+from encoding.hub_card import hub_card
 from modeling.checkpoint import LoadedCheckpoint, load_checkpoint
 from modeling.checkpoint_files import SAFETENSORS_FILE
 from modeling.hugging_face import to_pytorch
@@ -70,7 +71,7 @@ def export_sentence_transformers(loaded: LoadedCheckpoint, folder: Path) -> floa
     difference = largest_difference(model.embed, again.model.embed, tokenizer)
     check_difference(folder, "model", difference)
     with atomic_write(folder / README_FILE) as file:
-        file.write(readme(loaded))
+        file.write(hub_card(loaded))
     write_card(loaded, folder, {"sentence-transformers": difference})
     return difference
 
@@ -135,34 +136,3 @@ def write_dense(folder: Path, weights: dict[str, np.ndarray], name: str, activat
     sizes = dict(zip(("in_features", "out_features"), weight.shape, strict=True))
     write_json(folder / MODULE_CONFIG_FILE, {**sizes, "bias": True, "activation_function": activation})
     write_safetensors(folder / SAFETENSORS_FILE, {"linear.weight": weight.T, "linear.bias": bias})
-
-
-def readme(loaded: LoadedCheckpoint) -> str:
-    """A model card in Markdown, with the metadata that hubs show."""
-    config, backbone, length = loaded.model.config, loaded.model.ptm.config, loaded.tokenizer.max_seq_length
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags:
-- sentence-transformers
-- sentence-similarity
-- feature-extraction
----
-
-# {loaded.weights.parent.name}
-
-A dual encoder for semantic indexing, trained with in-batch negatives. It turns a text of up to {length} tokens into a
-unit vector of {loaded.model.embedding_size} components; the cosine of two vectors says how similar the texts are.
-
-- encoder: {backbone.model_type}, {backbone.num_hidden_layers} layers of {backbone.hidden_size}
-- pooling: {config.pooling}
-- exported with `python export_model.py --format sentence-transformers`
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("FOLDER")
-vectors = model.encode(["a query", "a title"])
-print(vectors @ vectors.T)
-```
-"""

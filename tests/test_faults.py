@@ -28,7 +28,7 @@ from batch_negative import loop as loop_module
 from batch_negative.batches import epoch_batches
 from batch_negative.evaluator import Evaluator
 from batch_negative.loop import TrainingLoop
-from batch_negative.resume import EVALUATIONS_FILE, read_training_state
+from batch_negative.resume import read_training_state
 from common.errors import InputError
 from common.files import write_json
 from common.manifest import MANIFEST_FILE, check_manifest
@@ -46,6 +46,7 @@ from helpers import (
 )
 from modeling.checkpoint import load_checkpoint
 from modeling.checkpoint_files import step_folder, step_folders
+from modeling.training_progress import EVALUATIONS_FILE
 
 pytestmark = pytest.mark.process
 

@@ -13,7 +13,7 @@ from batch_negative import evaluator as evaluator_module
 from batch_negative import loop as loop_module
 from batch_negative.batches import epoch_batches
 from batch_negative.evaluator import Evaluator
-from batch_negative.resume import EVALUATIONS_FILE, read_training_state
+from batch_negative.resume import read_training_state
 from common.errors import InputError
 from common.manifest import check_manifest, read_manifest
 from helpers import (
@@ -30,6 +30,7 @@ from helpers import (
 from modeling import checkpoint as checkpoint_module
 from modeling.checkpoint import load_checkpoint
 from modeling.checkpoint_files import step_folders
+from modeling.training_progress import EVALUATIONS_FILE
 from retrieval.metrics import Evaluation
 
 

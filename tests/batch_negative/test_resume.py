@@ -14,7 +14,7 @@ import train_batch_neg
 from batch_negative import evaluator as evaluator_module
 from batch_negative.batches import PlannedStep
 from batch_negative.evaluator import Evaluator
-from batch_negative.resume import EVALUATIONS_FILE, read_training_state
+from batch_negative.resume import read_training_state
 from batch_negative.trainer import Step, Trainer
 from common.errors import InputError
 from common.files import write_json
@@ -31,6 +31,7 @@ from helpers import (
 )
 from modeling.checkpoint import load_checkpoint
 from modeling.checkpoint_files import step_folders
+from modeling.training_progress import EVALUATIONS_FILE
 
 Evaluated = tuple[Path, list[str]]  # a training's folder, and its options for the same training in another one
 OPTIONS = ["--epochs", "2", "--batch_size", "8", "--save_steps", "3", "--warmup_proportion", "0.2"]
@@ -199,7 +200,7 @@ def test_a_history_that_was_cut_short_costs_its_last_evaluation(
     (folder / EVALUATIONS_FILE).write_text(content)
     assert read_training_state(folder).progress["evaluator"]["reports"] == whole[:-1]
     assert latest_folder(folder.parent) == folder
-    expected = rf"{folder / EVALUATIONS_FILE}: isn't a JSON object.*; the evaluation is made again\n"
+    expected = rf"{folder / EVALUATIONS_FILE}: isn't a JSON object.*; the evaluation counts as missing\n"
     assert re.fullmatch(expected * 2, capsys.readouterr().err)
 
 

@@ -16,6 +16,7 @@ import export_model
 from base_model import SemanticIndexBase
 from common.errors import InputError
 from common.options import POOLINGS
+from encoding.hub_card import hub_card
 from encoding.sentence_transformers_export import export_sentence_transformers, write_tokenizer
 from helpers import ROOT, VARIED_TEXTS, new_model, small_tokenizer
 from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
@@ -122,8 +123,7 @@ def test_a_readme_and_a_model_card_are_written(model_folder: Path, tmp_path: Pat
     checkpoint = saved(tmp_path / "model_1", model_folder)
     assert export_model.main(["--params_path", str(checkpoint), "--output_path", str(tmp_path / "out"), *FORMAT]) == 0
     readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert readme.startswith("---\nlibrary_name: sentence-transformers\n")
-    assert "# model_1" in readme
+    assert readme == hub_card(load_checkpoint(checkpoint))
     card = json.loads((tmp_path / "out" / "model_card.json").read_text())
     assert card["fingerprint"] == load_checkpoint(checkpoint).fingerprint
     assert card["largest_difference"] == {"sentence-transformers": 0.0}
