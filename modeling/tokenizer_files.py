@@ -137,7 +137,7 @@ def _check_wordpiece(file: Path, content: Mapping[str, Any], model: Mapping[str,
         if model.get(name, value) != value:
             raise InputError(f"{file}: has {name} {model[name]!r}, not {value!r}; {NEED_WORDPIECE}")
     for name, kind in (("normalizer", "BertNormalizer"), ("pre_tokenizer", "BertPreTokenizer")):
-        is_ours = name == "pre_tokenizer" and content[name] == _symbol_splitter()
+        is_ours = name == "pre_tokenizer" and content.get(name) == _symbol_splitter()
         if (found := _object(content, name).get("type")) != kind and not is_ours:
             raise InputError(f"{file}: its {name} is {found}, not {kind}; {NEED_WORDPIECE}")
 

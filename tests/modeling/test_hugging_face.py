@@ -573,6 +573,7 @@ def test_a_checkpoint_s_tokenizer_isn_t_called_another_one_for_its_splitting(
         (lambda content: content["model"].update(unk_token="<unk>"), "unk_token '<unk>'"),
         (lambda content: content["normalizer"].update(type="NFKC"), "its normalizer is NFKC, not BertNormalizer"),
         (lambda content: content.update(pre_tokenizer=None), "its pre_tokenizer is None, not BertPreTokenizer"),
+        (lambda content: content.pop("pre_tokenizer"), "its pre_tokenizer is None, not BertPreTokenizer"),
         (lambda content: content["model"]["vocab"].update({"x": 99}), "aren't 0 to 65"),
         (lambda content: content["model"]["vocab"].update({"x": "y"}), "aren't 0 to 65"),
         (lambda content: content["model"]["vocab"].update({"a\n": 65}), r"its token 'a\n' doesn't fit into a line"),
