@@ -327,7 +327,7 @@ def live_full_sort(vectors: np.ndarray, live: np.ndarray, queries: np.ndarray, k
 
 @pytest.mark.parametrize("count", [1, 150, 290, 299])
 def test_deleted_rows_are_never_found(ann: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By either search, before and after saving; their ids aren't used again, and fewer rows than asked for are left."""
+    """By either search, before and after saving. Their ids aren't used again; fewer rows than asked for may be left."""
     monkeypatch.setattr(ann_util, "CORPUS_BLOCK", 64)
     vectors, queries = random_vectors(320, 60), random_vectors(40, 61)
     index = build_index(IndexOptions(ann, hnsw_ef=300, target_recall=0), vectors[:300])
