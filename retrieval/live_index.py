@@ -21,7 +21,7 @@ from retrieval.saved_index import DocumentIndex, apply_change, load_index, locke
 
 ROWS_PER_TURN = 64  # documents that are indexed while searches wait
 SMALL_JOURNAL = 1 << 20  # bytes; a journal up to this size is left as it is while the index is open
-JOURNAL_SHARE = 0.02  # of the folder: a larger journal would take longer to read than all the rest
+JOURNAL_SHARE = 0.01  # of the folder's bytes; a larger journal makes loading slow, for its vectors are indexed again
 
 
 class Added(NamedTuple):
@@ -140,9 +140,10 @@ class LiveIndex:
             raise
         for part in _parts(change):
             with self._threads.writing():
-                for row, document in enumerate(part.documents, len(self._document_index.documents)):
-                    self._finder.add(row, document)
+                first_id = len(self._document_index.documents)
                 apply_change(self._document_index, part)
+                for row, document in enumerate(part.documents, first_id):
+                    self._finder.add(row, document)
         self._refusal = None
         self._compact_if_due()
 

@@ -5,12 +5,14 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from ann_util import ExactIndex, HnswIndex, VectorIndex
+import numpy as np
+
+from ann_util import HNSW_BLOCK, ExactIndex, HnswIndex, VectorIndex
 from common.errors import InputError
 from common.files import (
     atomic_folder,
@@ -123,9 +125,9 @@ def locked_index(folder: str | Path) -> Iterator[contextlib.ExitStack]:
 
 def apply_change(document_index: DocumentIndex, change: Change) -> None:
     """Adds to a loaded index and deletes from it what a change says. Raises InputError as `VectorIndex.add` does."""
-    if change.documents:
-        document_index.index.add(change.vectors)
+    if change.documents:  # first the document, so that after an interruption each hit has one
         document_index.documents.extend(change.documents)
+        document_index.index.add(change.vectors)
     document_index.index.delete(change.deleted)
     document_index.documents.delete(change.deleted)
 
@@ -184,6 +186,24 @@ def _read_index(folder: Path) -> DocumentIndex:
         raise InputError(f"{folder / INDEX_FILE}: isn't the description of an index (see {error}); {REMEDY}") from None
     if len(documents) != len(index):
         raise InputError(f"{folder}: has {len(documents)} documents and {len(index)} vectors; {REMEDY}")
-    for change in read_journal(folder, index.dim):
+    for change in _joined(read_journal(folder, index.dim)):
         apply_change(saved, change)
     return saved
+
+
+def _joined(changes: Iterable[Change]) -> Iterator[Change]:
+    """The changes, with additions in a row joined, because hnswlib uses several threads for many vectors only."""
+    parts: list[Change] = []
+    for change in changes:
+        parts.append(change)
+        if change.deleted or sum(len(part.documents) for part in parts) >= HNSW_BLOCK:
+            yield _join(parts)
+            parts = []
+    if parts:
+        yield _join(parts)
+
+
+def _join(parts: Sequence[Change]) -> Change:
+    """Additions, of which the last may also delete, as one change."""
+    documents = [document for part in parts for document in part.documents]
+    return Change(documents, np.concatenate([part.vectors for part in parts]), parts[-1].deleted)

@@ -17,7 +17,7 @@ import pytest
 from ann_util import HnswIndex, IndexOptions, build_index
 from common.errors import InputError
 from common.texts import text_key
-from helpers import ROOT, file_size_limit, unit_vectors, write_pairs
+from helpers import ROOT, V1, file_size_limit, unit_vectors, write_pairs
 from retrieval import live_index, saved_index
 from retrieval.corpus import Corpus, read_corpus
 from retrieval.documents import Documents
@@ -209,6 +209,50 @@ def test_a_closed_index_has_its_changes_in_its_files(tmp_path: Path, ann: str) -
         assert "机密".encode() not in content and "文献5\n".encode() not in content
     with pytest.raises(InputError, match=r"documents\.txt:6: the line is empty"):
         Corpus(folder / "documents.txt")
+
+
+def test_an_index_of_version_1_is_changed(tmp_path: Path, ann: str) -> None:
+    folder = shutil.copytree(V1 / f"index_{ann}", tmp_path / "index")
+    saved = load_index(folder)
+    vectors = unit_vectors(1, saved.index.dim)
+    with LiveIndex(folder, saved.model) as live:
+        assert live.add(["新", saved.documents[3]], np.repeat(vectors, 2, axis=0)) == Added([48, 3], [True, False])
+        assert live.delete([3, 4]) == 2
+    changed = load_index(folder, saved.model)
+    assert changed.index.search(vectors, 1)[0].tolist() == [[48]]
+    assert list(changed.documents) == [
+        "" if row in (3, 4) else text for row, text in enumerate([*saved.documents, "新"])
+    ]
+
+
+def test_a_model_or_corpus_that_the_index_doesn_t_fit_is_refused(tmp_path: Path) -> None:
+    """And the index isn't locked then."""
+    folder = new_index(tmp_path)
+    other = read_corpus(write_pairs(tmp_path / "other.csv", [("别的",)]))
+    for arguments in (["other"], ["model", other]):
+        with pytest.raises(InputError, match=r"its vectors come from another model|was built from another corpus"):
+            LiveIndex(folder, *arguments)
+    LiveIndex(folder, "model").close()
+
+
+def test_a_journal_of_many_small_changes_is_read_in_large_ones(
+    tmp_path: Path, ann: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = new_index(tmp_path, ann=ann)
+    live, twin = LiveIndex(folder), Twin(texts_from(0, 20))
+    for row in range(30):
+        texts = texts_from(100 + row, 1)
+        live.add(texts, vectors_of(texts))
+        twin.add(texts)
+        if row in (0, 1, 25):
+            assert live.delete([row, 20 + row]) == twin.delete([row, 20 + row]) == 2
+    live.close(compact=False)
+    monkeypatch.setattr(saved_index, "HNSW_BLOCK", 10)
+    added = []
+    apply = saved_index.apply_change
+    monkeypatch.setattr(saved_index, "apply_change", lambda *of: added.append(len(of[1].documents)) or apply(*of))
+    assert twin.is_that_of(load_index(folder))
+    assert added == [1, 1, 10, 10, 4, 4]
 
 
 def test_after_an_error_an_index_is_closed_without_delay(tmp_path: Path) -> None:
@@ -425,6 +469,11 @@ def test_an_interrupted_change_is_whole_when_the_index_is_opened_again(
     monkeypatch.undo()
     with pytest.raises(InputError, match=f"^{folder}: a change was interrupted; open it again"):
         live.delete([1])
+    assert set(live.find(texts)) == {*range(20, 148), None}
+    with live.reading() as document_index:
+        assert all(
+            document_index.documents[row] for row in document_index.index.search(unit_vectors(1, DIM), 999)[0][0]
+        )
     live.close()
     assert Twin([*texts_from(0, 20), *texts]).is_that_of(load_index(folder))
 
