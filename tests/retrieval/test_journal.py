@@ -59,6 +59,7 @@ def test_changes_are_read_as_they_were_written(folder: Path) -> None:
     assert read(folder) == [comparable(change) for change in CHANGES]
 
 
+@pytest.mark.usefixtures("fast_disk")
 def test_a_journal_that_ends_anywhere_has_its_whole_records(folder: Path) -> None:
     """At every byte, and it takes more: a torn record is cut off when it is opened to be written, and not before."""
     ends = write(folder, CHANGES)

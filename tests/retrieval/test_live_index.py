@@ -100,6 +100,7 @@ class Twin:
 # Adding, deleting, opening again
 
 
+@pytest.mark.usefixtures("fast_disk")
 @pytest.mark.parametrize("seed", range(4))
 def test_an_index_is_that_of_a_dict(tmp_path: Path, ann: str, seed: int) -> None:
     """After each of 60 random changes, in memory and for another reader; opened again, compacted and closed."""
@@ -235,6 +236,7 @@ def test_a_model_or_corpus_that_the_index_doesn_t_fit_is_refused(tmp_path: Path)
     LiveIndex(folder, "model").close()
 
 
+@pytest.mark.usefixtures("fast_disk")
 def test_a_journal_of_many_small_changes_is_read_in_large_ones(
     tmp_path: Path, ann: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +273,7 @@ def test_after_an_error_an_index_is_closed_without_delay(tmp_path: Path) -> None
         assert len(document_index.index.search(unit_vectors(1, DIM), 30)[0][0]) == 21
 
 
+@pytest.mark.usefixtures("fast_disk")
 def test_a_large_journal_is_compacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the index is in use, and when it is opened after a kill."""
     folder = new_index(tmp_path)
@@ -428,6 +431,7 @@ def test_a_full_disk_leaves_the_index_as_it_was(tmp_path: Path, ann: str, capsys
     assert twin.is_that_of(load_index(folder))
 
 
+@pytest.mark.usefixtures("fast_disk")
 def test_a_journal_that_can_t_be_compacted_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
