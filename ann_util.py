@@ -2,12 +2,13 @@
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from common.cli import number_in_range, positive_int, proportion
 from common.cpu import cpu_count, memory_limit
@@ -21,6 +22,8 @@ CORPUS_BLOCK = 16384  # vectors of the corpus that are read or compared at a tim
 QUERY_BLOCK = 256  # queries compared with such a block at a time: the similarities take 16 MB
 HNSW_ELEMENT_BYTES = 64  # of a vector besides itself and its links: its label, a pointer and a mutex
 HNSW_BLOCK = 1024  # vectors or queries per call of hnswlib, which takes about a second and delays Ctrl-C
+HNSW_GROWTH = 8  # a full index grows by 1/8 or more, since each growth takes time in proportion to all vectors
+SMALL_BATCH = 1024  # vectors: batches that together have no more are joined, since each costs a matrix product
 DEFAULT_TARGET_RECALL = 0.995  # on a sample of the queries; gives 0.99 on all of them
 MAX_EF = 1 << 14  # with a larger ef, HNSW is no faster than exact search
 UNIT_TOLERANCE = 1e-2  # rounding to bfloat16 changes a norm by up to 4e-3
@@ -94,18 +97,32 @@ def _import_hnswlib() -> ModuleType:
 class VectorIndex(ABC):
     """Unit vectors to search, in float32; the id of a vector is its row number over all calls of `add`.
 
-    dim: length of a vector. target_recall: the share of exact search's hits that `retrieval.pipeline` tunes an
-    approximate index for; 0: it isn't tuned.
+    Deleted rows keep their ids, which aren't used again, but are never found; `len` counts them, too. Searches may run
+    at the same time, but not beside `add` or `delete`. dim: length of a vector. target_recall: the share of exact
+    search's hits that `retrieval.pipeline` tunes an approximate index for; 0: it isn't tuned.
     """
 
     target_recall = 0.0
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
-        self._size = 0
+        self._is_live = np.zeros(0, bool)  # by id: whether the row isn't deleted
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._is_live)
+
+    @property
+    def live_count(self) -> int:
+        """The number of rows that aren't deleted."""
+        return int(np.count_nonzero(self._is_live))
+
+    def live_ids(self) -> np.ndarray:
+        """The ids of the rows that aren't deleted, int64, in order."""
+        return np.flatnonzero(self._is_live)
+
+    def is_live(self, row: int) -> bool:
+        """Whether a row is there and isn't deleted."""
+        return 0 <= row < len(self) and bool(self._is_live[row])
 
     def add(self, vectors: np.ndarray) -> None:
         """Adds unit vectors [N, dim].
@@ -113,32 +130,41 @@ class VectorIndex(ABC):
         Raises InputError, and adds nothing, for no rows, a wrong shape, or a row whose norm isn't 1, such as zeros, NaN
         or infinity; the message names the first such row.
         """
-        check_unit_vectors(vectors, self.dim, "corpus", self._size)
+        check_unit_vectors(vectors, self.dim, "corpus", len(self))
         if not len(vectors):
             raise InputError("the corpus is empty: there is nothing to search")
         self._add(vectors)
-        self._size += len(vectors)
+        self._is_live = np.concatenate([self._is_live, np.ones(len(vectors), bool)])
+
+    def delete(self, ids: Iterable[int]) -> int:
+        """Deletes the rows with these ids; returns how many of them were there and not deleted before."""
+        found = [row for row in dict.fromkeys(ids) if self.is_live(row)]
+        self._delete(found)
+        self._is_live[found] = False
+        return len(found)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The most similar rows of each query, best first.
 
-        queries: unit vectors [Q, dim]. Returns ids, int64 [Q, min(k, N)], and their inner products (cosines), float32
-        of the same shape. Raises InputError for k < 1, an empty index, and queries of a wrong shape or norm.
+        queries: unit vectors [Q, dim]. Returns ids, int64 [Q, min(k, live_count)], and their inner products (cosines),
+        float32 of the same shape. Raises InputError for k < 1, an index without rows or with deleted ones only, and
+        queries of a wrong shape or norm.
         """
         if k < 1:
             raise InputError(f"can't search for {k} documents: give 1 or more")
-        if not len(self):
+        k = min(k, self.live_count)
+        if not k:
             raise InputError("the corpus is empty: there is nothing to search")
         check_unit_vectors(queries, self.dim, "query", 0)
-        k = min(k, len(self))
         if not len(queries):
             return np.empty((0, k), np.int64), np.empty((0, k), np.float32)
         return self._search(np.asarray(queries, dtype=np.float32), k)
 
     def search_exactly(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Compares each query with each vector; arguments and result as for `search`, but without its checks."""
-        blocks = _with_progress(self._blocks(), len(self), "exact search", "vector")
-        return _exact_top_k(blocks, np.asarray(queries, dtype=np.float32), min(k, len(self)))
+        k = min(k, self.live_count)
+        with progress_bar(self.live_count, "exact search", "vector") as progress:
+            return _exact_top_k(self._live_blocks(), np.asarray(queries, dtype=np.float32), k, progress)
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -147,7 +173,8 @@ class VectorIndex(ABC):
     @property
     def settings(self) -> dict[str, Any]:
         """What `load` needs in addition to the files, as JSON values."""
-        return {"dimension": self.dim, "documents": len(self)}
+        deleted = np.flatnonzero(~self._is_live).tolist()
+        return {"dimension": self.dim, "documents": len(self), **({"deleted": deleted} if deleted else {})}
 
     @classmethod
     @abstractmethod
@@ -155,11 +182,14 @@ class VectorIndex(ABC):
         """Reads what `save` wrote. Check the files' hashes first: a damaged file can crash the process."""
 
     @abstractmethod
-    def _blocks(self) -> Iterator[np.ndarray]:
-        """All vectors in the order of their ids, in float32 blocks of up to CORPUS_BLOCK rows."""
+    def _live_blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids, int64 [B], and vectors, float32 [B, dim], of the rows that aren't deleted, by id; B <= CORPUS_BLOCK."""
 
     @abstractmethod
     def _add(self, vectors: np.ndarray) -> None: ...
+
+    @abstractmethod
+    def _delete(self, ids: Sequence[int]) -> None: ...
 
     @abstractmethod
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]: ...
@@ -168,7 +198,7 @@ class VectorIndex(ABC):
 class ExactIndex(VectorIndex):
     """Compares each query with each vector; equal similarities are ordered by id.
 
-    Keeps the vectors without a copy: they may be a memory map, and must not change afterwards.
+    Keeps the vectors without a copy, unless they are few: they may be a memory map, and must not change afterwards.
     """
 
     def __init__(self, dim: int) -> None:
@@ -179,13 +209,25 @@ class ExactIndex(VectorIndex):
         return "the exact index"
 
     def _add(self, vectors: np.ndarray) -> None:
+        if self._batches and len(self._batches[-1]) + len(vectors) <= SMALL_BATCH:
+            vectors = np.concatenate([self._batches.pop()[:], vectors[:]], dtype=np.float32)
         self._batches.append(vectors)
+
+    def _delete(self, ids: Sequence[int]) -> None:
+        """Nothing to do: `_live_blocks` leaves the rows out."""
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         return self.search_exactly(queries, k)
 
     def _blocks(self) -> Iterator[np.ndarray]:
         return (block for batch in self._batches for block in _blocks(batch, CORPUS_BLOCK))
+
+    def _live_blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        start = 0
+        for block in self._blocks():
+            rows = np.flatnonzero(self._is_live[start : start + len(block)])
+            yield start + rows, block if len(rows) == len(block) else block[rows]
+            start += len(block)
 
     def save(self, folder: Path) -> None:
         """Writes the vectors as a .npy file."""
@@ -200,6 +242,7 @@ class ExactIndex(VectorIndex):
         """Maps the vectors into memory."""
         index = cls(settings["dimension"])
         index.add(np.load(folder / VECTORS_FILE, mmap_mode="r", allow_pickle=False))
+        index.delete(settings.get("deleted", ()))
         return index
 
 
@@ -255,7 +298,7 @@ class HnswIndex(VectorIndex):
             self.ef = ef
             return recall_vs_exact(self.search(queries, k)[1], expected) >= target_recall
 
-        self.ef = smallest_ef(is_enough, min(k, len(self)))
+        self.ef = smallest_ef(is_enough, min(k, self.live_count))
 
     def save(self, folder: Path) -> None:
         """Writes hnswlib's file."""
@@ -286,19 +329,26 @@ class HnswIndex(VectorIndex):
             raise InputError(f"{folder / HNSW_FILE}: can't be loaded ({error}); build the index anew") from None
         index.ef = settings["ef"]  # load_index sets it to 10
         index.target_recall = settings.get("target_recall", settings.get("share", 0.0))  # version 1 called it share
-        index._size = index.max_elements = size
+        index.max_elements = size
+        index._is_live = np.ones(size, bool)
+        index._is_live[settings.get("deleted", [])] = False  # hnswlib's file has its own marks
         return index
 
     def _add(self, vectors: np.ndarray) -> None:
         size = len(self) + len(vectors)
         if size > self.max_elements:
+            reserved = max(size, self.max_elements + self.max_elements // HNSW_GROWTH)
             try:
-                self._index.resize_index(size)
+                self._index.resize_index(reserved)
             except (RuntimeError, MemoryError):
                 raise InputError(f"no memory for an HNSW index of {size} vectors") from None
-            self.max_elements = size
+            self.max_elements = reserved
         for block in _with_progress(_blocks(vectors, HNSW_BLOCK), len(vectors), "index", "vector"):
             self._index.add_items(block)
+
+    def _delete(self, ids: Sequence[int]) -> None:
+        for row in ids:
+            self._index.mark_deleted(row)
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         blocks = _with_progress(_blocks(queries, HNSW_BLOCK), len(queries), "search", "query")
@@ -319,7 +369,7 @@ class HnswIndex(VectorIndex):
         """Queries the graph one by one, and searches exactly where it finds fewer than k vectors.
 
         One such query makes hnswlib fail for its whole batch. Parts of the graph that aren't connected are the cause,
-        for example with many equal vectors; a larger ef doesn't help.
+        for example with many equal vectors, and deleted rows around the query; a larger ef doesn't help.
         """
         ids, similarities = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         unanswered = []
@@ -331,10 +381,11 @@ class HnswIndex(VectorIndex):
         ids[unanswered], similarities[unanswered] = self.search_exactly(queries[unanswered], k)
         return ids, similarities
 
-    def _blocks(self) -> Iterator[np.ndarray]:
-        for start in range(0, len(self), CORPUS_BLOCK):
-            rows = np.arange(start, min(start + CORPUS_BLOCK, len(self)))
-            yield self._index.get_items(rows, return_type="numpy")
+    def _live_blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        ids = self.live_ids()
+        for start in range(0, len(ids), CORPUS_BLOCK):
+            rows = ids[start : start + CORPUS_BLOCK]
+            yield rows, self._index.get_items(rows, return_type="numpy")
 
 
 def build_index(options: IndexOptions, vectors: Any) -> VectorIndex:
@@ -406,24 +457,28 @@ def check_unit_vectors(vectors: np.ndarray, dim: int, name: str, first_row: int)
         first_row += len(block)
 
 
-def _exact_top_k(blocks: Iterable[np.ndarray], queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [Q, k] and similarities [Q, k] of the k best rows of all `blocks`, which together have at least k rows."""
+def _exact_top_k(
+    blocks: Iterable[tuple[np.ndarray, np.ndarray]], queries: np.ndarray, k: int, progress: tqdm
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [Q, k] and similarities [Q, k] of the k best rows of all `blocks`, which together have at least k rows.
+
+    blocks: ids [B] and vectors [B, dim], as of `VectorIndex._live_blocks`.
+    """
     ids = np.zeros((len(queries), k), np.int64)
     similarities = np.full((len(queries), k), -np.inf, np.float32)
-    first_id = 0
-    for block in blocks:
+    for block_ids, block in blocks:
         for start in range(0, len(queries), QUERY_BLOCK):
             part = slice(start, start + QUERY_BLOCK)
             scores = queries[part] @ block.T
-            ids[part], similarities[part] = _merge(ids[part], similarities[part], scores, first_id)
-        first_id += len(block)
+            ids[part], similarities[part] = _merge(ids[part], similarities[part], scores, block_ids)
+        progress.update(len(block))
     return ids, similarities
 
 
 def _merge(
-    ids: np.ndarray, similarities: np.ndarray, scores: np.ndarray, first_id: int
+    ids: np.ndarray, similarities: np.ndarray, scores: np.ndarray, block_ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best k of the k so far (ids, similarities [Q, k]) and of a block with larger ids (scores [Q, B])."""
+    """The best k of the k so far (ids, similarities [Q, k]) and of a block with larger ids [B] (scores [Q, B])."""
     query_count, k = ids.shape
     # A score must be above the worst so far (of equal ones the smaller id counts) and among the block's k best.
     lowest = np.nextafter(similarities[:, -1], np.float32(np.inf))
@@ -432,7 +487,7 @@ def _merge(
         lowest[has_too_many] = np.partition(scores[has_too_many], -k, axis=1)[:, -k]
     queries, columns = np.nonzero(scores >= lowest[:, None])
     similarities = np.concatenate([similarities.ravel(), scores[queries, columns]])
-    ids = np.concatenate([ids.ravel(), first_id + columns])
+    ids = np.concatenate([ids.ravel(), block_ids[columns]])
     queries = np.concatenate([np.repeat(np.arange(query_count), k), queries])
     order = np.lexsort((ids, -similarities, queries))
     firsts = np.searchsorted(queries[order], np.arange(query_count))

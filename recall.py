@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_paddle()
     from common.device import set_device
     from common.distributed import init_ranks
-    from encoding.encoder import compare_with_fp32, load_encoder
+    from encoding.encoder import SAMPLE_DOCUMENTS, compare_with_fp32, load_encoder
     from retrieval import pipeline
 
     set_device(args.device)
@@ -193,16 +193,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         index, documents = document_index.index, document_index.documents
         if args.index_dir and is_changed:
-            print(f"wrote {args.index_dir}: {index} of {len(documents)} documents")
+            print(f"wrote {args.index_dir}: {index} of {index.live_count} documents")
         if queries:
             result = pipeline.search(index, query_vectors, args.recall_num)
             write_hits(result_file, pipeline.hits_of(result, documents, queries))
             found = f"{100 * result.recall_vs_exact:.2f} % of exact search's top {result.ids.shape[1]}"
-            print(f"searched {len(documents)} documents for {len(queries)} queries; {index} found {found}")
+            print(f"searched {index.live_count} documents for {len(queries)} queries; {index} found {found}")
             print(f"wrote {result_file}")
         if encoder.embed_fp32:
-            sample = queries or documents[: pipeline.SAMPLE]
-            print(f"{encoder.precision}: {compare_with_fp32(encoder, documents, sample)}")
+            sample = [documents[row] for row in index.live_ids()[:SAMPLE_DOCUMENTS]]
+            fidelity = compare_with_fp32(encoder, sample, queries or sample[: pipeline.SAMPLE])
+            print(f"{encoder.precision}: {fidelity}")
         for query in chain(args.query or (), typed_queries(sys.stdin) if args.interactive else ()):
             print("\n".join(answer(encoder, document_index, query, args.recall_num)), flush=True)
     return 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ from common.errors import InputError
 REPLACED_SUFFIX = ".replaced"  # of the old folder while a new one takes its place
 TEMPORARY_SUFFIX = ".tmp"
 LOCK_FILE = "lock"  # in a temporary folder: while its owner holds the lock, nobody else removes the folder
+KEPT_NAME = 60  # characters of a name that begin its temporary name, which might otherwise become too long
 HASHED_BYTES = 1 << 20  # per read
 
 
@@ -79,11 +81,11 @@ def sha256(path: str | Path) -> str:
 
 def _temporary_name(path: Path) -> Path:
     # Shortened, because a name of the longest legal length would become too long.
-    return path.with_name(f".{path.name[:60]}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+    return path.with_name(f".{path.name[:KEPT_NAME]}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
 
 
 def _replaced_name(path: Path) -> Path:
-    return path.with_name(f".{path.name[:60]}{REPLACED_SUFFIX}")
+    return path.with_name(f".{path.name[:KEPT_NAME]}{REPLACED_SUFFIX}")
 
 
 def _link_target(path: Path) -> Path:
@@ -145,12 +147,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for written in (*temporary.rglob("*"), temporary):
-            _flush_to_disk(written)
+            flush_to_disk(written)
         restore_folder(path)
         if path.exists():
             path.rename(_replaced_name(path))
         temporary.rename(path)
-        _flush_to_disk(path.parent)
+        flush_to_disk(path.parent)
         remove_folder(_replaced_name(path))
     except InputError as error:  # of a file that the block writes
         raise InputError(str(error).replace(str(temporary), str(path))) from None
@@ -162,7 +164,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Makes a file's content, or the names in a folder, outlast a crash of the system."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -194,19 +197,24 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def clear_leftovers(folder: str | Path) -> None:
+def clear_leftovers(folder: str | Path, name: str | None = None) -> None:
     """Removes what killed writers left in a folder that nobody else writes to, and ends interrupted replacements.
 
-    Raises InputError if it can't. Skips folders with a LOCK_FILE, which `retrieval.embedding_store` removes itself.
+    name: of the only file or folder that it is about; then others may be written meanwhile. Raises InputError if it
+    can't. Skips folders with a LOCK_FILE, which `retrieval.embedding_store` removes itself.
     """
+    if name and len(name) > KEPT_NAME:  # then others may have the same temporary names
+        return
+    names = glob.escape(name) if name else "*"
     try:
-        for path in Path(folder).glob(f".*{REPLACED_SUFFIX}"):
+        for path in Path(folder).glob(f".{names}{REPLACED_SUFFIX}"):
             restore_folder(path.with_name(path.name[1:].removesuffix(REPLACED_SUFFIX)))
-        for path in Path(folder).glob(f".*.{'[0-9a-f]' * 8}{TEMPORARY_SUFFIX}"):
-            if not path.is_dir():
-                path.unlink(missing_ok=True)
-            elif not (path / LOCK_FILE).exists():
-                remove_folder(path)
+        for written in (names, f".{names}{REPLACED_SUFFIX}"):
+            for path in Path(folder).glob(f".{written}.{'[0-9a-f]' * 8}{TEMPORARY_SUFFIX}"):
+                if not path.is_dir():
+                    path.unlink(missing_ok=True)
+                elif not (path / LOCK_FILE).exists():
+                    remove_folder(path)
     except OSError as error:
         raise InputError(f"{error.filename}: can't be removed ({error.strerror})") from None
 

@@ -13,7 +13,7 @@ import numpy as np
 from common.columns import ColumnCheck
 from common.errors import InputError
 from common.files import open_for_reading
-from common.lines import read_lines
+from common.lines import MAX_LINE_BYTES, LineDecoder, read_lines
 from common.logs import log
 from common.texts import TextSet, rough_key
 from data import parse_text
@@ -22,9 +22,10 @@ from data import parse_text
 class Corpus(Sequence[str]):
     """The documents of a file, one per line; the id of a document is its row. The file is mapped, not held in memory.
 
-    distinct: leaves out documents whose `text_key` another one has. sha256: hash of the documents in hex, repeated ones
-    included; it doesn't depend on BOM, line ends and skipped lines. Raises InputError as `read_lines` does, and on
-    access if the file has changed.
+    distinct: leaves out documents whose `text_key` another one has. with_deleted: an empty line isn't bad, but the row
+    of a deleted document, which is "". sha256: hash of the documents in hex, with repeated ones and without deleted
+    ones; it doesn't depend on BOM, line ends and skipped lines. Raises InputError as `read_lines` does, and on access
+    if the file has changed.
     """
 
     def __init__(
@@ -33,17 +34,20 @@ class Corpus(Sequence[str]):
         *,
         skip_bad_lines: bool = False,
         distinct: bool = False,
+        with_deleted: bool = False,
         lowercase: bool = True,
         check: ColumnCheck | None = None,
     ) -> None:
         digest, hashes = hashlib.sha256(), array("q")
         self.path, self._file = path, open_for_reading(path)
+        self._parse = _parse_text_or_deleted if with_deleted else parse_text
         self._state = self._current_state()
 
         def good_lines() -> Iterator[int]:
-            for line in read_lines(path, parse_text, skip_bad_lines, check=check):
+            for line in read_lines(path, self._parse, skip_bad_lines, check=check):
                 if line.row is not None:
-                    digest.update(line.row.encode() + b"\n")
+                    if line.row:
+                        digest.update(line.row.encode() + b"\n")
                     if distinct:
                         hashes.append(hash(rough_key(line.row)))
                     yield line.offset
@@ -84,7 +88,19 @@ class Corpus(Sequence[str]):
     def _read(self, offset: np.int64) -> str:
         start = int(offset)
         end = self._bytes.find(b"\n", start)
-        return parse_text(self._bytes[start : len(self._bytes) if end < 0 else end].decode("utf-8"))
+        return self._parse(self._bytes[start : len(self._bytes) if end < 0 else end].decode("utf-8"))
+
+
+def _parse_text_or_deleted(text: str) -> str:
+    return parse_text(text) if text.rstrip("\n") else ""
+
+
+def parse_document(text: str) -> str:
+    """A document from elsewhere, as `Corpus` reads it from a line. Raises ValueError if a line can't hold it."""
+    if "\n" in text:
+        raise ValueError("has more than one line")
+    line = text.encode("utf-8", "surrogatepass") + b"\n"
+    return parse_text(LineDecoder().decode(line if len(line) <= MAX_LINE_BYTES else None))
 
 
 def read_corpus(

@@ -18,6 +18,7 @@ from common.texts import DOCUMENT, QUERY, TextSet
 from data import Hit, encode_texts
 from encoding.encoder import Encoder
 from retrieval.corpus import Corpus
+from retrieval.documents import Documents
 from retrieval.embedding_store import SHARD_ROWS, Embeddings, EmbeddingsMetadata, temporary_folder
 from retrieval.saved_index import DocumentIndex, has_index, load_index, locked_index, save_index
 
@@ -128,7 +129,7 @@ def new_index(
         embeddings = encode_corpus(encoder, corpus, Path(embedding_dir))
         if is_main_process():
             index = build_index(options, embeddings)
-            yield DocumentIndex(index, corpus, encoder.fingerprint, corpus.sha256, encoder.precision)
+            yield DocumentIndex(index, Documents(corpus), encoder.fingerprint, corpus.sha256, encoder.precision)
         else:
             yield None
 
@@ -147,7 +148,7 @@ def update_index(
 
     Without a target recall in the options the index keeps its own, and its `ef` doesn't decrease. Raises InputError.
     """
-    with locked_index(index_dir):
+    with locked_index(index_dir) as lock:
         saved = load_index(index_dir, encoder.fingerprint, corpus, encoder.precision)
         lowest_ef = 0
         if isinstance(saved.index, HnswIndex):
@@ -158,13 +159,13 @@ def update_index(
                 saved.index.ef = options.hnsw_ef  # stays if the target recall is 0
         new_documents = add_documents(encoder, saved, added) if added else []
         tune(saved.index, encoder, saved.documents, query_vectors, k, lowest_ef)
-        return save_index(index_dir, saved, new_documents)
+        return save_index(index_dir, saved, new_documents, lock)
 
 
 def add_documents(encoder: Encoder, document_index: DocumentIndex, added: Corpus) -> list[str]:
     """Adds the documents that the index lacks; returns them for `save_index`. Raises InputError if it lacks none."""
     missing = TextSet(added, encoder.tokenizer.lowercases)
-    for document in document_index.documents:
+    for document in filter(None, document_index.documents):  # without deleted ones
         missing.discard(document)
     if not missing:
         raise InputError(f"--add_corpus {added.path}: the index has all of its documents already")
@@ -195,11 +196,14 @@ def tune(
     From 2 * SAMPLE queries on, it isn't the sample on which `search` measures the recall. Without queries it is a
     sample of the documents. query_vectors: float32 [Q, D]; `ef` doesn't fall below lowest_ef.
     """
-    if isinstance(index, HnswIndex) and index.target_recall:
-        has_queries = len(query_vectors) > 0
-        sample = (
-            sample_of(query_vectors, other=True) if has_queries else encoder.encode(sample_of(documents), role=QUERY)
-        )
+    if not (isinstance(index, HnswIndex) and index.target_recall):
+        return
+    if len(query_vectors):
+        sample = sample_of(query_vectors, other=True)
+    else:
+        live = index.live_ids()
+        sample = encoder.encode([documents[row] for row in sample_of(live[live < len(documents)])], role=QUERY)
+    if len(sample) and index.live_count:  # else all documents are deleted
         index.tune_ef(sample, k, index.target_recall)
         index.ef = max(index.ef, lowest_ef)
 

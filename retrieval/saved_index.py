@@ -1,30 +1,48 @@
-"""A saved index: a folder with the index, its documents, and fingerprints of model and corpus. Imports no Paddle."""
+"""A saved index: a folder with the index, its documents, and fingerprints of model and corpus. Imports no Paddle.
+
+`retrieval.live_index` changes one while it is searched, and keeps the changes in a journal in the folder.
+"""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from ann_util import ExactIndex, HnswIndex, VectorIndex
+import numpy as np
+
+from ann_util import HNSW_BLOCK, ExactIndex, HnswIndex, VectorIndex
 from common.errors import InputError
-from common.files import atomic_folder, atomic_write, locked, read_json, resolve_interrupted_replace, write_json
+from common.files import (
+    atomic_folder,
+    atomic_write,
+    clear_leftovers,
+    locked,
+    read_json,
+    resolve_interrupted_replace,
+    sha256,
+    write_json,
+)
 from common.logs import log
 from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from retrieval.corpus import Corpus
+from retrieval.documents import Documents
+from retrieval.journal import Change, read_journal
 
 INDEX_FILE = "index.json"
 DOCUMENTS_FILE = "documents.txt"
 INDEX_CLASSES: dict[str, type[VectorIndex]] = {"hnswlib": HnswIndex, "exact": ExactIndex}
 REMEDY = "remove the folder and build the index again"
+READ_ATTEMPTS = 5  # of an index that others replace meanwhile
 
 
 @dataclass(frozen=True)
 class DocumentIndex:
-    """An index, and its documents in the order of their ids."""
+    """An index, and its documents in the order of their ids; a deleted one is ""."""
 
     index: VectorIndex
-    documents: Corpus
+    documents: Documents
     model: str  # `Encoder.fingerprint` of its vectors
     corpus: str  # `Corpus.sha256` of the corpus that it was built from, without the documents that were added later
     precision: str | None = None  # of the encoder; None: not recorded, as in version 2.0.0
@@ -35,26 +53,47 @@ def has_index(folder: str | Path) -> bool:
     return resolve_interrupted_replace(folder).exists()
 
 
-def save_index(folder: str | Path, saved: DocumentIndex, new_documents: Iterable[str] = ()) -> DocumentIndex:
+def save_index(
+    folder: str | Path,
+    saved: DocumentIndex,
+    new_documents: Iterable[str] = (),
+    lock: contextlib.ExitStack | None = None,
+) -> DocumentIndex:
     """Writes an index to a folder, which is replaced as a whole, and returns it with the documents of that folder.
 
-    new_documents: those added to the index after `saved.documents`. Raises InputError if the folder can't be written.
+    new_documents: those added to the index after `saved.documents`. lock: what `locked_index` gave, if the folder is
+    locked; it then holds the new folder, which is locked before it is in place. Raises InputError if the folder can't
+    be written.
     """
-    index = saved.index
-    with atomic_folder(folder) as temporary:
-        index.save(temporary)
-        with atomic_write(temporary / DOCUMENTS_FILE) as file:
-            file.writelines(document + "\n" for document in chain(saved.documents, new_documents))
-        content = {
-            "ann": next(ann for ann, index_class in INDEX_CLASSES.items() if type(index) is index_class),
-            **index.settings,
-            "model": saved.model,
-            "corpus": saved.corpus,
-            "precision": saved.precision,
-        }
-        write_json(temporary / INDEX_FILE, content)
-        write_manifest(temporary)
-    return replace(saved, documents=Corpus(Path(folder) / DOCUMENTS_FILE))
+    with contextlib.ExitStack() as new_lock:
+        with atomic_folder(folder) as temporary:
+            _write_index(temporary, saved, new_documents)
+            if lock is not None:
+                new_lock.enter_context(locked(temporary / MANIFEST_FILE))
+        if lock is not None:
+            lock.close()
+            lock.push(new_lock.pop_all())
+    return replace(saved, documents=Documents(_saved_documents(Path(folder))))
+
+
+def _write_index(folder: Path, saved: DocumentIndex, new_documents: Iterable[str]) -> None:
+    """Writes the files of an index into an empty folder."""
+    saved.index.save(folder)
+    with atomic_write(folder / DOCUMENTS_FILE) as file:
+        file.writelines(document + "\n" for document in chain(saved.documents, new_documents))
+    content = {
+        "ann": next(ann for ann, index_class in INDEX_CLASSES.items() if type(saved.index) is index_class),
+        **saved.index.settings,
+        "model": saved.model,
+        "corpus": saved.corpus,
+        "precision": saved.precision,
+    }
+    write_json(folder / INDEX_FILE, content)
+    write_manifest(folder)
+
+
+def _saved_documents(folder: Path) -> Corpus:
+    return Corpus(folder / DOCUMENTS_FILE, with_deleted=True)
 
 
 def _index_folder(folder: str | Path) -> Path:
@@ -67,8 +106,11 @@ def _index_folder(folder: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked_index(folder: str | Path) -> Iterator[None]:
-    """Keeps other runs from changing a saved index until it is replaced. Raises InputError if one is changing it."""
+def locked_index(folder: str | Path) -> Iterator[contextlib.ExitStack]:
+    """Keeps other runs from changing a saved index, and removes what killed ones left beside it.
+
+    Yields the lock for `save_index`. Raises InputError if another run is changing the index.
+    """
     with contextlib.ExitStack() as lock:
         try:
             lock.enter_context(locked(_index_folder(folder) / MANIFEST_FILE))
@@ -76,28 +118,29 @@ def locked_index(folder: str | Path) -> Iterator[None]:
             raise InputError(f"{folder}: another run is changing it; run this again when it has finished") from None
         except OSError as error:
             raise InputError(f"{folder}: can't be locked against other runs ({error.strerror})") from None
-        yield
+        path = Path(os.path.realpath(folder))
+        clear_leftovers(path.parent, path.name)
+        yield lock
+
+
+def apply_change(document_index: DocumentIndex, change: Change) -> None:
+    """Adds to a loaded index and deletes from it what a change says. Raises InputError as `VectorIndex.add` does."""
+    if change.documents:  # first the document, so that after an interruption each hit has one
+        document_index.documents.extend(change.documents)
+        document_index.index.add(change.vectors)
+    document_index.index.delete(change.deleted)
+    document_index.documents.delete(change.deleted)
 
 
 def load_index(
     folder: str | Path, model: str | None = None, corpus: Corpus | None = None, precision: str | None = None
 ) -> DocumentIndex:
-    """Reads a saved index. Raises InputError if one of its files is missing or has changed.
+    """Reads a saved index with the changes in its journal. Needs no lock: what isn't acknowledged yet may be missing.
 
     model, corpus: the encoder's fingerprint and the documents; if given, an index of others raises InputError.
-    precision: the encoder's; one of another precision is logged.
+    precision: the encoder's; one of another precision is logged. Raises InputError if a file is missing or has changed.
     """
-    folder = _index_folder(folder)
-    check_manifest(folder, remedy=REMEDY)
-    content = read_json(folder / INDEX_FILE)
-    try:
-        index = INDEX_CLASSES[content["ann"]].load(folder, content)
-        documents = Corpus(folder / DOCUMENTS_FILE)
-        saved = DocumentIndex(index, documents, content["model"], content["corpus"], content.get("precision"))
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder / INDEX_FILE}: isn't the description of an index (see {error}); {REMEDY}") from None
-    if len(saved.documents) != len(index):
-        raise InputError(f"{folder}: has {len(saved.documents)} documents and {len(index)} vectors; {REMEDY}")
+    saved = _read_unreplaced(folder)
     if model is not None and saved.model != model:
         remedy = "give the --params_path that it was built with, or another --index_dir"
         raise InputError(f"{folder}: its vectors come from another model or --max_seq_length; {remedy}")
@@ -107,3 +150,60 @@ def load_index(
         remedy = "add documents with --add_corpus, leave --corpus_file out, or give another --index_dir"
         raise InputError(f"{folder}: was built from another corpus, or the corpus file has changed since; {remedy}")
     return saved
+
+
+def _read_unreplaced(folder: str | Path) -> DocumentIndex:
+    """Reads a saved index; again, if it was replaced meanwhile, so that its files and its journal fit each other."""
+    for attempt in range(1, READ_ATTEMPTS + 1):
+        path = _index_folder(folder)
+        manifest = sha256(path / MANIFEST_FILE)
+        try:
+            saved = _read_index(path)
+            if _is_still(path, manifest):
+                return saved
+        except (InputError, OSError):
+            if attempt == READ_ATTEMPTS or _is_still(path, manifest):
+                raise
+    raise InputError(f"{folder}: is replaced again and again; try again later")
+
+
+def _is_still(folder: Path, manifest: str) -> bool:
+    """Whether the folder has the manifest with this hash."""
+    try:
+        return sha256(folder / MANIFEST_FILE) == manifest
+    except InputError:
+        return False
+
+
+def _read_index(folder: Path) -> DocumentIndex:
+    check_manifest(folder, remedy=REMEDY)
+    content = read_json(folder / INDEX_FILE)
+    try:
+        index = INDEX_CLASSES[content["ann"]].load(folder, content)
+        documents = Documents(_saved_documents(folder))
+        saved = DocumentIndex(index, documents, content["model"], content["corpus"], content.get("precision"))
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / INDEX_FILE}: isn't the description of an index (see {error}); {REMEDY}") from None
+    if len(documents) != len(index):
+        raise InputError(f"{folder}: has {len(documents)} documents and {len(index)} vectors; {REMEDY}")
+    for change in _joined(read_journal(folder, index.dim)):
+        apply_change(saved, change)
+    return saved
+
+
+def _joined(changes: Iterable[Change]) -> Iterator[Change]:
+    """The changes, with additions in a row joined, because hnswlib uses several threads for many vectors only."""
+    parts: list[Change] = []
+    for change in changes:
+        parts.append(change)
+        if change.deleted or sum(len(part.documents) for part in parts) >= HNSW_BLOCK:
+            yield _join(parts)
+            parts = []
+    if parts:
+        yield _join(parts)
+
+
+def _join(parts: Sequence[Change]) -> Change:
+    """Additions, of which the last may also delete, as one change."""
+    documents = [document for part in parts for document in part.documents]
+    return Change(documents, np.concatenate([part.vectors for part in parts]), parts[-1].deleted)

@@ -319,6 +319,87 @@ def test_a_saved_index_answers_as_before_and_takes_more(ann: str, tmp_path: Path
     assert recall_vs_exact(loaded.search(queries, 9)[1], expected.search(queries, 9)[1]) > 0.99
 
 
+def live_full_sort(vectors: np.ndarray, live: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The twin of an index with deleted rows: sorts the others."""
+    rows, similarities = full_sort(vectors[live], queries, min(k, len(live)))
+    return live[rows], similarities
+
+
+@pytest.mark.parametrize("count", [1, 150, 290, 299])
+def test_deleted_rows_are_never_found(ann: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By either search, before and after saving. Their ids aren't used again; fewer rows than asked for may be left."""
+    monkeypatch.setattr(ann_util, "CORPUS_BLOCK", 64)
+    vectors, queries = random_vectors(320, 60), random_vectors(40, 61)
+    index = build_index(IndexOptions(ann, hnsw_ef=300, target_recall=0), vectors[:300])
+    deleted = np.random.default_rng(count).choice(300, count, replace=False)
+    assert index.delete([*deleted.tolist(), deleted[0], -1, 300]) == count
+    assert index.delete(deleted) == 0
+    for size in (300, 320):
+        index.save(tmp_path)
+        loaded = type(index).load(tmp_path, index.settings)
+        live = np.setdiff1d(np.arange(size), deleted)
+        expected = live_full_sort(vectors, live, queries, 12)
+        for each in (index, loaded):
+            assert (len(each), each.live_count, each.live_ids().tolist()) == (size, size - count, live.tolist())
+            for found in (each.search(queries, 12), each.search_exactly(queries, 12)):
+                np.testing.assert_array_equal(found[0], expected[0])
+                np.testing.assert_allclose(found[1], expected[1], atol=1e-6)
+            assert recall_vs_exact(each.search(queries, 12)[1], each.search_exactly(queries, 12)[1]) == 1
+        if size == 300:
+            index = loaded
+            index.add(vectors[300:])
+
+
+def test_an_index_of_deleted_rows_is_empty(ann: str, tmp_path: Path) -> None:
+    """And takes more."""
+    vectors = random_vectors(6, 62)
+    index = build_index(IndexOptions(ann), vectors[:5])
+    assert index.delete(range(5)) == 5
+    index.save(tmp_path)
+    for each in (index, type(index).load(tmp_path, index.settings)):
+        with pytest.raises(InputError, match="corpus is empty"):
+            each.search(vectors, 3)
+        each.add(vectors[5:])
+        ids, similarities = each.search(vectors[5:], 3)
+        assert (ids.tolist(), similarities.shape) == ([[5]], (1, 1))
+
+
+def test_an_index_without_deleted_rows_is_saved_as_by_earlier_versions(ann: str) -> None:
+    index = build_index(IndexOptions(ann), random_vectors(5, 63))
+    assert "deleted" not in index.settings
+    index.delete([3])
+    assert index.settings["deleted"] == [3]
+
+
+def test_ef_is_tuned_for_the_rows_that_are_left() -> None:
+    """More neighbours are asked for than there are."""
+    vectors = random_vectors(40, 64)
+    index = build_index(IndexOptions(), vectors)
+    index.delete(range(35))
+    index.tune_ef(vectors, 10, 0.995)
+    assert index.ef == 5
+    assert sorted(index.search(vectors[:1], 10)[0][0]) == [35, 36, 37, 38, 39]
+
+
+def test_small_batches_are_joined_and_large_ones_are_not() -> None:
+    """Of many batches each would cost a matrix product in every search."""
+    vectors = random_vectors(2600, 65)
+    index = ExactIndex(DIM)
+    for start, end in [(0, 1200), *((row, row + 1) for row in range(1200, 2550)), (2550, 2600)]:
+        index.add(vectors[start:end])
+    assert len(index._batches) == 3 and index._batches[0].base is vectors
+    np.testing.assert_array_equal(np.concatenate([block for _, block in index._live_blocks()]), vectors)
+
+
+def test_a_full_hnsw_index_grows_by_more_than_it_must() -> None:
+    index = build_index(IndexOptions(), random_vectors(80, 66))
+    sizes = []
+    for seed in range(12):
+        index.add(random_vectors(1, seed))
+        sizes.append(index.max_elements)
+    assert sizes == [90] * 10 + [101] * 2
+
+
 @pytest.mark.parametrize("limit", [0, 5_000, 100_000])
 def test_a_full_disk_is_an_input_error(ann: str, tmp_path: Path, limit: int) -> None:
     """A limit on the size of files stands in for it; hnswlib itself reports nothing."""

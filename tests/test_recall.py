@@ -12,10 +12,13 @@ import pytest
 
 import recall
 from common.errors import InputError
+from common.texts import DOCUMENT
+from encoding.encoder import load_encoder
 from helpers import ROOT, run_script, write_pairs
 from retrieval import pipeline
 from retrieval.corpus import Corpus, read_corpus
 from retrieval.embedding_store import EmbeddingsMetadata
+from retrieval.live_index import LiveIndex
 from retrieval.saved_index import load_index
 
 Capture = pytest.CaptureFixture[str]
@@ -122,6 +125,54 @@ def test_added_documents_are_found(
         recall.main(add)
     assert recall.main(options(checkpoint, recall_data, tmp_path, *index, "--corpus_file", str(part))) == 0
     assert same_hits(result(tmp_path), expected)
+
+
+@pytest.mark.parametrize("is_compacted", [False, True])
+@pytest.mark.parametrize("ann", ["exact", "hnswlib"])
+def test_an_index_that_was_changed_while_it_was_open_is_searched_and_added_to(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, ann: str, is_compacted: bool, capsys: Capture
+) -> None:
+    """The result is that of a new index of the documents that are left; what was deleted can be added again."""
+    encoder = load_encoder(checkpoint)
+    documents = list(read_corpus(recall_data / "corpus.csv"))
+    part = str(write_pairs(tmp_path / "part.csv", [(text,) for text in documents[:100]]))
+    index = ["--ann", ann, "--target_recall", "0", "--hnsw_ef", "200", "--index_dir", str(tmp_path / "index")]
+    assert recall.main(options(checkpoint, recall_data, tmp_path, *index, "--corpus_file", part)) == 0
+    live = LiveIndex(tmp_path / "index", encoder.fingerprint, lowercase=encoder.tokenizer.lowercases)
+    assert all(live.add(documents[100:130], encoder.encode(documents[100:130], role=DOCUMENT)).is_new)
+    assert live.delete([*range(20), 129]) == 21
+    live.close(compact=is_compacted)
+    left = documents[20:129]
+    for added, corpus in (([], left), (documents[15:25], [*left, *documents[15:20]])):
+        name = str(write_pairs(tmp_path / "left.csv", [(text,) for text in corpus]))
+        assert recall.main([*options(checkpoint, recall_data, tmp_path, "--ann", "exact"), "--corpus_file", name]) == 0
+        expected = result(tmp_path)
+        capsys.readouterr()
+        arguments = options(checkpoint, recall_data, tmp_path, *index[-2:], "--corpus_file", part)
+        if added:
+            more = str(write_pairs(tmp_path / "more.csv", [(text,) for text in added]))
+            assert recall.main([*arguments, "--add_corpus", more]) == 0
+            assert f" of {len(corpus)} documents\n" in capsys.readouterr().out
+        assert recall.main(arguments) == 0
+        assert f"searched {len(corpus)} documents" in capsys.readouterr().out
+        assert same_hits(result(tmp_path), expected)
+    assert load_index(tmp_path / "index").documents[15:20] == [""] * 5
+    assert recall.main([*arguments, "--corpus_file", name]) == 0  # it fits those that are left, too
+
+
+def test_an_index_without_documents_left_is_one_line(checkpoint: Path, recall_data: Path, tmp_path: Path) -> None:
+    """It can be tuned and added to."""
+    arguments = options(checkpoint, recall_data, tmp_path, "--index_dir", str(tmp_path / "index"))
+    assert recall.main(arguments) == 0
+    with LiveIndex(tmp_path / "index") as live:
+        live.delete(range(10**4))
+    for more in ([], ["--target_recall", "0.9"]):
+        with pytest.raises(InputError, match="the corpus is empty: there is nothing to search"):
+            recall.main([*without(arguments, "--corpus_file"), *more])
+    added = str(write_pairs(tmp_path / "more.csv", [("新的文献",)]))
+    queries = ["--query", "水稻", "--add_corpus", added]
+    assert recall.main([*without(without(arguments, "--corpus_file"), "--similar_text_pair"), *queries]) == 0
+    assert len(load_index(tmp_path / "index").index.live_ids()) == 1
 
 
 def test_a_corpus_file_with_or_without_added_documents_fits_the_index(

@@ -319,6 +319,27 @@ def test_only_leftovers_of_ours_are_cleared(tmp_path: Path) -> None:
     clear_leftovers(tmp_path / "nowhere")
 
 
+def test_leftovers_of_one_folder_are_cleared_without_those_of_others(tmp_path: Path) -> None:
+    """Also of a removal that was interrupted, and with a name that would be a pattern."""
+    for name in ("index", "other", "index2", "[i]"):
+        for leftover in (f".{name}.0123abcd.tmp", f"..{name}.replaced.89abcdef.tmp", f".{name}.replaced"):
+            folder_with(tmp_path / leftover, "old")
+        folder_with(tmp_path / name, "new")
+    for name in ("index", "[i]"):
+        clear_leftovers(tmp_path, name)
+        assert not [path for path in os.listdir(tmp_path) if path.startswith((f".{name}.", f"..{name}."))]
+    assert len(os.listdir(tmp_path)) == 4 + 2 * 3
+    assert {(tmp_path / name / "weights").read_text() for name in ("index", "other", "index2", "[i]")} == {"new"}
+
+
+def test_temporary_names_that_several_folders_may_have_are_left(tmp_path: Path) -> None:
+    leftover = folder_with(tmp_path / f".{'x' * 60}.0123abcd.tmp", "half")
+    clear_leftovers(tmp_path, 61 * "x")
+    assert leftover.exists()
+    clear_leftovers(tmp_path, 60 * "x")
+    assert not leftover.exists()
+
+
 def test_leftovers_that_can_t_be_removed_are_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leftover = folder_with(tmp_path / ".model_4.0123abcd.tmp", "half")
 

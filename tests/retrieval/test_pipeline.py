@@ -77,7 +77,8 @@ def test_vectors_of_a_new_index_are_kept_on_request(
     """Else until the block ends."""
     kept = tmp_path / "kept" if is_kept else None
     with pipeline.new_index(encoder, corpus, IndexOptions("exact"), tmp_path / "parent", kept) as saved:
-        assert (saved.model, saved.corpus, saved.documents) == (encoder.fingerprint, corpus.sha256, corpus)
+        assert (saved.model, saved.corpus) == (encoder.fingerprint, corpus.sha256)
+        assert list(saved.documents) == list(corpus)
         (folder,) = [kept] if is_kept else (tmp_path / "parent").iterdir()
         assert (folder / "embeddings_000000.npy").is_file()
         ids, _ = saved.index.search(encoder.encode(corpus[:3]), 1)
@@ -198,6 +199,25 @@ def test_without_queries_documents_are_the_sample_to_tune_on(
     for not_tuned in (build_index(IndexOptions("exact"), vectors), build_index(IndexOptions(target_recall=0), vectors)):
         pipeline.tune(not_tuned, encoder, corpus, vectors[:3], 5)
     assert len(samples) == 2
+
+
+def test_deleted_documents_are_no_sample(
+    encoder: Encoder, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor those that the index has beyond the given ones; without any left, nothing is tuned."""
+    samples = []
+    monkeypatch.setattr(HnswIndex, "tune_ef", lambda index, queries, k, target: samples.append(queries))
+    texts = [*corpus[:8], "新的文献"]
+    index = build_index(IndexOptions(), encoder.encode(texts))
+    no_queries = np.empty((0, encoder.embedding_size), np.float32)
+    index.delete([0, 3])
+    pipeline.tune(index, encoder, ["" if row in (0, 3) else corpus[row] for row in range(8)], no_queries, 5)
+    np.testing.assert_allclose(samples.pop(), encoder.encode([texts[row] for row in (1, 2, 4, 5, 6, 7)]), atol=1e-6)
+    index.delete(range(8))
+    pipeline.tune(index, encoder, [""] * 8, no_queries, 5)
+    index.delete([8])
+    pipeline.tune(index, encoder, [""] * 8, encoder.encode(["水稻"]), 5)
+    assert not samples
 
 
 # ---------------------------------------------------------------------------------------------------------------------
