@@ -12,6 +12,7 @@ from common.files import atomic_folder, atomic_write, locked, read_json, resolve
 from common.logs import log
 from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from retrieval.corpus import Corpus
+from retrieval.lexical_index import DEFAULT_FUSION, Fusion, LexicalIndex
 
 INDEX_FILE = "index.json"
 DOCUMENTS_FILE = "documents.txt"
@@ -28,6 +29,8 @@ class DocumentIndex:
     model: str  # `Encoder.fingerprint` of its vectors
     corpus: str  # `Corpus.sha256` of the corpus that it was built from, without the documents that were added later
     precision: str | None = None  # of the encoder; None: not recorded, as in version 2.0.0
+    lexical: LexicalIndex | None = None  # of the same documents
+    fusion: Fusion = DEFAULT_FUSION  # of the hits of both
 
 
 def has_index(folder: str | Path) -> bool:
@@ -38,7 +41,8 @@ def has_index(folder: str | Path) -> bool:
 def save_index(folder: str | Path, saved: DocumentIndex, new_documents: Iterable[str] = ()) -> DocumentIndex:
     """Writes an index to a folder, which is replaced as a whole, and returns it with the documents of that folder.
 
-    new_documents: those added to the index after `saved.documents`. Raises InputError if the folder can't be written.
+    new_documents: those added to the index, and to `saved.lexical` if there is one, after `saved.documents`. Raises
+    InputError if the folder can't be written.
     """
     index = saved.index
     with atomic_folder(folder) as temporary:
@@ -52,9 +56,25 @@ def save_index(folder: str | Path, saved: DocumentIndex, new_documents: Iterable
             "corpus": saved.corpus,
             "precision": saved.precision,
         }
+        if saved.lexical is not None:
+            saved.lexical.save(temporary)
+            content["lexical"] = {"method": "bm25", "documents": len(saved.lexical)}
         write_json(temporary / INDEX_FILE, content)
         write_manifest(temporary)
+        if saved.lexical is not None:
+            saved.fusion.save(temporary)
     return replace(saved, documents=Corpus(Path(folder) / DOCUMENTS_FILE))
+
+
+def has_lexical_index(folder: str | Path) -> bool:
+    """Whether the index in the folder has the words of its documents. Raises InputError if it can't be told."""
+    return bool(read_json(_index_folder(folder) / INDEX_FILE).get("lexical"))
+
+
+def save_fusion(folder: str | Path, fusion: Fusion) -> None:
+    """Keeps a fusion in a saved index. Raises InputError if another run is changing it, or if it can't be written."""
+    with locked_index(folder):
+        fusion.save(_index_folder(folder))
 
 
 def _index_folder(folder: str | Path) -> Path:
@@ -93,9 +113,14 @@ def load_index(
     try:
         index = INDEX_CLASSES[content["ann"]].load(folder, content)
         documents = Corpus(folder / DOCUMENTS_FILE)
-        saved = DocumentIndex(index, documents, content["model"], content["corpus"], content.get("precision"))
+        words = content.get("lexical")
+        lexical = LexicalIndex.load(folder, words["documents"]) if words else None
+        about = content["model"], content["corpus"], content.get("precision")
+        saved = DocumentIndex(index, documents, *about, lexical, Fusion.load(folder))
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / INDEX_FILE}: isn't the description of an index (see {error}); {REMEDY}") from None
+    if lexical is not None and len(lexical) != len(documents):
+        raise InputError(f"{folder}: has {len(documents)} documents and the words of {len(lexical)}; {REMEDY}")
     if len(saved.documents) != len(index):
         raise InputError(f"{folder}: has {len(saved.documents)} documents and {len(index)} vectors; {REMEDY}")
     if model is not None and saved.model != model:
