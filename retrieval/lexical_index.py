@@ -5,11 +5,12 @@ import re
 import sys
 import unicodedata
 from array import array
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -84,16 +85,26 @@ DEFAULT_FUSION = Fusion()
 class LexicalIndex:
     """BM25 in the form of Lucene, as bm25s computes it (Lù 2024, arXiv:2407.03618); the id of a document is its row.
 
-    term_ids: term -> its number; scores [P], documents [P], offsets [terms + 1]: see the files; size: documents.
+    term_ids: term -> its number; scores [P], documents [P], offsets [terms + 1]: see the files; settings: as the
+    property has them.
     """
 
     def __init__(
-        self, term_ids: dict[str, int], scores: np.ndarray, documents: np.ndarray, offsets: np.ndarray, size: int
+        self,
+        term_ids: dict[str, int],
+        scores: np.ndarray,
+        documents: np.ndarray,
+        offsets: np.ndarray,
+        settings: Mapping[str, Any],
     ) -> None:
-        self._term_ids, self._size = term_ids, size
+        self._term_ids, self._offsets = term_ids, offsets
+        self._built, self._mean_length = settings["documents"], settings["mean_length"]
         self._bm25 = _import_bm25s().BM25(k1=K1, b=B)
-        self._bm25.scores = {"data": scores, "indices": documents, "indptr": offsets, "num_docs": size}
+        self._bm25.scores = {"data": scores, "indices": documents, "indptr": offsets, "num_docs": self._built}
         self._bm25.nonoccurrence_array = None  # which only other forms of BM25 have
+        self._size = self._built
+        self._added: dict[str, list[tuple[int, np.float32]]] = {}  # term -> (row, weight of the term there)
+        self._deleted: set[int] = set()
 
     @classmethod
     def build(cls, documents: Iterable[str], size: int) -> "LexicalIndex":
@@ -107,11 +118,34 @@ class LexicalIndex:
         bm25 = _import_bm25s().BM25(k1=K1, b=B)
         with np.errstate(invalid="ignore"):  # the mean length is 0 if no document has a term
             bm25.index((rows, term_ids), create_empty_token=False, show_progress=sys.stderr.isatty())
+        settings = {"documents": len(rows), "mean_length": sum(map(len, rows)) / len(rows)}
         scores = bm25.scores
-        return cls(term_ids, scores["data"], scores["indices"], scores["indptr"], len(rows))
+        return cls(term_ids, scores["data"], scores["indices"], scores["indptr"], settings)
 
     def __len__(self) -> int:
         return self._size
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether documents were added or deleted since it was built."""
+        return self._size > self._built or bool(self._deleted)
+
+    def add(self, documents: Iterable[str]) -> None:
+        """Adds documents at the end, in a time that doesn't depend on those that are there.
+
+        Their scores come from the frequencies and the mean length of the documents that the index was built from, as
+        the others' do, so they differ a little from those of an index that is built of all.
+        """
+        for document in documents:
+            counts = Counter(split_terms(document))
+            norm = np.float32(K1 * (1 - B + B * counts.total() / (self._mean_length or 1)))  # as bm25s rounds it
+            for term, count in counts.items():
+                self._added.setdefault(term, []).append((self._size, np.float32(count) / (norm + np.float32(count))))
+            self._size += 1
+
+    def delete(self, ids: Iterable[int]) -> None:
+        """Leaves these documents out of every search; the ids of the others stay."""
+        self._deleted.update(ids)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents with the highest scores, best first; of equal ones the smaller id.
@@ -123,16 +157,36 @@ class LexicalIndex:
         ids, scores = np.full((len(queries), k), -1, np.int64), np.zeros((len(queries), k), np.float32)
         with progress_bar(len(queries), "lexical search", "query") as progress:
             for row, query in enumerate(queries):
-                known = [self._term_ids[term] for term in split_terms(query) if term in self._term_ids]
-                if known:
-                    all_scores = self._bm25.get_scores_from_ids(known)
-                    best = _best_rows(all_scores, k)
-                    ids[row, : len(best)], scores[row, : len(best)] = best, all_scores[best]
+                all_scores = self._all_scores(split_terms(query))
+                best = _best_rows(all_scores, k)
+                ids[row, : len(best)], scores[row, : len(best)] = best, all_scores[best]
                 progress.update()
         return ids, scores
 
+    def _all_scores(self, terms: Sequence[str]) -> np.ndarray:
+        """The score of every document, float32 [N]."""
+        scores = np.zeros(self._size, np.float32)
+        if known := [self._term_ids[term] for term in terms if term in self._term_ids]:
+            scores[: self._built] = self._bm25.get_scores_from_ids(known)
+        for term in terms if self._added else ():
+            for row, weight in self._added.get(term, ()):
+                scores[row] += self._idf(term) * weight
+        scores[list(self._deleted)] = 0
+        return scores
+
+    def _idf(self, term: str) -> np.float32:
+        """Inverse document frequency in Lucene's form; a term that is in added documents alone counts as in one."""
+        number = self._term_ids.get(term)
+        frequency = 1 if number is None else int(self._offsets[number + 1] - self._offsets[number])
+        return np.float32(math.log(1 + (self._built - frequency + 0.5) / (frequency + 0.5)))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `load` needs in addition to the files, as JSON values."""
+        return {"documents": self._built, "mean_length": self._mean_length}
+
     def save(self, folder: Path) -> None:
-        """Writes the index into an existing folder. Raises InputError if it can't."""
+        """Writes the index as it was built, without changes, into an existing folder. Raises InputError if it can't."""
         with atomic_write(folder / TERMS_FILE) as file:
             file.writelines(term + "\n" for term in self._term_ids)
         scores = self._bm25.scores
@@ -140,8 +194,8 @@ class LexicalIndex:
             write_vectors(folder / name, scores[values])
 
     @classmethod
-    def load(cls, folder: Path, size: int) -> "LexicalIndex":
-        """Reads what `save` wrote; the arrays stay on the disk and are mapped. size: number of documents.
+    def load(cls, folder: Path, settings: Mapping[str, Any]) -> "LexicalIndex":
+        """Reads what `save` wrote; the arrays stay on the disk and are mapped.
 
         Check the files' hashes first. Raises InputError if they can't be read or don't fit together.
         """
@@ -156,7 +210,7 @@ class LexicalIndex:
             raise InputError(f"{folder}: its BM25 index can't be read ({error}); build the index again") from None
         if not fits:
             raise InputError(f"{folder}: the files of its BM25 index don't fit together; build the index again")
-        return cls({term: number for number, term in enumerate(terms)}, scores, documents, offsets, size)
+        return cls({term: number for number, term in enumerate(terms)}, scores, documents, offsets, settings)
 
 
 def _import_bm25s() -> ModuleType:

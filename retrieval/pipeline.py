@@ -159,18 +159,13 @@ def update_index(
                 saved.index.ef = options.hnsw_ef  # stays if the target recall is 0
         new_documents = add_documents(encoder, saved, added) if added else []
         tune(saved.index, encoder, saved.documents, query_vectors, k, lowest_ef)
-        if saved.lexical is not None and new_documents:
-            saved = with_words(saved, new_documents, saved.fusion)
-        elif words and saved.lexical is None:
+        if words and saved.lexical is None:
             saved = with_words(saved, new_documents, words)
         return save_index(index_dir, saved, new_documents)
 
 
 def with_words(saved: DocumentIndex, new_documents: Sequence[str], fusion: Fusion) -> DocumentIndex:
-    """The index with the words of its documents and of the new ones after them.
-
-    They are indexed anew, since each document's BM25 scores depend on all others.
-    """
+    """The index with the words of its documents and of the new ones after them."""
     documents = chain(saved.documents, new_documents)
     lexical = LexicalIndex.build(documents, len(saved.documents) + len(new_documents))
     return replace(saved, lexical=lexical, fusion=fusion)

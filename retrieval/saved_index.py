@@ -1,7 +1,7 @@
 """A saved index: a folder with the index, its documents, and fingerprints of model and corpus. Imports no Paddle."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -38,13 +38,13 @@ def has_index(folder: str | Path) -> bool:
     return resolve_interrupted_replace(folder).exists()
 
 
-def save_index(folder: str | Path, saved: DocumentIndex, new_documents: Iterable[str] = ()) -> DocumentIndex:
+def save_index(folder: str | Path, saved: DocumentIndex, new_documents: Sequence[str] = ()) -> DocumentIndex:
     """Writes an index to a folder, which is replaced as a whole, and returns it with the documents of that folder.
 
-    new_documents: those added to the index, and to `saved.lexical` if there is one, after `saved.documents`. Raises
-    InputError if the folder can't be written.
+    new_documents: those added to the index after `saved.documents`. Their words are indexed together with the others',
+    if the index has words. Raises InputError if the folder can't be written.
     """
-    index = saved.index
+    index, lexical = saved.index, _current_words(saved, new_documents)
     with atomic_folder(folder) as temporary:
         index.save(temporary)
         with atomic_write(temporary / DOCUMENTS_FILE) as file:
@@ -56,14 +56,22 @@ def save_index(folder: str | Path, saved: DocumentIndex, new_documents: Iterable
             "corpus": saved.corpus,
             "precision": saved.precision,
         }
-        if saved.lexical is not None:
-            saved.lexical.save(temporary)
-            content["lexical"] = {"method": "bm25", "documents": len(saved.lexical)}
+        if lexical is not None:
+            lexical.save(temporary)
+            content["lexical"] = {"method": "bm25", **lexical.settings}
         write_json(temporary / INDEX_FILE, content)
         write_manifest(temporary)
-        if saved.lexical is not None:
+        if lexical is not None:
             saved.fusion.save(temporary)
-    return replace(saved, documents=Corpus(Path(folder) / DOCUMENTS_FILE))
+    return replace(saved, documents=Corpus(Path(folder) / DOCUMENTS_FILE), lexical=lexical)
+
+
+def _current_words(saved: DocumentIndex, new_documents: Sequence[str]) -> LexicalIndex | None:
+    """The words of all documents, if the index has words; indexed anew if documents were added or deleted."""
+    size = len(saved.documents) + len(new_documents)
+    if saved.lexical is None or (len(saved.lexical) == size and not saved.lexical.has_changes):
+        return saved.lexical
+    return LexicalIndex.build(chain(saved.documents, new_documents), size)
 
 
 def has_lexical_index(folder: str | Path) -> bool:
@@ -114,7 +122,7 @@ def load_index(
         index = INDEX_CLASSES[content["ann"]].load(folder, content)
         documents = Corpus(folder / DOCUMENTS_FILE)
         words = content.get("lexical")
-        lexical = LexicalIndex.load(folder, words["documents"]) if words else None
+        lexical = LexicalIndex.load(folder, words) if words else None
         about = content["model"], content["corpus"], content.get("precision")
         saved = DocumentIndex(index, documents, *about, lexical, Fusion.load(folder))
     except (KeyError, TypeError) as error:

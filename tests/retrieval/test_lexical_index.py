@@ -15,6 +15,7 @@ from helpers import VARIED_TEXTS, Calls, file_size_limit
 from retrieval.lexical_index import DEFAULT_FUSION, Fusion, LexicalIndex, split_terms
 
 K1, B = 1.2, 0.75
+SETTINGS = {"documents": 2, "mean_length": 1.0}
 
 
 def built(documents: Sequence[str]) -> LexicalIndex:
@@ -113,6 +114,48 @@ def test_documents_and_queries_without_terms_have_no_hits(documents: list[str]) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Changes
+
+
+def test_added_documents_are_found_with_the_statistics_of_the_others() -> None:
+    """If the added ones have the same lengths and frequencies as the others, with the scores of an index of all."""
+    documents = random_documents(60)
+    changed, expected = built(documents), built([*documents, *documents])
+    changed.add(documents)
+    assert len(changed) == 120 and changed.has_changes and not expected.has_changes
+    queries = random_documents(20, seed=1)
+    ids, scores = changed.search(queries, 120)
+    expected_ids, expected_scores = expected.search(queries, 120)
+    assert np.array_equal(ids < 0, expected_ids < 0)
+    for query, row, found in zip(queries, ids, scores, strict=True):
+        base = np.float32(bm25_scores(query, documents))
+        np.testing.assert_allclose(found[row >= 0], np.tile(base, 2)[row[row >= 0]], rtol=1e-5)
+    np.testing.assert_allclose(scores, expected_scores, rtol=0.05, atol=0.05)
+
+
+def test_a_term_of_added_documents_alone_counts_as_a_rare_one() -> None:
+    index = built(["rice straw", "soil straw", "straw"])
+    index.add(["gb7714 straw", "straw rice"])
+    ids, scores = index.search(["gb7714 straw", "rice"], 5)
+    assert ids[0, 0] == 3 and set(ids[0].tolist()) == {0, 1, 2, 3, 4}
+    assert ids[1].tolist() == [0, 4, -1, -1, -1] and scores[1, 0] == pytest.approx(scores[1, 1])
+    empty = built(["!"])
+    empty.add(["rice"])
+    assert empty.search(["rice"], 2)[0].tolist() == [[1, -1]]
+
+
+def test_deleted_documents_are_not_found() -> None:
+    """Whether they were there when the index was built or added later; the others keep their ids and scores."""
+    index = built(["rice", "rice", "rice soil"])
+    index.add(["rice"])
+    before = dict(zip(*(values[0].tolist() for values in index.search(["rice"], 4)), strict=True))
+    index.delete([1, 3])
+    ids, scores = index.search(["rice"], 4)
+    assert ids.tolist() == [[0, 2, -1, -1]] and index.has_changes and len(index) == 4
+    assert scores[0, :2].tolist() == [before[0], before[2]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -121,7 +164,7 @@ def test_a_saved_index_finds_the_same(tmp_path: Path, documents: list[str]) -> N
     """Its arrays stay on the disk."""
     index = built(documents)
     index.save(tmp_path)
-    loaded = LexicalIndex.load(tmp_path, len(documents))
+    loaded = LexicalIndex.load(tmp_path, index.settings)
     assert len(loaded) == len(documents)
     for found, expected in zip(loaded.search(documents, 9), index.search(documents, 9), strict=True):
         np.testing.assert_array_equal(found, expected)
@@ -133,7 +176,7 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     with (tmp_path / "bm25_terms.txt").open("a", encoding="utf-8") as file:
         file.write("straw\n")
     with pytest.raises(InputError, match=rf"^{tmp_path}: the files of its BM25 index don't fit together; build"):
-        LexicalIndex.load(tmp_path, 2)
+        LexicalIndex.load(tmp_path, SETTINGS)
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
@@ -141,10 +184,10 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     built(["rice", "soil"]).save(tmp_path)
     np.save(tmp_path / "bm25_scores.npy", np.array([Calls(pytest.fail, "unpickled")]), allow_pickle=True)
     with pytest.raises(InputError, match=rf"^{tmp_path}: its BM25 index can't be read .*build the index again"):
-        LexicalIndex.load(tmp_path, 2)
+        LexicalIndex.load(tmp_path, SETTINGS)
     (tmp_path / "bm25_scores.npy").unlink()
     with pytest.raises(InputError, match=r"can't be read .*bm25_scores\.npy"):
-        LexicalIndex.load(tmp_path, 2)
+        LexicalIndex.load(tmp_path, SETTINGS)
 
 
 @pytest.mark.parametrize("size", [1000, 30_000])

@@ -135,8 +135,10 @@ def test_another_number_of_documents_than_vectors_is_refused(tmp_path: Path) -> 
 
 
 def test_words_of_another_number_of_documents_are_refused(tmp_path: Path) -> None:
-    saved = saved_index(tmp_path, 3, "exact")
-    save_index(tmp_path / "index", replace(saved, lexical=LexicalIndex.build(["文0", "文1"], 2)))
+    saved_index(tmp_path, 3, "exact", has_words=True)
+    content = read_json(tmp_path / "index" / "index.json")
+    write_json(tmp_path / "index" / "index.json", {**content, "lexical": {**content["lexical"], "documents": 2}})
+    write_manifest(tmp_path / "index")
     with pytest.raises(InputError, match=f"^{tmp_path}/index: has 3 documents and the words of 2; remove the folder"):
         load_index(tmp_path / "index")
 
@@ -146,7 +148,7 @@ def test_a_full_disk_leaves_the_earlier_index(tmp_path: Path, ann: str, limit: i
     """The limit leaves room for all files but the vectors or, in the last case, the words."""
     saved = saved_index(tmp_path, 500, "exact" if ann == "words" else ann)
     if ann == "words":
-        words = LexicalIndex.build([f"{' '.join(map(str, range(20)))} {row}" for row in range(500)], 500)
+        words = LexicalIndex.build([f"{' '.join(map(str, range(20)))} {row}" for row in range(501)], 501)
         saved = replace(saved, lexical=words)
     before = {path.name: path.read_bytes() for path in (tmp_path / "index").iterdir()}
     saved.index.add(unit_vectors(1, DIM, seed=1))
@@ -171,6 +173,19 @@ def test_words_are_saved_with_the_index(tmp_path: Path) -> None:
         saved = save_index(tmp_path / "index", loaded)
     saved_index(tmp_path, 50)
     assert not has_lexical_index(tmp_path / "index") and load_index(tmp_path / "index").lexical is None
+
+
+def test_words_are_indexed_anew_if_documents_were_added_or_deleted(tmp_path: Path) -> None:
+    """Else they are written as they are."""
+    saved = saved_index(tmp_path, 10, "exact", has_words=True)
+    saved.index.add(unit_vectors(2, DIM, seed=1))
+    saved = save_index(tmp_path / "index", saved, ["文10", "新"])
+    expected = LexicalIndex.build(saved.documents, 12)
+    for lexical in (saved.lexical, load_index(tmp_path / "index").lexical):
+        assert lexical.search(["文1", "新"], 12)[0].tolist() == expected.search(["文1", "新"], 12)[0].tolist()
+    assert save_index(tmp_path / "index", saved).lexical is saved.lexical
+    saved.lexical.delete([11])
+    assert saved.lexical.has_changes and not save_index(tmp_path / "index", saved).lexical.has_changes
 
 
 def test_a_fusion_is_kept_in_an_index(tmp_path: Path) -> None:
