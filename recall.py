@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from encoding.encoder import Encoder
 
 TUNING_LINES = 10
-WAYS = {VECTOR: "vector ", LEXICAL: "lexical", HYBRID: "both   "}  # what a hit of both says, in one width
+WAYS = {VECTOR: "vector", LEXICAL: "lexical", HYBRID: "both"}  # what a printed hit says
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -223,31 +223,35 @@ def answer(encoder: "Encoder", document_index: DocumentIndex, query: str, recall
     found = search(document_index, [query], encoder.encode([query], role=QUERY), recall_num, mode)
     milliseconds = 1000 * (time.perf_counter() - start)
     lines = [
-        f"{rank:3}  {score:.4f}  {f'{WAYS[way]}  ' if mode == HYBRID else ''}{document}"
+        f"{rank:3}  {score:.4f}  {f'{WAYS[way]:7}  ' if mode == HYBRID else ''}{document}"
         for rank, (score, way, document) in enumerate(found.of(0, document_index.documents), 1)
     ]
     return [f"{query} ({milliseconds:.0f} ms)", *lines]
 
 
-def tune(
+def tune_weight(
     document_index: DocumentIndex,
     positives: Mapping[str, set[str]],
     query_vectors: np.ndarray,
     recall_num: int,
     index_dir: str | None,
 ) -> tuple[DocumentIndex, list[str]]:
-    """The index with the best weight and k, and a table of the best that were compared, with metrics in percent.
+    """The index with the best weight and k, and a table of the best and of both ways alone, with metrics in percent.
 
     index_dir: a saved index in which the choice is kept. Raises InputError if it can't be.
     """
     judged = tune_fusion(document_index, positives, query_vectors, recall_num)
+    fused = [each for each in judged if each.mode == HYBRID]
     names = f"recall@{tuned_cutoff(recall_num)}", f"mrr@{recall_num}"
-    lines = [f"lexical_weight  rrf_k  {names[0]:>9}  {names[1]:>7}"]
-    for (weight, rrf_k), recall, mrr in judged[:TUNING_LINES]:
-        lines.append(f"{weight:14g}  {rrf_k:5}  {100 * recall:9.2f}  {100 * mrr:7.2f}")
+    lines = [f"mode     lexical_weight  rrf_k  {names[0]:>9}  {names[1]:>7}"]
+    for each in judged:
+        if each in fused[:TUNING_LINES] or each.mode != HYBRID:
+            weight, rrf_k = each.fusion or ("", "")
+            lines.append(f"{each.mode:7}  {weight:14}  {rrf_k:5}  {100 * each.recall:9.2f}  {100 * each.mrr:7.2f}")
+    best = fused[0].fusion or document_index.fusion
     if index_dir:
-        save_fusion(index_dir, judged[0].fusion)
-    return replace(document_index, fusion=judged[0].fusion), lines
+        save_fusion(index_dir, best)
+    return replace(document_index, fusion=best), lines
 
 
 def recall_pairs(
@@ -258,23 +262,20 @@ def recall_pairs(
     mode: str,
     result_file: Path,
 ) -> str:
-    """Writes the recall result; says how the index was searched, and what of exact search's hits it finds."""
+    """Writes the recall result; says how the index was searched, and how many of exact search's hits it finds."""
     from retrieval.pipeline import measure_recall
 
     index, documents = document_index.index, document_index.documents
     found = search(document_index, queries, query_vectors, recall_num, mode)
     write_hits(result_file, hits_of(found, documents, queries))
-    ways = []
+    how = "by BM25"
     if mode != LEXICAL:
         k = min(search_depth(mode, recall_num), len(documents))
         share = measure_recall(index, query_vectors, k)
-        ways.append(f"{index} found {100 * share:.2f} % of exact search's top {k}")
-    if mode != VECTOR:
-        ways.append("BM25 its words")
+        how = f"{index} found {100 * share:.2f} % of exact search's top {k}"
     if mode == HYBRID:
-        ways.append("fused with weight {:g} and k {}".format(*document_index.fusion))
-    searched = f"searched {len(documents)} documents for {len(queries)} queries; {', '.join(ways)}"
-    return f"{searched}\nwrote {result_file}"
+        how += "; fused with BM25, weight {:g}, k {}".format(*document_index.fusion)
+    return f"searched {len(documents)} documents for {len(queries)} queries; {how}\nwrote {result_file}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -326,7 +327,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"wrote {args.index_dir}: {document_index.index} of {len(document_index.documents)} documents")
         document_index = replace(document_index, fusion=document_index.fusion._replace(**fusion))
         if args.tune_lexical_weight:
-            document_index, lines = tune(document_index, positives, query_vectors, args.recall_num, args.index_dir)
+            index_dir, recall_num = args.index_dir, args.recall_num
+            document_index, lines = tune_weight(document_index, positives, query_vectors, recall_num, index_dir)
             print("\n".join(lines))
         if queries:
             print(recall_pairs(document_index, queries, query_vectors, args.recall_num, mode, result_file))

@@ -35,9 +35,10 @@ class SearchHits(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """How good a fusion is on pairs of queries and titles."""
+    """How good a way of searching is on pairs of queries and titles."""
 
-    fusion: Fusion
+    mode: str  # one of MODES
+    fusion: Fusion | None  # of the mode hybrid
     recall: float  # from 0 to 1, at `tuned_cutoff`
     mrr: float
 
@@ -117,11 +118,11 @@ def _fuse_one(vector_ids: np.ndarray, lexical_ids: np.ndarray, fusion: Fusion, k
     vector_ranks, lexical_ranks = np.zeros_like(ids), np.zeros_like(ids)
     vector_ranks[places[: len(vector_ids)]] = np.arange(1, len(vector_ids) + 1)
     lexical_ranks[places[len(vector_ids) :]] = np.arange(1, len(lexical_ids) + 1)
-    by_vector, by_words = (
+    parts = [
         np.where(ranks > 0, 1 / (fusion.rrf_k + np.maximum(ranks, 1)), 0) for ranks in (vector_ranks, lexical_ranks)
-    )
-    scores = by_vector + fusion.lexical_weight * by_words
-    best = np.lexsort((-by_words, -by_vector, -scores))[:k]
+    ]
+    scores = parts[0] + fusion.lexical_weight * parts[1]
+    best = np.lexsort((-parts[1], -parts[0], -scores))[:k]
     return SearchHits(ids[best], scores[best], vector_ranks[best], lexical_ranks[best])
 
 
@@ -133,9 +134,10 @@ def tuned_cutoff(k: int) -> int:
 def tune_fusion(
     document_index: DocumentIndex, positives: Mapping[str, set[str]], query_vectors: np.ndarray, k: int
 ) -> list[Judged]:
-    """Judges each of TUNED_WEIGHTS with each of TUNED_KS, best first: by Recall at `tuned_cutoff`, then by MRR@k.
+    """Judges each of TUNED_WEIGHTS with each of TUNED_KS, and both ways alone.
 
-    positives: query -> its titles; query_vectors: float32 [Q, D] of these queries. Raises InputError as `search` does.
+    Returns them best first: by Recall at `tuned_cutoff`, then by MRR@k. positives: query -> its titles; query_vectors:
+    float32 [Q, D] of these queries. Raises InputError as `search` does.
     """
     if document_index.lexical is None:
         raise InputError("--tune_lexical_weight: the index has no words to search; build them with --lexical bm25")
@@ -144,13 +146,16 @@ def tune_fusion(
     lexical_ids, _ = document_index.lexical.search(queries, depth)
     rows = np.union1d(vector_ids, lexical_ids).tolist()
     documents = {row: document_index.documents[row] for row in rows if row >= 0}
-    candidates = [Fusion(*each) for each in product(TUNED_WEIGHTS, TUNED_KS)]
-    judged = []
-    with progress_bar(len(candidates), "lexical weight", "candidate") as progress:
-        for fusion in candidates:
-            ids = fuse(vector_ids, lexical_ids, fusion, k).ids
-            ranking = [[documents[row] for row in found if row >= 0] for found in ids.tolist()]
-            evaluation = evaluate(positives, dict(zip(queries, ranking, strict=True)), k)
-            judged.append(Judged(fusion, evaluation.recall[cutoff], evaluation.mrr))
+
+    def judge(mode: str, ids: np.ndarray, fusion: Fusion | None = None) -> Judged:
+        ranking = [[documents[row] for row in found if row >= 0] for found in ids[:, :k].tolist()]
+        evaluation = evaluate(positives, dict(zip(queries, ranking, strict=True)), k)
+        return Judged(mode, fusion, evaluation.recall[cutoff], evaluation.mrr)
+
+    judged = [judge(VECTOR, vector_ids), judge(LEXICAL, lexical_ids)]
+    fusions = [Fusion(*each) for each in product(TUNED_WEIGHTS, TUNED_KS)]
+    with progress_bar(len(fusions), "lexical weight", "candidate") as progress:
+        for fusion in fusions:
+            judged.append(judge(HYBRID, fuse(vector_ids, lexical_ids, fusion, k).ids, fusion))
             progress.update()
     return sorted(judged, key=lambda each: (each.recall, each.mrr), reverse=True)

@@ -402,7 +402,7 @@ def test_words_are_kept_in_the_index_and_used_without_the_option(
     assert recall.main([*arguments, "--lexical", "bm25"]) == 0
     fused, output = result(tmp_path), capsys.readouterr().out
     assert f"wrote {tmp_path / 'index'}: the exact index of 168 documents\n" in output
-    assert "found 100.00 % of exact search's top 100, BM25 its words, fused with weight 1 and k 10\n" in output
+    assert "found 100.00 % of exact search's top 100; fused with BM25, weight 1, k 10\n" in output
     assert fused != by_vectors
     for more, expected in (((), fused), (("--lexical", "bm25"), fused), (("--mode", "vector"), by_vectors)):
         assert recall.main([*arguments, *more]) == 0
@@ -434,7 +434,7 @@ def test_printed_hits_say_which_way_found_them(
 def test_a_weight_is_tuned_on_pairs_and_kept_in_the_index(
     checkpoint: Path, recall_data: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """The first line of the table is the best, and what later runs find; a given weight holds for its run alone."""
+    """The best line of the table is what later runs use; a given weight holds for its run alone."""
     index = ["--ann", "exact", "--index_dir", str(tmp_path / "index"), "--lexical", "bm25", "--lexical_weight", "0.1"]
     arguments = options(checkpoint, recall_data, tmp_path, *index)
     assert recall.main(arguments) == 0
@@ -443,20 +443,19 @@ def test_a_weight_is_tuned_on_pairs_and_kept_in_the_index(
     assert recall.main([*arguments, "--tune_lexical_weight", "--recall_num", "10"]) == 0
     output, error = capsys.readouterr()
     assert "--lexical_weight: no effect, since --tune_lexical_weight chooses them\n" in error
-    head, *lines = output.splitlines()[:11]
-    assert head.split() == ["lexical_weight", "rrf_k", "recall@10", "mrr@10"]
-    best = [float(word) for word in lines[0].split()]
-    assert (
-        max(float(line.split()[2]) for line in lines)
-        == best[2]
-        == pytest.approx(mrr_at_10(recall_data, tmp_path, capsys), abs=0.006)
-    )
-    assert best[2] > before
+    head, *lines = output[: output.index("searched")].splitlines()
+    assert head.split() == ["mode", "lexical_weight", "rrf_k", "recall@10", "mrr@10"]
+    modes = [line.split()[0] for line in lines]
+    assert [modes.count(mode) for mode in ("vector", "lexical", "hybrid")] == [1, 1, 10]
+    best = [float(word) for word in lines[modes.index("hybrid")].split()[1:]]
+    assert best[3] == pytest.approx(mrr_at_10(recall_data, tmp_path, capsys), abs=0.006)
+    assert best[3] == max(float(line.split()[-1]) for line in lines if line.startswith("hybrid"))
+    assert best[3] > before
     assert load_index(tmp_path / "index").fusion == Fusion(best[0], int(best[1]))
     for given in (["--rrf_k", "3"], ["--lexical_weight", "0"]):
         assert recall.main([*without(arguments, "--lexical_weight"), *given]) == 0
         assert load_index(tmp_path / "index").fusion == Fusion(best[0], int(best[1]))
-        assert f"and k {3 if given[0] == '--rrf_k' else int(best[1])}\n" in capsys.readouterr().out
+        assert f", k {3 if given[0] == '--rrf_k' else int(best[1])}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The ways of searching, their fusion against an obvious loop, and the choice of its weight."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,7 @@ def test_words_that_an_index_lacks_are_an_error(tmp_path: Path, queries: list[st
 
 
 @pytest.mark.parametrize("k", [1, 7, 20])
-def test_each_weight_and_k_is_judged_as_evaluate_judges_its_result(
+def test_each_weight_and_k_and_both_ways_are_judged_as_evaluate_judges_their_results(
     document_index: DocumentIndex, queries: list[str], k: int
 ) -> None:
     """Best first; a query's own text doesn't count."""
@@ -129,10 +130,11 @@ def test_each_weight_and_k_is_judged_as_evaluate_judges_its_result(
     positives = {query: {documents[(11 * row) % 40]} for row, query in enumerate([*queries[1:], documents[0]], 1)}
     vectors = unit_vectors(6, DIM, seed=2)
     judged = tune_fusion(document_index, positives, vectors, k)
-    assert len({each.fusion for each in judged}) == len(judged) == 35
-    for fusion, recall, mrr in judged:
-        changed = DocumentIndex(document_index.index, documents, "", "", None, document_index.lexical, fusion)
-        found = search(changed, list(positives), vectors, k, HYBRID)
+    assert len({(each.mode, each.fusion) for each in judged}) == len(judged) == 37
+    for mode, fusion, recall, mrr in judged:
+        assert (fusion is None) == (mode != HYBRID)
+        changed = replace(document_index, fusion=fusion or Fusion())
+        found = search(changed, list(positives), vectors, k, mode)
         expected = evaluate(positives, ranking_by_query(hits_of(found, documents, list(positives))), k)
         assert (recall, mrr) == (expected.recall[{1: 1, 7: 5, 20: 20}[k]], expected.mrr)
     scores = [(each.recall, each.mrr) for each in judged]
