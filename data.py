@@ -48,7 +48,7 @@ class TextPair(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """A line of a recall result: `document` was recalled for `query` with the cosine `score`."""
+    """A line of a recall result: `document` was recalled for `query`; `score` is what the hits are sorted by."""
 
     query: str
     document: str
@@ -106,10 +106,10 @@ def parse_text(text: str) -> str:
 
 
 def parse_hit(text: str) -> Hit:
-    """`query<TAB>document<TAB>cosine`. Raises ValueError with the reason."""
+    """`query<TAB>document<TAB>score`. Raises ValueError with the reason."""
     fields = text.split("\t")
     if len(fields) != 3:
-        raise ValueError(f"{len(fields)} column(s), where query<TAB>document<TAB>cosine has 3")
+        raise ValueError(f"{len(fields)} column(s), where query<TAB>document<TAB>score has 3")
     query, document = _strip(fields[0]), _strip(fields[1])
     _check_filled(query=query, document=document)
     try:
@@ -167,7 +167,7 @@ def read_texts(path: str | Path, *, skip_bad_lines: bool = False, check_columns:
 def read_hits(path: str | Path) -> dict[str, list[str]]:
     """Reads a recall result: query -> its documents, best first. Raises InputError as `read_lines` does.
 
-    Logs how many queries have documents whose cosines aren't in that order.
+    Logs how many queries have documents whose scores aren't in that order.
     """
     remedy = "write the recall result again with recall.py"
     hits = [line.row for line in read_lines(path, parse_hit, remedy=remedy) if line.row]
@@ -178,7 +178,7 @@ def read_hits(path: str | Path) -> dict[str, list[str]]:
             unsorted.add(hit.query)
         scores[hit.query] = hit.score
     if unsorted:
-        log(f"{path}: the cosines of {len(unsorted)} queries go up; their documents count in the order of the lines")
+        log(f"{path}: the scores of {len(unsorted)} queries go up; their documents count in the order of the lines")
     return ranking_by_query(hits)
 
 
@@ -204,7 +204,7 @@ def positives_by_query(pairs: Iterable[TextPair]) -> dict[str, set[str]]:
 
 
 def write_hits(path: str | Path, hits: Iterable[Hit]) -> None:
-    """Writes a recall result: lines `query<TAB>document<TAB>cosine`. Raises InputError if it can't be written."""
+    """Writes a recall result: lines `query<TAB>document<TAB>score`. Raises InputError if it can't be written."""
     with atomic_write(path) as file:
         file.writelines(f"{hit.query}\t{hit.document}\t{hit.score}\n" for hit in hits)
 

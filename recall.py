@@ -3,15 +3,26 @@
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 leaves it out
 
+import numpy as np
+
 from ann_util import IndexOptions, add_index_args, check_index_args
-from common.cli import ArgumentParser, given_options, positive_int, run, text_argument
+from common.cli import (
+    ArgumentParser,
+    given_options,
+    non_negative_float,
+    number_in_range,
+    positive_int,
+    run,
+    text_argument,
+)
 from common.errors import InputError
 from common.files import is_within, make_folder, prepare_file, read_json, resolve_interrupted_replace
 from common.logs import is_main_process, log
@@ -21,11 +32,26 @@ from common.texts import DOCUMENT, QUERY
 from data import parse_text, positives_by_query, read_text_pairs, write_hits
 from modeling.checkpoint_files import check_checkpoint, lowercases
 from retrieval.corpus import Corpus, read_corpus
+from retrieval.hybrid_search import (
+    HYBRID,
+    LEXICAL,
+    MODES,
+    VECTOR,
+    hits_of,
+    search,
+    search_depth,
+    tune_fusion,
+    tuned_cutoff,
+)
+from retrieval.lexical_index import LEXICAL_CHOICES, Fusion
 from retrieval.metrics import report_missing_positives
-from retrieval.saved_index import INDEX_FILE, DocumentIndex, has_index
+from retrieval.saved_index import INDEX_FILE, DocumentIndex, has_index, has_lexical_index, save_fusion
 
 if TYPE_CHECKING:
     from encoding.encoder import Encoder
+
+TUNING_LINES = 10
+WAYS = {VECTOR: "vector", LEXICAL: "lexical", HYBRID: "both"}  # what a printed hit says
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,7 +69,28 @@ def build_parser() -> argparse.ArgumentParser:
     add_index_args(parser)
     add("--index_dir", help="save the index in this folder, or search the one there, which needs no --corpus_file")
     add("--add_corpus", metavar="FILE", help="add the documents of this file, one per line, to the saved index")
+    add_lexical_args(parser)
     return parser
+
+
+def add_lexical_args(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the search by words."""
+    add = parser.add_argument_group("words beside vectors").add_argument
+    lexical_help = "index the words of the documents, too; an index that was saved without them gets them"
+    add("--lexical", choices=LEXICAL_CHOICES, help=lexical_help)
+    mode_help = "search by vectors, by words (lexical), or by both (default: both if the index has the words)"
+    add("--mode", choices=MODES, help=mode_help)
+    default, of_saved = Fusion(), "for a new index, its own for a saved one"
+    weight_help = (
+        f"how much the rank by words counts, where that by vectors counts 1 (default: {default[0]} {of_saved})"
+    )
+    add("--lexical_weight", type=non_negative_float, help=weight_help)
+    k_help = (
+        f"k of reciprocal rank fusion: the smaller, the more the first ranks count (default: {default[1]} {of_saved})"
+    )
+    add("--rrf_k", type=number_in_range(0), help=k_help)
+    tune_help = "choose both by Recall@K on the pairs, print the table, and keep the choice in the saved index"
+    add("--tune_lexical_weight", action="store_true", help=tune_help)
 
 
 def check_inputs(
@@ -62,6 +109,24 @@ def check_inputs(
         raise InputError("--add_corpus: give the --index_dir that the documents are added to")
     if not (similar_text_pair_file or query or interactive or index_dir):
         raise InputError("nothing to search for: give --similar_text_pair_file, --query or --interactive")
+
+
+def choose_mode(
+    mode: str | None, has_words: bool, tune_lexical_weight: bool, similar_text_pair_file: str | None
+) -> str:
+    """The way of searching, one of MODES. Raises InputError if options need words or pairs that there aren't.
+
+    has_words: whether the index has words, or will have.
+    """
+    chosen = mode or (HYBRID if has_words else VECTOR)
+    if chosen != VECTOR and not has_words:
+        raise InputError(f"--mode {chosen}: the index has no words; add --lexical bm25")
+    if tune_lexical_weight and chosen != HYBRID:
+        remedy = f"leave out --mode {mode}" if has_words else "add --lexical bm25"
+        raise InputError(f"--tune_lexical_weight: only --mode {HYBRID} has a weight; {remedy}")
+    if tune_lexical_weight and not similar_text_pair_file:
+        raise InputError("--tune_lexical_weight: give the --similar_text_pair_file with the pairs to tune on")
+    return chosen
 
 
 def check_folders(index_dir: str, folders: dict[str, str | None]) -> None:
@@ -113,17 +178,26 @@ def prepare_outputs(result_dir: str | None, result_file: Path | None, index_dir:
         make_folder(Path(index_dir).absolute().parent)
 
 
-def report_unused_options(index_dir: str, given: Mapping[str, Any]) -> None:
-    """Logs the given options that have no effect on a saved index. given: option -> value."""
-    file = resolve_interrupted_replace(index_dir) / INDEX_FILE
-    used = {"target_recall"}
-    if given.get("target_recall") == 0:  # then a saved index is searched with --hnsw_ef, too
-        used.add("hnsw_ef")
-    if file.is_file() and read_json(file).get("ann") == given.get("ann"):
-        used.add("ann")
-    unused = [f"--{name}" for name in (*IndexOptions._fields, "embedding_dir") if name in given and name not in used]
-    if unused:
-        log(f"{index_dir}: is searched as it was built; options of a new index have no effect: {', '.join(unused)}")
+def report_unused_options(index_dir: str | None, mode: str, given: Mapping[str, Any]) -> None:
+    """Logs the given options that have no effect. index_dir: of a saved index, if any; given: option -> value."""
+    if index_dir:
+        file = resolve_interrupted_replace(index_dir) / INDEX_FILE
+        used = {"target_recall"}
+        if given.get("target_recall") == 0:  # then a saved index is searched with --hnsw_ef, too
+            used.add("hnsw_ef")
+        if file.is_file() and read_json(file).get("ann") == given.get("ann"):
+            used.add("ann")
+        of_new_index = [name for name in (*IndexOptions._fields, "embedding_dir") if name not in used]
+        if unused := _named(of_new_index, given):
+            log(f"{index_dir}: is searched as it was built; options of a new index have no effect: {unused}")
+    if (mode != HYBRID or "tune_lexical_weight" in given) and (unused := _named(Fusion._fields, given)):
+        why = "--tune_lexical_weight chooses them" if mode == HYBRID else f"the mode is {mode}"
+        log(f"{unused}: no effect, since {why}")
+
+
+def _named(names: Iterable[str], given: Mapping[str, Any]) -> str:
+    """Those of the options that are given, separated by commas."""
+    return ", ".join(f"--{name}" for name in names if name in given)
 
 
 def typed_queries(stream: TextIO | None) -> Iterator[str]:
@@ -140,14 +214,68 @@ def typed_queries(stream: TextIO | None) -> Iterator[str]:
             log(f"not a query: {error}")
 
 
-def answer(encoder: "Encoder", document_index: DocumentIndex, query: str, recall_num: int) -> list[str]:
-    """Searches for a query; a line with the query and the time, then one per hit with rank, cosine and document."""
+def answer(encoder: "Encoder", document_index: DocumentIndex, query: str, recall_num: int, mode: str) -> list[str]:
+    """Searches for a query; a line with the query and the time, then one per hit.
+
+    That has rank, score and document and, with the mode hybrid, the way that found it.
+    """
     start = time.perf_counter()
-    ids, similarities = document_index.index.search(encoder.encode([query], role=QUERY), recall_num)
+    found = search(document_index, [query], encoder.encode([query], role=QUERY), recall_num, mode)
     milliseconds = 1000 * (time.perf_counter() - start)
-    hits = enumerate(zip(ids[0], similarities[0], strict=True), 1)
-    lines = [f"{rank:3}  {similarity:.4f}  {document_index.documents[row]}" for rank, (row, similarity) in hits]
+    lines = [
+        f"{rank:3}  {score:.4f}  {f'{WAYS[way]:7}  ' if mode == HYBRID else ''}{document}"
+        for rank, (score, way, document) in enumerate(found.of(0, document_index.documents), 1)
+    ]
     return [f"{query} ({milliseconds:.0f} ms)", *lines]
+
+
+def tune_weight(
+    document_index: DocumentIndex,
+    positives: Mapping[str, set[str]],
+    query_vectors: np.ndarray,
+    recall_num: int,
+    index_dir: str | None,
+) -> tuple[DocumentIndex, list[str]]:
+    """The index with the best weight and k, and a table of the best and of both ways alone, with metrics in percent.
+
+    index_dir: a saved index in which the choice is kept. Raises InputError if it can't be.
+    """
+    judged = tune_fusion(document_index, positives, query_vectors, recall_num)
+    fused = [each for each in judged if each.mode == HYBRID]
+    names = f"recall@{tuned_cutoff(recall_num)}", f"mrr@{recall_num}"
+    lines = [f"mode     lexical_weight  rrf_k  {names[0]:>9}  {names[1]:>7}"]
+    for each in judged:
+        if each in fused[:TUNING_LINES] or each.mode != HYBRID:
+            weight, rrf_k = each.fusion or ("", "")
+            lines.append(f"{each.mode:7}  {weight:14}  {rrf_k:5}  {100 * each.recall:9.2f}  {100 * each.mrr:7.2f}")
+    best = fused[0].fusion or document_index.fusion
+    if index_dir:
+        save_fusion(index_dir, best)
+    return replace(document_index, fusion=best), lines
+
+
+def recall_pairs(
+    document_index: DocumentIndex,
+    queries: Sequence[str],
+    query_vectors: np.ndarray,
+    recall_num: int,
+    mode: str,
+    result_file: Path,
+) -> str:
+    """Writes the recall result; says how the index was searched, and how many of exact search's hits it finds."""
+    from retrieval.pipeline import measure_recall
+
+    index, documents = document_index.index, document_index.documents
+    found = search(document_index, queries, query_vectors, recall_num, mode)
+    write_hits(result_file, hits_of(found, documents, queries))
+    how = "by BM25"
+    if mode != LEXICAL:
+        k = min(search_depth(mode, recall_num), index.live_count)
+        share = measure_recall(index, query_vectors, k)
+        how = f"{index} found {100 * share:.2f} % of exact search's top {k}"
+    if mode == HYBRID:
+        how += "; fused with BM25, weight {:g}, k {}".format(*document_index.fusion)
+    return f"searched {index.live_count} documents for {len(queries)} queries; {how}\nwrote {result_file}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,15 +285,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_inputs(**pick(args, check_inputs))
     lowercase = lowercases(check_checkpoint(args.params_path).parent, args.model_name_or_path)
     is_saved = args.index_dir is not None and has_index(args.index_dir)
+    has_words = is_saved and has_lexical_index(args.index_dir)
+    mode = choose_mode(**pick(args, choose_mode, has_words=has_words or args.lexical is not None))
     uses_result_dir = args.similar_text_pair_file or not (is_saved or args.embedding_dir)
     result_dir = args.recall_result_dir if uses_result_dir else None
     if args.index_dir:
         check_folders(args.index_dir, {"--embedding_dir": args.embedding_dir, "--recall_result_dir": result_dir})
     positives, corpus, added = read_inputs(**pick(args, read_inputs, lowercase=lowercase))
-    options = IndexOptions(**pick(args, IndexOptions))
-    if is_saved:
-        report_unused_options(args.index_dir, given_options(parser, argv))
-    else:
+    options, given = IndexOptions(**pick(args, IndexOptions)), given_options(parser, argv)
+    report_unused_options(args.index_dir if is_saved else None, mode, given)
+    if not is_saved:
         check_index_args(options, len(corpus or ()))
 
     set_up_paddle()
@@ -180,32 +309,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     text_count = len(queries) + len(added or ()) + (0 if is_saved else len(corpus or ()))
     encoder = load_encoder(**pick(args, load_encoder, text_count=text_count))
     report_texts(encoder, [*queries, *(args.query or ())], [None if is_saved else corpus, added])
-    is_changed = not is_saved or added is not None or args.target_recall is not None
+    gets_words = args.lexical is not None and not has_words
+    is_changed = not is_saved or added is not None or args.target_recall is not None or gets_words
     result_file = Path(args.recall_result_dir, args.recall_result_file)
     if is_main_process():  # before hours of encoding
         prepare_outputs(result_dir, result_file if queries else None, args.index_dir if is_changed else None)
     query_vectors = pipeline.encode_queries(encoder, queries)
     folders = {"parent": args.recall_result_dir, "index_dir": args.index_dir, "embedding_dir": args.embedding_dir}
+    fusion = {name: given[name] for name in Fusion._fields if name in given}
+    words, depth = Fusion(**fusion) if args.lexical else None, search_depth(mode, args.recall_num)
     with pipeline.open_or_build_index(
-        encoder, query_vectors, args.recall_num, corpus=corpus, added=added, options=options, **folders
+        encoder, query_vectors, depth, corpus=corpus, added=added, options=options, words=words, **folders
     ) as document_index:
         if document_index is None:  # another rank searches
             return 0
-        index, documents = document_index.index, document_index.documents
         if args.index_dir and is_changed:
-            print(f"wrote {args.index_dir}: {index} of {index.live_count} documents")
+            print(f"wrote {args.index_dir}: {document_index.index} of {document_index.index.live_count} documents")
+        document_index = replace(document_index, fusion=document_index.fusion._replace(**fusion))
+        if args.tune_lexical_weight:
+            index_dir, recall_num = args.index_dir, args.recall_num
+            document_index, lines = tune_weight(document_index, positives, query_vectors, recall_num, index_dir)
+            print("\n".join(lines))
         if queries:
-            result = pipeline.search(index, query_vectors, args.recall_num)
-            write_hits(result_file, pipeline.hits_of(result, documents, queries))
-            found = f"{100 * result.recall_vs_exact:.2f} % of exact search's top {result.ids.shape[1]}"
-            print(f"searched {index.live_count} documents for {len(queries)} queries; {index} found {found}")
-            print(f"wrote {result_file}")
+            print(recall_pairs(document_index, queries, query_vectors, args.recall_num, mode, result_file))
         if encoder.embed_fp32:
-            sample = [documents[row] for row in index.live_ids()[:SAMPLE_DOCUMENTS]]
+            sample = [document_index.documents[row] for row in document_index.index.live_ids()[:SAMPLE_DOCUMENTS]]
             fidelity = compare_with_fp32(encoder, sample, queries or sample[: pipeline.SAMPLE])
             print(f"{encoder.precision}: {fidelity}")
         for query in chain(args.query or (), typed_queries(sys.stdin) if args.interactive else ()):
-            print("\n".join(answer(encoder, document_index, query, args.recall_num)), flush=True)
+            print("\n".join(answer(encoder, document_index, query, args.recall_num, mode)), flush=True)
     return 0
 
 

@@ -14,8 +14,9 @@ from common.logs import log
 from data import TextTokenizer, ranking_by_query, write_hits
 from encoding.encoder import Encoder
 from retrieval.corpus import Corpus
+from retrieval.hybrid_search import VECTOR, hits_of, search
 from retrieval.metrics import Evaluation, evaluate, format_lines, metrics
-from retrieval.pipeline import encode_queries, hits_of, open_or_build_index, search
+from retrieval.pipeline import encode_queries, open_or_build_index
 
 
 @dataclass
@@ -74,7 +75,8 @@ class Evaluator:
             encoder, vectors, k, corpus=self.corpus, options=self.index_options, parent=self.embedding_parent
         ) as document_index:
             if document_index:
-                hits = list(hits_of(search(document_index.index, vectors, k), document_index.documents, queries))
+                found = search(document_index, queries, vectors, k, VECTOR)
+                hits = list(hits_of(found, document_index.documents, queries))
                 evaluation = evaluate(self.positives, ranking_by_query(hits), k)
                 write_hits(self._result_file, hits)
                 with atomic_write(self._report_file) as file:

@@ -1,12 +1,9 @@
-"""Lexical baseline: BM25 over character uni- and bigrams, written as a recall result that evaluate.py reads."""
+"""Lexical baseline: BM25 over the words of the texts, written as a recall result that evaluate.py reads."""
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import bm25s
-from bm25s.tokenization import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -14,30 +11,14 @@ from common.cli import ArgumentParser, number_in_range, run
 from common.options import add_evaluation_file_args, add_reading_args, call
 from data import Hit, positives_by_query, read_text_pairs, write_hits
 from retrieval.corpus import read_corpus
-
-# The usual values of BM25 (Robertson and Zaragoza 2009, section 3.2; Lucene's defaults).
-K1 = 1.2
-B = 0.75
-
-
-def unigrams_and_bigrams(text: str) -> list[str]:
-    """The characters of `text` without white space, and all pairs of adjacent ones."""
-    characters = "".join(text.split())
-    return list(characters) + [characters[i : i + 2] for i in range(len(characters) - 1)]
+from retrieval.hybrid_search import by_words, hits_of
+from retrieval.lexical_index import LexicalIndex
 
 
 def bm25_search(queries: list[str], corpus: Sequence[str], k: int) -> Iterator[Hit]:
-    """Yields up to `k` hits a query, best first; documents that share nothing with the query are left out."""
-    tokenizer = Tokenizer(lower=True, splitter=unigrams_and_bigrams, stopwords=None)
-    corpus_tokens = tokenizer.tokenize(corpus, return_as="tuple", show_progress=False)
-    retriever = bm25s.BM25(k1=K1, b=B)
-    retriever.index(corpus_tokens, show_progress=False)
-    query_tokens = tokenizer.tokenize(queries, update_vocab=False, show_progress=False)
-    rows, scores = retriever.retrieve(query_tokens, k=min(k, len(corpus)), show_progress=False)
-    for query, query_rows, query_scores in zip(queries, rows, scores, strict=True):
-        for row, score in zip(query_rows, query_scores, strict=True):
-            if score > 0:
-                yield Hit(query, corpus[int(row)], float(score))
+    """Up to `k` hits a query, best first; documents that share no term with the query are left out."""
+    found = by_words(*LexicalIndex.build(corpus, len(corpus)).search(queries, k))
+    return hits_of(found, corpus, queries)
 
 
 def build_parser() -> argparse.ArgumentParser:

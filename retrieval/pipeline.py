@@ -5,8 +5,10 @@ All ranks encode; only rank 0 indexes and searches.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,23 +17,16 @@ from common.distributed import barrier, broadcast_object, encode_on_all_ranks, i
 from common.errors import InputError
 from common.logs import is_main_process, log, progress_bar
 from common.texts import DOCUMENT, QUERY, TextSet
-from data import Hit, encode_texts
+from data import encode_texts
 from encoding.encoder import Encoder
 from retrieval.corpus import Corpus
 from retrieval.documents import Documents
 from retrieval.embedding_store import SHARD_ROWS, Embeddings, EmbeddingsMetadata, temporary_folder
-from retrieval.saved_index import DocumentIndex, has_index, load_index, locked_index, save_index
+from retrieval.lexical_index import Fusion, LexicalIndex
+from retrieval.saved_index import DocumentIndex, has_index, has_lexical_index, load_index, locked_index, save_index
 
 Rows = TypeVar("Rows", Sequence[str], np.ndarray)
 SAMPLE = 200  # a sample has 200 to 399 rows, or all if there are fewer than 400
-
-
-class SearchResult(NamedTuple):
-    """The hits of a search: a row per query, best first."""
-
-    ids: np.ndarray  # int64 [Q, k], rows of the documents
-    similarities: np.ndarray  # float32 [Q, k], cosines
-    recall_vs_exact: float  # share of exact search's hits that the index found, on a sample of the queries
 
 
 def encode_queries(encoder: Encoder, queries: Sequence[str]) -> np.ndarray:
@@ -85,18 +80,21 @@ def open_or_build_index(
     added: Corpus | None = None,
     index_dir: str | Path | None = None,
     embedding_dir: str | Path | None = None,
+    words: Fusion | None = None,
 ) -> Iterator[DocumentIndex | None]:
     """Yields the index to search on rank 0, and None on the others.
 
-    A saved index in index_dir is loaded; `added` or a target recall updates it there. Otherwise `corpus` is encoded and
-    indexed, and the index is saved if index_dir is given, which `added` requires. query_vectors, float32 [Q, D], and k:
-    the searches to tune `ef` for. parent, embedding_dir: see `new_index`. Raises InputError.
+    A saved index in index_dir is loaded; `added`, a target recall, or `words` if it has none, updates it there.
+    Otherwise `corpus` is encoded and indexed, and the index is saved if index_dir is given, which `added` requires.
+    query_vectors, float32 [Q, D], and k: the searches to tune `ef` for. words: the index gets the words of its
+    documents, with this fusion unless it has them. parent, embedding_dir: see `new_index`. Raises InputError.
     """
     if index_dir and has_index(index_dir):
         if not is_main_process():
             yield None
-        elif added or options.target_recall is not None:
-            yield update_index(index_dir, encoder, query_vectors, k, corpus=corpus, added=added, options=options)
+        elif added or options.target_recall is not None or (words and not has_lexical_index(index_dir)):
+            search = encoder, query_vectors, k
+            yield update_index(index_dir, *search, corpus=corpus, added=added, options=options, words=words)
         else:
             yield load_index(index_dir, encoder.fingerprint, corpus, encoder.precision)
         return
@@ -106,6 +104,7 @@ def open_or_build_index(
         if new:
             new_documents = add_documents(encoder, new, added) if added else []
             tune(new.index, encoder, corpus, query_vectors, k)
+            new = with_words(new, new_documents, words) if words else new
             if index_dir and has_index(index_dir):
                 raise InputError(f"{index_dir}: another run has written it meanwhile; start again to search that")
             new = save_index(index_dir, new, new_documents) if index_dir else new
@@ -143,10 +142,12 @@ def update_index(
     corpus: Corpus | None,
     added: Corpus | None,
     options: IndexOptions,
+    words: Fusion | None = None,
 ) -> DocumentIndex:
     """Locks and loads the saved index, adds documents to it, tunes it for its target recall, if any, and saves it.
 
-    Without a target recall in the options the index keeps its own, and its `ef` doesn't decrease. Raises InputError.
+    Without a target recall in the options the index keeps its own, and its `ef` doesn't decrease. words: see
+    `open_or_build_index`. Raises InputError.
     """
     with locked_index(index_dir) as lock:
         saved = load_index(index_dir, encoder.fingerprint, corpus, encoder.precision)
@@ -159,7 +160,16 @@ def update_index(
                 saved.index.ef = options.hnsw_ef  # stays if the target recall is 0
         new_documents = add_documents(encoder, saved, added) if added else []
         tune(saved.index, encoder, saved.documents, query_vectors, k, lowest_ef)
+        if words and saved.lexical is None:
+            saved = with_words(saved, new_documents, words)
         return save_index(index_dir, saved, new_documents, lock)
+
+
+def with_words(saved: DocumentIndex, new_documents: Sequence[str], fusion: Fusion) -> DocumentIndex:
+    """The index with the words of its documents and of the new ones after them."""
+    documents = chain(saved.documents, new_documents)
+    lexical = LexicalIndex.build(documents, len(saved.documents) + len(new_documents))
+    return replace(saved, lexical=lexical, fusion=fusion)
 
 
 def add_documents(encoder: Encoder, document_index: DocumentIndex, added: Corpus) -> list[str]:
@@ -208,15 +218,7 @@ def tune(
         index.ef = max(index.ef, lowest_ef)
 
 
-def search(index: VectorIndex, query_vectors: np.ndarray, k: int) -> SearchResult:
-    """Searches for all queries, float32 [Q, D] with Q > 0, and compares a sample of them with exact search."""
-    ids, similarities = index.search(query_vectors, k)
-    _, expected = index.search_exactly(sample_of(query_vectors), k)
-    return SearchResult(ids, similarities, recall_vs_exact(sample_of(similarities), expected))
-
-
-def hits_of(result: SearchResult, documents: Sequence[str], queries: Sequence[str]) -> Iterator[Hit]:
-    """The hits of a search, query by query, best first."""
-    for query, ids, similarities in zip(queries, result.ids, result.similarities, strict=True):
-        for row, similarity in zip(ids, similarities, strict=True):
-            yield Hit(query, documents[row], float(similarity))
+def measure_recall(index: VectorIndex, query_vectors: np.ndarray, k: int) -> float:
+    """The share of exact search's k best that the index finds, on a sample of the queries, float32 [Q, D], Q > 0."""
+    sample = sample_of(query_vectors)
+    return recall_vs_exact(index.search(sample, k)[1], index.search_exactly(sample, k)[1])

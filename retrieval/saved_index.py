@@ -29,6 +29,7 @@ from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from retrieval.corpus import Corpus
 from retrieval.documents import Documents
 from retrieval.journal import Change, read_journal
+from retrieval.lexical_index import DEFAULT_FUSION, Fusion, LexicalIndex
 
 INDEX_FILE = "index.json"
 DOCUMENTS_FILE = "documents.txt"
@@ -46,6 +47,8 @@ class DocumentIndex:
     model: str  # `Encoder.fingerprint` of its vectors
     corpus: str  # `Corpus.sha256` of the corpus that it was built from, without the documents that were added later
     precision: str | None = None  # of the encoder; None: not recorded, as in version 2.0.0
+    lexical: LexicalIndex | None = None  # of the same documents
+    fusion: Fusion = DEFAULT_FUSION  # of the hits of both
 
 
 def has_index(folder: str | Path) -> bool:
@@ -56,15 +59,16 @@ def has_index(folder: str | Path) -> bool:
 def save_index(
     folder: str | Path,
     saved: DocumentIndex,
-    new_documents: Iterable[str] = (),
+    new_documents: Sequence[str] = (),
     lock: contextlib.ExitStack | None = None,
 ) -> DocumentIndex:
     """Writes an index to a folder, which is replaced as a whole, and returns it with the documents of that folder.
 
-    new_documents: those added to the index after `saved.documents`. lock: what `locked_index` gave, if the folder is
-    locked; it then holds the new folder, which is locked before it is in place. Raises InputError if the folder can't
-    be written.
+    new_documents: those added to the index after `saved.documents`. Their words are indexed together with the others',
+    if the index has words. lock: what `locked_index` gave, if the folder is locked; it then holds the new folder, which
+    is locked before it is in place. Raises InputError if the folder can't be written.
     """
+    saved = replace(saved, lexical=_current_words(saved, new_documents))
     with contextlib.ExitStack() as new_lock:
         with atomic_folder(folder) as temporary:
             _write_index(temporary, saved, new_documents)
@@ -74,6 +78,14 @@ def save_index(
             lock.close()
             lock.push(new_lock.pop_all())
     return replace(saved, documents=Documents(_saved_documents(Path(folder))))
+
+
+def _current_words(saved: DocumentIndex, new_documents: Sequence[str]) -> LexicalIndex | None:
+    """The words of all documents, if the index has words; indexed anew if documents were added or deleted."""
+    size = len(saved.documents) + len(new_documents)
+    if saved.lexical is None or (len(saved.lexical) == size and not saved.lexical.has_changes):
+        return saved.lexical
+    return LexicalIndex.build(chain(saved.documents, new_documents), size)
 
 
 def _write_index(folder: Path, saved: DocumentIndex, new_documents: Iterable[str]) -> None:
@@ -88,8 +100,24 @@ def _write_index(folder: Path, saved: DocumentIndex, new_documents: Iterable[str
         "corpus": saved.corpus,
         "precision": saved.precision,
     }
+    if saved.lexical is not None:
+        saved.lexical.save(folder)
+        content["lexical"] = {"method": "bm25", **saved.lexical.settings}
     write_json(folder / INDEX_FILE, content)
     write_manifest(folder)
+    if saved.lexical is not None:
+        saved.fusion.save(folder)
+
+
+def has_lexical_index(folder: str | Path) -> bool:
+    """Whether the index in the folder has the words of its documents. Raises InputError if it can't be told."""
+    return bool(read_json(_index_folder(folder) / INDEX_FILE).get("lexical"))
+
+
+def save_fusion(folder: str | Path, fusion: Fusion) -> None:
+    """Keeps a fusion in a saved index. Raises InputError if another run is changing it, or if it can't be written."""
+    with locked_index(folder):
+        fusion.save(_index_folder(folder))
 
 
 def _saved_documents(folder: Path) -> Corpus:
@@ -125,11 +153,16 @@ def locked_index(folder: str | Path) -> Iterator[contextlib.ExitStack]:
 
 def apply_change(document_index: DocumentIndex, change: Change) -> None:
     """Adds to a loaded index and deletes from it what a change says. Raises InputError as `VectorIndex.add` does."""
+    index, lexical, documents = document_index.index, document_index.lexical, document_index.documents
     if change.documents:  # first the document, so that after an interruption each hit has one
-        document_index.documents.extend(change.documents)
-        document_index.index.add(change.vectors)
-    document_index.index.delete(change.deleted)
-    document_index.documents.delete(change.deleted)
+        documents.extend(change.documents)
+        index.add(change.vectors)
+        if lexical is not None:
+            lexical.add(change.documents)
+    index.delete(change.deleted)
+    if lexical is not None:
+        lexical.delete(change.deleted)
+    documents.delete(change.deleted)
 
 
 def load_index(
@@ -181,11 +214,16 @@ def _read_index(folder: Path) -> DocumentIndex:
     try:
         index = INDEX_CLASSES[content["ann"]].load(folder, content)
         documents = Documents(_saved_documents(folder))
-        saved = DocumentIndex(index, documents, content["model"], content["corpus"], content.get("precision"))
+        words = content.get("lexical")
+        lexical = LexicalIndex.load(folder, words) if words else None
+        about = content["model"], content["corpus"], content.get("precision")
+        saved = DocumentIndex(index, documents, *about, lexical, Fusion.load(folder))
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / INDEX_FILE}: isn't the description of an index (see {error}); {REMEDY}") from None
     if len(documents) != len(index):
         raise InputError(f"{folder}: has {len(documents)} documents and {len(index)} vectors; {REMEDY}")
+    if lexical is not None and len(lexical) != len(documents):
+        raise InputError(f"{folder}: has {len(documents)} documents and the words of {len(lexical)}; {REMEDY}")
     for change in _joined(read_journal(folder, index.dim)):
         apply_change(saved, change)
     return saved

@@ -35,7 +35,7 @@ SERVICE = re.compile(r"web_service\.py|python rpc_client\.py|curl")  # test_serv
 CPP_SERVER = "deploy/C++"  # the tests of the C++ server run these
 TWO_MACHINES = "--nnodes 2"  # a test of training runs two launchers on one machine
 ON_GPUS = "--epochs 3"  # test_training_commands
-LARGE_CORPUS = "--index_dir"  # test_large_corpus
+LARGE_CORPUS = "--index_dir"  # test_large_corpus, test_words_beside_vectors
 DOCUMENT_COMMANDS = (  # of the document that this project implements; all are in docs/
     "python -u -m paddle.distributed.launch --gpus",
     "sh scripts/train_batch_neg.sh",
@@ -336,6 +336,18 @@ def test_large_corpus(trained: Path, large_corpus: Completed) -> None:
     hits = [line for line in large_corpus.stdout.splitlines() if re.match(r" +\d+  -?\d\.\d{4}  ", line)]
     assert len(hits) == 20  # of --query and --interactive
     assert "of 169 documents" in large_corpus.stdout
+
+
+@pytest.mark.process
+@pytest.mark.usefixtures("large_corpus")
+def test_words_beside_vectors(trained: Path) -> None:
+    done = succeed(next(block for block in SH_BLOCKS if "--lexical" in block), trained)
+    check_recall_result(trained)
+    hits = [
+        line for line in done.stdout.splitlines() if re.match(r" +\d+  \d\.\d{4}  (vector |lexical|both   )  ", line)
+    ]
+    assert len(hits) == 10
+    assert len([line for line in done.stdout.splitlines() if line.startswith(("vector ", "lexical ", "hybrid "))]) == 12
 
 
 @pytest.mark.server

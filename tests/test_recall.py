@@ -10,14 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import evaluate
 import recall
 from common.errors import InputError
 from common.texts import DOCUMENT
+from data import read_hits
 from encoding.encoder import load_encoder
 from helpers import ROOT, run_script, write_pairs
 from retrieval import pipeline
 from retrieval.corpus import Corpus, read_corpus
 from retrieval.embedding_store import EmbeddingsMetadata
+from retrieval.lexical_index import Fusion
 from retrieval.live_index import LiveIndex
 from retrieval.saved_index import load_index
 
@@ -404,6 +407,153 @@ def test_a_repeated_document_counts_once(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Words beside vectors
+
+
+def mrr_at_10(recall_data: Path, folder: Path, capsys: Capture) -> float:
+    """As evaluate.py judges the result; it has nothing else to say about it."""
+    capsys.readouterr()
+    files = ["--similar_text_pair", str(recall_data / "dev.csv"), "--recall_result_file"]
+    assert evaluate.main([*files, str(folder / "out" / "recall_result.txt"), "--recall_num", "10"]) == 0
+    output, error = capsys.readouterr()
+    assert error == ""
+    return float(output.split("mrr@10=")[1].split()[0])
+
+
+def test_words_and_vectors_are_fused_and_judged_like_any_result(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Against the two results of one way each; the untrained model finds less than the words."""
+    arguments = options(checkpoint, recall_data, tmp_path, "--ann", "exact", "--lexical", "bm25")
+    hits, recalls = {}, {}
+    for mode, k in (("vector", "168"), ("lexical", "168"), ("hybrid", "20")):
+        assert recall.main([*arguments, "--mode", mode, "--recall_num", k, "--rrf_k", "60"]) == 0
+        recalls[mode] = mrr_at_10(recall_data, tmp_path, capsys)
+        hits[mode] = read_hits(tmp_path / "out" / "recall_result.txt")
+    assert recalls["vector"] < recalls["hybrid"] <= recalls["lexical"]
+    for query, fused in hits["hybrid"].items():
+        scores: dict[str, float] = {}
+        for mode in ("vector", "lexical"):
+            for rank, document in enumerate(hits[mode][query][:100], 1):
+                scores[document] = scores.get(document, 0) + 1 / (60 + rank)
+        assert len(fused) == 20
+        assert [scores[document] for document in fused] == pytest.approx(sorted(scores.values(), reverse=True)[:20])
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_words_are_kept_in_the_index_and_used_without_the_option(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, encoded: list[str], capsys: Capture
+) -> None:
+    """An index that was saved without them gets them, and nothing is encoded again; added documents' words, too."""
+    arguments = options(checkpoint, recall_data, tmp_path, "--ann", "exact", "--index_dir", str(tmp_path / "index"))
+    assert recall.main(arguments) == 0
+    by_vectors = result(tmp_path)
+    encoded.clear()
+    capsys.readouterr()
+    assert recall.main([*arguments, "--lexical", "bm25"]) == 0
+    fused, output = result(tmp_path), capsys.readouterr().out
+    assert f"wrote {tmp_path / 'index'}: the exact index of 168 documents\n" in output
+    assert "found 100.00 % of exact search's top 100; fused with BM25, weight 1, k 10\n" in output
+    assert fused != by_vectors
+    for more, expected in (((), fused), (("--lexical", "bm25"), fused), (("--mode", "vector"), by_vectors)):
+        assert recall.main([*arguments, *more]) == 0
+        output, error = capsys.readouterr()
+        assert result(tmp_path) == expected
+        assert error == "" and "wrote" not in output.replace("wrote " + str(tmp_path / "out"), "")
+    assert not encoded
+    more = write_pairs(tmp_path / "more.csv", [("编号GB7714的水稻",)])
+    assert recall.main([*arguments, "--add_corpus", str(more)]) == 0
+    capsys.readouterr()
+    assert recall.main([*without(arguments, "--similar_text_pair"), "--mode", "lexical", "--query", "gb7714"]) == 0
+    assert [line[4:].split("  ")[1:] for line in capsys.readouterr().out.splitlines()[1:]] == [["编号GB7714的水稻"]]
+
+
+def test_printed_hits_say_which_way_found_them(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """If both ways are searched."""
+    arguments = without(options(checkpoint, recall_data, tmp_path), "--similar_text_pair")
+    arguments += ["--lexical", "bm25", "--query", "论水稻产量研究水稻,产量"]
+    assert recall.main([*arguments, "--recall_num", "100"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[0] == f"  1  {2 / 11:.4f}  both     论水稻产量研究水稻,产量"
+    assert {line.split()[2] for line in lines[1:]} == {"vector", "lexical", "both"}
+    assert recall.main([*arguments, "--mode", "vector"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "  1  1.0000  论水稻产量研究水稻,产量"
+
+
+def test_a_weight_is_tuned_on_pairs_and_kept_in_the_index(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """The best line of the table is what later runs use; a given weight holds for its run alone."""
+    index = ["--ann", "exact", "--index_dir", str(tmp_path / "index"), "--lexical", "bm25", "--lexical_weight", "0.1"]
+    arguments = options(checkpoint, recall_data, tmp_path, *index)
+    assert recall.main(arguments) == 0
+    before = mrr_at_10(recall_data, tmp_path, capsys)
+    assert load_index(tmp_path / "index").fusion == Fusion(0.1, 10)
+    assert recall.main([*arguments, "--tune_lexical_weight", "--recall_num", "10"]) == 0
+    output, error = capsys.readouterr()
+    assert "--lexical_weight: no effect, since --tune_lexical_weight chooses them\n" in error
+    head, *lines = output[: output.index("searched")].splitlines()
+    assert head.split() == ["mode", "lexical_weight", "rrf_k", "recall@10", "mrr@10"]
+    modes = [line.split()[0] for line in lines]
+    assert [modes.count(mode) for mode in ("vector", "lexical", "hybrid")] == [1, 1, 10]
+    best = [float(word) for word in lines[modes.index("hybrid")].split()[1:]]
+    assert best[3] == pytest.approx(mrr_at_10(recall_data, tmp_path, capsys), abs=0.006)
+    assert best[3] == max(float(line.split()[-1]) for line in lines if line.startswith("hybrid"))
+    assert best[3] > before
+    assert load_index(tmp_path / "index").fusion == Fusion(best[0], int(best[1]))
+    for given in (["--rrf_k", "3"], ["--lexical_weight", "0"]):
+        assert recall.main([*without(arguments, "--lexical_weight"), *given]) == 0
+        assert load_index(tmp_path / "index").fusion == Fusion(best[0], int(best[1]))
+        assert f", k {3 if given[0] == '--rrf_k' else int(best[1])}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--mode", "hybrid"], "^--mode hybrid: the index has no words; add --lexical bm25$"),
+        (["--mode", "lexical"], "^--mode lexical: the index has no words; add --lexical bm25$"),
+        (["--tune_lexical_weight"], "^--tune_lexical_weight: only --mode hybrid has a weight; add --lexical bm25$"),
+        (["--lexical", "bm25", "--mode", "vector", "--tune_lexical_weight"], "; leave out --mode vector$"),
+        (["--lexical", "bm25", "--tune_lexical_weight"], "--tune_lexical_weight: give the --similar_text_pair_file"),
+    ],
+)
+def test_options_that_need_words_or_pairs_are_refused(checkpoint: Path, more: list[str], message: str) -> None:
+    """Before the corpus is read."""
+    with pytest.raises(InputError, match=message):
+        recall.main(["--params_path", str(checkpoint), "--corpus_file", "missing", "--query", "水", *more])
+
+
+def test_options_of_the_fusion_without_effect_are_named(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    arguments = options(checkpoint, recall_data, tmp_path, "--lexical_weight", "1", "--rrf_k", "10")
+    assert recall.main(arguments) == 0
+    assert "--lexical_weight, --rrf_k: no effect, since the mode is vector\n" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_run_that_is_stopped_while_it_indexes_words_encodes_nothing_again(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = ["--index_dir", str(tmp_path / "index"), "--embedding_dir", str(tmp_path / "vectors")]
+    arguments = options(checkpoint, recall_data, tmp_path, "--ann", "exact", "--lexical", "bm25", *folders)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("retrieval.lexical_index.split_terms", stop)
+        with pytest.raises(KeyboardInterrupt):
+            recall.main(arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "vectors"]
+    encoded.clear()
+    assert recall.main(arguments) == 0
+    assert not encoded and load_index(tmp_path / "index").lexical is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Processes
 
 
@@ -426,9 +576,11 @@ def test_two_ranks_share_the_encoding_and_find_the_same(checkpoint: Path, recall
 def test_two_ranks_build_an_index_without_queries(checkpoint: Path, recall_data: Path, tmp_path: Path) -> None:
     arguments = ["--corpus_file", recall_data / "corpus.csv", "--params_path", checkpoint, "--device", "cpu"]
     arguments += ["--ann", "exact", "--index_dir", tmp_path / "index", "--recall_result_dir", tmp_path / "out"]
+    arguments += ["--lexical", "bm25"]
     done = run_script("recall.py", *arguments, ranks=2, log_dir=tmp_path / "log")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(load_index(tmp_path / "index").documents) == len(read_corpus(recall_data / "corpus.csv"))
+    saved = load_index(tmp_path / "index")
+    assert len(saved.documents) == len(saved.lexical) == len(read_corpus(recall_data / "corpus.csv"))
 
 
 SLOW_RECALL = """

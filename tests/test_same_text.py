@@ -254,7 +254,7 @@ def test_cosines_that_go_up_are_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     path = tmp_path / "result.txt"
     write_hits(path, [Hit("甲", "a", 0.1), Hit("甲", "b", 0.2), Hit("乙", "a", 0.9), Hit("乙", "b", 0.9)])
     assert read_hits(path) == {"甲": ["a", "b"], "乙": ["a", "b"]}
-    assert f"{path}: the cosines of 1 queries go up" in capsys.readouterr().err
+    assert f"{path}: the scores of 1 queries go up" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

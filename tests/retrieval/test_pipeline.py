@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from helpers import unit_vectors, write_pairs
 from retrieval import pipeline
 from retrieval.corpus import Corpus, read_corpus
 from retrieval.embedding_store import Embeddings, EmbeddingsMetadata
-from retrieval.saved_index import DocumentIndex, load_index, locked_index, save_index
+from retrieval.lexical_index import Fusion, LexicalIndex
+from retrieval.saved_index import DocumentIndex, has_lexical_index, load_index, locked_index, save_index
 
 
 @pytest.fixture(scope="module")
@@ -100,19 +102,19 @@ def test_ef_is_tuned_on_other_queries_than_the_recall_is_measured_on(count: int)
         assert not set(measured) & set(tuned)
 
 
-def test_the_recall_is_measured_on_a_sample_of_many_queries() -> None:
-    """Each query of the sample is compared with its own answer."""
+def test_the_recall_is_measured_on_a_sample_of_many_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact search finds all; an index that finds the best hit alone finds a tenth of ten."""
     vectors, queries = unit_vectors(500, 8), unit_vectors(1500, 8, seed=1)
     index = build_index(IndexOptions(ann="exact"), vectors)
-    result = pipeline.search(index, queries, 10)
-    assert result.recall_vs_exact == 1
-    assert result.ids.shape == result.similarities.shape == (1500, 10)
+    assert pipeline.measure_recall(index, queries, 10) == 1
 
+    def find_the_best_alone(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        assert len(queries) <= 2 * pipeline.SAMPLE
+        ids, similarities = index.search_exactly(queries, 1)
+        return ids.repeat(k, axis=1), np.c_[similarities, np.full((len(queries), k - 1), -1)]
 
-def test_hits_are_in_the_order_of_queries_and_ranks() -> None:
-    ids, similarities = np.array([[2, 0], [1, 2]]), np.array([[0.5, 0.25], [1, -1]], np.float32)
-    hits = list(pipeline.hits_of(pipeline.SearchResult(ids, similarities, 1.0), ["a", "b", "c"], ["x", "y"]))
-    assert hits == [("x", "c", 0.5), ("x", "a", 0.25), ("y", "b", 1.0), ("y", "c", -1.0)]
+    monkeypatch.setattr(index, "search", find_the_best_alone)
+    assert pipeline.measure_recall(index, queries, 10) == pytest.approx(0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,8 +128,8 @@ class Opened:
         self.encoder, self.corpus, self.query_vectors, self.folder = encoder, corpus, query_vectors, folder
         self.index_dir = folder / "index"
 
-    def __call__(self, *added: str, k: int = 20, **options: object) -> DocumentIndex:
-        """added: new documents; options: of IndexOptions."""
+    def __call__(self, *added: str, k: int = 20, words: Fusion | None = None, **options: object) -> DocumentIndex:
+        """added: new documents; words: of `open_or_build_index`; options: of IndexOptions."""
         with pipeline.open_or_build_index(
             self.encoder,
             self.query_vectors,
@@ -137,6 +139,7 @@ class Opened:
             parent=self.folder,
             added=documents(self.folder, *added) if added else None,
             index_dir=self.index_dir,
+            words=words,
         ) as saved:
             return saved
 
@@ -308,3 +311,33 @@ def test_neither_an_index_nor_a_corpus_is_an_error(opened: Opened) -> None:
     opened.corpus = None
     with pytest.raises(InputError, match="there is neither a saved index nor a corpus to search"):
         opened()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def found_by_words(saved: DocumentIndex) -> list[list[int]]:
+    return saved.lexical.search(["水稻的产量", "新的文献2"], 20)[0].tolist()
+
+
+@pytest.mark.parametrize("is_given_first", [True, False])
+def test_an_index_gets_the_words_of_its_documents_and_of_added_ones(opened: Opened, is_given_first: bool) -> None:
+    """Without the option they stay, with the weight that they were given first."""
+    first = Fusion(0.5, 7) if is_given_first else None
+    built = opened("新的文献1", ann="exact", words=first)
+    assert (built.lexical is not None) == has_lexical_index(opened.index_dir) == is_given_first
+    given = opened(ann="exact", words=first or Fusion(0.5, 7))
+    for saved in (given, opened("新的文献2"), opened(), load_index(opened.index_dir)):
+        expected = LexicalIndex.build(saved.documents, len(saved.documents))
+        assert found_by_words(saved) == found_by_words(replace(saved, lexical=expected))
+        assert saved.fusion == Fusion(0.5, 7)
+    again = opened(words=Fusion(2.0, 1))
+    assert again.fusion == Fusion(0.5, 7) and len(again.lexical) == len(opened.corpus) + 2
+
+
+def test_words_are_not_indexed_again_for_another_ef(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(words=Fusion())
+    monkeypatch.setattr(LexicalIndex, "build", lambda *_: pytest.fail("indexed"))
+    expected = found_by_words(opened())
+    assert found_by_words(opened(target_recall=0.9, words=Fusion())) == expected == found_by_words(opened())

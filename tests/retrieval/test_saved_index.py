@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,16 @@ from common.manifest import write_manifest
 from encoding.encoder import load_encoder
 from helpers import file_size_limit, flip_a_bit, unit_vectors, write_pairs
 from retrieval.corpus import Corpus, read_corpus
-from retrieval.saved_index import DocumentIndex, has_index, load_index, locked_index, save_index
+from retrieval.lexical_index import DEFAULT_FUSION, Fusion, LexicalIndex
+from retrieval.saved_index import (
+    DocumentIndex,
+    has_index,
+    has_lexical_index,
+    load_index,
+    locked_index,
+    save_fusion,
+    save_index,
+)
 
 DIM = 8
 
@@ -25,11 +35,12 @@ def corpus_of(folder: Path, count: int) -> Corpus:
     return read_corpus(write_pairs(folder / "corpus.csv", [(f"文{row}",) for row in range(count)]))
 
 
-def saved_index(folder: Path, count: int, ann: str = "hnswlib") -> DocumentIndex:
+def saved_index(folder: Path, count: int, ann: str = "hnswlib", has_words: bool = False) -> DocumentIndex:
     """One of random vectors, saved as `index` in the folder."""
     corpus = corpus_of(folder, count)
     saved = DocumentIndex(build_index(IndexOptions(ann), unit_vectors(count, DIM)), corpus, "model", corpus.sha256)
-    return save_index(folder / "index", saved)
+    lexical = LexicalIndex.build(corpus, count) if has_words else None
+    return save_index(folder / "index", replace(saved, lexical=lexical))
 
 
 @pytest.mark.parametrize("ann", ["hnswlib", "exact"])
@@ -78,13 +89,16 @@ def test_an_index_whose_replacement_was_interrupted_is_found(tmp_path: Path) -> 
 # Damage
 
 
-@pytest.mark.parametrize("ann", ["hnswlib", "exact"])
-def test_a_flipped_bit_is_refused(tmp_path: Path, ann: str) -> None:
-    """100 times for each kind of index, in any file that is loaded."""
-    saved_index(tmp_path, 50, ann)
+@pytest.mark.parametrize(
+    ("ann", "has_words", "count"), [("hnswlib", False, 3), ("exact", False, 3), ("exact", True, 7)]
+)
+def test_a_flipped_bit_is_refused(tmp_path: Path, ann: str, has_words: bool, count: int) -> None:
+    """100 times for each kind of index, in any file that is loaded and in the manifest."""
+    saved_index(tmp_path, 50, ann, has_words)
     numbers = random.Random(1)
-    files = sorted(path.name for path in (tmp_path / "index").iterdir() if path.name != "manifest.json")
-    assert len(files) == 3
+    others = {"manifest.json", "fusion.json"}
+    files = sorted(path.name for path in (tmp_path / "index").iterdir() if path.name not in others)
+    assert len(files) == count
     for attempt in range(100):
         shutil.copytree(tmp_path / "index", tmp_path / str(attempt))
         flip_a_bit(tmp_path / str(attempt) / numbers.choice(files), numbers)
@@ -120,16 +134,68 @@ def test_another_number_of_documents_than_vectors_is_refused(tmp_path: Path) -> 
         load_index(tmp_path / "index")
 
 
-@pytest.mark.parametrize("ann", ["hnswlib", "exact"])
-def test_a_full_disk_leaves_the_earlier_index(tmp_path: Path, ann: str) -> None:
-    """The limit leaves room for all files but the vectors."""
-    saved = saved_index(tmp_path, 500, ann)
+def test_words_of_another_number_of_documents_are_refused(tmp_path: Path) -> None:
+    saved_index(tmp_path, 3, "exact", has_words=True)
+    content = read_json(tmp_path / "index" / "index.json")
+    write_json(tmp_path / "index" / "index.json", {**content, "lexical": {**content["lexical"], "documents": 2}})
+    write_manifest(tmp_path / "index")
+    with pytest.raises(InputError, match=f"^{tmp_path}/index: has 3 documents and the words of 2; remove the folder"):
+        load_index(tmp_path / "index")
+
+
+@pytest.mark.parametrize(("ann", "limit"), [("hnswlib", 15_000), ("exact", 15_000), ("words", 30_000)])
+def test_a_full_disk_leaves_the_earlier_index(tmp_path: Path, ann: str, limit: int) -> None:
+    """The limit leaves room for all files but the vectors or, in the last case, the words."""
+    saved = saved_index(tmp_path, 500, "exact" if ann == "words" else ann)
+    if ann == "words":
+        words = LexicalIndex.build([f"{' '.join(map(str, range(20)))} {row}" for row in range(501)], 501)
+        saved = replace(saved, lexical=words)
     before = {path.name: path.read_bytes() for path in (tmp_path / "index").iterdir()}
     saved.index.add(unit_vectors(1, DIM, seed=1))
-    with file_size_limit(15_000), pytest.raises(InputError, match=f"^{tmp_path}/index.*: can't be written"):
+    with file_size_limit(limit), pytest.raises(InputError, match=f"^{tmp_path}/index.*: can't be written"):
         save_index(tmp_path / "index", saved, ["新"])
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "index").iterdir()}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.csv", "index"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def test_words_are_saved_with_the_index(tmp_path: Path) -> None:
+    """And saved again with it; an index without words, as earlier versions wrote, has none."""
+    saved = saved_index(tmp_path, 50, has_words=True)
+    for _ in range(2):
+        loaded = load_index(tmp_path / "index")
+        assert has_lexical_index(tmp_path / "index") and loaded.fusion == DEFAULT_FUSION
+        for found, expected in zip(loaded.lexical.search(["文7"], 5), saved.lexical.search(["文7"], 5), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        saved = save_index(tmp_path / "index", loaded)
+    saved_index(tmp_path, 50)
+    assert not has_lexical_index(tmp_path / "index") and load_index(tmp_path / "index").lexical is None
+
+
+def test_words_are_indexed_anew_if_documents_were_added_or_deleted(tmp_path: Path) -> None:
+    """Else they are written as they are."""
+    saved = saved_index(tmp_path, 10, "exact", has_words=True)
+    saved.index.add(unit_vectors(2, DIM, seed=1))
+    saved = save_index(tmp_path / "index", saved, ["文10", "新"])
+    expected = LexicalIndex.build(saved.documents, 12)
+    for lexical in (saved.lexical, load_index(tmp_path / "index").lexical):
+        assert lexical.search(["文1", "新"], 12)[0].tolist() == expected.search(["文1", "新"], 12)[0].tolist()
+    assert save_index(tmp_path / "index", saved).lexical is saved.lexical
+    saved.lexical.delete([11])
+    assert saved.lexical.has_changes and not save_index(tmp_path / "index", saved).lexical.has_changes
+
+
+def test_a_fusion_is_kept_in_an_index(tmp_path: Path) -> None:
+    """Also when it is saved again; not while another run changes the index, which would lose it."""
+    saved_index(tmp_path, 3, has_words=True)
+    save_fusion(tmp_path / "index", Fusion(0.5, 60))
+    save_index(tmp_path / "index", load_index(tmp_path / "index"))
+    with locked_index(tmp_path / "index"), pytest.raises(InputError, match="another run is changing it"):
+        save_fusion(tmp_path / "index", Fusion(1.0, 1))
+    assert load_index(tmp_path / "index").fusion == Fusion(0.5, 60)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
