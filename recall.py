@@ -48,7 +48,7 @@ from retrieval.metrics import report_missing_positives
 from retrieval.saved_index import INDEX_FILE, DocumentIndex, has_index, has_lexical_index, save_fusion
 
 if TYPE_CHECKING:
-    from encoding.encoder import Encoder
+    from encoding.encoder import Encoder, Fidelity
 
 TUNING_LINES = 10
 WAYS = {VECTOR: "vector", LEXICAL: "lexical", HYBRID: "both"}  # what a printed hit says
@@ -278,6 +278,18 @@ def recall_pairs(
     return f"searched {index.live_count} documents for {len(queries)} queries; {how}\nwrote {result_file}"
 
 
+def fidelity_of(encoder: "Encoder", document_index: DocumentIndex, queries: Sequence[str]) -> "Fidelity":
+    """How close the encoder's precision is to fp32, on the first documents that aren't deleted, and on the queries.
+
+    Without queries the documents are searched for themselves.
+    """
+    from encoding.encoder import SAMPLE_DOCUMENTS, compare_with_fp32
+    from retrieval.pipeline import SAMPLE
+
+    sample = [document_index.documents[row] for row in document_index.index.live_ids()[:SAMPLE_DOCUMENTS]]
+    return compare_with_fp32(encoder, sample, queries or sample[:SAMPLE])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds, loads or changes the index, writes the recall result, and prints the hits of the other queries."""
     parser = build_parser()
@@ -300,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_paddle()
     from common.device import set_device
     from common.distributed import init_ranks
-    from encoding.encoder import SAMPLE_DOCUMENTS, compare_with_fp32, load_encoder
+    from encoding.encoder import load_encoder
     from retrieval import pipeline
 
     set_device(args.device)
@@ -333,9 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if queries:
             print(recall_pairs(document_index, queries, query_vectors, args.recall_num, mode, result_file))
         if encoder.embed_fp32:
-            sample = [document_index.documents[row] for row in document_index.index.live_ids()[:SAMPLE_DOCUMENTS]]
-            fidelity = compare_with_fp32(encoder, sample, queries or sample[: pipeline.SAMPLE])
-            print(f"{encoder.precision}: {fidelity}")
+            print(f"{encoder.precision}: {fidelity_of(encoder, document_index, queries)}")
         for query in chain(args.query or (), typed_queries(sys.stdin) if args.interactive else ()):
             print("\n".join(answer(encoder, document_index, query, args.recall_num, mode)), flush=True)
     return 0

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+import requests
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import reset_sessions
 
@@ -514,7 +515,13 @@ def test_a_mistyped_mirror_and_a_socks_proxy_are_named(hub: Server, monkeypatch:
         assert "hf-mirror.com/owner/bert: isn't an address such as https://hf-mirror.com" in message_of(BERT)
     monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:1")
     monkeypatch.setenv("no_proxy", "localhost")
+    monkeypatch.setattr(requests.adapters, "SOCKSProxyManager", without_pysocks)
     assert "the SOCKS proxy of all_proxy needs a package: pip install pysocks" in message_of(BERT)
+
+
+def without_pysocks(*_: object, **__: object) -> None:
+    """What requests has in place of the class where pysocks isn't installed."""
+    raise requests.exceptions.InvalidSchema("Missing dependencies for SOCKS support.")
 
 
 def test_a_server_that_never_answers_is_given_up(hub: Server) -> None:
