@@ -109,7 +109,7 @@ def load_index(
     if len(saved.documents) != len(index):
         raise InputError(f"{folder}: has {len(saved.documents)} documents and {len(index)} vectors; {REMEDY}")
     if model is not None and saved.model != model:
-        remedy = "give the --params_path that it was built with, or another --index_dir"
+        remedy = "give the model that it was built with, or another --index_dir"
         raise InputError(f"{folder}: its vectors come from another model or --max_seq_length; {remedy}")
     if precision and saved.precision and saved.precision != precision:
         log(f"--precision {precision}: the vectors of {folder} were computed in {saved.precision}")

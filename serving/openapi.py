@@ -43,15 +43,15 @@ PREDICTION = _object(
 ERROR = _object({"error": ERROR_DETAIL})
 SCHEMAS = {"Index": INDEX, "Hit": HIT, "Error": ERROR, "Prediction": PREDICTION}
 JSON, TEXT = "application/json", "text/plain"
-ERRORS = {  # status -> meaning, of every path whose answer takes time
+ERRORS = {  # status -> meaning
     "400": "an invalid request: the message says what to change",
+    "401": "no valid key",
     "404": "no such model, or no index",
     "413": "the body is too large",
     "415": "Content-Encoding other than gzip, or a charset other than UTF-8",
     "500": "the service failed: try again",
     "503": "the service is busy or stopping: try again later",
 }
-NO_KEY = "no valid key"
 
 
 def _ref(name: str) -> Schema:
@@ -66,30 +66,15 @@ def _response(description: str, schema: Schema, media: str = JSON) -> Schema:
     return {"description": description, "content": _content(schema, media)}
 
 
-class _Operations:
-    """Describes operations. has_keys: whether callers have to send a key."""
-
-    def __init__(self, has_keys: bool) -> None:
-        self._has_keys = has_keys
-
-    def slow(
-        self, summary: str, answer: Schema, body: Schema | None = None, error: str = "Error", **more: Any
-    ) -> Schema:
-        """One whose answer takes time. body, answer, error: their schemas."""
-        operation = self.quick(summary, answer, **more)
-        operation["responses"] |= {status: _response(text, _ref(error)) for status, text in ERRORS.items()}
-        if body:
-            operation["requestBody"] = {"required": True, "content": _content(body)}
-        return operation
-
-    def quick(self, summary: str, answer: Schema, media: str = JSON, needs_key: bool = True, **more: Any) -> Schema:
-        """One that answers at once."""
-        responses = {"200": _response(summary, answer, media)}
-        if needs_key and self._has_keys:
-            error = _ref("Prediction" if media == TEXT else "Error")
-            responses["401"] = _response(NO_KEY, error)
-            more["security"] = [{"key": []}]
-        return {"summary": summary, "responses": responses, **more}
+def _operation(
+    summary: str, answer: Schema, body: Schema | None = None, error: str = "Error", media: str = JSON, **more: Any
+) -> Schema:
+    """An operation. answer, body, error: their schemas, the last one's name; media: the answer's content type."""
+    responses = {status: _response(text, _ref(error)) for status, text in ERRORS.items()}
+    operation = {"summary": summary, "responses": {"200": _response(summary, answer, media), **responses}, **more}
+    if body:
+        operation["requestBody"] = {"required": True, "content": _content(body)}
+    return operation
 
 
 def describe(limits: Limits, has_keys: bool, model: str) -> Schema:
@@ -98,34 +83,43 @@ def describe(limits: Limits, has_keys: bool, model: str) -> Schema:
     texts = {"anyOf": [text, _list(text, minItems=1, maxItems=limits.texts)]}
     top_k = {"type": "integer", "minimum": 1, "maximum": limits.top_k, "default": 10}
     found = _object({"index": _ref("Index"), "results": _list(_object({"hits": _list(_ref("Hit"))}))})
-    operations = _Operations(has_keys)
-    slow, quick = operations.slow, operations.quick
-    health = quick("whether it works", _object({"status": STRING}, {"index": _ref("Index")}), needs_key=False)
-    health["responses"]["503"] = health["responses"]["200"]
     parameters = [
         {"name": "q", "in": "query", "required": True, "schema": text},
         {"name": "top_k", "in": "query", "schema": top_k},
     ]
-    paths = {
+    health = _object({"status": STRING}, {"index": _ref("Index")})
+    prediction = "vectors, in Paddle Serving's form"
+    paths: dict[str, dict[str, Schema]] = {
         "/search": {
-            "get": slow("the documents most similar to a query, best first", found, parameters=parameters),
-            "post": slow("the same for several queries", found, _object({"query": texts}, {"top_k": top_k})),
+            "get": _operation("the documents most similar to a query, best first", found, parameters=parameters),
+            "post": _operation("the same for several queries", found, _object({"query": texts}, {"top_k": top_k})),
         },
-        "/reload": {"post": slow("takes the index that is now in the folder into service", _object({"index": INDEX}))},
-        "/v1/embeddings": {"post": slow("vectors, in OpenAI's form", *_embeddings(texts, model))},
-        "/v1/models": {"get": quick("the model, in OpenAI's form", _models())},
+        "/reload": {
+            "post": _operation("takes the index that is now in the folder into service", _object({"index": INDEX}))
+        },
+        "/v1/embeddings": {"post": _operation("vectors, in OpenAI's form", *_embeddings(texts, model))},
+        "/v1/models": {"get": _operation("the model, in OpenAI's form", _models())},
         f"/{model}/prediction": {
-            "post": slow("vectors, in Paddle Serving's form", _ref("Prediction"), _prediction(limits), "Prediction")
+            "post": _operation(prediction, _ref("Prediction"), _prediction(limits), error="Prediction")
         },
-        "/health": {"get": health},
-        "/metrics": {"get": quick("metrics in Prometheus' format", STRING, TEXT)},
-        "/openapi.json": {"get": quick("this description", {"type": "object"})},
+        "/health": {"get": _operation("whether the service works", health, security=[])},
+        "/metrics": {"get": _operation("metrics in Prometheus' format", STRING, error="Prediction", media=TEXT)},
+        "/openapi.json": {"get": _operation("this description", {"type": "object"})},
     }
-    components: Schema = {"schemas": SCHEMAS}
+    paths["/health"]["get"]["responses"] = {
+        "200": _response("it works", health),
+        "503": _response("it is stopping, or no encoder can be started", health),
+    }
+    description: Schema = {
+        "openapi": "3.1.0",
+        "info": {"title": "Semantic index", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": SCHEMAS},
+    }
     if has_keys:
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    information = {"title": "Semantic index", "version": __version__}
-    return {"openapi": "3.1.0", "info": information, "paths": paths, "components": components}
+        description["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        description["security"] = [{"key": []}]
+    return description
 
 
 def _embeddings(texts: Schema, model: str) -> tuple[Schema, Schema]:

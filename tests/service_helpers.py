@@ -1,5 +1,6 @@
 """What the tests of the Pipeline service share: an encoder that they control, and requests to a service."""
 
+import contextlib
 import json
 import socket
 import tempfile
@@ -8,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ import numpy as np
 
 from ann_util import IndexOptions, build_index
 from benchmarks.service_clients import HOST, Service, urlopen
-from helpers import write_pairs
+from common.texts import QUERY
+from helpers import small_tokenizer, write_pairs
 from retrieval.corpus import Corpus
 from retrieval.saved_index import DocumentIndex, save_index
-from serving.adapter import PipelineService, Request, Response
+from serving.adapter import PipelineService, Request, Response, ServiceOptions
+from serving.api_keys import ApiKeys
 from serving.encoder_process import EncoderStopped
 from serving.http_gateway import HttpGateway
 from serving.http_routes import PREDICTION_PATH
 from serving.limits import Limits
+from serving.search import SearchIndex
 
 DOCUMENTS = [f"文{row}" for row in range(50)]  # of an index
 MODEL = "a model's fingerprint"
@@ -74,6 +78,20 @@ def write_index(folder: Path, documents: Sequence[str], ann: str = "exact", mode
         corpus = Corpus(write_pairs(Path(temporary, "corpus.csv"), [(document,) for document in documents]))
         index = build_index(IndexOptions(ann), text_vectors(documents))
         save_index(folder, DocumentIndex(index, corpus, model, corpus.sha256))
+
+
+@contextlib.contextmanager
+def running_search_gateway(index: SearchIndex, keys: Sequence[str] = (), cors: str = "") -> Iterator[HttpGateway]:
+    """A service over HTTP with an index, which puts a prefix before queries. keys: of which clients send one."""
+    key_options = ApiKeys(keys) if keys else None
+    options = ServiceOptions(4, max_queue_delay=0.0, rpc_threads=16, limits=LIMITS._replace(top_k=20), keys=key_options)
+    tokenizer = small_tokenizer(24)
+    tokenizer.prefixes = {QUERY: "问:"}
+    service = PipelineService([VectorEncoder()], options, tokenizer, index)
+    gateway = HttpGateway(service, HOST, 0, requests=8, idle_timeout=30.0, cors=cors)
+    yield gateway
+    assert service.stop(30)
+    gateway.stop()
 
 
 def ask(service: PipelineService, *texts: str) -> Response:

@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         threads=settings["threads"] or max(1, cpu_count() // settings["workers"]),
         max_seq_length=settings["max_seq_length"] or None,
     )
-    tokenizer = exported_tokenizer(model, settings["max_seq_length"] or None)
     index = open_index(settings, model) if settings["index_dir"] else None
+    tokenizer = exported_tokenizer(model, settings["max_seq_length"] or None)
     # Outside of StopSignals: a signal may end the process while the models are loaded.
     encoders = [EncoderProcess(encoder_options) for _ in range(settings["workers"])]
     with StopSignals() as signals:
