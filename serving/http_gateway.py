@@ -121,12 +121,7 @@ class _Handler(RequestHandler):
     get = head = post = put = patch = delete = options = _handle
 
     async def _answer(self) -> None:
-        respond, headers, body, limit = (
-            self._respond,
-            self.request.headers,
-            bytes(self._body),
-            self._service.limits.bytes,
-        )
+        respond, body, limit = self._respond, bytes(self._body), self._service.limits.bytes
         if self._is_preflight:
             return self._send(HttpAnswer(b"", HTTPStatus.NO_CONTENT))
         if self._route is None or respond is None:
@@ -138,14 +133,14 @@ class _Handler(RequestHandler):
             return self._send(respond(HttpRequest(self._query, body)))
         if self not in self._gateway.taken:
             return self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at a time: try again later")
-        if is_gzip(headers) and len(body) <= limit:
+        if is_gzip(self.request.headers) and len(body) <= limit:
             try:
                 body = await self._gateway.in_thread(decompress, body, limit)
             except RequestError as error:
                 return self._refuse(HTTPStatus.BAD_REQUEST, str(error))
         if len(body) > limit:
             return self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {limit} bytes")
-        if problem := content_problem(headers, body):
+        if problem := content_problem(self.request.headers, body):
             return self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, problem)
         request = HttpRequest(self._query, body)
         refuse = partial(refusal, self._route)

@@ -104,7 +104,7 @@ class Routes:
             }
             for ids, scores in zip(found.ids.tolist(), found.scores.tolist(), strict=True)
         ]
-        return json_answer({"index": index_content(found.version, len(found.documents)), "results": results})
+        return json_answer({"index": found.state._asdict(), "results": results})
 
     def _reload(self, _: HttpRequest) -> HttpAnswer:
         index = self._service.index
@@ -114,7 +114,7 @@ class Routes:
             index.reload()
         except InputError as error:
             raise RequestError(INTERNAL_ERROR, str(error)) from None
-        return json_answer({"index": index_content(index.version, len(index))})
+        return json_answer({"index": index.state._asdict()})
 
     def _description(self, _: HttpRequest) -> HttpAnswer:
         return json_answer(describe(self._service.limits, self._service.keys is not None, SERVICE))
@@ -124,7 +124,7 @@ class Routes:
         status = "stopping" if service.admission.stopping else "ok" if service.healthy else "no encoder"
         content: dict[str, Any] = {"status": status}
         if service.index is not None:
-            content["index"] = index_content(service.index.version, len(service.index))
+            content["index"] = service.index.state._asdict()
             if service.index.problem:
                 content["index"]["problem"] = service.index.problem
         answer = json_answer(content)
@@ -132,11 +132,6 @@ class Routes:
 
     def _metrics(self, _: HttpRequest) -> HttpAnswer:
         return HttpAnswer(self._service.metrics.text(), content_type=CONTENT_TYPE_PLAIN_0_0_4)
-
-
-def index_content(version: str, documents: int) -> dict[str, Any]:
-    """How answers tell of an index."""
-    return {"version": version, "documents": documents}
 
 
 def parse_prediction(body: bytes) -> Request:

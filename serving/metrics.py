@@ -1,7 +1,7 @@
 """Metrics for Prometheus: requests, errors, queue, batch sizes and latencies."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
@@ -16,6 +16,9 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 
 from serving.limits import Admission
 
+if TYPE_CHECKING:
+    from serving.search import SearchIndex
+
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
 SEARCH_BUCKETS = (0.0005, 0.001, 0.0025, *LATENCY_BUCKETS)  # seconds
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # texts
@@ -24,32 +27,23 @@ values.ValueClass = values.MutexValue  # no files, even if PROMETHEUS_MULTIPROC_
 disable_created_metrics()  # no creation time beside each count
 
 
-class Index(Protocol):
-    """An index in service."""
-
-    @property
-    def version(self) -> str:
-        """Changes with its documents."""
-
-    def __len__(self) -> int: ...
-
-
 class _IndexCollector:
     """The version and size of an index, at the time of the question."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: "SearchIndex") -> None:
         self._index = index
 
     def collect(self) -> Iterator[Metric]:
         """For Prometheus' registry."""
-        yield InfoMetricFamily("semantic_index_index", "The index in service", {"version": self._index.version})
-        yield GaugeMetricFamily("semantic_index_index_documents", "Documents of the index", len(self._index))
+        version, documents = self._index.state
+        yield InfoMetricFamily("semantic_index_index", "The index in service", {"version": version})
+        yield GaugeMetricFamily("semantic_index_index_documents", "Documents of the index", documents)
 
 
 class Metrics:
     """Counts what a service does; safe to use from several threads. index: the one that it searches, if any."""
 
-    def __init__(self, admission: Admission, index: Index | None = None) -> None:
+    def __init__(self, admission: Admission, index: "SearchIndex | None" = None) -> None:
         self._registry = CollectorRegistry()
         common = {"namespace": "semantic_index", "registry": self._registry}
         self._requests = Counter("requests", "Answered requests, by protocol", ["protocol"], **common)

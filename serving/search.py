@@ -21,17 +21,29 @@ LOADING_ATTEMPTS = 3  # of an index whose folder is replaced while it is read
 NOT_IN_USE = "the index in the folder can't be used, so the one before stays in service: the service's log says why"
 
 
+class IndexState(NamedTuple):
+    """What answers tell of an index."""
+
+    version: str
+    documents: int  # how many
+
+
 class LoadedIndex(NamedTuple):
     """A version of an index, in memory."""
 
     version: str  # see `index_version`
     saved: DocumentIndex
 
+    @property
+    def state(self) -> IndexState:
+        """Its version and size."""
+        return IndexState(self.version, len(self.saved.documents))
+
 
 class Hits(NamedTuple):
     """What a search found in one version of the index: a row per query, best first."""
 
-    version: str
+    state: IndexState
     documents: Sequence[str]  # all of the index
     ids: np.ndarray  # int64 [Q, min(top_k, N)], rows of the documents
     scores: np.ndarray  # float32 of the same shape, cosines
@@ -50,23 +62,20 @@ class SearchIndex:
         self._searching, self._reloading = threading.Lock(), threading.Lock()
         self.problem: str | None = None  # why the index in the folder isn't the one in service
 
-    def __len__(self) -> int:
-        return len(self._loaded.saved.documents)
-
     def __str__(self) -> str:
-        return f"{len(self)} documents, version {self.version}"
+        return f"{self.state.documents} documents, version {self.state.version}"
 
     @property
-    def version(self) -> str:
+    def state(self) -> IndexState:
         """The version in service."""
-        return self._loaded.version
+        return self._loaded.state
 
     def search(self, queries: np.ndarray, top_k: int) -> Hits:
         """The most similar documents of each query, float32 [Q, D]. Raises InputError for vectors of another shape."""
         with self._searching:
-            version, saved = self._loaded
-            ids, scores = saved.index.search(queries, top_k)
-            return Hits(version, saved.documents, ids, scores)
+            loaded = self._loaded
+            ids, scores = loaded.saved.index.search(queries, top_k)
+            return Hits(loaded.state, loaded.saved.documents, ids, scores)
 
     def reload(self) -> None:
         """Takes the index that is now in the folder into service; does nothing if it is the same.
@@ -76,15 +85,16 @@ class SearchIndex:
         """
         with self._reloading:
             try:
-                if index_version(self._folder) != self.version:
+                if index_version(self._folder) != self.state.version:
                     loaded = self._load()
                     with self._searching:
                         self._loaded = loaded
                     release_freed_memory()
                     service_log(f"search: {self}")
-            except (InputError, OSError, MemoryError) as error:
+            except Exception as error:
+                reason = error if isinstance(error, InputError) else f"{type(error).__name__} in loading the index"
+                service_log(f"error: {reason}; version {self.state.version} of the index stays in service")
                 self.problem = NOT_IN_USE
-                service_log(f"error: {error}; version {self.version} of the index stays in service")
                 raise InputError(NOT_IN_USE) from None
             self.problem = None
 

@@ -59,7 +59,7 @@ def test_search_finds_the_most_similar_documents(
     status, content = post(at(search_gateway), as_json(**fields), SEARCH)
     index = search_gateway.service.index
     assert status == 200
-    assert content["index"] == {"version": index.version, "documents": 50}
+    assert content["index"] == index.state._asdict()
     assert content["results"] == [{"hits": expected_hits(query, top_k)} for query in queries]
 
 
@@ -82,7 +82,7 @@ def test_reload_takes_a_new_index_into_service(
     search_gateway: HttpGateway, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """If it is broken, the one before stays, and /health and the log say so."""
-    service, version = at(search_gateway), search_gateway.service.index.version
+    service, version = at(search_gateway), search_gateway.service.index.state.version
     write_index(tmp_path / "index", ["水稻", "小麦"])
     status, content = post(service, b"", "/reload")
     assert (status, content["index"]["documents"]) == (200, 2) and content["index"]["version"] != version

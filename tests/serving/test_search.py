@@ -46,7 +46,7 @@ def test_hits_are_those_of_an_index(folder: Path, ann: str) -> None:
         ids, scores = saved_index.load_index(folder).index.search(queries[rows], top_k)
         np.testing.assert_array_equal(hits.ids, ids)
         np.testing.assert_allclose(hits.scores, scores, atol=1e-6)
-        assert (hits.version, len(hits.documents)) == (index.version, 50)
+        assert hits.state == index.state == (index.state.version, 50)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(37)))
@@ -84,7 +84,7 @@ def test_waiting_queries_are_searched_together(index: SearchIndex, monkeypatch: 
     assert float(values["semantic_index_search_candidates_total"]) == 1 + 2 * 3 + 2 + 3
     assert float(values["semantic_index_search_duration_seconds_count"]) == 3
     assert float(values["semantic_index_index_documents"]) == 50
-    assert float(values[f'semantic_index_index_info{{version="{index.version}"}}']) == 1
+    assert float(values[f'semantic_index_index_info{{version="{index.state.version}"}}']) == 1
 
 
 def test_a_failing_search_is_an_error(index: SearchIndex, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,18 +101,17 @@ def test_a_new_index_is_taken_into_service(
     folder: Path, index: SearchIndex, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With its documents and a version of its own; what was found before stays readable; the old index is freed."""
-    before, version = index.search(text_vectors(["文3"]), 2), index.version
+    before, version = index.search(text_vectors(["文3"]), 2), index.state.version
     old = weakref.ref(index._loaded.saved.index)
     write_index(folder, OTHERS)
     index.reload()
     after = index.search(text_vectors(["另3"]), 2)
     assert found(before)[0][0] == "文3" and found(after)[0][0] == "另3"
-    assert (before.version, len(before.documents)) == (version, 50)
-    assert (after.version, len(after.documents)) == (index.version, len(index)) and len(index) == 20
-    assert index.version != version
+    assert before.state == (version, 50) and after.state == index.state
+    assert index.state.documents == 20 and index.state.version != version
     gc.collect()
     assert old() is None
-    assert capsys.readouterr().err == f"search: 20 documents, version {index.version}\n"
+    assert capsys.readouterr().err == f"search: 20 documents, version {index.state.version}\n"
 
 
 def test_the_same_index_is_not_read_again(folder: Path, index: SearchIndex, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,12 +142,12 @@ def test_the_index_in_service_stays_if_the_new_one_is_broken(
     folder: Path, index: SearchIndex, capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
     """The log says why; after a repair the next reload takes it."""
-    version = index.version
+    version = index.state.version
     reason = spoil(folder, how)
     with pytest.raises(InputError, match="stays in service") as error:
         index.reload()
     assert index.problem == str(error.value) and str(folder) not in index.problem
-    assert found(index.search(text_vectors(["文3"]), 1)) == [["文3"]] and index.version == version
+    assert found(index.search(text_vectors(["文3"]), 1)) == [["文3"]] and index.state.version == version
     line = capsys.readouterr().err
     assert reason in line and f"version {version} of the index stays in service" in line and line.count("\n") == 1
     write_index(folder, OTHERS)
@@ -193,12 +192,12 @@ def test_an_index_that_is_replaced_while_it_is_read_is_read_again(
     monkeypatch.setattr(search, "load_index", load_index)
     index = SearchIndex(folder, MODEL, "fp32")
     assert len(loads) == 2
-    assert (len(index), index.version) == (20, saved_index.index_version(folder))
+    assert index.state == (saved_index.index_version(folder), 20)
 
 
 def test_every_answer_is_of_the_version_that_it_names(folder: Path, index: SearchIndex) -> None:
     """While the index is replaced again and again."""
-    versions = {index.version: DOCUMENTS}
+    versions = {index.state.version: DOCUMENTS}
     batcher, is_done = SearchBatcher(index, Metrics(Admission(100), index)), threading.Event()
 
     def work(seed: int) -> list[tuple[str, Hits]]:
@@ -214,12 +213,14 @@ def test_every_answer_is_of_the_version_that_it_names(folder: Path, index: Searc
         for number in range(10):
             write_index(folder, documents := DOCUMENTS[number:] + OTHERS[: 2 * number])
             index.reload()
-            versions[index.version] = documents
+            versions[index.state.version] = documents
         is_done.set()
         answers = [answer for future in futures for answer in future.result()]
     batcher.stop()
-    assert len(versions) == 10 and len({hits.version for _, hits in answers}) > 1  # the first one is DOCUMENTS again
+    assert (
+        len(versions) == 10 and len({hits.state.version for _, hits in answers}) > 1
+    )  # the first one is DOCUMENTS again
     for query, hits in answers:
-        documents = versions[hits.version]
+        documents = versions[hits.state.version]
         scores = text_vectors(documents) @ text_vectors([query])[0]
         assert found(hits)[0] == [documents[row] for row in np.argsort(-scores)[:3]]
