@@ -1,10 +1,12 @@
 """The fixtures that several test files share."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy.testing  # noqa: F401 - its import starts lscpu, which fast tests refuse
 import pytest
@@ -79,6 +81,15 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("exported") / "output"
     assert export_model.main(["--params_path", str(checkpoint), "--output_path", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def deploy_predict() -> ModuleType:
+    """deploy/python/predict.py."""
+    spec = importlib.util.spec_from_file_location("deploy_predict", ROOT / "deploy" / "python" / "predict.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """No default, option or file silently overrides what a checkpoint, an export or an index says."""
 
-import importlib.util
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -240,15 +239,6 @@ def test_a_run_that_started_with_version_2_0_0s_defaults_is_refused_by_name(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inference
-
-
-@pytest.fixture(scope="module")
-def deploy_predict() -> ModuleType:
-    """deploy/python/predict.py."""
-    spec = importlib.util.spec_from_file_location("deploy_predict", ROOT / "deploy" / "python" / "predict.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 Script = Callable[[Path, Sequence[str]], object]

@@ -133,7 +133,7 @@ def succeed(command: str, folder: Path) -> Completed:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project without its environment, with data in recall/ and a tiny model in ernie-1.0/."""
+    """The project without its environment, with data in recall/ and tiny models in ernie-1.0 and bge-small-zh-v1.5."""
     folder = tmp_path_factory.mktemp("checkout")
     for path in ROOT.iterdir():
         if path.suffix == ".py":
@@ -148,6 +148,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ernie = make_model_folder(folder / "ernie-1.0", max_position_embeddings=64)
     model, tokenizer = create_model(SemanticIndexBase, from_scratch=str(ernie))
     paddle.save(model.ptm.state_dict(), str(ernie / "model_state.pdparams"))
+    shutil.copytree(ernie, folder / "bge-small-zh-v1.5")
     save_checkpoint(folder / "simcse" / "model_20000", model, tokenizer)
     return folder
 

