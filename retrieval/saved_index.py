@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,12 +29,13 @@ from common.logs import log
 from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from retrieval.corpus import Corpus
 from retrieval.documents import Documents
-from retrieval.journal import Change, read_journal
-from retrieval.lexical_index import DEFAULT_FUSION, Fusion, LexicalIndex
+from retrieval.journal import JOURNAL_FILE, Change, read_journal
+from retrieval.lexical_index import DEFAULT_FUSION, FUSION_FILE, Fusion, LexicalIndex
 
 INDEX_FILE = "index.json"
 DOCUMENTS_FILE = "documents.txt"
 INDEX_CLASSES: dict[str, type[VectorIndex]] = {"hnswlib": HnswIndex, "exact": ExactIndex}
+VERSION_LENGTH = 12  # hexadecimal digits
 REMEDY = "remove the folder and build the index again"
 READ_ATTEMPTS = 5  # of an index that others replace meanwhile
 
@@ -124,6 +126,19 @@ def _saved_documents(folder: Path) -> Corpus:
     return Corpus(folder / DOCUMENTS_FILE, with_deleted=True)
 
 
+def index_version(folder: str | Path) -> str:
+    """A name for what a saved index holds, which changes with every change of its files; "" if there is none."""
+    folder = resolve_interrupted_replace(folder)
+    digest = hashlib.sha256()
+    try:
+        for name in (MANIFEST_FILE, FUSION_FILE, JOURNAL_FILE):  # the manifest has the hashes of all other files
+            if name == MANIFEST_FILE or (folder / name).exists():
+                digest.update(sha256(folder / name).encode())
+    except InputError:
+        return ""
+    return digest.hexdigest()[:VERSION_LENGTH]
+
+
 def _index_folder(folder: str | Path) -> Path:
     """The folder, or its previous version, see `has_index`. Raises InputError if it isn't a saved index."""
     folder = resolve_interrupted_replace(folder)
@@ -175,7 +190,7 @@ def load_index(
     """
     saved = _read_unreplaced(folder)
     if model is not None and saved.model != model:
-        remedy = "give the --params_path that it was built with, or another --index_dir"
+        remedy = "give the model that it was built with, or another --index_dir"
         raise InputError(f"{folder}: its vectors come from another model or --max_seq_length; {remedy}")
     if precision and saved.precision and saved.precision != precision:
         log(f"--precision {precision}: the vectors of {folder} were computed in {saved.precision}")

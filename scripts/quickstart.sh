@@ -18,10 +18,13 @@ train() { # SAVE_DIR OPTIONS...: from random weights, with the same seed each ti
         --save_dir "$save_dir" --pooling mean --max_seq_length 64 --batch_size 64 --log_steps 20 "$@"
 }
 
-recall() { # NAME CHECKPOINT: hits of the test queries
-    "$python" recall.py --device cpu --params_path "$2" --similar_text_pair "$data/test.csv" \
-        --corpus_file "$data/corpus.csv" --recall_result_dir "$work/results" --recall_result_file "$1.txt" \
-        --recall_num 50 --batch_size 64 --ann "$ann"
+recall() { # NAME CHECKPOINT OPTIONS...: hits of the test queries
+    name=$1
+    params_path=$2
+    shift 2
+    "$python" recall.py --device cpu --params_path "$params_path" --similar_text_pair "$data/test.csv" \
+        --corpus_file "$data/corpus.csv" --recall_result_dir "$work/results" --recall_result_file "$name.txt" \
+        --recall_num 50 --batch_size 64 --ann "$ann" "$@"
 }
 
 evaluate() { # NAME: metrics of its hits
@@ -45,7 +48,8 @@ recall before_training "$work/untrained/model_1"
 say "training"
 train "$work/checkpoints" --epochs 2 --learning_rate 1e-3 --warmup_proportion 0.1 --margin 0 --scale 20
 checkpoint=$(ls -d "$work"/checkpoints/model_* | sort -t_ -k2 -n | tail -n 1)
-recall after_training "$checkpoint"
+rm -rf "$work/index" # of an earlier run
+recall after_training "$checkpoint" --index_dir "$work/index"
 
 say "similarity of pairs (predict.py)"
 head -n 3 "$data/test.csv" >"$work/pairs.csv"
@@ -55,6 +59,9 @@ paste "$work/results/cosines.txt" "$work/pairs.csv"
 say "a vector (inference.py)"
 "$python" inference.py --device cpu --params_path "$checkpoint" >"$work/results/vector.txt"
 head -n 3 "$work/results/vector.txt"
+
+say "export (export_model.py)"
+"$python" export_model.py --params_path "$checkpoint" --output_path "$work/output"
 
 say "top hits of a query (recall.py)"
 head -n 5 "$work/results/after_training.txt"
@@ -67,4 +74,9 @@ say "written"
 echo "  $data/                 train.csv, dev.csv, test.csv, corpus.csv"
 echo "  $checkpoint/    the trained model, for recall.py, predict.py and inference.py"
 echo "  $work/results/          hits and metrics"
+echo "  $work/index/            the index of the corpus"
+echo "  $work/output/           the exported model"
+echo "search it, in two terminals, after sh scripts/setup.sh --serving:"
+echo "  $python deploy/python/web_service.py --model_dir $work/output --index_dir $work/index"
+echo "  curl -s 'http://127.0.0.1:18082/search?q=压力性损伤&top_k=3'"
 echo "next: put your own files of the same form into recall/ and follow README.md (README_cn.md)"

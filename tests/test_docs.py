@@ -1,6 +1,7 @@
 """Runs the commands and snippets of the READMEs and of docs/, with only the device options changed."""
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -31,11 +32,12 @@ NOT_RUN = {
     "sh scripts/download_data.sh": "needs the network",
     "sh scripts/train_batch_neg.sh cpu": "the fixture `trained` runs it",
 }
-SERVICE = re.compile(r"web_service\.py|python rpc_client\.py|curl")  # test_serving_commands
+SERVICE = re.compile(r"web_service\.py|python rpc_client\.py|curl")  # test_serving_commands and test_search_commands
 CPP_SERVER = "deploy/C++"  # the tests of the C++ server run these
 TWO_MACHINES = "--nnodes 2"  # a test of training runs two launchers on one machine
 ON_GPUS = "--epochs 3"  # test_training_commands
 LARGE_CORPUS = "--index_dir"  # test_large_corpus, test_words_beside_vectors
+SEARCH_PAGE = ROOT / "docs" / "search.md"  # test_search_commands runs all of it
 DOCUMENT_COMMANDS = (  # of the document that this project implements; all are in docs/
     "python -u -m paddle.distributed.launch --gpus",
     "sh scripts/train_batch_neg.sh",
@@ -84,7 +86,8 @@ def code_blocks(page: Path, language: str) -> list[str]:
 
 
 SH_BLOCKS = list(dict.fromkeys(block for page in PAGES for block in code_blocks(page, "sh")))
-SNIPPETS = [(page.stem, block) for page in PAGES for block in code_blocks(page, "python")]
+SNIPPETS = [(page.stem, block) for page in PAGES if page != SEARCH_PAGE for block in code_blocks(page, "python")]
+SERVING_BLOCKS = [block for block in SH_BLOCKS if block not in code_blocks(SEARCH_PAGE, "sh")]
 OTHER_BLOCKS = [
     block
     for block in SH_BLOCKS
@@ -352,28 +355,16 @@ def test_words_beside_vectors(trained: Path) -> None:
 
 @pytest.mark.server
 @pytest.mark.parametrize(
-    "server", [block for block in SH_BLOCKS if "web_service.py" in block], ids=lambda block: re.sub(r"\W+", "-", block)
+    "server",
+    [block for block in SERVING_BLOCKS if "web_service.py" in block],
+    ids=lambda block: re.sub(r"\W+", "-", block),
 )
 def test_serving_commands(exported: Path, monkeypatch: pytest.MonkeyPatch, server: str) -> None:
     """The service is started and called as the pages do it, on free ports."""
     succeed("sh scripts/export_to_serving.sh", exported)
-    others = [block for block in SH_BLOCKS if SERVICE.search(block) and "web_service.py" not in block]
-    ports = {"RPC": free_port(), "HTTP": free_port()}
-    for name, port in ports.items():
-        monkeypatch.setenv(f"SERVING_{name}_PORT", str(port))
-    with subprocess.Popen(
-        ["sh", "-euc", server.replace("python ", f"exec {sys.executable} ")],
-        cwd=exported,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stderr.readline().startswith("ready: ")
-            client, curl, health = (run(block.replace("18082", str(ports["HTTP"])), exported) for block in others)
-        finally:
-            process.terminate()
-            process.communicate()  # reads to the end: its last lines need somebody to write them to
-    assert process.returncode == 0
+    others = [block for block in SERVING_BLOCKS if SERVICE.search(block) and "web_service.py" not in block]
+    with running(server, exported, monkeypatch) as http_port:
+        client, curl, health = (run(block.replace("18082", http_port), exported) for block in others)
     assert client.returncode == 0
     assert "['output_embedding']\n(2, 256)\n[[" in client.stdout
     answer = json.loads(curl.stdout)
@@ -381,6 +372,48 @@ def test_serving_commands(exported: Path, monkeypatch: pytest.MonkeyPatch, serve
     assert np.array(json.loads(answer["value"][0])).shape == (2, 256)
     assert health.stdout.startswith('{"status": "ok"}')
     assert 'semantic_index_requests_total{protocol="grpc"} 1' in health.stdout
+
+
+@pytest.mark.server
+@pytest.mark.usefixtures("large_corpus")
+def test_search_commands(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's service over the index of another page, its requests, and its snippets."""
+    server, *requests = code_blocks(SEARCH_PAGE, "sh")
+    with running(server, exported, monkeypatch) as http_port:
+        one, several = (json.loads(succeed(block.replace("18082", http_port), exported).stdout) for block in requests)
+        search, openai = (
+            execute([sys.executable, "-c", snippet.replace("18082", http_port)], exported)
+            for snippet in code_blocks(SEARCH_PAGE, "python")
+        )
+    assert [len(result["hits"]) for result in one["results"]] == [3]
+    assert [len(result["hits"]) for result in several["results"]] == [3, 3]
+    assert one["results"][0] == several["results"][0] and one["index"] == several["index"]
+    assert [line.split("  ")[1] for line in search.stdout.splitlines()] == [
+        hit["document"] for hit in one["results"][0]["hits"]
+    ]
+    assert re.fullmatch(r"256 \d+\n", openai.stdout), openai.stderr
+
+
+@contextlib.contextmanager
+def running(server: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Starts a page's service in a folder, on free ports; yields the one of HTTP, and ends it with SIGTERM."""
+    ports = {"RPC": free_port(), "HTTP": free_port()}
+    for name, port in ports.items():
+        monkeypatch.setenv(f"SERVING_{name}_PORT", str(port))
+    with subprocess.Popen(
+        ["sh", "-euc", server.replace("python ", f"exec {sys.executable} ")],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            lines = iter(process.stderr.readline, "")
+            assert any(line.startswith("ready: ") for line in lines)
+            yield str(ports["HTTP"])
+        finally:
+            process.terminate()
+            process.communicate()  # reads to the end: its last lines need somebody to write them to
+    assert process.returncode == 0
 
 
 def free_port() -> int:

@@ -1,21 +1,31 @@
-"""Serves a model's vectors over gRPC and HTTP with Paddle Serving's Pipeline mode, until SIGTERM or Ctrl-C."""
+"""Serves a model's vectors over gRPC and HTTP with Paddle Serving's Pipeline mode, and searches an index with them.
+
+It runs until SIGTERM or Ctrl-C; SIGHUP takes a new index in --index_dir into service.
+"""
 
 import argparse
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import ArgumentParser, run
 from common.cpu import cpu_count
+from common.errors import InputError
 from common.signals import Stopped, StopSignals
-from encoding.exported_files import exported_tokenizer, find_exported
+from encoding.exported_files import exported_tokenizer, find_exported, read_card
+from serving.api_keys import read_api_keys
 from serving.encoder_process import EncoderOptions, EncoderProcess
 from serving.limits import Limits, raise_open_files, service_log
-from serving.settings import add_settings_args, check_ports, read_settings
+from serving.settings import add_settings_args, check_access, check_ports, read_settings
+
+if TYPE_CHECKING:
+    from serving.search import SearchIndex
 
 CONFIG_FILE = Path(__file__).with_name("config_nlp.yml")
 STOP_SECONDS = 25.0  # for requests in progress; Kubernetes kills after 30, Docker Compose after 10
@@ -29,15 +39,31 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def open_index(settings: Mapping[str, Any], model: Path) -> "SearchIndex":
+    """The index of the settings, for an exported model; SIGHUP reloads it. Raises InputError."""
+    from serving.search import SearchIndex
+
+    card, length = read_card(model), settings["max_seq_length"]
+    if length not in (0, card.max_seq_length):
+        problem = f"the vectors of --index_dir are of texts that are cut to {card.max_seq_length} tokens"
+        raise InputError(f"--max_seq_length {length}: {problem}; leave one of the two options out")
+    index = SearchIndex(settings["index_dir"], card.fingerprint, settings["precision"])
+    signal.signal(signal.SIGHUP, lambda *_: index.reload_in_background())
+    return index
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the addresses when it is ready. Returns 1 if a stop left requests unanswered."""
     args = vars(build_parser().parse_args(argv))
     settings = read_settings(args, os.environ, args["config"])
     check_ports(settings)
+    check_access(settings)
+    keys = read_api_keys(settings["api_key_file"]) if settings["api_key_file"] else None
     model = find_exported(settings["model_dir"])
     # Imported here, so that a missing Paddle Serving is reported in one line.
     from serving.adapter import PipelineService, ServiceOptions
-    from serving.http_gateway import OTHER_CONNECTIONS, PREDICTION_PATH, HttpGateway
+    from serving.http_gateway import OTHER_CONNECTIONS, HttpGateway
+    from serving.http_routes import PREDICTION_PATH
 
     raise_open_files(settings["max_requests"] + OTHER_CONNECTIONS)  # the HTTP port's, which are more than gRPC's
     host = settings["host"]
@@ -47,17 +73,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         threads=settings["threads"] or max(1, cpu_count() // settings["workers"]),
         max_seq_length=settings["max_seq_length"] or None,
     )
+    index = open_index(settings, model) if settings["index_dir"] else None
     tokenizer = exported_tokenizer(model, settings["max_seq_length"] or None)
     # Outside of StopSignals: a signal may end the process while the models are loaded.
     encoders = [EncoderProcess(encoder_options) for _ in range(settings["workers"])]
     with StopSignals() as signals:
         delay, requests = settings["max_queue_delay_ms"] / 1000, settings["max_requests"]
-        options = ServiceOptions(settings["batch_size"], delay, requests, limits)
-        service = PipelineService(encoders, options, tokenizer)
+        options = ServiceOptions(settings["batch_size"], delay, requests, limits, keys)
+        service = PipelineService(encoders, options, tokenizer, index)
         rpc_port = service.listen(host, settings["rpc_port"])
-        gateway = HttpGateway(service, host, settings["http_port"], requests, settings["idle_timeout_s"])
+        gateway = HttpGateway(
+            service, host, settings["http_port"], requests, settings["idle_timeout_s"], settings["cors"]
+        )
         try:
             name = f"[{host}]" if ":" in host else host
+            if index is not None:
+                service_log(f"search: http://{name}:{gateway.server_port}/search, {index}")
             service_log(
                 f"ready: gRPC on {name}:{rpc_port}, HTTP on http://{name}:{gateway.server_port}{PREDICTION_PATH}"
             )

@@ -1,14 +1,16 @@
 """A Pipeline service in this process, with an encoder that the tests control."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from benchmarks.service_clients import HOST
-from service_helpers import LIMITS, FakeEncoder
+from service_helpers import DOCUMENTS, LIMITS, MODEL, FakeEncoder, running_search_gateway, write_index
 from serving import http_gateway
 from serving.adapter import PipelineService, ServiceOptions
 from serving.http_gateway import HttpGateway
+from serving.search import SearchIndex
 
 
 @pytest.fixture
@@ -25,6 +27,21 @@ def fake_service(encoder: FakeEncoder) -> Iterator[PipelineService]:
     yield service
     encoder.go.set()
     assert service.stop(30)
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> SearchIndex:
+    """An exact index of DOCUMENTS."""
+    write_index(tmp_path / "index", DOCUMENTS)
+    return SearchIndex(tmp_path / "index", MODEL, "fp32")
+
+
+@pytest.fixture
+def search_gateway(index: SearchIndex, request: pytest.FixtureRequest) -> Iterator[HttpGateway]:
+    """`running_search_gateway`; a test's parameter: its keys and its `cors`."""
+    keys, cors = getattr(request, "param", ((), ""))
+    with running_search_gateway(index, keys, cors) as gateway:
+        yield gateway
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 from common.cli import ArgumentParser
 from common.errors import InputError
 from helpers import ROOT
-from serving.settings import add_settings_args, check_ports, read_settings
+from serving.settings import add_settings_args, check_access, check_ports, is_loopback, read_settings
 
 CONFIG = ROOT / "deploy" / "python" / "config_nlp.yml"
 
@@ -116,6 +116,9 @@ def test_what_is_no_setting_is_named(
         ({"SERVING_MAX_QUEUE_DELAY_MS": str(10**13)}, "SERVING_MAX_QUEUE_DELAY_MS: 10000000000000 is out of range"),
         ({"SERVING_BATCH_WAIT_MS": str(10**13)}, "SERVING_BATCH_WAIT_MS: 10000000000000 is out of range"),
         ({"SERVING_THREADS": str(2**31)}, "SERVING_THREADS: 2147483648 is out of range"),
+        ({"SERVING_MAX_TOP_K": "0"}, "SERVING_MAX_TOP_K: 0 is out of range"),
+        ({"SERVING_CORS": "page.example"}, "SERVING_CORS: page.example isn't an origin such as https://example.com"),
+        ({"SERVING_CORS": "https://page.example/"}, "SERVING_CORS: https://page.example/ isn't an origin"),
         ({"SERVING_MAX_SEQ_LENGTH": "2"}, "SERVING_MAX_SEQ_LENGTH: 2 is out of range: give 3 or more"),
     ],
 )
@@ -148,3 +151,34 @@ def test_a_bad_line_of_the_config_file_is_named(tmp_path: Path, text: str, messa
 def test_a_host_that_is_not_this_machine_is_named(host: str) -> None:
     with pytest.raises(InputError, match=f"^--host {host}: can't listen .*; give an address of this machine$"):
         check_ports({"host": host, "rpc_port": 0, "http_port": 0})
+
+
+@pytest.mark.parametrize("name", ["index_dir", "api_key_file"])
+def test_paths_in_the_config_file_are_relative_to_it(tmp_path: Path, name: str) -> None:
+    """An empty one, and none as in a file of an earlier version, is no path."""
+    config = tmp_path / "config.yml"
+    for line, path in [(f"{name}: here", str(tmp_path / "here")), (f"{name}:", ""), (f"{name}: ''", ""), ("", "")]:
+        config.write_text(CONFIG.read_text().replace(f"\n{name}:\n", f"\n{line}\n"))
+        assert read_settings({}, {}, config)[name] == path
+    assert read_settings({name: "here"}, {}, config)[name] == "here"
+
+
+@pytest.mark.parametrize(
+    ("host", "is_local"),
+    [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
+)
+@pytest.mark.parametrize("index_dir", ["", "index"])
+@pytest.mark.parametrize("api_key_file", ["", "keys"])
+def test_other_machines_search_with_a_key_alone(
+    capsys: pytest.CaptureFixture[str], host: str, is_local: bool, index_dir: str, api_key_file: str
+) -> None:
+    """Vectors they may have without one, as in earlier versions; a line says so."""
+    settings = {"host": host, "index_dir": index_dir, "api_key_file": api_key_file}
+    assert is_loopback(host) == is_local
+    if index_dir and not is_local and not api_key_file:
+        with pytest.raises(InputError, match=f"^--host {host}: .* give --api_key_file"):
+            check_access(settings)
+    else:
+        check_access(settings)
+    is_noted = not (index_dir or is_local or api_key_file)
+    assert capsys.readouterr().err.startswith("note: --host") == is_noted

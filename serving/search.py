@@ -1,0 +1,178 @@
+"""The index that a service searches: one version of it at a time, for many requests together. Imports no Paddle."""
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+
+from common.cpu import release_freed_memory
+from common.errors import InputError
+from retrieval.saved_index import DocumentIndex, index_version, load_index
+from serving.limits import INTERNAL_ERROR, RequestError, service_log
+from serving.metrics import Metrics
+
+LOADING_ATTEMPTS = 3  # of an index whose folder is replaced while it is read
+NOT_IN_USE = "the index in the folder can't be used, so the one before stays in service: the service's log says why"
+
+
+class IndexState(NamedTuple):
+    """What answers tell of an index."""
+
+    version: str
+    documents: int  # how many
+
+
+class LoadedIndex(NamedTuple):
+    """A version of an index, in memory."""
+
+    version: str  # see `index_version`
+    saved: DocumentIndex
+
+    @property
+    def state(self) -> IndexState:
+        """Its version and size."""
+        return IndexState(self.version, len(self.saved.documents))
+
+
+class Hits(NamedTuple):
+    """What a search found in one version of the index: a row per query, best first."""
+
+    state: IndexState
+    documents: Sequence[str]  # all of the index
+    ids: np.ndarray  # int64 [Q, min(top_k, N)], rows of the documents
+    scores: np.ndarray  # float32 of the same shape, cosines
+
+
+class SearchIndex:
+    """The index in a folder, of which a newer version can be taken into service.
+
+    model: fingerprint of the encoder. precision: the encoder's; an index of another one is logged. Raises InputError if
+    the folder holds no index, a damaged one, or one of another model.
+    """
+
+    def __init__(self, folder: str | Path, model: str, precision: str) -> None:
+        self._folder, self._model, self._precision = Path(folder), model, precision
+        self._loaded = self._load()
+        self._searching, self._reloading = threading.Lock(), threading.Lock()
+        self.problem: str | None = None  # why the index in the folder isn't the one in service
+
+    def __str__(self) -> str:
+        return f"{self.state.documents} documents, version {self.state.version}"
+
+    @property
+    def state(self) -> IndexState:
+        """The version in service."""
+        return self._loaded.state
+
+    def search(self, queries: np.ndarray, top_k: int) -> Hits:
+        """The most similar documents of each query, float32 [Q, D]. Raises InputError for vectors of another shape."""
+        with self._searching:
+            loaded = self._loaded
+            ids, scores = loaded.saved.index.search(queries, top_k)
+            return Hits(loaded.state, loaded.saved.documents, ids, scores)
+
+    def reload(self) -> None:
+        """Takes the index that is now in the folder into service; does nothing if it is the same.
+
+        Searches under way finish on the version before, whose memory goes back to the system. Raises InputError, and
+        that version stays, if the folder's index can't be used; a line in the log says why.
+        """
+        with self._reloading:
+            try:
+                if index_version(self._folder) != self.state.version:
+                    loaded = self._load()
+                    with self._searching:
+                        self._loaded = loaded
+                    release_freed_memory()
+                    service_log(f"search: {self}")
+            except Exception as error:
+                reason = error if isinstance(error, InputError) else f"{type(error).__name__} in loading the index"
+                service_log(f"error: {reason}; version {self.state.version} of the index stays in service")
+                self.problem = NOT_IN_USE
+                raise InputError(NOT_IN_USE) from None
+            self.problem = None
+
+    def reload_in_background(self) -> None:
+        """`reload` in a thread; an error is only logged."""
+
+        def reload() -> None:
+            with suppress(InputError):
+                self.reload()
+
+        threading.Thread(target=reload, name="reload", daemon=True).start()
+
+    def _load(self) -> LoadedIndex:
+        """Reads the folder, again if it was replaced meanwhile."""
+        for attempt in range(1, LOADING_ATTEMPTS + 1):
+            version = index_version(self._folder)
+            try:
+                saved = load_index(self._folder, self._model, precision=self._precision)
+            except InputError:
+                if attempt == LOADING_ATTEMPTS or index_version(self._folder) == version:
+                    raise
+            else:
+                if version and index_version(self._folder) == version:
+                    return LoadedIndex(version, saved)
+        raise InputError(f"{self._folder}: is replaced again and again while it is read; try again later")
+
+
+class _Job(NamedTuple):
+    """The queries of a request, and their future hits."""
+
+    queries: np.ndarray
+    top_k: int
+    hits: "Future[Hits]"
+
+
+class SearchBatcher:
+    """Searches for the queries of waiting requests together, in a thread."""
+
+    def __init__(self, index: SearchIndex, metrics: Metrics) -> None:
+        self.index, self._metrics = index, metrics
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # None ends the thread
+        self._thread = threading.Thread(target=self._run, name="search", daemon=True)
+        self._thread.start()
+
+    def search(self, queries: np.ndarray, top_k: int) -> Hits:
+        """The most similar documents of each query, float32 [Q, D]. Raises RequestError if the search fails."""
+        job = _Job(queries, top_k, Future())
+        self._jobs.put(job)
+        return job.hits.result()
+
+    def stop(self) -> None:
+        """Ends the thread; no request may be waiting."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            jobs = [job]
+            with suppress(Empty):
+                while (more := self._jobs.get_nowait()) is not None:
+                    jobs.append(more)
+                self._jobs.put(None)  # from `stop`; put back, it ends this thread in the next round
+            # Not all together: HNSW finds more with a larger top_k, and hits mustn't depend on other requests.
+            for top_k in dict.fromkeys(job.top_k for job in jobs):
+                self._search([job for job in jobs if job.top_k == top_k], top_k)
+
+    def _search(self, jobs: Sequence[_Job], top_k: int) -> None:
+        """Searches for the queries of jobs with the same top_k."""
+        queries = np.concatenate([job.queries for job in jobs])
+        start = time.monotonic()
+        try:
+            found = self.index.search(queries, top_k)
+        except Exception as error:  # it would end the thread
+            service_log(f"error: {type(error).__name__} in searching the index")
+            for job in jobs:
+                job.hits.set_exception(RequestError(INTERNAL_ERROR, "the search failed: try again"))
+            return
+        self._metrics.searched(len(queries), found.ids.size, time.monotonic() - start)
+        ends = np.cumsum([len(job.queries) for job in jobs])[:-1]
+        for job, ids, scores in zip(jobs, np.split(found.ids, ends), np.split(found.scores, ends), strict=True):
+            job.hits.set_result(found._replace(ids=ids, scores=scores))
