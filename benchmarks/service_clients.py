@@ -20,7 +20,7 @@ import clients as cpp_clients
 from common.errors import InputError
 from data import TextTokenizer
 from serving import adapter
-from serving.http_gateway import PREDICTION_PATH
+from serving.http_routes import PREDICTION_PATH
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"

@@ -1,6 +1,7 @@
 """Finds exported models and checks their files. Imports no Paddle."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import InputError
 from common.files import read_json, resolve_interrupted_replace
@@ -50,6 +51,24 @@ def check_exported(model_dir: str | Path, max_seq_length: int | None = None) -> 
         limit = f"the position table of {folder} has {longest} rows"
         raise InputError(f"--max_seq_length {max_seq_length}: {limit}; use at most that many tokens")
     return folder
+
+
+class ModelCard(NamedTuple):
+    """What the service tells of an exported model."""
+
+    fingerprint: str  # see `modeling.checkpoint.model_fingerprint`
+    embedding_size: int
+    max_seq_length: int
+
+
+def read_card(model_dir: str | Path) -> ModelCard:
+    """The card of an exported model. Raises InputError if it is missing or lacks something."""
+    file = Path(model_dir) / MODEL_CARD_FILE
+    content = read_json(file)
+    card = ModelCard(*(content.get(name) for name in ModelCard._fields))  # type: ignore[arg-type] # checked below
+    if [type(value) for value in card] != [str, int, int]:
+        raise InputError(f"{file}: isn't a model card; {EXPORT_AGAIN}")
+    return card
 
 
 def exported_tokenizer(model_dir: str | Path, max_seq_length: int | None = None) -> TextTokenizer:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ann_util import ExactIndex, HnswIndex, VectorIndex
 from common.errors import InputError
-from common.files import atomic_folder, atomic_write, locked, read_json, resolve_interrupted_replace, write_json
+from common.files import atomic_folder, atomic_write, locked, read_json, resolve_interrupted_replace, sha256, write_json
 from common.logs import log
 from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from retrieval.corpus import Corpus
@@ -16,6 +16,7 @@ from retrieval.corpus import Corpus
 INDEX_FILE = "index.json"
 DOCUMENTS_FILE = "documents.txt"
 INDEX_CLASSES: dict[str, type[VectorIndex]] = {"hnswlib": HnswIndex, "exact": ExactIndex}
+VERSION_LENGTH = 12  # hexadecimal digits
 REMEDY = "remove the folder and build the index again"
 
 
@@ -55,6 +56,15 @@ def save_index(folder: str | Path, saved: DocumentIndex, new_documents: Iterable
         write_json(temporary / INDEX_FILE, content)
         write_manifest(temporary)
     return replace(saved, documents=Corpus(Path(folder) / DOCUMENTS_FILE))
+
+
+def index_version(folder: str | Path) -> str:
+    """A name for what a saved index holds, which changes with every change of its files; "" if there is none."""
+    file = resolve_interrupted_replace(folder) / MANIFEST_FILE
+    try:
+        return sha256(file)[:VERSION_LENGTH]  # the manifest has the hashes of all files
+    except InputError:
+        return ""
 
 
 def _index_folder(folder: str | Path) -> Path:

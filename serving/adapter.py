@@ -23,25 +23,29 @@ import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from urllib.request import proxy_bypass
 
 import numpy as np
 
 from common.errors import InputError
+from common.texts import QUERY
 from data import TextTokenizer
 from encoding.token_statistics import count_unseen
 from serving import installed_packages
+from serving.api_keys import NO_KEY, ApiKeys
 from serving.encoder_process import EncoderProcess
 from serving.limits import (
     BAD_REQUEST,
     INTERNAL_ERROR,
     NO_SUCH_SERVICE,
+    OK,
     Admission,
     Limits,
     RequestError,
     check_texts,
     connection_limit,
+    order_texts,
     service_log,
     take_role,
 )
@@ -64,7 +68,9 @@ with installed_packages():
 
     from serving.batching import Batcher
     from serving.metrics import Metrics
+    from serving.search import Hits, SearchBatcher, SearchIndex
 
+Answer = TypeVar("Answer")
 SERVICE = "ernie"  # name of the service, the original's
 OUTPUT = "output_embedding"
 METHOD = "baidu.paddle_serving.pipeline_serving.PipelineService"
@@ -81,6 +87,7 @@ class ServiceOptions(NamedTuple):
     max_queue_delay: float  # seconds that a batch waits for expected requests
     rpc_threads: int  # concurrent requests over gRPC
     limits: Limits
+    keys: ApiKeys | None = None  # what callers have to send; None: nothing
 
 
 def vectors_json(vectors: np.ndarray) -> str:
@@ -95,20 +102,25 @@ def error_response(number: int, message: str) -> Response:
 
 
 class PipelineService:
-    """Answers requests for vectors, over gRPC and for other callers of `answer`.
+    """Answers requests for vectors and for documents, over gRPC and for the callers of its methods.
 
     tokenizer: the encoders' tokenizer, for prefixes and to count texts that the model doesn't see as a whole; None does
-    neither.
+    neither. index: what `search` searches.
     """
 
     def __init__(
-        self, encoders: Sequence[EncoderProcess], options: ServiceOptions, tokenizer: TextTokenizer | None = None
+        self,
+        encoders: Sequence[EncoderProcess],
+        options: ServiceOptions,
+        tokenizer: TextTokenizer | None = None,
+        index: SearchIndex | None = None,
     ) -> None:
-        self._options, self._encoders, self.limits = options, encoders, options.limits
-        self._tokenizer = tokenizer
+        self._options, self._encoders, self.limits, self.keys = options, encoders, options.limits, options.keys
+        self._tokenizer, self.index = tokenizer, index
         self.admission = Admission(self.limits.queued_texts)
-        self.metrics = Metrics(self.admission)
+        self.metrics = Metrics(self.admission, index)
         self._batcher = Batcher(encoders, options.batch_size, options.max_queue_delay, self.admission, self.metrics)
+        self._searches = SearchBatcher(index, self.metrics) if index else None
         self._rpc_server: grpc.Server | None = None
 
     @property
@@ -116,31 +128,60 @@ class PipelineService:
         """Whether the last start of every encoder succeeded."""
         return not any(encoder.broken for encoder in self._encoders)
 
-    def answer(self, protocol: str, read: Callable[[], Request]) -> Response:
-        """The answer to the request that `read` gives; protocol: "grpc" or "http". Any error becomes an answer."""
-        start = time.monotonic()
+    def counted(self, protocol: str, answer: Callable[[], Answer], refuse: Callable[[RequestError], Answer]) -> Answer:
+        """What `answer` returns or, for any error in it, `refuse`; counts the request. protocol: "grpc" or "http"."""
+        start, number = time.monotonic(), OK
         try:
-            response = self._answer(read())
-        except RequestError as error:
-            response = error_response(error.number, str(error))
-        except Exception as error:
-            service_log(f"error: {type(error).__name__} in answering a request")  # its message could hold texts
-            response = error_response(INTERNAL_ERROR, "the service failed: try again")
-        self.metrics.answered(protocol, response.err_no, time.monotonic() - start)
-        return response
+            result = answer()
+        except Exception as problem:
+            if isinstance(problem, RequestError):
+                error = problem
+            else:
+                service_log(f"error: {type(problem).__name__} in answering a request")  # its message could hold texts
+                error = RequestError(INTERNAL_ERROR, "the service failed: try again")
+            result, number = refuse(error), error.number
+        self.metrics.answered(protocol, number, time.monotonic() - start)
+        return result
 
-    def _answer(self, request: Request) -> Response:
+    def answer(self, protocol: str, read: Callable[[], Request]) -> Response:
+        """The answer to the request that `read` gives; protocol: see `counted`."""
+        return self.counted(
+            protocol, lambda: self.predict(read()), lambda error: error_response(error.number, str(error))
+        )
+
+    def predict(self, request: Request) -> Response:
+        """The vectors of a request's texts. Raises RequestError."""
         if request.name not in ("", SERVICE):
             raise RequestError(NO_SUCH_SERVICE, f"no such service: this one is named {SERVICE}")
         if request.tensors:
             raise RequestError(BAD_REQUEST, "tensors aren't accepted: send texts as values")
         role, keys, values = take_role(request.key, request.value)
-        texts = check_texts(keys, values, self.limits)
-        with self.admission.admitted(len(texts)):
-            vectors = self._batcher.encode(self._tokenizer.prefixed(texts, role) if self._tokenizer else texts)
-            if self._tokenizer:
-                self.metrics.unseen(*count_unseen(self._tokenizer, texts, role))
+        vectors = self.embed(order_texts(keys, values), role)
         return Response(key=[OUTPUT], value=[vectors_json(vectors)])
+
+    def embed(self, texts: Sequence[str], role: str | None, param: str | None = None) -> np.ndarray:
+        """Vectors of texts, float32 [N, D]. role: see `TextTokenizer.prefixed`. Raises RequestError.
+
+        param: the request's field with the texts.
+        """
+        check_texts(texts, self.limits, param)
+        with self.admission.admitted(len(texts)):
+            return self._embed(texts, role)
+
+    def search(self, queries: Sequence[str], top_k: int, param: str | None = None) -> Hits:
+        """The documents most similar to each query. Raises RequestError, also without an index. param: see `embed`."""
+        if self._searches is None:
+            raise RequestError(NO_SUCH_SERVICE, "this service has no index: start web_service.py with --index_dir")
+        check_texts(queries, self.limits, param)
+        with self.admission.admitted(len(queries)):
+            return self._searches.search(self._embed(queries, QUERY), top_k)
+
+    def _embed(self, texts: Sequence[str], role: str | None) -> np.ndarray:
+        """Vectors of admitted texts."""
+        vectors = self._batcher.encode(self._tokenizer.prefixed(texts, role) if self._tokenizer else texts)
+        if self._tokenizer:
+            self.metrics.unseen(*count_unseen(self._tokenizer, texts, role))
+        return vectors
 
     def listen(self, host: str, port: int) -> int:
         """Opens the gRPC port (0: any free one) and returns its number. Raises InputError if it is in use."""
@@ -160,10 +201,7 @@ class PipelineService:
             ],
         )
         # The bytes arrive unparsed, because gRPC rejects what isn't a Request without giving the reason.
-        handler = grpc.unary_unary_rpc_method_handler(
-            lambda data, _: self.answer("grpc", lambda: parse_request(data)),
-            response_serializer=Response.SerializeToString,
-        )
+        handler = grpc.unary_unary_rpc_method_handler(self._answer_rpc, response_serializer=Response.SerializeToString)
         methods = grpc.method_handlers_generic_handler(METHOD, {"inference": handler})
         self._rpc_server.add_generic_rpc_handlers([methods])
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -176,6 +214,11 @@ class PipelineService:
         self._rpc_server.start()
         return bound
 
+    def _answer_rpc(self, data: bytes, context: grpc.ServicerContext) -> Response:
+        if self.keys and not self.keys.accept(dict(context.invocation_metadata()).get("authorization")):
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, NO_KEY)
+        return self.answer("grpc", lambda: parse_request(data))
+
     def stop(self, seconds: float) -> bool:
         """Rejects new requests and waits for the others; False if some weren't answered within this many seconds."""
         finished = self.admission.stop(seconds)
@@ -183,6 +226,8 @@ class PipelineService:
             self._rpc_server.stop(1.0).wait()  # only answers are left to send
         if finished:
             self._batcher.stop()
+            if self._searches:
+                self._searches.stop()
         for encoder in self._encoders:
             encoder.close()
         return finished
@@ -250,6 +295,8 @@ def embed_remotely(endpoint: str, feed: Mapping[str, str]) -> Response:
             remedy = "the service is busy: try again later"  # others are about a message's size
         elif error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
             remedy = "send fewer texts at a time"
+        elif error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            remedy = "this client sends none; call the service over HTTP"
         else:
             remedy = remedy_without_answer(split_endpoint(endpoint)[0])
         raise InputError(f"--endpoint {endpoint}: {error.code().name}, {details}; {remedy}") from None

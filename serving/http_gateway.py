@@ -1,62 +1,60 @@
-"""The service over HTTP: `POST /ernie/prediction`, `GET /health` and `GET /metrics`."""
+"""The HTTP port: receives requests within limits, and sends what `http_routes` answers."""
 
 import asyncio
-import json
 import logging
-import re
 import socket
 import sys
 import threading
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from common.errors import InputError
 from serving import installed_packages
-from serving.adapter import SERVICE, PipelineService, Request, Response, error_response
+from serving.adapter import PipelineService, error_response
+from serving.api_keys import NO_KEY
+from serving.http_messages import (
+    JSON_TYPE,
+    STATUSES,
+    HttpAnswer,
+    HttpRequest,
+    content_problem,
+    decompress,
+    is_gzip,
+    split_target,
+)
+from serving.http_routes import PREDICTION_PATH, Respond, Route, Routes, response_json, serving_error
 from serving.limits import (
     BAD_REQUEST,
     INTERNAL_ERROR,
     NO_SUCH_SERVICE,
-    OK,
     OVERLOADED,
-    STOPPING,
     RequestError,
     connection_limit,
     service_log,
 )
 
 with installed_packages():
-    from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
     from tornado.http1connection import HTTP1ServerConnection
     from tornado.httpserver import HTTPServer
-    from tornado.httputil import HTTPConnection, HTTPHeaders, HTTPMessageDelegate
+    from tornado.httputil import HTTPConnection, HTTPMessageDelegate
     from tornado.iostream import IOStream
     from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
 
-PREDICTION_PATH = f"/{SERVICE}/prediction"
-METHODS = {PREDICTION_PATH: "POST", "/health": "GET, HEAD", "/metrics": "GET, HEAD"}
+Result = TypeVar("Result")
 REQUEST_SECONDS = 30.0  # to receive a request's body, and for a client to read its answer
 POLL_SECONDS = 0.02  # between checks of what can't be waited for
 SENDING_SECONDS = 2.0  # that a stop waits for answers that are being sent
 OTHER_CONNECTIONS = 384  # in addition to those with a request in progress: idle, asking for /health, or refused
 BACKLOG = 128  # connections that the system opens before they are accepted
-STATUSES = {
-    OK: HTTPStatus.OK,
-    BAD_REQUEST: HTTPStatus.BAD_REQUEST,
-    NO_SUCH_SERVICE: HTTPStatus.NOT_FOUND,
-    OVERLOADED: HTTPStatus.SERVICE_UNAVAILABLE,
-    STOPPING: HTTPStatus.SERVICE_UNAVAILABLE,
-    INTERNAL_ERROR: HTTPStatus.INTERNAL_SERVER_ERROR,
-}
+PREFLIGHT_SECONDS = 600  # for which a browser remembers what CORS allows
 ERROR_NUMBERS = {  # else BAD_REQUEST
     HTTPStatus.NOT_FOUND: NO_SUCH_SERVICE,
     HTTPStatus.SERVICE_UNAVAILABLE: OVERLOADED,
     HTTPStatus.INTERNAL_SERVER_ERROR: INTERNAL_ERROR,
 }
-FIELDS = {"key", "value", "tensors", "name", "method", "logid", "clientip"}  # of a Request
 
 BARE_REFUSAL = b"HTTP/1.1 400 Bad Request\r\n\r\n"  # Tornado's answer to a head or chunks that it doesn't accept
 NOT_HTTP_MESSAGE = "the request isn't valid HTTP 1.1: it needs a Host, and one Content-Length or plain chunks"
@@ -65,88 +63,8 @@ NOT_HTTP_MESSAGE = "the request isn't valid HTTP 1.1: it needs a Host, and one C
 logging.getLogger("tornado").setLevel(logging.CRITICAL + 1)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
 
-
-def request_path(target: str) -> str:
-    """The path in a request's target, without a query, a slash at its end and, as to a proxy, a scheme and a host."""
-    return re.sub(r"^https?://[^/?]*", "", target, flags=re.IGNORECASE).partition("?")[0].rstrip("/")
-
-
-def content_problem(headers: HTTPHeaders, body: bytes) -> str | None:
-    """What is wrong with how the headers say that a body is encoded, if anything."""
-    if not _is_gzip(headers) and headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
-        return "Content-Encoding has to be gzip, or nothing"
-    charset = re.search(r";\s*charset\s*=\s*\"?([^\s;\"]*)", headers.get("Content-Type", ""), re.IGNORECASE)
-    if charset and charset[1].lower() not in ("", "utf-8", "utf8") and not body.isascii():
-        return "Content-Type names a charset other than UTF-8: send UTF-8"
-    return None
-
-
-def _is_gzip(headers: HTTPHeaders) -> bool:
-    return headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip")
-
-
-def decompress(body: bytes, limit: int) -> bytes:
-    """A gzip body's content, or its first limit + 1 bytes. Raises RequestError if it is damaged."""
-    stream = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # 16: gzip alone
-    try:
-        content = stream.decompress(body, limit + 1)
-    except zlib.error:
-        raise RequestError(BAD_REQUEST, "the compressed body is damaged") from None
-    if len(content) <= limit and (not stream.eof or stream.unused_data):
-        raise RequestError(BAD_REQUEST, "the compressed body is damaged")
-    return content
-
-
-def parse_json_request(body: bytes) -> Request:
-    """The Request in a JSON object such as {"key": ["0"], "value": ["text"]}. Raises RequestError."""
-    if not body:
-        raise RequestError(BAD_REQUEST, 'the body is empty: send JSON such as {"key": ["0"], "value": ["text"]}')
-    try:
-        content = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)  # a BOM is allowed
-    except UnicodeDecodeError:
-        raise RequestError(BAD_REQUEST, "the body isn't UTF-8") from None
-    except RecursionError:
-        raise RequestError(BAD_REQUEST, "the body's JSON is nested too deeply") from None
-    except ValueError as error:
-        where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise RequestError(BAD_REQUEST, f"the body isn't JSON{where}") from None
-    if not isinstance(content, dict):
-        raise RequestError(BAD_REQUEST, 'the body isn\'t an object such as {"key": ["0"], "value": ["text"]}')
-    if content.get("tensors"):
-        raise RequestError(BAD_REQUEST, "tensors aren't accepted: send texts as values")
-    if not content.keys() <= FIELDS:
-        raise RequestError(BAD_REQUEST, f"unknown fields: a request has {', '.join(sorted(FIELDS - {'tensors'}))}")
-    keys, values = _strings(content, "key"), _strings(content, "value")
-    name = content.get("name", "")
-    logid = content.get("logid", 0)
-    if not isinstance(name, str) or isinstance(logid, bool) or not isinstance(logid, int) or abs(logid) >= 2**63:
-        raise RequestError(BAD_REQUEST, "name must be a string, and logid a number of 64 bits")
-    try:
-        return Request(key=keys, value=values, name=name, logid=logid)
-    except ValueError:
-        raise RequestError(BAD_REQUEST, "key, value or name holds half of a surrogate pair, which isn't text") from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} isn't JSON")
-
-
-def _strings(content: Mapping[str, Any], field: str) -> Sequence[str]:
-    strings = content.get(field, [])
-    if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
-        raise RequestError(BAD_REQUEST, f"{field} must be a list of strings")
-    return strings
-
-
-def response_json(response: Response) -> bytes:
-    """As Serving's gateway writes it: err_no, err_msg, key, value, tensors."""
-    content = {"err_no": response.err_no, "err_msg": response.err_msg}
-    content |= {"key": list(response.key), "value": list(response.value), "tensors": []}
-    return json.dumps(content, ensure_ascii=False).encode()
-
-
 NOT_HTTP_BODY = response_json(error_response(BAD_REQUEST, NOT_HTTP_MESSAGE))
-NOT_HTTP_FIELDS = f"Connection: close\r\nContent-Type: application/json\r\nContent-Length: {len(NOT_HTTP_BODY)}\r\n\r\n"
+NOT_HTTP_FIELDS = f"Connection: close\r\nContent-Type: {JSON_TYPE}\r\nContent-Length: {len(NOT_HTTP_BODY)}\r\n\r\n"
 
 
 @stream_request_body
@@ -157,15 +75,31 @@ class _Handler(RequestHandler):
         self._gateway: HttpGateway = self.settings["gateway"]
         self._service = self._gateway.service
         self._body, self._is_whole = bytearray(), False
-        self._path = request_path(self.request.uri or "")
+        path, self._query = split_target(self.request.uri or "")
+        self._route: Route | None = self._gateway.routes.get(path)
         headers = self.request.headers
         if headers.get("Expect", "").lower() == "100-continue":
             headers["Expect"] = "100-continue"  # Tornado answers no other spelling, and the client would wait
         self._gateway.server.idle.pop(self.request.server_connection, None)
 
     def prepare(self) -> None:
-        if self.request.method == "POST" and self._path == PREDICTION_PATH:
+        self._allow_origin()
+        if self._route and self._route.waits and self._respond and self._has_key:
             self._gateway.take(self)
+
+    @property
+    def _respond(self) -> Respond | None:
+        """What answers this method on this path, if it may be used."""
+        method = "GET" if self.request.method == "HEAD" else self.request.method  # Tornado leaves out HEAD's body
+        return self._route.methods.get(method or "") if self._route else None
+
+    @property
+    def _has_key(self) -> bool:
+        """Whether the request has a valid key, or needs none."""
+        keys = self._service.keys
+        if keys is None or self._route is None or not self._route.needs_key:
+            return True
+        return keys.accept(self.request.headers.get("Authorization"))
 
     async def data_received(self, chunk: bytes) -> None:
         await asyncio.sleep(0)  # otherwise a client that sends as fast as this reads would block the others
@@ -177,47 +111,52 @@ class _Handler(RequestHandler):
         if not self._is_whole:  # otherwise it is still being computed
             self._gateway.taken.discard(self)
 
-    def get(self) -> None:
-        if self._path == "/health":
-            status = "stopping" if self._service.admission.stopping else "ok" if self._service.healthy else "no encoder"
-            code = HTTPStatus.OK if status == "ok" else HTTPStatus.SERVICE_UNAVAILABLE
-            self._send(code, json.dumps({"status": status}).encode())
-        elif self._path == "/metrics":
-            self._send(HTTPStatus.OK, self._service.metrics.text(), CONTENT_TYPE_PLAIN_0_0_4)
-        else:
-            self._refuse_path_or_method()
-
-    head = get  # Tornado leaves out the body
-
-    async def post(self) -> None:
+    async def _handle(self) -> None:
         self._is_whole = True
         try:
             await self._answer()
         finally:
             self._gateway.taken.discard(self)
 
+    get = head = post = put = patch = delete = options = _handle
+
     async def _answer(self) -> None:
-        headers, body, limit = self.request.headers, bytes(self._body), self._service.limits.bytes
-        if self._path != PREDICTION_PATH:
+        respond, headers, body, limit = (
+            self._respond,
+            self.request.headers,
+            bytes(self._body),
+            self._service.limits.bytes,
+        )
+        if self._is_preflight:
+            return self._send(HttpAnswer(b"", HTTPStatus.NO_CONTENT))
+        if self._route is None or respond is None:
             return self._refuse_path_or_method()
+        if not self._has_key:
+            self.set_header("WWW-Authenticate", "Bearer")
+            return self._refuse(HTTPStatus.UNAUTHORIZED, NO_KEY)
+        if not self._route.waits:
+            return self._send(respond(HttpRequest(self._query, body)))
         if self not in self._gateway.taken:
             return self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at a time: try again later")
-        if _is_gzip(headers) and len(body) <= limit:
+        if is_gzip(headers) and len(body) <= limit:
             try:
-                body = await self._gateway.decompress(body)
+                body = await self._gateway.in_thread(decompress, body, limit)
             except RequestError as error:
                 return self._refuse(HTTPStatus.BAD_REQUEST, str(error))
         if len(body) > limit:
             return self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {limit} bytes")
         if problem := content_problem(headers, body):
             return self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, problem)
-        self._send(*await self._gateway.answer(body))
+        request = HttpRequest(self._query, body)
+        refuse = partial(refusal, self._route)
+        self._send(await self._gateway.in_thread(self._service.counted, "http", partial(respond, request), refuse))
 
-    def _send(self, status: HTTPStatus, body: bytes, content_type: str = "application/json") -> None:
-        self.set_status(status)
-        self.set_header("Content-Type", content_type)
+    def _send(self, answer: HttpAnswer) -> None:
+        self.set_status(answer.status)
+        for name, value in {"Content-Type": answer.content_type, **answer.headers}.items():
+            self.set_header(name, value)
         self.clear_header("Server")
-        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        if answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
             self.set_header("Retry-After", "1")
         connection, is_last = self.request.connection, self._service.admission.stopping
         if is_last:
@@ -229,27 +168,45 @@ class _Handler(RequestHandler):
             if is_last:
                 connection.close()
 
-        self.finish(body).add_done_callback(sent)
+        self.finish(answer.body).add_done_callback(sent)
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
-        number = ERROR_NUMBERS.get(status, BAD_REQUEST)
-        self._service.metrics.answered("http", number, 0.0)
-        self._send(status, response_json(error_response(number, message)))
+        error = RequestError(ERROR_NUMBERS.get(status, BAD_REQUEST), message)
+        self._service.metrics.answered("http", error.number, 0.0)
+        errors = self._route.errors if self._route else serving_error
+        self._send(HttpAnswer(errors(status, error), status))
 
     def _refuse_path_or_method(self) -> None:
-        methods = METHODS.get(self._path)
-        if methods:
-            self.set_header("Allow", methods)
-            self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, f"send {methods.replace(', ', ' or ')} to this path")
+        if self._route:
+            methods = self._route.allowed
+            self.set_header("Allow", ", ".join(methods))
+            self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, f"send {' or '.join(methods)} to this path")
         else:
-            self._refuse(HTTPStatus.NOT_FOUND, f"try /health, /metrics, or POST {PREDICTION_PATH}")
+            self._refuse(HTTPStatus.NOT_FOUND, f"try /health, /metrics, /openapi.json, or POST {PREDICTION_PATH}")
+
+    def _allow_origin(self) -> None:
+        """Lets a page of the origin that CORS allows, if any, read the answer."""
+        if not self._gateway.cors:
+            return
+        self.set_header("Vary", "Origin")
+        if self._gateway.cors in ("*", self.request.headers.get("Origin")):
+            self.set_header("Access-Control-Allow-Origin", self._gateway.cors)
+            if self._is_preflight:
+                self.set_header("Access-Control-Allow-Methods", ", ".join(self._route.allowed if self._route else ()))
+                self.set_header("Access-Control-Allow-Headers", "Authorization, Content-Type")
+                self.set_header("Access-Control-Max-Age", str(PREFLIGHT_SECONDS))
+
+    @property
+    def _is_preflight(self) -> bool:
+        """Whether a browser asks what CORS allows here, before it sends a request; it does so without a key."""
+        asks = self.request.method == "OPTIONS" and "Access-Control-Request-Method" in self.request.headers
+        return asks and bool(self._gateway.cors) and self._route is not None
 
     def write_error(self, status_code: int, **_: Any) -> None:
         """Answers what Tornado refuses; Tornado's own error pages are HTML."""
         status = HTTPStatus(status_code)
         if status == HTTPStatus.METHOD_NOT_ALLOWED:
-            if self.request.method not in self.SUPPORTED_METHODS:
-                self.set_header("Connection", "close")  # Tornado does so without reading the body
+            self.set_header("Connection", "close")  # Tornado does so without reading the body
             return self._refuse_path_or_method()
         self._refuse(status, status.description or status.phrase)
 
@@ -260,6 +217,12 @@ class _Handler(RequestHandler):
 
     def compute_etag(self) -> None:
         """Returns None, because no answer is requested twice."""
+
+
+def refusal(route: Route, error: RequestError) -> HttpAnswer:
+    """The answer for an error of a route."""
+    status = STATUSES[error.number]
+    return HttpAnswer(route.errors(status, error), status)
 
 
 class _Stream(IOStream):
@@ -305,15 +268,18 @@ class _Server(HTTPServer):
 class HttpGateway:
     """Opens the HTTP port (0: any free one) and serves it in its own thread. Raises InputError.
 
-    requests: concurrent requests for vectors; further ones are refused. If OTHER_CONNECTIONS more than that are open,
-    or as many as the limit on open files allows, a new connection replaces an idle one. idle_timeout: seconds to
-    receive the head of the next request.
+    requests: concurrent requests that take time; further ones are refused. If OTHER_CONNECTIONS more than that are
+    open, or as many as the limit on open files allows, a new connection replaces an idle one. idle_timeout: seconds to
+    receive the head of the next request. cors: the origin whose pages may read the answers, "*" for all, "" for none.
     """
 
-    def __init__(self, service: PipelineService, host: str, port: int, requests: int, idle_timeout: float) -> None:
-        self.service = service
+    def __init__(
+        self, service: PipelineService, host: str, port: int, requests: int, idle_timeout: float, cors: str = ""
+    ) -> None:
+        self.service, self.cors = service, cors
+        self.routes = Routes(service).by_path()
         self._idle_timeout = idle_timeout
-        self.taken: set[_Handler] = set()  # requests for vectors, from their heads to their answers
+        self.taken: set[_Handler] = set()  # requests that take time, from their heads to their answers
         self._requests = requests
         self._connections = connection_limit(requests + OTHER_CONNECTIONS)
         self._pool = ThreadPoolExecutor(requests, "http")
@@ -357,21 +323,13 @@ class HttpGateway:
             connection.close()
 
     def take(self, handler: _Handler) -> None:
-        """Counts a request for vectors as in progress, unless that would be too many."""
+        """Counts a request as in progress, unless that would be too many."""
         if len(self.taken) < self._requests:
             self.taken.add(handler)
 
-    async def decompress(self, body: bytes) -> bytes:
-        """`decompress`, in a thread."""
-        return await self._loop.run_in_executor(self._pool, decompress, body, self.service.limits.bytes)
-
-    async def answer(self, body: bytes) -> tuple[HTTPStatus, bytes]:
-        """Status and body of the answer to a request for vectors."""
-        return await self._loop.run_in_executor(self._pool, self._answer, body)
-
-    def _answer(self, body: bytes) -> tuple[HTTPStatus, bytes]:
-        response = self.service.answer("http", lambda: parse_json_request(body))
-        return STATUSES[response.err_no], response_json(response)
+    async def in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Calls a function in a thread."""
+        return await self._loop.run_in_executor(self._pool, function, *arguments)
 
     def stop(self) -> None:
         """Accepts no more connections, and returns when the finished answers have been sent."""

@@ -17,6 +17,7 @@ NO_SUCH_SERVICE = 3002
 BAD_REQUEST = 5000
 INTERNAL_ERROR = 10000
 ROLE_KEY = "role"  # of a request: its value is what the texts are
+MAX_TOP_K = 1000  # hits per query, by default
 OTHER_FILES = 40  # that the service opens beside the connections of its two ports; 15 with one encoder at rest
 
 
@@ -27,20 +28,24 @@ def service_log(message: str) -> None:
 
 
 class RequestError(Exception):
-    """A request that gets no vectors; the message is for the client and contains neither texts nor paths."""
+    """A request that can't be answered; the message is for the client and contains neither texts nor paths.
 
-    def __init__(self, number: int, message: str) -> None:
+    number: see above; param: the field of the request that is wrong, if it is one.
+    """
+
+    def __init__(self, number: int, message: str, param: str | None = None) -> None:
         super().__init__(message)
-        self.number = number
+        self.number, self.param = number, param
 
 
 class Limits(NamedTuple):
-    """Limits of a request, except the last."""
+    """Limits of a request, except `queued_texts`."""
 
     texts: int
     characters: int  # of a text
     bytes: int
     queued_texts: int  # of all requests that aren't answered yet
+    top_k: int = MAX_TOP_K  # hits per query
 
 
 def take_role(keys: Sequence[str], values: Sequence[str]) -> tuple[str | None, Sequence[str], Sequence[str]]:
@@ -57,28 +62,35 @@ def take_role(keys: Sequence[str], values: Sequence[str]) -> tuple[str | None, S
     return role, [*keys[:place], *keys[place + 1 :]], [*values[:place], *values[place + 1 :]]
 
 
-def check_texts(keys: Sequence[str], values: Sequence[str], limits: Limits) -> list[str]:
-    """The texts of a request in the order of their keys "0", "1", ... Raises RequestError."""
+def order_texts(keys: Sequence[str], values: Sequence[str]) -> list[str]:
+    """The texts of a request to Paddle Serving in the order of their keys "0", "1", ... Raises RequestError."""
     if len(keys) != len(values):
         raise RequestError(BAD_REQUEST, f"{len(keys)} keys and {len(values)} values: give each text a key")
     if not keys:
         raise RequestError(BAD_REQUEST, "no texts: send at least one, with the key 0")
-    if len(keys) > limits.texts:
-        raise RequestError(BAD_REQUEST, f"{len(keys)} texts: send at most {limits.texts} in a request")
     texts = dict(zip(keys, values, strict=True))
     try:
-        ordered = [texts[str(number)] for number in range(len(keys))]
+        return [texts[str(number)] for number in range(len(keys))]
     except KeyError:
         raise RequestError(BAD_REQUEST, f"wrong keys: {len(keys)} texts have the keys 0 to {len(keys) - 1}") from None
-    for number, text in enumerate(ordered):
+
+
+def check_texts(texts: Sequence[str], limits: Limits, param: str | None = None) -> None:
+    """Raises RequestError for no or too many texts, and for one that is empty or too long.
+
+    param: the field that they come from.
+    """
+    if not texts:
+        raise RequestError(BAD_REQUEST, "no texts: send at least one", param)
+    if len(texts) > limits.texts:
+        raise RequestError(BAD_REQUEST, f"{len(texts)} texts: send at most {limits.texts} in a request", param)
+    for number, text in enumerate(texts):
         if not has_visible_text(text):
             what = "holds only invisible characters" if text.strip() else "is empty"
-            raise RequestError(BAD_REQUEST, f"text {number} {what}: leave it out")
+            raise RequestError(BAD_REQUEST, f"text {number} {what}: leave it out", param)
         if len(text) > limits.characters:
-            raise RequestError(
-                BAD_REQUEST, f"text {number} has {len(text)} characters: send at most {limits.characters}"
-            )
-    return ordered
+            problem = f"text {number} has {len(text)} characters: send at most {limits.characters}"
+            raise RequestError(BAD_REQUEST, problem, param)
 
 
 def raise_open_files(connections: int) -> None:

@@ -1,5 +1,8 @@
 """Metrics for Prometheus: requests, errors, queue, batch sizes and latencies."""
 
+from collections.abc import Iterator
+from typing import Protocol
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -9,20 +12,44 @@ from prometheus_client import (
     generate_latest,
     values,
 )
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 
 from serving.limits import Admission
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
+SEARCH_BUCKETS = (0.0005, 0.001, 0.0025, *LATENCY_BUCKETS)  # seconds
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # texts
 
 values.ValueClass = values.MutexValue  # no files, even if PROMETHEUS_MULTIPROC_DIR is set for something else
 disable_created_metrics()  # no creation time beside each count
 
 
-class Metrics:
-    """Counts what a service does; safe to use from several threads."""
+class Index(Protocol):
+    """An index in service."""
 
-    def __init__(self, admission: Admission) -> None:
+    @property
+    def version(self) -> str:
+        """Changes with its documents."""
+
+    def __len__(self) -> int: ...
+
+
+class _IndexCollector:
+    """The version and size of an index, at the time of the question."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def collect(self) -> Iterator[Metric]:
+        """For Prometheus' registry."""
+        yield InfoMetricFamily("semantic_index_index", "The index in service", {"version": self._index.version})
+        yield GaugeMetricFamily("semantic_index_index_documents", "Documents of the index", len(self._index))
+
+
+class Metrics:
+    """Counts what a service does; safe to use from several threads. index: the one that it searches, if any."""
+
+    def __init__(self, admission: Admission, index: Index | None = None) -> None:
         self._registry = CollectorRegistry()
         common = {"namespace": "semantic_index", "registry": self._registry}
         self._requests = Counter("requests", "Answered requests, by protocol", ["protocol"], **common)
@@ -39,6 +66,13 @@ class Metrics:
         self._batch_duration = Histogram(
             "batch_duration_seconds", "Time to encode a batch", buckets=LATENCY_BUCKETS, **common
         )
+        if index is not None:
+            self._registry.register(_IndexCollector(index))
+            self._searches = Counter("searches", "Queries that the index was searched for", **common)
+            self._candidates = Counter("search_candidates", "Documents that searches found", **common)
+            self._search_duration = Histogram(
+                "search_duration_seconds", "Time to search for a batch of queries", buckets=SEARCH_BUCKETS, **common
+            )
 
     def answered(self, protocol: str, number: int, seconds: float) -> None:
         """Counts an answered request; protocol: "grpc" or "http"; number: its err_no."""
@@ -56,6 +90,12 @@ class Metrics:
         """Counts a batch."""
         self._batch_size.observe(texts)
         self._batch_duration.observe(seconds)
+
+    def searched(self, queries: int, candidates: int, seconds: float) -> None:
+        """Counts a batch of searches."""
+        self._searches.inc(queries)
+        self._candidates.inc(candidates)
+        self._search_duration.observe(seconds)
 
     def text(self) -> bytes:
         """All metrics in Prometheus's text format."""

@@ -5,6 +5,8 @@ The names that settings had in version 1 still work; if both names are given in 
 
 import argparse
 import errno
+import ipaddress
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from common.errors import InputError
 from common.files import open_for_reading
 from common.logs import log
 from common.options import PRECISIONS
+from serving.limits import MAX_TOP_K
 
 ENVIRONMENT_PREFIX = "SERVING_"
 OTHER_VARIABLES = {"SERVING_BIN"}  # Paddle Serving's
@@ -40,6 +43,7 @@ OPERATOR = "op.ernie"
 LOCAL = f"{OPERATOR}.local_service_conf"
 PORT, THREADS = number_in_range(0, below=65_536), number_in_range(0, below=1025)
 BATCH_SIZE = number_in_range(1, below=65_537)
+PATHS = ("model_dir", "index_dir", "api_key_file")  # in config_nlp.yml relative to it
 LENGTH = number_in_range(3, or_zero=True)  # [CLS], a token and [SEP]
 
 
@@ -52,11 +56,25 @@ def _choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def _origin(text: str) -> str:
+    if text not in ("", "*") and not re.fullmatch(r"https?://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(f"{text} isn't an origin such as https://example.com, nor *")
+    return text
+
+
 SETTINGS = {
     "model_dir": Setting(f"{LOCAL}.model_config", str, "folder of export_to_serving.py or export_model.py"),
+    "index_dir": Setting("index_dir", str, "folder of recall.py --index_dir to search; none: no search", default=""),
     "host": Setting("host", lambda text: text.strip("[]"), "address to listen on; 0.0.0.0 for all"),
     "rpc_port": Setting("rpc_port", PORT, "gRPC port; 0: any free one"),
     "http_port": Setting("http_port", PORT, "HTTP port; 0: any free one"),
+    "api_key_file": Setting(
+        "api_key_file",
+        str,
+        "file of keys, one per line, of which callers have to send one; none: anyone may call",
+        default="",
+    ),
+    "cors": Setting("cors", _origin, "origin whose web pages may call, or *; none: no other page may", default=""),
     "device": Setting(f"{LOCAL}.device", _choice("cpu", "gpu"), "cpu or gpu"),
     "precision": Setting(f"{LOCAL}.precision", _choice(*PRECISIONS), "fp32, bf16 or fp16 to compute in"),
     "workers": Setting(f"{OPERATOR}.concurrency", positive_int, "encoders; each is a process with the whole model"),
@@ -87,6 +105,7 @@ SETTINGS = {
     ),
     "max_texts": Setting("limits.texts", positive_int, "texts per request"),
     "max_characters": Setting("limits.characters", positive_int, "characters per text"),
+    "max_top_k": Setting("limits.top_k", positive_int, "hits per query", default=MAX_TOP_K),
     "max_bytes": Setting("limits.bytes", number_in_range(1, below=2**31), "bytes per request"),  # as gRPC counts them
 }
 
@@ -144,7 +163,7 @@ def _read_setting(name: str, setting: Setting, environ: Mapping[str, str], confi
         raise InputError(f"{source}: {error}") from None
     except ValueError:
         raise InputError(f"{source}: {given} isn't a number; give {setting.help}") from None
-    return str(config_file.parent / value) if name == "model_dir" and not variables else value
+    return str(config_file.parent / value) if name in PATHS and value and not variables else value
 
 
 def _ignored(environ: Mapping[str, str], config: Any) -> list[str]:
@@ -162,6 +181,25 @@ def _dotted_keys(config: Any, depth: int = 5) -> Iterator[str]:
             yield from (f"{key}.{inner}" for inner in _dotted_keys(value, depth - 1))
         else:
             yield str(key)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a service that listens on a host."""
+    try:
+        return all(ipaddress.ip_address(info[4][0]).is_loopback for info in socket.getaddrinfo(host, None))
+    except OSError:  # check_ports reports it
+        return False
+
+
+def check_access(settings: Mapping[str, Any]) -> None:
+    """Raises InputError if other machines could search without a key; logs a line if they can ask for vectors."""
+    host = settings["host"]
+    if settings["api_key_file"] or is_loopback(host):
+        return
+    if settings["index_dir"]:
+        problem = "other machines could search the documents of --index_dir without a key"
+        raise InputError(f"--host {host}: {problem}; give --api_key_file, or listen on 127.0.0.1")
+    log(f"note: --host {host}: other machines may call without a key; --api_key_file makes them send one")
 
 
 def check_ports(settings: Mapping[str, Any]) -> None:

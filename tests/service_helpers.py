@@ -14,7 +14,8 @@ import numpy as np
 from benchmarks.service_clients import HOST, Service, urlopen
 from serving.adapter import PipelineService, Request, Response
 from serving.encoder_process import EncoderStopped
-from serving.http_gateway import PREDICTION_PATH, HttpGateway
+from serving.http_gateway import HttpGateway
+from serving.http_routes import PREDICTION_PATH
 from serving.limits import Limits
 
 SECRET = "机密文本" * 5  # a text that no log may hold

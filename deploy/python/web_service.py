@@ -1,4 +1,7 @@
-"""Serves a model's vectors over gRPC and HTTP with Paddle Serving's Pipeline mode, until SIGTERM or Ctrl-C."""
+"""Serves a model's vectors over gRPC and HTTP with Paddle Serving's Pipeline mode, and searches an index with them.
+
+It runs until SIGTERM or Ctrl-C; SIGHUP takes a new index in --index_dir into service.
+"""
 
 import argparse
 import os
@@ -12,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import ArgumentParser, run
 from common.cpu import cpu_count
 from common.signals import Stopped, StopSignals
-from encoding.exported_files import exported_tokenizer, find_exported
+from encoding.exported_files import exported_tokenizer, find_exported, read_card
+from serving.api_keys import read_api_keys
 from serving.encoder_process import EncoderOptions, EncoderProcess
 from serving.limits import Limits, raise_open_files, service_log
-from serving.settings import add_settings_args, check_ports, read_settings
+from serving.settings import add_settings_args, check_access, check_ports, read_settings
 
 CONFIG_FILE = Path(__file__).with_name("config_nlp.yml")
 STOP_SECONDS = 25.0  # for requests in progress; Kubernetes kills after 30, Docker Compose after 10
@@ -34,10 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(build_parser().parse_args(argv))
     settings = read_settings(args, os.environ, args["config"])
     check_ports(settings)
+    check_access(settings)
+    keys = read_api_keys(settings["api_key_file"]) if settings["api_key_file"] else None
     model = find_exported(settings["model_dir"])
     # Imported here, so that a missing Paddle Serving is reported in one line.
     from serving.adapter import PipelineService, ServiceOptions
-    from serving.http_gateway import OTHER_CONNECTIONS, PREDICTION_PATH, HttpGateway
+    from serving.http_gateway import OTHER_CONNECTIONS, HttpGateway
+    from serving.http_routes import PREDICTION_PATH
+    from serving.search import open_search_index
 
     raise_open_files(settings["max_requests"] + OTHER_CONNECTIONS)  # the HTTP port's, which are more than gRPC's
     host = settings["host"]
@@ -48,14 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_seq_length=settings["max_seq_length"] or None,
     )
     tokenizer = exported_tokenizer(model, settings["max_seq_length"] or None)
+    index = None
+    if settings["index_dir"]:
+        card, length, precision = read_card(model), settings["max_seq_length"] or None, settings["precision"]
+        index = open_search_index(settings["index_dir"], card, length, precision)
     # Outside of StopSignals: a signal may end the process while the models are loaded.
     encoders = [EncoderProcess(encoder_options) for _ in range(settings["workers"])]
     with StopSignals() as signals:
         delay, requests = settings["max_queue_delay_ms"] / 1000, settings["max_requests"]
-        options = ServiceOptions(settings["batch_size"], delay, requests, limits)
-        service = PipelineService(encoders, options, tokenizer)
+        options = ServiceOptions(settings["batch_size"], delay, requests, limits, keys)
+        service = PipelineService(encoders, options, tokenizer, index)
         rpc_port = service.listen(host, settings["rpc_port"])
-        gateway = HttpGateway(service, host, settings["http_port"], requests, settings["idle_timeout_s"])
+        gateway = HttpGateway(
+            service, host, settings["http_port"], requests, settings["idle_timeout_s"], settings["cors"]
+        )
         try:
             name = f"[{host}]" if ":" in host else host
             service_log(

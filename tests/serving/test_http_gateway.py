@@ -16,7 +16,8 @@ from common.errors import InputError
 from service_helpers import SECRET, FakeEncoder, as_json, ask, at, get, post, read_all, until
 from serving import http_gateway
 from serving.adapter import PipelineService
-from serving.http_gateway import PREDICTION_PATH, HttpGateway
+from serving.http_gateway import HttpGateway
+from serving.http_routes import PREDICTION_PATH
 from serving.limits import INTERNAL_ERROR, OVERLOADED
 
 INNER = "GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n"

@@ -1,0 +1,154 @@
+"""What each path of the HTTP port answers."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, NamedTuple
+
+from serving import installed_packages
+from serving.adapter import SERVICE, PipelineService, Request, Response, error_response
+from serving.http_messages import (
+    SURROGATE,
+    ErrorForm,
+    HttpAnswer,
+    HttpRequest,
+    check_names,
+    error_json,
+    json_answer,
+    parse_json,
+    parse_query,
+    take_integer,
+    take_texts,
+)
+from serving.limits import BAD_REQUEST, RequestError
+
+with installed_packages():
+    from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+
+PREDICTION_PATH = f"/{SERVICE}/prediction"
+PREDICTION_FIELDS = ("clientip", "key", "logid", "method", "name", "value")  # of a Request, without tensors
+PREDICTION_EXAMPLE = '{"key": ["0"], "value": ["text"]}'
+SEARCH_EXAMPLE = '{"query": "text", "top_k": 10}'
+DEFAULT_TOP_K = 10
+SCORE_DIGITS = 6  # a cosine of float32 has 7
+
+Respond = Callable[[HttpRequest], HttpAnswer]  # raises RequestError
+
+
+class Route(NamedTuple):
+    """What a path answers.
+
+    waits: whether its answers take time: they are computed in a thread, and count as requests in progress and in the
+    metrics. needs_key: whether it needs a key if the service has any.
+    """
+
+    methods: Mapping[str, Respond]
+    waits: bool = True
+    needs_key: bool = True
+    errors: ErrorForm = error_json
+
+    @property
+    def allowed(self) -> list[str]:
+        """The methods of this path, HEAD among them."""
+        return [name for method in self.methods for name in ((method, "HEAD") if method == "GET" else (method,))]
+
+
+class Routes:
+    """The paths of a service."""
+
+    def __init__(self, service: PipelineService) -> None:
+        self._service = service
+
+    def by_path(self) -> dict[str, Route]:
+        """Path -> what it answers."""
+        return {
+            PREDICTION_PATH: Route({"POST": self._predict}, errors=serving_error),
+            "/search": Route({"GET": self._search_query, "POST": self._search}),
+            "/health": Route({"GET": self._health}, waits=False, needs_key=False, errors=serving_error),
+            "/metrics": Route({"GET": self._metrics}, waits=False, errors=serving_error),
+        }
+
+    def _predict(self, request: HttpRequest) -> HttpAnswer:
+        return HttpAnswer(response_json(self._service.predict(parse_prediction(request.body))))
+
+    def _search(self, request: HttpRequest) -> HttpAnswer:
+        content = parse_json(request.body, SEARCH_EXAMPLE)
+        check_names(content, ("query", "top_k"))
+        return self._found(take_texts(content, "query"), content, "query")
+
+    def _search_query(self, request: HttpRequest) -> HttpAnswer:
+        parameters: dict[str, Any] = parse_query(request.query)
+        check_names(parameters, ("q", "top_k"))
+        top_k = parameters.get("top_k", "")
+        if top_k.isascii() and top_k.isdecimal() and len(top_k) < 10:
+            parameters["top_k"] = int(top_k)
+        return self._found(take_texts(parameters, "q"), parameters, "q")
+
+    def _found(self, queries: Sequence[str], content: Mapping[str, Any], param: str) -> HttpAnswer:
+        top_k = take_integer(content, "top_k", DEFAULT_TOP_K, self._service.limits.top_k)
+        found = self._service.search(queries, top_k, param)
+        results = [
+            {
+                "hits": [
+                    {"id": row, "score": round(score, SCORE_DIGITS), "document": found.documents[row]}
+                    for row, score in zip(ids, scores, strict=True)
+                ]
+            }
+            for ids, scores in zip(found.ids.tolist(), found.scores.tolist(), strict=True)
+        ]
+        return json_answer({"index": index_content(found.version, len(found.documents)), "results": results})
+
+    def _health(self, _: HttpRequest) -> HttpAnswer:
+        service = self._service
+        status = "stopping" if service.admission.stopping else "ok" if service.healthy else "no encoder"
+        content: dict[str, Any] = {"status": status}
+        if service.index:
+            content["index"] = index_content(service.index.version, len(service.index))
+            if service.index.problem:
+                content["index"]["problem"] = service.index.problem
+        answer = json_answer(content)
+        return answer if status == "ok" else answer._replace(status=HTTPStatus.SERVICE_UNAVAILABLE)
+
+    def _metrics(self, _: HttpRequest) -> HttpAnswer:
+        return HttpAnswer(self._service.metrics.text(), content_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+def index_content(version: str, documents: int) -> dict[str, Any]:
+    """How answers tell of an index."""
+    return {"version": version, "documents": documents}
+
+
+def parse_prediction(body: bytes) -> Request:
+    """The Request in a JSON object such as PREDICTION_EXAMPLE. Raises RequestError."""
+    content = parse_json(body, PREDICTION_EXAMPLE)
+    if content.pop("tensors", None):
+        raise RequestError(BAD_REQUEST, "tensors aren't accepted: send texts as values")
+    check_names(content, PREDICTION_FIELDS)
+    keys, values = _strings(content, "key"), _strings(content, "value")
+    name = content.get("name", "")
+    logid = content.get("logid", 0)
+    if not isinstance(name, str) or isinstance(logid, bool) or not isinstance(logid, int) or abs(logid) >= 2**63:
+        raise RequestError(BAD_REQUEST, "name must be a string, and logid a number of 64 bits")
+    try:
+        return Request(key=keys, value=values, name=name, logid=logid)
+    except ValueError:
+        raise RequestError(BAD_REQUEST, f"key, value or name {SURROGATE}") from None
+
+
+def _strings(content: Mapping[str, Any], field: str) -> Sequence[str]:
+    strings = content.get(field, [])
+    if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
+        raise RequestError(BAD_REQUEST, f"{field} must be a list of strings")
+    return strings
+
+
+def response_json(response: Response) -> bytes:
+    """As Serving's gateway writes it: err_no, err_msg, key, value, tensors."""
+    content = {"err_no": response.err_no, "err_msg": response.err_msg}
+    content |= {"key": list(response.key), "value": list(response.value), "tensors": []}
+    return json.dumps(content, ensure_ascii=False).encode()
+
+
+def serving_error(_: HTTPStatus, error: RequestError) -> bytes:
+    """An error in the form of Paddle Serving."""
+    return response_json(error_response(error.number, str(error)))

@@ -1,0 +1,168 @@
+"""The index that a service searches: one version of it at a time, for many requests together. Imports no Paddle."""
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+
+from common.cpu import release_freed_memory
+from common.errors import InputError
+from encoding.exported_files import ModelCard
+from retrieval.saved_index import DocumentIndex, index_version, load_index
+from serving.limits import INTERNAL_ERROR, RequestError, service_log
+from serving.metrics import Metrics
+
+LOADING_ATTEMPTS = 3  # of an index whose folder is replaced while it is read
+NOT_IN_USE = "the index in the folder can't be used, so the one before stays in service: the service's log says why"
+
+
+class LoadedIndex(NamedTuple):
+    """A version of an index, in memory."""
+
+    version: str  # see `index_version`
+    saved: DocumentIndex
+
+
+class Hits(NamedTuple):
+    """What a search found in one version of the index: a row per query, best first."""
+
+    version: str
+    documents: Sequence[str]  # all of the index
+    ids: np.ndarray  # int64 [Q, min(top_k, N)], rows of the documents
+    scores: np.ndarray  # float32 of the same shape, cosines
+
+
+class SearchIndex:
+    """The index in a folder, of which a newer version can be taken into service.
+
+    model: fingerprint of the encoder. precision: the encoder's; an index of another one is logged. Raises InputError if
+    the folder holds no index, a damaged one, or one of another model.
+    """
+
+    def __init__(self, folder: str | Path, model: str, precision: str) -> None:
+        self._folder, self._model, self._precision = Path(folder), model, precision
+        self._loaded = self._load()
+        self._searching, self._reloading = threading.Lock(), threading.Lock()
+        self.problem: str | None = None  # why the index in the folder isn't the one in service
+
+    def __len__(self) -> int:
+        return len(self._loaded.saved.documents)
+
+    @property
+    def version(self) -> str:
+        """The version in service."""
+        return self._loaded.version
+
+    def search(self, queries: np.ndarray, top_k: int) -> Hits:
+        """The most similar documents of each query, float32 [Q, D]. Raises InputError for vectors of another shape."""
+        with self._searching:
+            version, saved = self._loaded
+            ids, scores = saved.index.search(queries, top_k)
+            return Hits(version, saved.documents, ids, scores)
+
+    def reload(self) -> None:
+        """Takes the index that is now in the folder into service; does nothing if it is the same.
+
+        Searches under way finish on the version before, whose memory goes back to the system. Raises InputError, and
+        that version stays, if the folder's index can't be used; a line in the log says why.
+        """
+        with self._reloading:
+            try:
+                if index_version(self._folder) != self.version:
+                    loaded = self._load()
+                    with self._searching:
+                        self._loaded = loaded
+                    release_freed_memory()
+                    service_log(f"index: version {self.version} with {len(self)} documents is in service")
+            except (InputError, OSError, MemoryError) as error:
+                self.problem = NOT_IN_USE
+                service_log(f"error: {error}; version {self.version} of the index stays in service")
+                raise InputError(NOT_IN_USE) from None
+            self.problem = None
+
+    def _load(self) -> LoadedIndex:
+        """Reads the folder, again if it was replaced meanwhile."""
+        for attempt in range(1, LOADING_ATTEMPTS + 1):
+            version = index_version(self._folder)
+            try:
+                saved = load_index(self._folder, self._model, precision=self._precision)
+            except InputError:
+                if attempt == LOADING_ATTEMPTS or index_version(self._folder) == version:
+                    raise
+            else:
+                if version and index_version(self._folder) == version:
+                    return LoadedIndex(version, saved)
+        raise InputError(f"{self._folder}: is replaced again and again while it is read; try again later")
+
+
+class _Job(NamedTuple):
+    """The queries of a request, and their future hits."""
+
+    queries: np.ndarray
+    top_k: int
+    hits: "Future[Hits]"
+
+
+class SearchBatcher:
+    """Searches for the queries of waiting requests together, in a thread."""
+
+    def __init__(self, index: SearchIndex, metrics: Metrics) -> None:
+        self.index, self._metrics = index, metrics
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # None ends the thread
+        self._thread = threading.Thread(target=self._run, name="search", daemon=True)
+        self._thread.start()
+
+    def search(self, queries: np.ndarray, top_k: int) -> Hits:
+        """The most similar documents of each query, float32 [Q, D]. Raises RequestError if the search fails."""
+        job = _Job(queries, top_k, Future())
+        self._jobs.put(job)
+        return job.hits.result()
+
+    def stop(self) -> None:
+        """Ends the thread; no request may be waiting."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            jobs = [job]
+            with suppress(Empty):
+                while (more := self._jobs.get_nowait()) is not None:
+                    jobs.append(more)
+                self._jobs.put(None)  # from `stop`; put back, it ends this thread in the next round
+            # Not all together: HNSW finds more with a larger top_k, and hits mustn't depend on other requests.
+            for top_k in dict.fromkeys(job.top_k for job in jobs):
+                self._search([job for job in jobs if job.top_k == top_k], top_k)
+
+    def _search(self, jobs: Sequence[_Job], top_k: int) -> None:
+        """Searches for the queries of jobs with the same top_k."""
+        queries = np.concatenate([job.queries for job in jobs])
+        start = time.monotonic()
+        try:
+            found = self.index.search(queries, top_k)
+        except Exception as error:  # it would end the thread
+            service_log(f"error: {type(error).__name__} in searching the index")
+            for job in jobs:
+                job.hits.set_exception(RequestError(INTERNAL_ERROR, "the search failed: try again"))
+            return
+        self._metrics.searched(len(queries), found.ids.size, time.monotonic() - start)
+        ends = np.cumsum([len(job.queries) for job in jobs])[:-1]
+        for job, ids, scores in zip(jobs, np.split(found.ids, ends), np.split(found.scores, ends), strict=True):
+            job.hits.set_result(found._replace(ids=ids, scores=scores))
+
+
+def open_search_index(folder: str | Path, card: ModelCard, max_seq_length: int | None, precision: str) -> SearchIndex:
+    """The index in a folder, for the exported model of a card. Raises InputError.
+
+    max_seq_length: the tokens to which the service cuts texts; None: as the model was exported.
+    """
+    if max_seq_length not in (None, card.max_seq_length):
+        problem = f"the index's model cuts texts to {card.max_seq_length} tokens"
+        raise InputError(f"--max_seq_length {max_seq_length}: {problem}; leave the option out, or --index_dir")
+    return SearchIndex(folder, card.fingerprint, precision)
