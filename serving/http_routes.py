@@ -21,6 +21,7 @@ from serving.http_messages import (
     take_texts,
 )
 from serving.limits import BAD_REQUEST, RequestError
+from serving.page import read_page
 
 with installed_packages():
     from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
@@ -58,15 +59,20 @@ class Routes:
 
     def __init__(self, service: PipelineService) -> None:
         self._service = service
+        self._page_answer = read_page()
 
     def by_path(self) -> dict[str, Route]:
         """Path -> what it answers."""
         return {
+            "": Route({"GET": self._page}, waits=False),  # of http://HOST:PORT/
             PREDICTION_PATH: Route({"POST": self._predict}, errors=serving_error),
             "/search": Route({"GET": self._search_query, "POST": self._search}),
             "/health": Route({"GET": self._health}, waits=False, needs_key=False, errors=serving_error),
             "/metrics": Route({"GET": self._metrics}, waits=False, errors=serving_error),
         }
+
+    def _page(self, _: HttpRequest) -> HttpAnswer:
+        return self._page_answer
 
     def _predict(self, request: HttpRequest) -> HttpAnswer:
         return HttpAnswer(response_json(self._service.predict(parse_prediction(request.body))))
