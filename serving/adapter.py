@@ -72,6 +72,7 @@ with installed_packages():
 
 Answer = TypeVar("Answer")
 SERVICE = "ernie"  # name of the service, the original's
+NO_INDEX = "this service has no index: start web_service.py with --index_dir"
 OUTPUT = "output_embedding"
 METHOD = "baidu.paddle_serving.pipeline_serving.PipelineService"
 OTHER_RPC_CONNECTIONS = 256  # in addition to those with a request in progress
@@ -120,7 +121,7 @@ class PipelineService:
         self.admission = Admission(self.limits.queued_texts)
         self.metrics = Metrics(self.admission, index)
         self._batcher = Batcher(encoders, options.batch_size, options.max_queue_delay, self.admission, self.metrics)
-        self._searches = SearchBatcher(index, self.metrics) if index else None
+        self._searches = None if index is None else SearchBatcher(index, self.metrics)
         self._rpc_server: grpc.Server | None = None
 
     @property
@@ -171,10 +172,16 @@ class PipelineService:
     def search(self, queries: Sequence[str], top_k: int, param: str | None = None) -> Hits:
         """The documents most similar to each query. Raises RequestError, also without an index. param: see `embed`."""
         if self._searches is None:
-            raise RequestError(NO_SUCH_SERVICE, "this service has no index: start web_service.py with --index_dir")
+            raise RequestError(NO_SUCH_SERVICE, NO_INDEX)
         check_texts(queries, self.limits, param)
         with self.admission.admitted(len(queries)):
             return self._searches.search(self._embed(queries, QUERY), top_k)
+
+    def count_tokens(self, texts: Sequence[str], role: str | None) -> int:
+        """The tokens that the encoder sees of texts, with [CLS], [SEP] and the prefix of the role."""
+        if self._tokenizer is None:
+            return 0
+        return sum(map(len, self._tokenizer.tokenize(self._tokenizer.prefixed(texts, role))))
 
     def _embed(self, texts: Sequence[str], role: str | None) -> np.ndarray:
         """Vectors of admitted texts."""

@@ -167,7 +167,7 @@ class _Handler(RequestHandler):
             if is_last:
                 connection.close()
 
-        self.finish(answer.body).add_done_callback(sent)
+        self.finish(answer.body or None).add_done_callback(sent)
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
         error = RequestError(ERROR_NUMBERS.get(status, BAD_REQUEST), message)

@@ -6,7 +6,7 @@ import string
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote
 
 from serving.limits import BAD_REQUEST, INTERNAL_ERROR, NO_SUCH_SERVICE, OK, OVERLOADED, STOPPING, RequestError
@@ -19,6 +19,7 @@ STATUSES = {
     STOPPING: HTTPStatus.SERVICE_UNAVAILABLE,
     INTERNAL_ERROR: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
+Default = TypeVar("Default", int, None)
 JSON_TYPE = "application/json"
 SURROGATE = "holds half of a surrogate pair, which isn't text"
 MAX_PARAMETERS = 16  # of a query string
@@ -147,9 +148,11 @@ def take_texts(content: Mapping[str, Any], name: str) -> list[str]:
     return texts
 
 
-def take_integer(content: Mapping[str, Any], name: str, default: int, most: int) -> int:
+def take_integer(content: Mapping[str, Any], name: str, default: Default, most: int) -> int | Default:
     """The value of a field from 1 to `most`, or the default. Raises RequestError."""
-    value = content.get(name, default)
+    if name not in content:
+        return default
+    value = content[name]
     is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())  # 3.0 is one in JSON
     if isinstance(value, bool) or not is_whole or not 1 <= value <= most:
         raise RequestError(BAD_REQUEST, f"{name} must be a whole number from 1 to {most}", name)
@@ -158,7 +161,8 @@ def take_integer(content: Mapping[str, Any], name: str, default: int, most: int)
 
 def take_choice(content: Mapping[str, Any], name: str, choices: Sequence[str], default: str | None) -> str | None:
     """The value of a field that is one of the choices, or the default. Raises RequestError."""
-    value = content.get(name, default)
-    if value != default and value not in choices:
+    if name not in content:
+        return default
+    if content[name] not in choices:
         raise RequestError(BAD_REQUEST, f"{name} must be one of {', '.join(choices)}", name)
-    return value
+    return content[name]

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
+from common.errors import InputError
 from serving import installed_packages
-from serving.adapter import SERVICE, PipelineService, Request, Response, error_response
+from serving.adapter import NO_INDEX, SERVICE, PipelineService, Request, Response, error_response
 from serving.http_messages import (
     SURROGATE,
     ErrorForm,
@@ -20,7 +21,9 @@ from serving.http_messages import (
     take_integer,
     take_texts,
 )
-from serving.limits import BAD_REQUEST, RequestError
+from serving.limits import BAD_REQUEST, INTERNAL_ERROR, NO_SUCH_SERVICE, RequestError
+from serving.openai_routes import OpenAIRoutes
+from serving.openapi import describe
 from serving.page import read_page
 
 with installed_packages():
@@ -63,10 +66,15 @@ class Routes:
 
     def by_path(self) -> dict[str, Route]:
         """Path -> what it answers."""
+        openai = OpenAIRoutes(self._service)
         return {
             "": Route({"GET": self._page}, waits=False),  # of http://HOST:PORT/
             PREDICTION_PATH: Route({"POST": self._predict}, errors=serving_error),
             "/search": Route({"GET": self._search_query, "POST": self._search}),
+            "/reload": Route({"POST": self._reload}),
+            "/v1/embeddings": Route({"POST": openai.embeddings}),
+            "/v1/models": Route({"GET": openai.models}, waits=False),
+            "/openapi.json": Route({"GET": self._description}, waits=False),
             "/health": Route({"GET": self._health}, waits=False, needs_key=False, errors=serving_error),
             "/metrics": Route({"GET": self._metrics}, waits=False, errors=serving_error),
         }
@@ -104,11 +112,24 @@ class Routes:
         ]
         return json_answer({"index": index_content(found.version, len(found.documents)), "results": results})
 
+    def _reload(self, _: HttpRequest) -> HttpAnswer:
+        index = self._service.index
+        if index is None:
+            raise RequestError(NO_SUCH_SERVICE, NO_INDEX)
+        try:
+            index.reload()
+        except InputError as error:
+            raise RequestError(INTERNAL_ERROR, str(error)) from None
+        return json_answer({"index": index_content(index.version, len(index))})
+
+    def _description(self, _: HttpRequest) -> HttpAnswer:
+        return json_answer(describe(self._service.limits, self._service.keys is not None, SERVICE))
+
     def _health(self, _: HttpRequest) -> HttpAnswer:
         service = self._service
         status = "stopping" if service.admission.stopping else "ok" if service.healthy else "no encoder"
         content: dict[str, Any] = {"status": status}
-        if service.index:
+        if service.index is not None:
             content["index"] = index_content(service.index.version, len(service.index))
             if service.index.problem:
                 content["index"]["problem"] = service.index.problem

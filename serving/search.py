@@ -13,7 +13,6 @@ import numpy as np
 
 from common.cpu import release_freed_memory
 from common.errors import InputError
-from encoding.exported_files import ModelCard
 from retrieval.saved_index import DocumentIndex, index_version, load_index
 from serving.limits import INTERNAL_ERROR, RequestError, service_log
 from serving.metrics import Metrics
@@ -54,6 +53,9 @@ class SearchIndex:
     def __len__(self) -> int:
         return len(self._loaded.saved.documents)
 
+    def __str__(self) -> str:
+        return f"{len(self)} documents, version {self.version}"
+
     @property
     def version(self) -> str:
         """The version in service."""
@@ -79,12 +81,21 @@ class SearchIndex:
                     with self._searching:
                         self._loaded = loaded
                     release_freed_memory()
-                    service_log(f"index: version {self.version} with {len(self)} documents is in service")
+                    service_log(f"search: {self}")
             except (InputError, OSError, MemoryError) as error:
                 self.problem = NOT_IN_USE
                 service_log(f"error: {error}; version {self.version} of the index stays in service")
                 raise InputError(NOT_IN_USE) from None
             self.problem = None
+
+    def reload_in_background(self) -> None:
+        """`reload` in a thread; an error is only logged."""
+
+        def reload() -> None:
+            with suppress(InputError):
+                self.reload()
+
+        threading.Thread(target=reload, name="reload", daemon=True).start()
 
     def _load(self) -> LoadedIndex:
         """Reads the folder, again if it was replaced meanwhile."""
@@ -155,14 +166,3 @@ class SearchBatcher:
         ends = np.cumsum([len(job.queries) for job in jobs])[:-1]
         for job, ids, scores in zip(jobs, np.split(found.ids, ends), np.split(found.scores, ends), strict=True):
             job.hits.set_result(found._replace(ids=ids, scores=scores))
-
-
-def open_search_index(folder: str | Path, card: ModelCard, max_seq_length: int | None, precision: str) -> SearchIndex:
-    """The index in a folder, for the exported model of a card. Raises InputError.
-
-    max_seq_length: the tokens to which the service cuts texts; None: as the model was exported.
-    """
-    if max_seq_length not in (None, card.max_seq_length):
-        problem = f"the index's model cuts texts to {card.max_seq_length} tokens"
-        raise InputError(f"--max_seq_length {max_seq_length}: {problem}; leave the option out, or --index_dir")
-    return SearchIndex(folder, card.fingerprint, precision)

@@ -2,22 +2,31 @@
 
 import json
 import socket
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ann_util import IndexOptions, build_index
 from benchmarks.service_clients import HOST, Service, urlopen
+from helpers import write_pairs
+from retrieval.corpus import Corpus
+from retrieval.saved_index import DocumentIndex, save_index
 from serving.adapter import PipelineService, Request, Response
 from serving.encoder_process import EncoderStopped
 from serving.http_gateway import HttpGateway
 from serving.http_routes import PREDICTION_PATH
 from serving.limits import Limits
 
+DOCUMENTS = [f"文{row}" for row in range(50)]  # of an index
+MODEL = "a model's fingerprint"
 SECRET = "机密文本" * 5  # a text that no log may hold
 LIMITS = Limits(texts=4, characters=100, bytes=10_000, queued_texts=6)
 
@@ -45,6 +54,28 @@ class FakeEncoder:
         self.closed = True
 
 
+def text_vectors(texts: Sequence[str]) -> np.ndarray:
+    """A random unit vector for each text, float32 [N, 8], the same for equal texts."""
+    vectors = np.stack([np.random.default_rng(zlib.crc32(text.encode())).standard_normal(8) for text in texts])
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+class VectorEncoder(FakeEncoder):
+    """Returns `text_vectors` at once."""
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        self.batches.append(list(texts))
+        return text_vectors(texts)
+
+
+def write_index(folder: Path, documents: Sequence[str], ann: str = "exact", model: str = MODEL) -> None:
+    """Saves an index of the documents' `text_vectors`, in the place of the one that may be in the folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        corpus = Corpus(write_pairs(Path(temporary, "corpus.csv"), [(document,) for document in documents]))
+        index = build_index(IndexOptions(ann), text_vectors(documents))
+        save_index(folder, DocumentIndex(index, corpus, model, corpus.sha256))
+
+
 def ask(service: PipelineService, *texts: str) -> Response:
     return service.answer("grpc", lambda: Request(key=map(str, range(len(texts))), value=texts))
 
@@ -70,9 +101,11 @@ def get(service: Service, path: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def post(service: Service, body: bytes, path: str = PREDICTION_PATH) -> tuple[int, dict[str, Any]]:
+def post(
+    service: Service, body: bytes, path: str = PREDICTION_PATH, headers: Mapping[str, str] | None = None
+) -> tuple[int, dict[str, Any]]:
     """Status and content."""
-    request = urllib.request.Request(f"http://{HOST}:{service.http_port}{path}", body)
+    request = urllib.request.Request(f"http://{HOST}:{service.http_port}{path}", body, dict(headers or {}))
     try:
         with urlopen(request, timeout=30) as answer:
             return answer.status, json.loads(answer.read())

@@ -5,21 +5,27 @@ It runs until SIGTERM or Ctrl-C; SIGHUP takes a new index in --index_dir into se
 
 import argparse
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import ArgumentParser, run
 from common.cpu import cpu_count
+from common.errors import InputError
 from common.signals import Stopped, StopSignals
 from encoding.exported_files import exported_tokenizer, find_exported, read_card
 from serving.api_keys import read_api_keys
 from serving.encoder_process import EncoderOptions, EncoderProcess
 from serving.limits import Limits, raise_open_files, service_log
 from serving.settings import add_settings_args, check_access, check_ports, read_settings
+
+if TYPE_CHECKING:
+    from serving.search import SearchIndex
 
 CONFIG_FILE = Path(__file__).with_name("config_nlp.yml")
 STOP_SECONDS = 25.0  # for requests in progress; Kubernetes kills after 30, Docker Compose after 10
@@ -31,6 +37,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, default=CONFIG_FILE, help="file with all other settings")
     add_settings_args(parser)
     return parser
+
+
+def open_index(settings: Mapping[str, Any], model: Path) -> "SearchIndex":
+    """The index of the settings, for an exported model; SIGHUP reloads it. Raises InputError."""
+    from serving.search import SearchIndex
+
+    card, length = read_card(model), settings["max_seq_length"]
+    if length not in (0, card.max_seq_length):
+        problem = f"the vectors of --index_dir are of texts that are cut to {card.max_seq_length} tokens"
+        raise InputError(f"--max_seq_length {length}: {problem}; leave one of the two options out")
+    index = SearchIndex(settings["index_dir"], card.fingerprint, settings["precision"])
+    signal.signal(signal.SIGHUP, lambda *_: index.reload_in_background())
+    return index
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from serving.adapter import PipelineService, ServiceOptions
     from serving.http_gateway import OTHER_CONNECTIONS, HttpGateway
     from serving.http_routes import PREDICTION_PATH
-    from serving.search import open_search_index
 
     raise_open_files(settings["max_requests"] + OTHER_CONNECTIONS)  # the HTTP port's, which are more than gRPC's
     host = settings["host"]
@@ -56,10 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_seq_length=settings["max_seq_length"] or None,
     )
     tokenizer = exported_tokenizer(model, settings["max_seq_length"] or None)
-    index = None
-    if settings["index_dir"]:
-        card, length, precision = read_card(model), settings["max_seq_length"] or None, settings["precision"]
-        index = open_search_index(settings["index_dir"], card, length, precision)
+    index = open_index(settings, model) if settings["index_dir"] else None
     # Outside of StopSignals: a signal may end the process while the models are loaded.
     encoders = [EncoderProcess(encoder_options) for _ in range(settings["workers"])]
     with StopSignals() as signals:
@@ -72,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         try:
             name = f"[{host}]" if ":" in host else host
+            if index is not None:
+                service_log(f"search: http://{name}:{gateway.server_port}/search, {index}")
             service_log(
                 f"ready: gRPC on {name}:{rpc_port}, HTTP on http://{name}:{gateway.server_port}{PREDICTION_PATH}"
             )
