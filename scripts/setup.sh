@@ -22,7 +22,7 @@ once; after an interruption it starts over. .venv belongs to this script: packag
   --cpu          back to the CPU build (by default .venv keeps its build; a new .venv has the CPU build)
   --onnx         also what export_model.py --format onnx needs
   --serving      also Paddle Serving, which deploy/python/web_service.py needs
-  --tests        also what the tests need, including --onnx and --serving
+  --tests        also what the tests need, including --onnx and --serving; as root also Debian's or Ubuntu's Chromium
   --fast-tests   also what sh scripts/test.sh --fast needs
   --benchmarks   also .venv-benchmarks, with PyTorch, sentence-transformers and others for the benchmarks; needs Python
                  3.11 or 3.12 and another 3 GB
@@ -241,6 +241,19 @@ install_benchmarks() {
     echo "$base" >"$env/setup/base"
 }
 
+# The tests of the search page drive Chromium; without it scripts/test.sh leaves them out.
+install_browser() {
+    ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null || return 0
+    packages='chromium chromium-driver'
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "installing $packages"
+        if apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $packages; then
+            return
+        fi
+    fi >>"$env/setup.log" 2>&1
+    say "note: the tests of the search page need these packages: sudo apt-get install $packages"
+}
+
 stamp() { cat "$env/setup/$1" 2>/dev/null || true; }
 
 # Whether $env is complete, works, and has the Python that PYTHON names, if it is set.
@@ -259,6 +272,7 @@ claim_env() {
 
 device=
 extras=
+browser=
 benchmarks=
 while [ $# -gt 0 ]; do
     case $1 in
@@ -269,7 +283,7 @@ while [ $# -gt 0 ]; do
         ;;
     --gpu=*) device=${1#--gpu=} ;;
     --onnx | --serving) extras="$extras ${1#--}" ;;
-    --tests) extras=$all_extras ;;
+    --tests) extras=$all_extras browser=1 ;;
     --fast-tests) extras="$extras tests" ;;
     --benchmarks) benchmarks=1 ;;
     -h | --help) usage && exit ;;
@@ -299,6 +313,7 @@ for extra in $extras; do
     fi
     [ "$extra" != serving ] || patch_serving
 done
+[ -z "$browser" ] || install_browser
 say "$env is ready"
 
 if [ -n "$benchmarks" ]; then

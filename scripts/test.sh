@@ -6,8 +6,8 @@
 #
 # All other arguments go to pytest: sh scripts/test.sh -k recall
 #
-# The tests of the C++ server need Debian or Ubuntu packages. As root this installs them; otherwise it leaves those tests
-# out and says so.
+# The tests of the C++ server and of the search page need Debian or Ubuntu packages. As root this installs them; otherwise
+# it leaves those tests out and says so.
 set -eu
 
 cd "$(dirname -- "$0")/.."
@@ -36,10 +36,16 @@ if [ -n "$fast" ]; then
     export SEMANTIC_INDEX_FAST_TESTS=1
 else
     sh scripts/setup.sh --tests
+    marks=
     if ! sh deploy/C++/build.sh --fuzz --install-packages; then
         echo "test: left out: the tests of the C++ server; install these packages to run them" >&2
-        set -- -m "not cpp" "$@"
+        marks='not cpp'
     fi
+    if ! command -v chromedriver >/dev/null; then
+        echo "test: left out: the tests of the search page; they need Chromium" >&2
+        marks="${marks:+$marks and }not browser"
+    fi
+    [ -z "$marks" ] || set -- -m "$marks" "$@"
 fi
 
 "$python" -m ruff check --quiet .

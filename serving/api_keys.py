@@ -1,5 +1,8 @@
 """The keys that callers of a service have to send. Imports neither Paddle nor Serving."""
 
+import base64
+import binascii
+import contextlib
 import hmac
 import stat
 from collections.abc import Iterable
@@ -9,7 +12,7 @@ from common.errors import InputError
 from common.files import open_for_reading
 from serving.limits import service_log
 
-SCHEME = "bearer"  # in any case
+CHALLENGES = ("Bearer", 'Basic realm="semantic index", charset="UTF-8"')  # of these a browser asks for the second
 NO_KEY = "no valid key: send the header Authorization: Bearer KEY"
 
 
@@ -20,10 +23,23 @@ class ApiKeys:
         self._keys = [key.encode() for key in keys]
 
     def accept(self, authorization: str | None) -> bool:
-        """Whether an Authorization header holds one of the keys; takes as long for any other key of the same length."""
-        scheme, _, given = (authorization or "").partition(" ")
-        found = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
-        return scheme.lower() == SCHEME and any(found)
+        """Whether an Authorization header holds one of the keys: Bearer KEY, or Basic with the key as the password.
+
+        Takes as long for any other key of the same length.
+        """
+        given = _given_key(authorization or "")
+        return sum(hmac.compare_digest(given, key) for key in self._keys) > 0
+
+
+def _given_key(authorization: str) -> bytes:
+    """The key in an Authorization header; b"" if there is none."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip().encode()
+    if scheme.lower() == "basic":
+        with contextlib.suppress(binascii.Error):
+            return base64.b64decode(value.strip().encode(), validate=True).partition(b":")[2]
+    return b""
 
 
 def read_api_keys(path: str | Path) -> ApiKeys:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from common.errors import InputError
 from serving import installed_packages
 from serving.adapter import PipelineService, error_response
-from serving.api_keys import NO_KEY
+from serving.api_keys import CHALLENGES, NO_KEY
 from serving.http_messages import (
     JSON_TYPE,
     STATUSES,
@@ -127,8 +127,7 @@ class _Handler(RequestHandler):
         if self._route is None or respond is None:
             return self._refuse_path_or_method()
         if not self._has_key:
-            self.set_header("WWW-Authenticate", "Bearer")
-            return self._refuse(HTTPStatus.UNAUTHORIZED, NO_KEY)
+            return self._refuse_key()
         if not self._route.waits:
             return self._send(respond(HttpRequest(self._query, body)))
         if self not in self._gateway.taken:
@@ -170,6 +169,11 @@ class _Handler(RequestHandler):
         self._service.metrics.answered("http", error.number, 0.0)
         errors = self._route.errors if self._route else serving_error
         self._send(HttpAnswer(errors(status, error), status))
+
+    def _refuse_key(self) -> None:
+        for challenge in CHALLENGES:
+            self.add_header("WWW-Authenticate", challenge)
+        self._refuse(HTTPStatus.UNAUTHORIZED, NO_KEY)
 
     def _refuse_path_or_method(self) -> None:
         if self._route:

@@ -62,7 +62,7 @@ def error_json(status: HTTPStatus, error: RequestError) -> bytes:
 def split_target(target: str) -> tuple[str, str]:
     """Path and query of a request's target, without a slash at the path's end and, as to a proxy, scheme and host."""
     path, _, query = re.sub(r"^https?://[^/?]*", "", target, flags=re.IGNORECASE).partition("?")
-    return path.rstrip("/"), query
+    return path.rstrip("/") or "/", query
 
 
 def is_gzip(headers: Mapping[str, str]) -> bool:

@@ -24,6 +24,7 @@ from serving.http_messages import (
 from serving.limits import BAD_REQUEST, INTERNAL_ERROR, NO_SUCH_SERVICE, RequestError
 from serving.openai_routes import OpenAIRoutes
 from serving.openapi import describe
+from serving.page import read_page
 
 with installed_packages():
     from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
@@ -61,11 +62,13 @@ class Routes:
 
     def __init__(self, service: PipelineService) -> None:
         self._service = service
+        self._page_answer = read_page()
 
     def by_path(self) -> dict[str, Route]:
         """Path -> what it answers."""
         openai = OpenAIRoutes(self._service)
         return {
+            "/": Route({"GET": self._page}, waits=False),
             PREDICTION_PATH: Route({"POST": self._predict}, errors=serving_error),
             "/search": Route({"GET": self._search_query, "POST": self._search}),
             "/reload": Route({"POST": self._reload}),
@@ -75,6 +78,9 @@ class Routes:
             "/health": Route({"GET": self._health}, waits=False, needs_key=False, errors=serving_error),
             "/metrics": Route({"GET": self._metrics}, waits=False, errors=serving_error),
         }
+
+    def _page(self, _: HttpRequest) -> HttpAnswer:
+        return self._page_answer
 
     def _predict(self, request: HttpRequest) -> HttpAnswer:
         return HttpAnswer(response_json(self._service.predict(parse_prediction(request.body))))

@@ -21,7 +21,7 @@ def _object(required: Mapping[str, Schema], optional: Mapping[str, Schema] | Non
     return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
 
 
-INDEX = _object({"version": STRING, "documents": COUNT}, {"problem": STRING})
+INDEX = _object({"version": STRING, "documents": COUNT, "model": STRING}, {"problem": STRING})
 HIT = _object({"id": COUNT, "score": {"type": "number"}, "document": STRING})
 ERROR_DETAIL = _object(
     {
@@ -90,6 +90,7 @@ def describe(limits: Limits, has_keys: bool, model: str) -> Schema:
     health = _object({"status": STRING}, {"index": _ref("Index")})
     prediction = "vectors, in Paddle Serving's form"
     paths: dict[str, dict[str, Schema]] = {
+        "/": {"get": _operation("a page to try the search on", STRING, media="text/html")},
         "/search": {
             "get": _operation("the documents most similar to a query, best first", found, parameters=parameters),
             "post": _operation("the same for several queries", found, _object({"query": texts}, {"top_k": top_k})),

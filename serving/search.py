@@ -17,6 +17,7 @@ from retrieval.saved_index import DocumentIndex, index_version, load_index
 from serving.limits import INTERNAL_ERROR, RequestError, service_log
 from serving.metrics import Metrics
 
+MODEL_LENGTH = 12  # hexadecimal digits
 LOADING_ATTEMPTS = 3  # of an index whose folder is replaced while it is read
 NOT_IN_USE = "the index in the folder can't be used, so the one before stays in service: the service's log says why"
 
@@ -26,6 +27,7 @@ class IndexState(NamedTuple):
 
     version: str
     documents: int  # how many
+    model: str  # the first digits of the encoder's fingerprint
 
 
 class LoadedIndex(NamedTuple):
@@ -37,7 +39,7 @@ class LoadedIndex(NamedTuple):
     @property
     def state(self) -> IndexState:
         """Its version and size."""
-        return IndexState(self.version, len(self.saved.documents))
+        return IndexState(self.version, self.saved.index.live_count, self.saved.model[:MODEL_LENGTH])
 
 
 class Hits(NamedTuple):

@@ -22,12 +22,18 @@ def copy(tmp_path: Path) -> Path:
     python = tmp_path / ".venv/bin/python"
     python.write_text(SAY + '[ "$2" != pytest ] || echo "fast: ${SEMANTIC_INDEX_FAST_TESTS:-}"\n')
     shutil.copy(ROOT / "scripts" / "test.sh", tmp_path / "scripts")
+    (tmp_path / "bin").mkdir()
+    for program in ("sh", "dirname", "basename", "find"):
+        (tmp_path / "bin" / program).symlink_to(shutil.which(program))
+    shutil.copy(tmp_path / "scripts" / "setup.sh", tmp_path / "bin" / "chromedriver")
     return tmp_path
 
 
 def run(copy: Path, *arguments: str) -> Completed:
+    """With no other programs than those in the copy's bin."""
     command = ["sh", copy / "scripts" / "test.sh", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {"PATH": str(copy / "bin")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -47,11 +53,23 @@ def test_all_tests(copy: Path) -> None:
     ]
 
 
-def test_without_the_packages_of_the_cpp_server(copy: Path) -> None:
-    (copy / "deploy/C++/build.sh").write_text("exit 2")
+@pytest.mark.parametrize("has_chromium", [False, True])
+@pytest.mark.parametrize("has_packages", [False, True])
+def test_without_debian_s_packages(copy: Path, has_packages: bool, has_chromium: bool) -> None:
+    """A line for each part that is left out."""
+    expected, marks = [], []
+    if not has_packages:
+        (copy / "deploy/C++/build.sh").write_text("exit 2")
+        expected.append("test: left out: the tests of the C++ server; install these packages to run them")
+        marks.append("not cpp")
+    if not has_chromium:
+        (copy / "bin" / "chromedriver").unlink()
+        expected.append("test: left out: the tests of the search page; they need Chromium")
+        marks.append("not browser")
     done = run(copy)
-    assert done.stderr == "test: left out: the tests of the C++ server; install these packages to run them\n"
-    assert "python -m pytest -m not cpp" in done.stdout
+    assert done.stderr.splitlines() == expected
+    call = "python -m pytest" + (f" -m {' and '.join(marks)}" if marks else "")
+    assert call in [line.rstrip() for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("arguments", [("--fast", "-k", "recall"), ("-k", "recall", "--fast")])
