@@ -35,9 +35,9 @@ class _IndexCollector:
 
     def collect(self) -> Iterator[Metric]:
         """For Prometheus' registry."""
-        version, documents = self._index.state
-        yield InfoMetricFamily("semantic_index_index", "The index in service", {"version": version})
-        yield GaugeMetricFamily("semantic_index_index_documents", "Documents of the index", documents)
+        state = self._index.state
+        yield InfoMetricFamily("semantic_index_index", "The index in service", {"version": state.version})
+        yield GaugeMetricFamily("semantic_index_index_documents", "Documents of the index", state.documents)
 
 
 class Metrics:

@@ -24,10 +24,17 @@ CHECKS = [  # positive_data_acceptance is left out: a schema can't say which cha
     checks.allow_header_conformance,
     checks.ignored_auth,
 ]
+SETTINGS = hypothesis.settings(  # the same requests in each run, however slow the machine is
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 PATHS = {  # path -> whether its requests are as described; nothing in a request to /health can be wrong
     **dict.fromkeys(["/search", "/reload", "/v1/embeddings", "/v1/models", "/ernie/prediction"], (POSITIVE, NEGATIVE)),
-    **dict.fromkeys(["/metrics", "/openapi.json"], (POSITIVE, NEGATIVE)),
+    **dict.fromkeys(["/", "/metrics", "/openapi.json"], (POSITIVE, NEGATIVE)),
     "/health": (POSITIVE,),
 }
 
@@ -53,7 +60,7 @@ def test_it_answers_as_it_says(
     """Requests that fit the description, and others."""
     for operation in description[path].values():
 
-        @hypothesis.settings(max_examples=30, deadline=None, derandomize=True, database=None)
+        @SETTINGS
         @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
         def answers(case: schemathesis.Case) -> None:
             case.call_and_validate(headers=AUTHORIZATION, checks=CHECKS)

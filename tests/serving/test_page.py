@@ -81,7 +81,7 @@ def texts(window: webdriver.Chrome, selector: str) -> list[str]:
 
 
 def wait(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)

@@ -46,7 +46,7 @@ def test_hits_are_those_of_an_index(folder: Path, ann: str) -> None:
         ids, scores = saved_index.load_index(folder).index.search(queries[rows], top_k)
         np.testing.assert_array_equal(hits.ids, ids)
         np.testing.assert_allclose(hits.scores, scores, atol=1e-6)
-        assert hits.state == index.state == (index.state.version, 50)
+        assert hits.state == index.state == (index.state.version, 50, MODEL[:12])
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(37)))
@@ -107,7 +107,7 @@ def test_a_new_index_is_taken_into_service(
     index.reload()
     after = index.search(text_vectors(["另3"]), 2)
     assert found(before)[0][0] == "文3" and found(after)[0][0] == "另3"
-    assert before.state == (version, 50) and after.state == index.state
+    assert before.state == (version, 50, MODEL[:12]) and after.state == index.state
     assert index.state.documents == 20 and index.state.version != version
     gc.collect()
     assert old() is None
@@ -192,7 +192,7 @@ def test_an_index_that_is_replaced_while_it_is_read_is_read_again(
     monkeypatch.setattr(search, "load_index", load_index)
     index = SearchIndex(folder, MODEL, "fp32")
     assert len(loads) == 2
-    assert index.state == (saved_index.index_version(folder), 20)
+    assert index.state == (saved_index.index_version(folder), 20, MODEL[:12])
 
 
 def test_every_answer_is_of_the_version_that_it_names(folder: Path, index: SearchIndex) -> None:
