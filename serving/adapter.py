@@ -169,13 +169,16 @@ class PipelineService:
         with self.admission.admitted(len(texts)):
             return self._embed(texts, role)
 
-    def search(self, queries: Sequence[str], top_k: int, param: str | None = None) -> Hits:
-        """The documents most similar to each query. Raises RequestError, also without an index. param: see `embed`."""
+    def search(self, queries: Sequence[str], top_k: int, mode: str | None = None, param: str | None = None) -> Hits:
+        """The best documents of each query. Raises RequestError, also without an index.
+
+        mode: see `SearchIndex.search`; param: see `embed`.
+        """
         if self._searches is None:
             raise RequestError(NO_SUCH_SERVICE, NO_INDEX)
         check_texts(queries, self.limits, param)
         with self.admission.admitted(len(queries)):
-            return self._searches.search(self._embed(queries, QUERY), top_k)
+            return self._searches.search(self._embed(queries, QUERY), top_k, queries, mode)
 
     def count_tokens(self, texts: Sequence[str], role: str | None) -> int:
         """The tokens that the encoder sees of texts, with [CLS], [SEP] and the prefix of the role."""

@@ -1,11 +1,12 @@
 """What each path of the HTTP port answers."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from common.errors import InputError
+from retrieval.hybrid_search import MODES, SearchHits, way_of
 from serving import installed_packages
 from serving.adapter import NO_INDEX, SERVICE, PipelineService, Request, Response, error_response
 from serving.http_messages import (
@@ -18,6 +19,7 @@ from serving.http_messages import (
     json_answer,
     parse_json,
     parse_query,
+    take_choice,
     take_integer,
     take_texts,
 )
@@ -87,12 +89,12 @@ class Routes:
 
     def _search(self, request: HttpRequest) -> HttpAnswer:
         content = parse_json(request.body, SEARCH_EXAMPLE)
-        check_names(content, ("query", "top_k"))
+        check_names(content, ("query", "top_k", "mode"))
         return self._found(take_texts(content, "query"), content, "query")
 
     def _search_query(self, request: HttpRequest) -> HttpAnswer:
         parameters: dict[str, Any] = parse_query(request.query)
-        check_names(parameters, ("q", "top_k"))
+        check_names(parameters, ("q", "top_k", "mode"))
         top_k = parameters.get("top_k", "")
         if top_k.isascii() and top_k.isdecimal() and len(top_k) < 10:
             parameters["top_k"] = int(top_k)
@@ -100,17 +102,9 @@ class Routes:
 
     def _found(self, queries: Sequence[str], content: Mapping[str, Any], param: str) -> HttpAnswer:
         top_k = take_integer(content, "top_k", DEFAULT_TOP_K, self._service.limits.top_k)
-        found = self._service.search(queries, top_k, param)
-        results = [
-            {
-                "hits": [
-                    {"id": row, "score": round(score, SCORE_DIGITS), "document": found.documents[row]}
-                    for row, score in zip(ids, scores, strict=True)
-                ]
-            }
-            for ids, scores in zip(found.ids.tolist(), found.scores.tolist(), strict=True)
-        ]
-        return json_answer({"index": found.state._asdict(), "results": results})
+        hits = self._service.search(queries, top_k, take_choice(content, "mode", MODES, None), param)
+        results = [{"hits": list(_hits(hits.found, hits.documents, row))} for row in range(len(queries))]
+        return json_answer({"index": hits.state._asdict(), "mode": hits.mode, "results": results})
 
     def _reload(self, _: HttpRequest) -> HttpAnswer:
         index = self._service.index
@@ -138,6 +132,14 @@ class Routes:
 
     def _metrics(self, _: HttpRequest) -> HttpAnswer:
         return HttpAnswer(self._service.metrics.text(), content_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+def _hits(found: SearchHits, documents: Sequence[str], query: int) -> Iterator[dict[str, Any]]:
+    """How an answer tells of the hits of a query."""
+    for each, score, vector_rank, lexical_rank in zip(*(values[query].tolist() for values in found), strict=True):
+        if each >= 0:
+            way = way_of(vector_rank, lexical_rank)
+            yield {"id": each, "score": round(score, SCORE_DIGITS), "document": documents[each], "found_by": way}
 
 
 def parse_prediction(body: bytes) -> Request:

@@ -5,6 +5,7 @@ from typing import Any
 
 from common import __version__
 from common.texts import ROLES
+from retrieval.hybrid_search import MODES
 from serving.limits import Limits
 
 Schema = dict[str, Any]
@@ -22,7 +23,7 @@ def _object(required: Mapping[str, Schema], optional: Mapping[str, Schema] | Non
 
 
 INDEX = _object({"version": STRING, "documents": COUNT, "model": STRING}, {"problem": STRING})
-HIT = _object({"id": COUNT, "score": {"type": "number"}, "document": STRING})
+HIT = _object({"id": COUNT, "score": {"type": "number"}, "document": STRING, "found_by": {"enum": list(MODES)}})
 ERROR_DETAIL = _object(
     {
         "message": STRING,
@@ -82,10 +83,13 @@ def describe(limits: Limits, has_keys: bool, model: str) -> Schema:
     text = {"type": "string", "minLength": 1, "maxLength": limits.characters}
     texts = {"anyOf": [text, _list(text, minItems=1, maxItems=limits.texts)]}
     top_k = {"type": "integer", "minimum": 1, "maximum": limits.top_k, "default": 10}
-    found = _object({"index": _ref("Index"), "results": _list(_object({"hits": _list(_ref("Hit"))}))})
+    mode: Schema = {"enum": list(MODES), "description": "default: hybrid if the index has words, else vector"}
+    results = _list(_object({"hits": _list(_ref("Hit"))}))
+    found = _object({"index": _ref("Index"), "mode": {"enum": list(MODES)}, "results": results})
     parameters = [
         {"name": "q", "in": "query", "required": True, "schema": text},
         {"name": "top_k", "in": "query", "schema": top_k},
+        {"name": "mode", "in": "query", "schema": mode},
     ]
     health = _object({"status": STRING}, {"index": _ref("Index")})
     prediction = "vectors, in Paddle Serving's form"
@@ -93,7 +97,9 @@ def describe(limits: Limits, has_keys: bool, model: str) -> Schema:
         "/": {"get": _operation("a page to try the search on", STRING, media="text/html")},
         "/search": {
             "get": _operation("the documents most similar to a query, best first", found, parameters=parameters),
-            "post": _operation("the same for several queries", found, _object({"query": texts}, {"top_k": top_k})),
+            "post": _operation(
+                "the same for several queries", found, _object({"query": texts}, {"top_k": top_k, "mode": mode})
+            ),
         },
         "/reload": {
             "post": _operation("takes the index that is now in the folder into service", _object({"index": INDEX}))

@@ -13,12 +13,14 @@ import numpy as np
 
 from common.cpu import release_freed_memory
 from common.errors import InputError
+from retrieval.hybrid_search import HYBRID, VECTOR, SearchHits, search
 from retrieval.saved_index import DocumentIndex, index_version, load_index
-from serving.limits import INTERNAL_ERROR, RequestError, service_log
+from serving.limits import BAD_REQUEST, INTERNAL_ERROR, RequestError, service_log
 from serving.metrics import Metrics
 
 MODEL_LENGTH = 12  # hexadecimal digits
 LOADING_ATTEMPTS = 3  # of an index whose folder is replaced while it is read
+NO_WORDS = "the index has no words: leave mode out, or build the index with recall.py --lexical bm25"
 NOT_IN_USE = "the index in the folder can't be used, so the one before stays in service: the service's log says why"
 
 
@@ -43,12 +45,12 @@ class LoadedIndex(NamedTuple):
 
 
 class Hits(NamedTuple):
-    """What a search found in one version of the index: a row per query, best first."""
+    """What a search found in one version of the index."""
 
     state: IndexState
+    mode: str  # one of `retrieval.hybrid_search.MODES`
     documents: Sequence[str]  # all of the index
-    ids: np.ndarray  # int64 [Q, min(top_k, N)], rows of the documents
-    scores: np.ndarray  # float32 of the same shape, cosines
+    found: SearchHits
 
 
 class SearchIndex:
@@ -72,12 +74,21 @@ class SearchIndex:
         """The version in service."""
         return self._loaded.state
 
-    def search(self, queries: np.ndarray, top_k: int) -> Hits:
-        """The most similar documents of each query, float32 [Q, D]. Raises InputError for vectors of another shape."""
+    def search(self, vectors: np.ndarray, top_k: int, texts: Sequence[str] = (), mode: str | None = VECTOR) -> Hits:
+        """The best documents of each query.
+
+        vectors: of the queries, float32 [Q, D]; texts: the same queries, for modes that search words; mode: one of
+        MODES, or None for hybrid if the index has words, else vector. Raises InputError for vectors of another shape,
+        and RequestError for a mode that needs words if the index has none.
+        """
         with self._searching:
             loaded = self._loaded
-            ids, scores = loaded.saved.index.search(queries, top_k)
-            return Hits(loaded.state, loaded.saved.documents, ids, scores)
+            has_words = loaded.saved.lexical is not None
+            chosen = mode or (HYBRID if has_words else VECTOR)
+            if chosen != VECTOR and not has_words:
+                raise RequestError(BAD_REQUEST, NO_WORDS, "mode")
+            found = search(loaded.saved, texts, vectors, top_k, chosen)
+            return Hits(loaded.state, chosen, loaded.saved.documents, found)
 
     def reload(self) -> None:
         """Takes the index that is now in the folder into service; does nothing if it is the same.
@@ -127,8 +138,10 @@ class SearchIndex:
 class _Job(NamedTuple):
     """The queries of a request, and their future hits."""
 
-    queries: np.ndarray
+    texts: Sequence[str]
+    vectors: np.ndarray
     top_k: int
+    mode: str | None
     hits: "Future[Hits]"
 
 
@@ -141,9 +154,9 @@ class SearchBatcher:
         self._thread = threading.Thread(target=self._run, name="search", daemon=True)
         self._thread.start()
 
-    def search(self, queries: np.ndarray, top_k: int) -> Hits:
-        """The most similar documents of each query, float32 [Q, D]. Raises RequestError if the search fails."""
-        job = _Job(queries, top_k, Future())
+    def search(self, vectors: np.ndarray, top_k: int, texts: Sequence[str] = (), mode: str | None = VECTOR) -> Hits:
+        """`SearchIndex.search`. Raises RequestError if the search fails."""
+        job = _Job(texts, vectors, top_k, mode, Future())
         self._jobs.put(job)
         return job.hits.result()
 
@@ -160,21 +173,25 @@ class SearchBatcher:
                     jobs.append(more)
                 self._jobs.put(None)  # from `stop`; put back, it ends this thread in the next round
             # Not all together: HNSW finds more with a larger top_k, and hits mustn't depend on other requests.
-            for top_k in dict.fromkeys(job.top_k for job in jobs):
-                self._search([job for job in jobs if job.top_k == top_k], top_k)
+            for how in dict.fromkeys((job.top_k, job.mode) for job in jobs):
+                self._search([job for job in jobs if (job.top_k, job.mode) == how], *how)
 
-    def _search(self, jobs: Sequence[_Job], top_k: int) -> None:
-        """Searches for the queries of jobs with the same top_k."""
-        queries = np.concatenate([job.queries for job in jobs])
+    def _search(self, jobs: Sequence[_Job], top_k: int, mode: str | None) -> None:
+        """Searches for the queries of jobs with the same top_k and mode."""
+        vectors, texts = np.concatenate([job.vectors for job in jobs]), [text for job in jobs for text in job.texts]
         start = time.monotonic()
         try:
-            found = self.index.search(queries, top_k)
+            hits = self.index.search(vectors, top_k, texts, mode)
+        except RequestError as error:
+            for job in jobs:
+                job.hits.set_exception(error)
+            return
         except Exception as error:  # it would end the thread
             service_log(f"error: {type(error).__name__} in searching the index")
             for job in jobs:
                 job.hits.set_exception(RequestError(INTERNAL_ERROR, "the search failed: try again"))
             return
-        self._metrics.searched(len(queries), found.ids.size, time.monotonic() - start)
-        ends = np.cumsum([len(job.queries) for job in jobs])[:-1]
-        for job, ids, scores in zip(jobs, np.split(found.ids, ends), np.split(found.scores, ends), strict=True):
-            job.hits.set_result(found._replace(ids=ids, scores=scores))
+        self._metrics.searched(len(vectors), int((hits.found.ids >= 0).sum()), time.monotonic() - start)
+        ends = np.cumsum([len(job.vectors) for job in jobs])[:-1]
+        for job, parts in zip(jobs, zip(*(np.split(part, ends) for part in hits.found), strict=True), strict=True):
+            job.hits.set_result(hits._replace(found=SearchHits(*parts)))

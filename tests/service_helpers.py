@@ -20,6 +20,8 @@ from benchmarks.service_clients import HOST, Service, urlopen
 from common.texts import QUERY
 from helpers import small_tokenizer, write_pairs
 from retrieval.corpus import Corpus
+from retrieval.documents import Documents
+from retrieval.lexical_index import LexicalIndex
 from retrieval.saved_index import DocumentIndex, save_index
 from serving.adapter import PipelineService, Request, Response, ServiceOptions
 from serving.api_keys import ApiKeys
@@ -72,12 +74,15 @@ class VectorEncoder(FakeEncoder):
         return text_vectors(texts)
 
 
-def write_index(folder: Path, documents: Sequence[str], ann: str = "exact", model: str = MODEL) -> None:
+def write_index(
+    folder: Path, documents: Sequence[str], ann: str = "exact", model: str = MODEL, has_words: bool = False
+) -> None:
     """Saves an index of the documents' `text_vectors`, in the place of the one that may be in the folder."""
     with tempfile.TemporaryDirectory() as temporary:
         corpus = Corpus(write_pairs(Path(temporary, "corpus.csv"), [(document,) for document in documents]))
         index = build_index(IndexOptions(ann), text_vectors(documents))
-        save_index(folder, DocumentIndex(index, corpus, model, corpus.sha256))
+        lexical = LexicalIndex.build(documents, len(documents)) if has_words else None
+        save_index(folder, DocumentIndex(index, Documents(corpus), model, corpus.sha256, lexical=lexical))
 
 
 @contextlib.contextmanager

@@ -4,17 +4,31 @@ import base64
 import http.client
 import json
 import socket
+from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import numpy as np
 import pytest
 
 from benchmarks.service_clients import HOST, read_metrics
 from common.texts import DOCUMENT, QUERY
-from service_helpers import DOCUMENTS, LIMITS, SECRET, as_json, at, get, post, text_vectors, write_index
+from service_helpers import (
+    DOCUMENTS,
+    LIMITS,
+    MODEL,
+    SECRET,
+    as_json,
+    at,
+    get,
+    post,
+    running_search_gateway,
+    text_vectors,
+    write_index,
+)
 from serving.http_gateway import HttpGateway
 from serving.http_routes import PREDICTION_PATH
+from serving.search import SearchIndex
 
 SEARCH, EMBEDDINGS = "/search", "/v1/embeddings"
 KEYS = ("first-key", "second-key")
@@ -26,7 +40,10 @@ def expected_hits(query: str, top_k: int) -> list[dict[str, Any]]:
     """By a slow and obvious search."""
     scores = text_vectors(DOCUMENTS) @ text_vectors(["问:" + query])[0]
     rows = np.argsort(-scores)[:top_k]
-    return [{"id": row, "score": pytest.approx(scores[row], abs=2e-6), "document": DOCUMENTS[row]} for row in rows]
+    return [
+        {"id": row, "score": pytest.approx(scores[row], abs=2e-6), "document": DOCUMENTS[row], "found_by": "vector"}
+        for row in rows
+    ]
 
 
 def send(gateway: HttpGateway, method: str, path: str, **headers: str) -> http.client.HTTPResponse:
@@ -61,6 +78,19 @@ def test_search_finds_the_most_similar_documents(
     assert status == 200
     assert content["index"] == index.state._asdict()
     assert content["results"] == [{"hits": expected_hits(query, top_k)} for query in queries]
+
+
+@pytest.mark.parametrize(("mode", "way"), [("lexical", "lexical"), ("hybrid", "hybrid"), (None, "hybrid")])
+def test_hits_say_which_way_found_them(tmp_path: Path, mode: str | None, way: str) -> None:
+    """A document that is the query is found by both ways; the address takes a mode, too."""
+    write_index(tmp_path / "index", DOCUMENTS, has_words=True)
+    with running_search_gateway(SearchIndex(tmp_path / "index", MODEL, "fp32")) as gateway:
+        fields = {"mode": mode} if mode else {}
+        status, content = post(at(gateway), as_json(query=DOCUMENTS[3], top_k=3, **fields), SEARCH)
+        assert (status, content["mode"]) == (200, mode or "hybrid")
+        assert (DOCUMENTS[3], way) in [(hit["document"], hit["found_by"]) for hit in content["results"][0]["hits"]]
+        parameters = urlencode({"q": DOCUMENTS[3], "top_k": 3, **fields})
+        assert json.loads(get(at(gateway), f"{SEARCH}?{parameters}")[1]) == content
 
 
 @pytest.mark.parametrize("query", ["文7", "a b+c&d=e", "水稻 100%"])

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from common.errors import InputError
-from retrieval import saved_index
+from retrieval import hybrid_search, saved_index
+from retrieval.hybrid_search import MODES
+from retrieval.saved_index import load_index
 from service_helpers import DOCUMENTS, MODEL, text_vectors, until, write_index
 from serving import search
-from serving.limits import Admission, RequestError
+from serving.limits import BAD_REQUEST, Admission, RequestError
 from serving.metrics import Metrics
 from serving.search import Hits, SearchBatcher, SearchIndex
 
@@ -29,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 def found(hits: Hits) -> list[list[str]]:
     """The documents of each query."""
-    return [[hits.documents[row] for row in rows] for rows in hits.ids]
+    return [[hits.documents[row] for row in rows] for rows in hits.found.ids]
 
 
 @pytest.mark.parametrize("ann", ["exact", "hnswlib"])
@@ -44,12 +46,44 @@ def test_hits_are_those_of_an_index(folder: Path, ann: str) -> None:
         rows, top_k = slice(number, number + 1 + number % 3), 1 + number % 4
         hits = batcher.search(queries[rows], top_k)
         ids, scores = saved_index.load_index(folder).index.search(queries[rows], top_k)
-        np.testing.assert_array_equal(hits.ids, ids)
-        np.testing.assert_allclose(hits.scores, scores, atol=1e-6)
+        np.testing.assert_array_equal(hits.found.ids, ids)
+        np.testing.assert_allclose(hits.found.scores, scores, atol=1e-6)
         assert hits.state == index.state == (index.state.version, 50, MODEL[:12])
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(37)))
+    batcher.stop()
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_the_modes_are_those_of_recall(folder: Path, mode: str | None) -> None:
+    """The default is both ways if the index has words; queries of several modes may wait together."""
+    write_index(folder, DOCUMENTS, has_words=True)
+    index = SearchIndex(folder, MODEL, "fp32")
+    batcher = SearchBatcher(index, Metrics(Admission(100), index))
+    texts = [DOCUMENTS[3], DOCUMENTS[7] + DOCUMENTS[8], "没有"]
+    expected = hybrid_search.search(load_index(folder), texts, text_vectors(texts), 4, mode or "hybrid")
+
+    def work(other: str | None) -> Hits:
+        return batcher.search(text_vectors(texts), 4, texts, other)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(work, [mode, "vector", mode, "lexical", mode]))
+    for hits in answers[::2]:
+        assert hits.mode == (mode or "hybrid")
+        for ours, theirs in zip(hits.found, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert (answers[1].mode, answers[3].mode) == ("vector", "lexical")
+    batcher.stop()
+
+
+@pytest.mark.parametrize("mode", ["lexical", "hybrid"])
+def test_a_mode_that_needs_words_is_refused_without_them(index: SearchIndex, mode: str) -> None:
+    batcher = SearchBatcher(index, Metrics(Admission(100), index))
+    with pytest.raises(RequestError, match="the index has no words: leave mode out") as refused:
+        batcher.search(text_vectors(["文3"]), 2, ["文3"], mode)
+    assert (refused.value.number, refused.value.param) == (BAD_REQUEST, "mode")
+    assert batcher.search(text_vectors(["文3"]), 2, ["文3"], None).mode == "vector"
     batcher.stop()
 
 
@@ -58,10 +92,10 @@ def test_waiting_queries_are_searched_together(index: SearchIndex, monkeypatch: 
     calls, go = [], threading.Event()
     original = index.search
 
-    def slow(queries: np.ndarray, top_k: int) -> Hits:
+    def slow(queries: np.ndarray, top_k: int, *how: object) -> Hits:
         calls.append((len(queries), top_k))
         assert go.wait(30)
-        return original(queries, top_k)
+        return original(queries, top_k, *how)
 
     monkeypatch.setattr(index, "search", slow)
     metrics = Metrics(Admission(100), index)
