@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             name = f"[{host}]" if ":" in host else host
             if index is not None:
-                service_log(f"search: http://{name}:{gateway.server_port}/search, {index}")
+                service_log(f"search: http://{name}:{gateway.server_port}/, {index}")
             service_log(
                 f"ready: gRPC on {name}:{rpc_port}, HTTP on http://{name}:{gateway.server_port}{PREDICTION_PATH}"
             )
