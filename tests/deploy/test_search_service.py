@@ -52,7 +52,7 @@ def service(exported: Path, index_dir: Path) -> Iterator[Service]:
         yield service
     assert service.process.returncode == 0
     log = "".join(service.log)
-    assert f"/search, {len(TITLES)} documents, version {index_version(index_dir)}" in service.log[0]
+    assert f"/, {len(TITLES)} documents, version {index_version(index_dir)}" in service.log[0]
     assert "Traceback" not in log and "水稻" not in log
 
 
@@ -79,7 +79,8 @@ def test_hits_are_those_of_recall_py(
     service: Service, index_dir: Path, expected: dict[str, list[tuple[str, float]]]
 ) -> None:
     """One query, all queries in one request, and in the query string."""
-    index = {"version": index_version(index_dir), "documents": len(TITLES)}
+    model = load_index(index_dir).model[:12]
+    index = {"version": index_version(index_dir), "documents": len(TITLES), "model": model}
     status, content = post(service, as_json(query=QUERIES, top_k=5), "/search")
     assert (status, content["index"], len(content["results"])) == (200, index, len(QUERIES))
     for query, result in zip(QUERIES, content["results"], strict=True):
