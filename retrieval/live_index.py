@@ -59,6 +59,7 @@ class LiveIndex:
         self._lowercase = lowercase
         self._changing = threading.Lock()  # held by the thread that changes the index or its folder
         self._threads = ReadWriteLock()  # searches read
+        self.changes = 0  # parts of changes that searches have seen; stays the same within a block of `reading`
         self._refusal: str | None = None  # why the index takes no changes
         with contextlib.ExitStack() as resources:
             self._lock = resources.enter_context(locked_index(folder))
@@ -129,6 +130,15 @@ class LiveIndex:
                 self._make(Change([], np.empty((0, index.dim), np.float32), found))
         return len(found)
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the folder still holds this index, and not another one that was moved there."""
+        try:
+            self._journal.check_in_place()
+        except InputError:
+            return False
+        return True
+
     def _make(self, change: Change) -> None:
         """Writes a change to the journal, then to the index in memory."""
         self._check_usable()
@@ -142,6 +152,7 @@ class LiveIndex:
             with self._threads.writing():
                 first_id = len(self._document_index.documents)
                 apply_change(self._document_index, part)
+                self.changes += 1
                 for row, document in enumerate(part.documents, first_id):
                     self._finder.add(row, document)
         self._refusal = None

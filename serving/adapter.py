@@ -29,7 +29,7 @@ from urllib.request import proxy_bypass
 import numpy as np
 
 from common.errors import InputError
-from common.texts import QUERY
+from common.texts import DOCUMENT, QUERY
 from data import TextTokenizer
 from encoding.token_statistics import count_unseen
 from serving import installed_packages
@@ -37,6 +37,7 @@ from serving.api_keys import NO_KEY, ApiKeys
 from serving.encoder_process import EncoderProcess
 from serving.limits import (
     BAD_REQUEST,
+    FORBIDDEN,
     INTERNAL_ERROR,
     NO_SUCH_SERVICE,
     OK,
@@ -66,9 +67,10 @@ with installed_packages():
     from paddle_serving_server.pipeline.proto.pipeline_service_pb2 import Request, Response
     from paddle_serving_server.pipeline.proto.pipeline_service_pb2_grpc import PipelineServiceStub
 
+    from retrieval.live_index import Added
     from serving.batching import Batcher
     from serving.metrics import Metrics
-    from serving.search import Hits, SearchBatcher, SearchIndex
+    from serving.search import READ_ONLY, Hits, IndexState, SearchBatcher, SearchIndex
 
 Answer = TypeVar("Answer")
 SERVICE = "ernie"  # name of the service, the original's
@@ -180,6 +182,30 @@ class PipelineService:
         with self.admission.admitted(len(queries)):
             return self._searches.search(self._embed(queries, QUERY), top_k, queries, mode)
 
+    def add(self, documents: Sequence[str]) -> tuple[IndexState, Added]:
+        """Adds documents to the index, see `SearchIndex.add`. Raises RequestError, also without an index."""
+        index = self._writable_index()
+        check_texts(documents, self.limits, "documents")
+        with self.admission.admitted(len(documents)):
+            return index.add(documents, self._embed(documents, DOCUMENT))
+
+    def delete(self, ids: Sequence[int], documents: Sequence[str]) -> tuple[IndexState, int]:
+        """Deletes documents from the index, see `SearchIndex.delete`. Raises RequestError, also without an index."""
+        index = self._writable_index()
+        if documents or not ids:
+            check_texts(documents, self.limits, "documents")
+        if len(ids) > self.limits.texts:
+            raise RequestError(BAD_REQUEST, f"{len(ids)} ids: send at most {self.limits.texts} in a request", "ids")
+        with self.admission.admitted(1):
+            return index.delete(ids, documents)
+
+    def _writable_index(self) -> SearchIndex:
+        if self.index is None:
+            raise RequestError(NO_SUCH_SERVICE, NO_INDEX)
+        if not self.index.writable:  # before the documents are encoded
+            raise RequestError(FORBIDDEN, READ_ONLY)
+        return self.index
+
     def count_tokens(self, texts: Sequence[str], role: str | None) -> int:
         """The tokens that the encoder sees of texts, with [CLS], [SEP] and the prefix of the role."""
         if self._tokenizer is None:
@@ -238,6 +264,8 @@ class PipelineService:
             self._batcher.stop()
             if self._searches:
                 self._searches.stop()
+        if self.index:
+            self.index.close()
         for encoder in self._encoders:
             encoder.close()
         return finished

@@ -9,11 +9,21 @@ from http import HTTPStatus
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote
 
-from serving.limits import BAD_REQUEST, INTERNAL_ERROR, NO_SUCH_SERVICE, OK, OVERLOADED, STOPPING, RequestError
+from serving.limits import (
+    BAD_REQUEST,
+    FORBIDDEN,
+    INTERNAL_ERROR,
+    NO_SUCH_SERVICE,
+    OK,
+    OVERLOADED,
+    STOPPING,
+    RequestError,
+)
 
 STATUSES = {
     OK: HTTPStatus.OK,
     BAD_REQUEST: HTTPStatus.BAD_REQUEST,
+    FORBIDDEN: HTTPStatus.FORBIDDEN,
     NO_SUCH_SERVICE: HTTPStatus.NOT_FOUND,
     OVERLOADED: HTTPStatus.SERVICE_UNAVAILABLE,
     STOPPING: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -157,6 +167,14 @@ def take_integer(content: Mapping[str, Any], name: str, default: Default, most: 
     if isinstance(value, bool) or not is_whole or not 1 <= value <= most:
         raise RequestError(BAD_REQUEST, f"{name} must be a whole number from 1 to {most}", name)
     return int(value)
+
+
+def take_ids(content: Mapping[str, Any], name: str) -> list[int]:
+    """The ids in a field that is a list of whole numbers, or no ids without it. Raises RequestError."""
+    ids = content.get(name, [])
+    if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < 2**63 for each in ids):
+        raise RequestError(BAD_REQUEST, f"{name} must be a list of ids, as /search and POST /documents give them", name)
+    return ids
 
 
 def take_choice(content: Mapping[str, Any], name: str, choices: Sequence[str], default: str | None) -> str | None:

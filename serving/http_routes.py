@@ -20,6 +20,7 @@ from serving.http_messages import (
     parse_json,
     parse_query,
     take_choice,
+    take_ids,
     take_integer,
     take_texts,
 )
@@ -35,6 +36,8 @@ PREDICTION_PATH = f"/{SERVICE}/prediction"
 PREDICTION_FIELDS = ("clientip", "key", "logid", "method", "name", "value")  # of a Request, without tensors
 PREDICTION_EXAMPLE = '{"key": ["0"], "value": ["text"]}'
 SEARCH_EXAMPLE = '{"query": "text", "top_k": 10}'
+ADD_EXAMPLE = '{"documents": ["text"]}'
+DELETE_EXAMPLE = '{"ids": [7]}, or {"documents": ["text"]}'
 DEFAULT_TOP_K = 10
 SCORE_DIGITS = 6  # a cosine of float32 has 7
 
@@ -73,6 +76,7 @@ class Routes:
             "/": Route({"GET": self._page}, waits=False),
             PREDICTION_PATH: Route({"POST": self._predict}, errors=serving_error),
             "/search": Route({"GET": self._search_query, "POST": self._search}),
+            "/documents": Route({"POST": self._add_documents, "DELETE": self._delete_documents}),
             "/reload": Route({"POST": self._reload}),
             "/v1/embeddings": Route({"POST": openai.embeddings}),
             "/v1/models": Route({"GET": openai.models}, waits=False),
@@ -86,6 +90,20 @@ class Routes:
 
     def _predict(self, request: HttpRequest) -> HttpAnswer:
         return HttpAnswer(response_json(self._service.predict(parse_prediction(request.body))))
+
+    def _add_documents(self, request: HttpRequest) -> HttpAnswer:
+        content = parse_json(request.body, ADD_EXAMPLE)
+        check_names(content, ("documents",))
+        state, added = self._service.add(take_texts(content, "documents"))
+        documents = [{"id": row, "is_new": is_new} for row, is_new in zip(*added, strict=True)]
+        return json_answer({"index": state._asdict(), "documents": documents})
+
+    def _delete_documents(self, request: HttpRequest) -> HttpAnswer:
+        content = parse_json(request.body, DELETE_EXAMPLE)
+        check_names(content, ("ids", "documents"))
+        documents = take_texts(content, "documents") if "documents" in content else []
+        state, deleted = self._service.delete(take_ids(content, "ids"), documents)
+        return json_answer({"index": state._asdict(), "deleted": deleted})
 
     def _search(self, request: HttpRequest) -> HttpAnswer:
         content = parse_json(request.body, SEARCH_EXAMPLE)
@@ -134,7 +152,7 @@ class Routes:
         return HttpAnswer(self._service.metrics.text(), content_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-def _hits(found: SearchHits, documents: Sequence[str], query: int) -> Iterator[dict[str, Any]]:
+def _hits(found: SearchHits, documents: Mapping[int, str], query: int) -> Iterator[dict[str, Any]]:
     """How an answer tells of the hits of a query."""
     for each, score, vector_rank, lexical_rank in zip(*(values[query].tolist() for values in found), strict=True):
         if each >= 0:

@@ -12,6 +12,7 @@ from common.texts import ROLES, has_visible_text
 # Values of err_no: those of Serving's `CustomExceptionCode` (0.9.0); it leaves 51 to 99 to its users.
 OK = 0
 OVERLOADED = 51
+FORBIDDEN = 52
 STOPPING = 3001
 NO_SUCH_SERVICE = 3002
 BAD_REQUEST = 5000

@@ -68,10 +68,16 @@ def _response(description: str, schema: Schema, media: str = JSON) -> Schema:
 
 
 def _operation(
-    summary: str, answer: Schema, body: Schema | None = None, error: str = "Error", media: str = JSON, **more: Any
+    summary: str,
+    answer: Schema,
+    body: Schema | None = None,
+    error: str = "Error",
+    media: str = JSON,
+    errors: Mapping[str, str] = ERRORS,
+    **more: Any,
 ) -> Schema:
     """An operation. answer, body, error: their schemas, the last one's name; media: the answer's content type."""
-    responses = {status: _response(text, _ref(error)) for status, text in ERRORS.items()}
+    responses = {status: _response(text, _ref(error)) for status, text in errors.items()}
     operation = {"summary": summary, "responses": {"200": _response(summary, answer, media), **responses}, **more}
     if body:
         operation["requestBody"] = {"required": True, "content": _content(body)}
@@ -101,6 +107,7 @@ def describe(limits: Limits, has_keys: bool, model: str) -> Schema:
                 "the same for several queries", found, _object({"query": texts}, {"top_k": top_k, "mode": mode})
             ),
         },
+        "/documents": _documents(texts, limits),
         "/reload": {
             "post": _operation("takes the index that is now in the folder into service", _object({"index": INDEX}))
         },
@@ -143,6 +150,20 @@ def _embeddings(texts: Schema, model: str) -> tuple[Schema, Schema]:
         "user": STRING,
     }
     return answer, _object({"input": texts}, optional)
+
+
+def _documents(texts: Schema, limits: Limits) -> Schema:
+    """The operations of /documents."""
+    errors = {**ERRORS, "403": "the service is read-only"}
+    added = _object({"id": COUNT, "is_new": {"type": "boolean"}})
+    ids = _list({"type": "integer", "minimum": 0, "maximum": 2**63 - 1}, maxItems=limits.texts)
+    which = {**_object({}, {"ids": ids, "documents": texts}), "minProperties": 1}
+    of_post = _object({"index": _ref("Index"), "documents": _list(added)})
+    of_delete = _object({"index": _ref("Index"), "deleted": COUNT})
+    return {
+        "post": _operation("adds documents", of_post, _object({"documents": texts}), errors=errors),
+        "delete": _operation("deletes documents by id or text", of_delete, which, errors=errors),
+    }
 
 
 def _models() -> Schema:

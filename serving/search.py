@@ -1,8 +1,9 @@
 """The index that a service searches: one version of it at a time, for many requests together. Imports no Paddle."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -13,14 +14,18 @@ import numpy as np
 
 from common.cpu import release_freed_memory
 from common.errors import InputError
+from retrieval.corpus import parse_document
 from retrieval.hybrid_search import HYBRID, VECTOR, SearchHits, search
+from retrieval.live_index import Added, LiveIndex
 from retrieval.saved_index import DocumentIndex, index_version, load_index
-from serving.limits import BAD_REQUEST, INTERNAL_ERROR, RequestError, service_log
+from serving.limits import BAD_REQUEST, FORBIDDEN, INTERNAL_ERROR, RequestError, service_log
 from serving.metrics import Metrics
 
 MODEL_LENGTH = 12  # hexadecimal digits
 LOADING_ATTEMPTS = 3  # of an index whose folder is replaced while it is read
 NO_WORDS = "the index has no words: leave mode out, or build the index with recall.py --lexical bm25"
+READ_ONLY = "the service is read-only: start it with --writable to add and delete documents"
+NOT_WRITTEN = "the change couldn't be written: the service's log says why"
 NOT_IN_USE = "the index in the folder can't be used, so the one before stays in service: the service's log says why"
 
 
@@ -32,16 +37,31 @@ class IndexState(NamedTuple):
     model: str  # the first digits of the encoder's fingerprint
 
 
-class LoadedIndex(NamedTuple):
-    """A version of an index, in memory."""
+class LoadedIndex:
+    """A version of an index, in memory; one that `live` changes has a new version after each change."""
 
-    version: str  # see `index_version`
-    saved: DocumentIndex
+    def __init__(self, version: str, index: DocumentIndex | LiveIndex) -> None:
+        self._version = version  # see `index_version`
+        self.live = index if isinstance(index, LiveIndex) else None
+        self._index = index
 
-    @property
-    def state(self) -> IndexState:
-        """Its version and size."""
-        return IndexState(self.version, self.saved.index.live_count, self.saved.model[:MODEL_LENGTH])
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[tuple[IndexState, DocumentIndex]]:
+        """Its state and content, which don't change within the block."""
+        if isinstance(self._index, DocumentIndex):
+            yield _state(self._version, self._index), self._index
+            return
+        with self._index.reading() as saved:
+            changes = self._index.changes
+            yield _state(f"{self._version}+{changes}" if changes else self._version, saved), saved
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether the folder holds this index."""
+        return self.live.is_in_place if self.live else index_version(folder) == self._version
+
+
+def _state(version: str, saved: DocumentIndex) -> IndexState:
+    return IndexState(version, saved.index.live_count, saved.model[:MODEL_LENGTH])
 
 
 class Hits(NamedTuple):
@@ -49,19 +69,23 @@ class Hits(NamedTuple):
 
     state: IndexState
     mode: str  # one of `retrieval.hybrid_search.MODES`
-    documents: Sequence[str]  # all of the index
+    documents: Mapping[int, str]  # those that were found, by id
     found: SearchHits
 
 
 class SearchIndex:
     """The index in a folder, of which a newer version can be taken into service.
 
-    model: fingerprint of the encoder. precision: the encoder's; an index of another one is logged. Raises InputError if
-    the folder holds no index, a damaged one, or one of another model.
+    model: fingerprint of the encoder. precision: the encoder's; an index of another one is logged. writable: takes and
+    deletes documents, and keeps others from changing the folder; lowercase: see LiveIndex. Raises InputError if the
+    folder holds no index, a damaged one, or one of another model.
     """
 
-    def __init__(self, folder: str | Path, model: str, precision: str) -> None:
+    def __init__(
+        self, folder: str | Path, model: str, precision: str, *, writable: bool = False, lowercase: bool = True
+    ) -> None:
         self._folder, self._model, self._precision = Path(folder), model, precision
+        self.writable, self._lowercase = writable, lowercase
         self._loaded = self._load()
         self._searching, self._reloading = threading.Lock(), threading.Lock()
         self.problem: str | None = None  # why the index in the folder isn't the one in service
@@ -72,7 +96,8 @@ class SearchIndex:
     @property
     def state(self) -> IndexState:
         """The version in service."""
-        return self._loaded.state
+        with self._loaded.reading() as (state, _):
+            return state
 
     def search(self, vectors: np.ndarray, top_k: int, texts: Sequence[str] = (), mode: str | None = VECTOR) -> Hits:
         """The best documents of each query.
@@ -81,14 +106,45 @@ class SearchIndex:
         MODES, or None for hybrid if the index has words, else vector. Raises InputError for vectors of another shape,
         and RequestError for a mode that needs words if the index has none.
         """
-        with self._searching:
-            loaded = self._loaded
-            has_words = loaded.saved.lexical is not None
+        with self._searching, self._loaded.reading() as (state, saved):
+            has_words = saved.lexical is not None
             chosen = mode or (HYBRID if has_words else VECTOR)
             if chosen != VECTOR and not has_words:
                 raise RequestError(BAD_REQUEST, NO_WORDS, "mode")
-            found = search(loaded.saved, texts, vectors, top_k, chosen)
-            return Hits(loaded.state, chosen, loaded.saved.documents, found)
+            found = search(saved, texts, vectors, top_k, chosen)
+            documents = {row: saved.documents[row] for row in np.unique(found.ids).tolist() if row >= 0}
+            return Hits(state, chosen, documents, found)
+
+    def add(self, documents: Sequence[str], vectors: np.ndarray) -> tuple[IndexState, Added]:
+        """Adds documents, see `LiveIndex.add`; they are on disk afterwards. Raises RequestError."""
+        for row, document in enumerate(documents):
+            try:
+                parse_document(document)
+            except ValueError as error:
+                raise RequestError(BAD_REQUEST, f"document {row} {error}: send it as one line", "documents") from None
+        with self._changing() as live:
+            added = live.add(documents, vectors)
+        return self.state, added
+
+    def delete(self, ids: Sequence[int] = (), documents: Sequence[str] = ()) -> tuple[IndexState, int]:
+        """Deletes documents by their ids and by their texts; how many there were. Raises RequestError."""
+        with self._changing() as live:
+            found = [row for row in live.find(documents) if row is not None]
+            deleted = live.delete([*ids, *found])
+        return self.state, deleted
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[LiveIndex]:
+        """The index to change. Raises RequestError if it takes no changes, or can't write them."""
+        with self._reloading:  # a change mustn't go to an index that is about to be replaced
+            live = self._loaded.live
+            if live is None:
+                raise RequestError(FORBIDDEN, READ_ONLY)
+            try:
+                yield live
+            except InputError as error:
+                service_log(f"error: {error}")
+                raise RequestError(INTERNAL_ERROR, NOT_WRITTEN) from None
 
     def reload(self) -> None:
         """Takes the index that is now in the folder into service; does nothing if it is the same.
@@ -98,10 +154,13 @@ class SearchIndex:
         """
         with self._reloading:
             try:
-                if index_version(self._folder) != self.state.version:
-                    loaded = self._load()
+                if not self._loaded.is_in(self._folder):
+                    loaded, before = self._load(), self._loaded
                     with self._searching:
                         self._loaded = loaded
+                    if before.live:
+                        before.live.close(compact=False)
+                    del before
                     release_freed_memory()
                     service_log(f"search: {self}")
             except Exception as error:
@@ -120,8 +179,17 @@ class SearchIndex:
 
         threading.Thread(target=reload, name="reload", daemon=True).start()
 
+    def close(self) -> None:
+        """Takes no more changes, and writes those that were made into the files of the index."""
+        with self._reloading:
+            if self._loaded.live:
+                self._loaded.live.close()
+
     def _load(self) -> LoadedIndex:
         """Reads the folder, again if it was replaced meanwhile."""
+        if self.writable:  # its lock keeps others from replacing the folder
+            live = LiveIndex(self._folder, self._model, precision=self._precision, lowercase=self._lowercase)
+            return LoadedIndex(index_version(self._folder), live)
         for attempt in range(1, LOADING_ATTEMPTS + 1):
             version = index_version(self._folder)
             try:

@@ -37,6 +37,7 @@ class Setting(NamedTuple):
     old_names: tuple[str, ...] = ()  # other names of the option and of the environment variable, from version 1
     old_keys: tuple[str, ...] = ()  # other keys in config_nlp.yml
     default: Any = None  # where config_nlp.yml lacks the key, as that of an earlier version does
+    bare: Any = None  # the value of the option without one
 
 
 OPERATOR = "op.ernie"
@@ -56,6 +57,12 @@ def _choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def _switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
+    return text.lower() == "true"
+
+
 def _origin(text: str) -> str:
     if text not in ("", "*") and not re.fullmatch(r"https?://[^/\s]+", text):
         raise argparse.ArgumentTypeError(f"{text} isn't an origin such as https://example.com, nor *")
@@ -65,6 +72,9 @@ def _origin(text: str) -> str:
 SETTINGS = {
     "model_dir": Setting(f"{LOCAL}.model_config", str, "folder of export_to_serving.py or export_model.py"),
     "index_dir": Setting("index_dir", str, "folder of recall.py --index_dir to search; none: no search", default=""),
+    "writable": Setting(
+        "writable", _switch, "add and delete documents of --index_dir for callers with a key", default=False, bare=True
+    ),
     "host": Setting("host", lambda text: text.strip("[]"), "address to listen on; 0.0.0.0 for all"),
     "rpc_port": Setting("rpc_port", PORT, "gRPC port; 0: any free one"),
     "http_port": Setting("http_port", PORT, "HTTP port; 0: any free one"),
@@ -114,7 +124,8 @@ def add_settings_args(parser: argparse.ArgumentParser) -> None:
     """An option for each setting; `--help` shows no old names."""
     for name, setting in SETTINGS.items():
         help_text = f"{setting.help} (else ${_variable(name)}, else {setting.key} in the config)"
-        parser.add_argument(f"--{name}", type=setting.parse, help=help_text)
+        bare: dict[str, Any] = {"nargs": "?", "const": setting.bare} if setting.bare is not None else {}
+        parser.add_argument(f"--{name}", type=setting.parse, help=help_text, **bare)
         for old_name in setting.old_names:
             parser.add_argument(f"--{old_name}", type=setting.parse, help=argparse.SUPPRESS)
 
@@ -155,7 +166,8 @@ def _read_setting(name: str, setting: Setting, environ: Mapping[str, str], confi
         _report_replaced(keys)
         key = keys[0] if keys else setting.key
         source, given = f"{config_file}: {key}", _look_up(config, key) if keys else setting.default
-    if given is None or isinstance(given, (dict, list, bool)):
+    is_switch = isinstance(given, bool) and setting.bare is not None
+    if given is None or (isinstance(given, (dict, list, bool)) and not is_switch):
         raise InputError(f"{source}: give {setting.help}")
     try:
         value = setting.parse(str(given))
@@ -194,6 +206,9 @@ def is_loopback(host: str) -> bool:
 def check_access(settings: Mapping[str, Any]) -> None:
     """Raises InputError if other machines could search without a key; logs a line if they can ask for vectors."""
     host = settings["host"]
+    if settings["writable"] and not (settings["index_dir"] and settings["api_key_file"]):
+        missing = "--index_dir" if not settings["index_dir"] else "--api_key_file, so that not everyone may change it"
+        raise InputError(f"--writable: give {missing}")
     if settings["api_key_file"] or is_loopback(host):
         return
     if settings["index_dir"]:

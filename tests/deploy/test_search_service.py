@@ -1,6 +1,8 @@
 """A real search service over an index that recall.py wrote: its hits, OpenAI's client, keys, and new indexes."""
 
 import base64
+import contextlib
+import http.client
 import itertools
 import json
 import signal
@@ -19,6 +21,7 @@ import pytest
 
 import recall
 from benchmarks.service_clients import HOST, Service, read_metrics, running_service
+from common.errors import InputError
 from encoding.encoder import load_encoder
 from helpers import ROOT, all_pairs, refuses, run_script, write_pairs
 from retrieval.saved_index import index_version, load_index
@@ -273,3 +276,37 @@ def take_into_service(service: Service, way: str, version: str) -> None:
     else:
         status, content = post(service, b"", way)
         assert (status, content["index"]["version"]) == (200, version)
+
+
+def test_a_kill_loses_no_document_that_was_acknowledged(checkpoint: Path, exported: Path, tmp_path: Path) -> None:
+    """Nor can recall.py change the index meanwhile."""
+    build_index(checkpoint, tmp_path / "index", TITLES[:20])
+    (tmp_path / "keys").write_text("key\n")
+    (tmp_path / "keys").chmod(0o600)
+    options = ["--index_dir", str(tmp_path / "index"), "--writable", "--api_key_file", str(tmp_path / "keys")]
+    acknowledged = set(TITLES[:20])
+
+    def add(service: Service, documents: Sequence[str]) -> None:
+        """One by one, until the service is gone."""
+        for document in documents:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if post(service, as_json(documents=document), "/documents", {"Authorization": "Bearer key"})[0] == 200:
+                    acknowledged.add(document)
+
+    for kill in range(3):
+        expected = len(acknowledged) + 20
+        with running_service(exported, *options, "--threads", "1") as service, ThreadPoolExecutor(4) as pool:
+            documents = [f"论第{kill}次{row}号水稻" for row in range(400)]
+            working = [pool.submit(add, service, documents[number::4]) for number in range(4)]
+            until(lambda: len(acknowledged) >= expected)  # noqa: B023 - it is used in this round alone
+            if not kill:
+                added = ["--add_corpus", str(write_pairs(tmp_path / "other.csv", [("别的",)]))]
+                with pytest.raises(InputError, match="another run is changing it"):
+                    recall.main(["--params_path", str(checkpoint), "--device", "cpu", *options[:2], *added])
+            service.process.kill()
+            for each in working:
+                each.result()
+        found = set(filter(None, load_index(tmp_path / "index").documents))
+        assert acknowledged <= found
+        assert len(found - acknowledged) <= 4  # those that were on disk when the kill came before their answers
+        acknowledged |= found

@@ -4,6 +4,7 @@ import base64
 import http.client
 import json
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -358,3 +359,64 @@ def test_pages_of_an_allowed_origin_may_call(search_gateway: HttpGateway, origin
     answer = send(search_gateway, "GET", f"{SEARCH}?q=a", Origin=origin, **KEY)
     assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (200, allowed)
     assert (answer.headers["Vary"] == "Origin") == bool(search_gateway.cors)
+
+
+@pytest.fixture
+def writable_gateway(tmp_path: Path) -> Iterator[HttpGateway]:
+    write_index(tmp_path / "index", DOCUMENTS)
+    index = SearchIndex(tmp_path / "index", MODEL, "fp32", writable=True)
+    with running_search_gateway(index, KEYS) as gateway:
+        yield gateway
+
+
+def change(gateway: HttpGateway, method: str, **fields: object) -> tuple[int, dict[str, Any]]:
+    connection = http.client.HTTPConnection(HOST, gateway.server_port, timeout=30)
+    connection.request(method, "/documents", as_json(**fields), KEY)
+    answer = connection.getresponse()
+    content = json.loads(answer.read())
+    connection.close()
+    return answer.status, content
+
+
+def test_documents_are_added_and_deleted(writable_gateway: HttpGateway) -> None:
+    """The answer has the version after the change, and the next search finds what was added."""
+    status, content = change(writable_gateway, "POST", documents=["新一", DOCUMENTS[3]])
+    assert (status, content["documents"]) == (200, [{"id": 50, "is_new": True}, {"id": 3, "is_new": False}])
+    found = post(at(writable_gateway), as_json(query="新一", top_k=20), SEARCH, KEY)[1]
+    assert found["index"] == content["index"] and found["index"]["documents"] == 51
+    assert change(writable_gateway, "DELETE", ids=[50], documents=[DOCUMENTS[3], "没有"])[1]["deleted"] == 2
+    status, content = change(writable_gateway, "DELETE", ids=[50])
+    assert (status, content["deleted"], content["index"]["documents"]) == (200, 0, 49)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "param", "message"),
+    [
+        ("POST", {}, "documents", "must be a string or a list of strings"),
+        ("POST", {"documents": []}, "documents", "no texts"),
+        ("POST", {"documents": ["a"] * 5}, "documents", "send at most 4"),
+        ("POST", {"documents": ["zwei\nZeilen"]}, "documents", "more than one line: send it as one line"),
+        ("POST", {"documents": ["a"], "ids": [1]}, None, "unknown fields"),
+        ("DELETE", {}, "documents", "no texts"),
+        ("DELETE", {"ids": "1"}, "ids", "must be a list of ids"),
+        ("DELETE", {"ids": [True]}, "ids", "must be a list of ids"),
+        ("DELETE", {"ids": [-1]}, "ids", "must be a list of ids"),
+        ("DELETE", {"ids": [1.5]}, "ids", "must be a list of ids"),
+        ("DELETE", {"ids": [2**63]}, "ids", "must be a list of ids"),
+        ("DELETE", {"ids": [1] * 5}, "ids", "5 ids: send at most 4"),
+    ],
+)
+def test_changes_that_are_refused(
+    writable_gateway: HttpGateway, method: str, fields: dict[str, object], param: str | None, message: str
+) -> None:
+    status, content = change(writable_gateway, method, **fields)
+    assert (status, content["error"]["param"]) == (400, param)
+    assert message in content["error"]["message"]
+    assert json.loads(get(at(writable_gateway), "/health")[1])["index"]["documents"] == 50
+
+
+@pytest.mark.parametrize("search_gateway", [(KEYS, "")], indirect=True)
+@pytest.mark.parametrize("method", ["POST", "DELETE"])
+def test_a_read_only_service_says_so(search_gateway: HttpGateway, method: str) -> None:
+    status, content = change(search_gateway, method, documents=["a"])
+    assert (status, content["error"]["message"].partition(":")[0]) == (403, "the service is read-only")

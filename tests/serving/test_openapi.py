@@ -33,7 +33,9 @@ SETTINGS = hypothesis.settings(  # the same requests in each run, however slow t
 )
 POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 PATHS = {  # path -> whether its requests are as described; nothing in a request to /health can be wrong
-    **dict.fromkeys(["/search", "/reload", "/v1/embeddings", "/v1/models", "/ernie/prediction"], (POSITIVE, NEGATIVE)),
+    **dict.fromkeys(
+        ["/search", "/documents", "/reload", "/v1/embeddings", "/v1/models", "/ernie/prediction"], (POSITIVE, NEGATIVE)
+    ),
     **dict.fromkeys(["/", "/metrics", "/openapi.json"], (POSITIVE, NEGATIVE)),
     "/health": (POSITIVE,),
 }

@@ -136,7 +136,7 @@ def test_a_new_index_is_taken_into_service(
 ) -> None:
     """With its documents and a version of its own; what was found before stays readable; the old index is freed."""
     before, version = index.search(text_vectors(["文3"]), 2), index.state.version
-    old = weakref.ref(index._loaded.saved.index)
+    old = weakref.ref(index._loaded._index.index)
     write_index(folder, OTHERS)
     index.reload()
     after = index.search(text_vectors(["另3"]), 2)
@@ -258,3 +258,54 @@ def test_every_answer_is_of_the_version_that_it_names(folder: Path, index: Searc
         documents = versions[hits.state.version]
         scores = text_vectors(documents) @ text_vectors([query])[0]
         assert found(hits)[0] == [documents[row] for row in np.argsort(-scores)[:3]]
+
+
+def test_a_writable_index_takes_and_deletes_documents(folder: Path) -> None:
+    """Each change is a version; what is there isn't added again; another opening finds the changes."""
+    write_index(folder, DOCUMENTS, has_words=True)
+    index = SearchIndex(folder, MODEL, "fp32", writable=True)
+    first = index.state
+    with pytest.raises(InputError, match="another run is changing it"):
+        SearchIndex(folder, MODEL, "fp32", writable=True)
+    state, added = index.add(["新一", DOCUMENTS[3], "新一"], text_vectors(["新一", DOCUMENTS[3], "新一"]))
+    assert (added.ids, added.is_new) == ([50, 3, 50], [True, False, False])
+    assert state.version == f"{first.version}+1" and state.documents == 51
+    assert found(index.search(text_vectors(["新一"]), 1)) == [["新一"]]
+    assert found(index.search(text_vectors(["新一"]), 1, ["新一"], "lexical")) == [["新一"]]
+    assert index.delete([50, 77], [DOCUMENTS[4], "没有"])[1] == 2
+    assert index.state.documents == 49
+    hits = index.search(text_vectors(["新一", DOCUMENTS[4]]), 49)
+    assert not {"新一", DOCUMENTS[4], ""} & set(hits.documents.values())
+    index.reload()
+    assert index.state.documents == 49
+    index.close()
+    again = SearchIndex(folder, MODEL, "fp32")
+    assert again.state.documents == 49 and "+" not in again.state.version
+    for refused in (lambda: again.add(["a"], text_vectors(["a"])), lambda: again.delete([1])):
+        with pytest.raises(RequestError, match="the service is read-only"):
+            refused()
+
+
+def test_a_writable_index_is_replaced_by_one_that_is_moved_into_place(folder: Path) -> None:
+    write_index(folder, DOCUMENTS)
+    index = SearchIndex(folder, MODEL, "fp32", writable=True)
+    index.add(["新一"], text_vectors(["新一"]))
+    write_index(folder.with_name("new"), OTHERS)
+    folder.rename(folder.with_name("old"))
+    folder.with_name("new").rename(folder)
+    with pytest.raises(RequestError, match="couldn't be written"):
+        index.add(["新二"], text_vectors(["新二"]))
+    index.reload()
+    assert index.state.documents == 20
+    assert index.add(["新二"], text_vectors(["新二"]))[0].documents == 21
+    index.close()
+
+
+@pytest.mark.parametrize("document", ["zwei\nZeilen", "a\tb", "\u200b"])
+def test_a_document_that_no_line_holds_is_refused(folder: Path, document: str) -> None:
+    write_index(folder, DOCUMENTS)
+    index = SearchIndex(folder, MODEL, "fp32", writable=True)
+    with pytest.raises(RequestError, match=r"^document 1 .*: send it as one line"):
+        index.add(["文", document], text_vectors(["文", document]))
+    assert index.state.documents == 50
+    index.close()

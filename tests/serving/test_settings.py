@@ -173,7 +173,7 @@ def test_other_machines_search_with_a_key_alone(
     capsys: pytest.CaptureFixture[str], host: str, is_local: bool, index_dir: str, api_key_file: str
 ) -> None:
     """Vectors they may have without one, as in earlier versions; a line says so."""
-    settings = {"host": host, "index_dir": index_dir, "api_key_file": api_key_file}
+    settings = {"host": host, "index_dir": index_dir, "api_key_file": api_key_file, "writable": False}
     assert is_loopback(host) == is_local
     if index_dir and not is_local and not api_key_file:
         with pytest.raises(InputError, match=f"^--host {host}: .* give --api_key_file"):
@@ -182,3 +182,16 @@ def test_other_machines_search_with_a_key_alone(
         check_access(settings)
     is_noted = not (index_dir or is_local or api_key_file)
     assert capsys.readouterr().err.startswith("note: --host") == is_noted
+
+
+@pytest.mark.parametrize(
+    ("index_dir", "api_key_file", "missing"),
+    [("", "keys", "--index_dir"), ("index", "", "--api_key_file"), ("index", "keys", None)],
+)
+def test_writing_needs_an_index_and_keys(index_dir: str, api_key_file: str, missing: str | None) -> None:
+    settings = {"host": "127.0.0.1", "index_dir": index_dir, "api_key_file": api_key_file, "writable": True}
+    if missing:
+        with pytest.raises(InputError, match=f"^--writable: give {missing}"):
+            check_access(settings)
+    else:
+        check_access(settings)
