@@ -19,6 +19,7 @@ import recall
 from benchmarks.service_clients import HOST, Service, running_service, urlopen
 from helpers import all_pairs, make_model_folder, new_model, write_pairs
 from modeling.checkpoint import save_checkpoint
+from retrieval.hybrid_search import MODES
 from serving.page import PAGE_FILE
 
 pytestmark = [pytest.mark.server, pytest.mark.browser]
@@ -240,6 +241,18 @@ def test_an_answer_that_comes_late_changes_nothing(service: Service, browse: Bro
     time.sleep(0.3)
     assert texts(window, "#hits .document") == hits
     assert hits[0] == TITLE
+
+
+def test_the_way_that_found_a_hit_is_said(service: Service, browse: Browse) -> None:
+    """Unless all are found by vectors."""
+    window = browse(service)
+    ways = json.dumps([{"document": way, "score": 0.125, "found_by": way} for way in MODES])
+    answer = f"{{index: {{documents: 3, version: 'v', model: 'm'}}, mode: 'hybrid', results: [{{hits: {ways}}}]}}"
+    window.execute_script(f"window.fetch = async () => ({{ok: true, json: async () => ({answer})}})")
+    at(window, "#query").send_keys("a", Keys.ENTER)
+    wait(lambda: texts(window, "#hits .document") == list(MODES))
+    assert texts(window, "#hits .score") == ["0.1250 by vector", "0.1250 by words", "0.1250 by both"]
+    assert at(window, "#about").text == "3 documents, index v, model m"
 
 
 def test_chinese_for_a_chinese_browser(service: Service, browse: Browse) -> None:
