@@ -277,7 +277,7 @@ def test_clients_that_hang_up(service: Service, sent: bytes) -> None:
         (b"POST /other HTTP/1.1\r\nContent-Length: 0", b"404"),
         (b"DELETE /ernie/prediction HTTP/1.1", b"405"),
         (b"BREW /ernie/prediction HTTP/1.1", b"405"),
-        (b"GET / HTTP/1.1", b"404"),
+        (b"GET /other HTTP/1.1", b"404"),
         (b"nonsense", b"400"),
         (b"GET /" + b"x" * 70_000 + b" HTTP/1.1", b""),
     ],
@@ -371,7 +371,7 @@ TARGETS = [  # method, target, body, status, and words of the body or of the hea
     ("POST", "http://service:80/ernie/prediction", GOOD, 200, '"err_no": 0'),
     ("POST", "HTTPS://service/ernie/prediction?a", GOOD, 200, '"err_no": 0'),
     ("POST", "/prediction", GOOD, 404, "/ernie/prediction"),
-    ("POST", "http://service", GOOD, 404, "/ernie/prediction"),
+    ("POST", "http://service", GOOD, 405, "send GET or HEAD to this path"),
     ("post", "/ernie/prediction", GOOD, 405, "POST"),
     ("PUT", "/ernie/prediction", GOOD, 405, "POST"),
     ("GET", "/ernie/prediction", None, 405, "POST"),
@@ -382,7 +382,7 @@ TARGETS = [  # method, target, body, status, and words of the body or of the hea
     ("HEAD", "/health", None, 200, ""),
     ("HEAD", "/metrics", None, 200, ""),
     ("HEAD", "/ernie/prediction", None, 405, "POST"),
-    ("HEAD", "/", None, 404, ""),
+    ("HEAD", "/other", None, 404, ""),
 ]
 
 

@@ -233,7 +233,7 @@ def test_an_index_fits_its_model_and_its_corpus(tmp_path: Path) -> None:
         load_index(tmp_path / "index", "model", corpus)
     with pytest.raises(InputError, match=r"another corpus, or .*changed since; add documents with --add_corpus"):
         load_index(tmp_path / "index", "model", corpus_of(tmp_path / "other", 2))
-    with pytest.raises(InputError, match=r"another model or --max_seq_length; give the --params_path"):
+    with pytest.raises(InputError, match=r"another model or --max_seq_length; give the model that it was built with"):
         load_index(tmp_path / "index", "other", None)
 
 
