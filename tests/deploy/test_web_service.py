@@ -371,7 +371,7 @@ TARGETS = [  # method, target, body, status, and words of the body or of the hea
     ("POST", "http://service:80/ernie/prediction", GOOD, 200, '"err_no": 0'),
     ("POST", "HTTPS://service/ernie/prediction?a", GOOD, 200, '"err_no": 0'),
     ("POST", "/prediction", GOOD, 404, "/ernie/prediction"),
-    ("POST", "http://service", GOOD, 405, "send GET or HEAD to this path"),
+    ("POST", "http://service", GOOD, 405, "GET, HEAD"),
     ("post", "/ernie/prediction", GOOD, 405, "POST"),
     ("PUT", "/ernie/prediction", GOOD, 405, "POST"),
     ("GET", "/ernie/prediction", None, 405, "POST"),
