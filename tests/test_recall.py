@@ -241,7 +241,7 @@ def test_an_index_of_something_else_is_refused(checkpoint: Path, recall_data: Pa
     changed = write_pairs(tmp_path / "corpus.csv", [("新的文献",)])
     with pytest.raises(InputError, match=r"another corpus.*--add_corpus"):
         recall.main([*arguments, "--corpus_file", str(changed)])
-    with pytest.raises(InputError, match=r"another model.*--params_path"):
+    with pytest.raises(InputError, match=r"another model.*give the model that it was built with"):
         recall.main([*arguments, "--max_seq_length", "20"])
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=r"isn't a saved index.*another --index_dir"):
