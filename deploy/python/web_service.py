@@ -19,6 +19,7 @@ from common.cpu import cpu_count
 from common.errors import InputError
 from common.signals import Stopped, StopSignals
 from encoding.exported_files import exported_tokenizer, find_exported, read_card
+from modeling.checkpoint_files import lowercases
 from serving.api_keys import read_api_keys
 from serving.encoder_process import EncoderOptions, EncoderProcess
 from serving.limits import Limits, raise_open_files, service_log
@@ -39,18 +40,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_index(settings: Mapping[str, Any], model: Path, lowercase: bool) -> "SearchIndex":
-    """The index of the settings, for an exported model; SIGHUP reloads it. Raises InputError.
-
-    lowercase: whether the model's tokenizer lowercases.
-    """
+def open_index(settings: Mapping[str, Any], model: Path) -> "SearchIndex":
+    """The index of the settings, for an exported model; SIGHUP reloads it. Raises InputError."""
     from serving.search import SearchIndex
 
     card, length = read_card(model), settings["max_seq_length"]
     if length not in (0, card.max_seq_length):
         problem = f"the vectors of --index_dir are of texts that are cut to {card.max_seq_length} tokens"
         raise InputError(f"--max_seq_length {length}: {problem}; leave one of the two options out")
-    options = {"writable": settings["writable"], "lowercase": lowercase}
+    options = {"writable": settings["writable"], "lowercase": lowercases(model)}
     index = SearchIndex(settings["index_dir"], card.fingerprint, settings["precision"], **options)
     signal.signal(signal.SIGHUP, lambda *_: index.reload_in_background())
     return index
@@ -77,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         threads=settings["threads"] or max(1, cpu_count() // settings["workers"]),
         max_seq_length=settings["max_seq_length"] or None,
     )
+    index = open_index(settings, model) if settings["index_dir"] else None
     tokenizer = exported_tokenizer(model, settings["max_seq_length"] or None)
-    index = open_index(settings, model, tokenizer.lowercases) if settings["index_dir"] else None
     # Outside of StopSignals: a signal may end the process while the models are loaded.
     encoders = [EncoderProcess(encoder_options) for _ in range(settings["workers"])]
     with StopSignals() as signals:
