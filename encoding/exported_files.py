@@ -1,7 +1,7 @@
 """Finds exported models and checks their files. Imports no Paddle."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.errors import InputError
 from common.files import read_json, resolve_interrupted_replace
@@ -65,10 +65,10 @@ def read_card(model_dir: str | Path) -> ModelCard:
     """The card of an exported model. Raises InputError if it is missing or lacks something."""
     file = Path(model_dir) / MODEL_CARD_FILE
     content = read_json(file)
-    card = ModelCard(*(content.get(name) for name in ModelCard._fields))  # type: ignore[arg-type] # checked below
-    if [type(value) for value in card] != [str, int, int]:
+    values: list[Any] = [content.get(name) for name in ModelCard._fields]
+    if [type(value) for value in values] != [str, int, int]:
         raise InputError(f"{file}: isn't a model card; {EXPORT_AGAIN}")
-    return card
+    return ModelCard(*values)
 
 
 def exported_tokenizer(model_dir: str | Path, max_seq_length: int | None = None) -> TextTokenizer:

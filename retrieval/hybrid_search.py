@@ -27,7 +27,7 @@ class SearchHits(NamedTuple):
     vector_ranks: np.ndarray  # int64 [Q, k], from 1; 0: not among the hits by vectors
     lexical_ranks: np.ndarray  # the same for the hits by words
 
-    def of(self, row: int, documents: Sequence[str]) -> Iterator[tuple[float, str, str]]:
+    def of(self, row: int, documents: Sequence[str] | Mapping[int, str]) -> Iterator[tuple[float, str, str]]:
         """The score, the way (`way_of`) and the document of each hit of a query, best first."""
         for each, score, vector_rank, lexical_rank in zip(*(values[row] for values in self), strict=True):
             if each >= 0:

@@ -8,7 +8,6 @@ A record whose end is missing was torn by a kill or a full disk before it was ac
 else that isn't as it was written is refused.
 """
 
-import contextlib
 import io
 import json
 import os
@@ -153,12 +152,18 @@ class Journal:
                 return 0
             return max((end for _, end in _records(file, self._path)), default=len(head))
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the file is still in the folder: another index may have taken its place, for example."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
+        except OSError:
+            return False
+
     def check_in_place(self) -> None:
-        """Raises InputError if the file is no longer in the folder: another index has taken its place, for example."""
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
-                return
-        raise InputError(f"{self._path.parent}: was replaced while it was in use; open it again")
+        """Raises InputError if the file is no longer in the folder."""
+        if not self.is_in_place:
+            raise InputError(f"{self._path.parent}: was replaced while it was in use; open it again")
 
     def append(self, change: Change) -> None:
         """Appends a record, which is on disk afterwards. Raises InputError if it can't, and leaves nothing of it."""

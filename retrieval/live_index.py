@@ -133,11 +133,7 @@ class LiveIndex:
     @property
     def is_in_place(self) -> bool:
         """Whether the folder still holds this index, and not another one that was moved there."""
-        try:
-            self._journal.check_in_place()
-        except InputError:
-            return False
-        return True
+        return self._journal.is_in_place
 
     def _make(self, change: Change) -> None:
         """Writes a change to the journal, then to the index in memory."""

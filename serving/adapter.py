@@ -37,7 +37,6 @@ from serving.api_keys import NO_KEY, ApiKeys
 from serving.encoder_process import EncoderProcess
 from serving.limits import (
     BAD_REQUEST,
-    FORBIDDEN,
     INTERNAL_ERROR,
     NO_SUCH_SERVICE,
     OK,
@@ -70,7 +69,7 @@ with installed_packages():
     from retrieval.live_index import Added
     from serving.batching import Batcher
     from serving.metrics import Metrics
-    from serving.search import READ_ONLY, Hits, IndexState, SearchBatcher, SearchIndex
+    from serving.search import Hits, IndexState, SearchBatcher, SearchIndex
 
 Answer = TypeVar("Answer")
 SERVICE = "ernie"  # name of the service, the original's
@@ -199,12 +198,16 @@ class PipelineService:
         with self.admission.admitted(1):
             return index.delete(ids, documents)
 
-    def _writable_index(self) -> SearchIndex:
+    def check_index(self) -> SearchIndex:
+        """The index. Raises RequestError if there is none."""
         if self.index is None:
             raise RequestError(NO_SUCH_SERVICE, NO_INDEX)
-        if not self.index.writable:  # before the documents are encoded
-            raise RequestError(FORBIDDEN, READ_ONLY)
         return self.index
+
+    def _writable_index(self) -> SearchIndex:
+        index = self.check_index()
+        index.check_writable()  # before documents are encoded
+        return index
 
     def count_tokens(self, texts: Sequence[str], role: str | None) -> int:
         """The tokens that the encoder sees of texts, with [CLS], [SEP] and the prefix of the role."""

@@ -6,9 +6,9 @@ from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from common.errors import InputError
-from retrieval.hybrid_search import MODES, SearchHits, way_of
+from retrieval.hybrid_search import MODES, SearchHits
 from serving import installed_packages
-from serving.adapter import NO_INDEX, SERVICE, PipelineService, Request, Response, error_response
+from serving.adapter import SERVICE, PipelineService, Request, Response, error_response
 from serving.http_messages import (
     SURROGATE,
     ErrorForm,
@@ -24,7 +24,7 @@ from serving.http_messages import (
     take_integer,
     take_texts,
 )
-from serving.limits import BAD_REQUEST, INTERNAL_ERROR, NO_SUCH_SERVICE, RequestError
+from serving.limits import BAD_REQUEST, INTERNAL_ERROR, RequestError
 from serving.openai_routes import OpenAIRoutes
 from serving.openapi import describe
 from serving.page import read_page
@@ -125,9 +125,7 @@ class Routes:
         return json_answer({"index": hits.state._asdict(), "mode": hits.mode, "results": results})
 
     def _reload(self, _: HttpRequest) -> HttpAnswer:
-        index = self._service.index
-        if index is None:
-            raise RequestError(NO_SUCH_SERVICE, NO_INDEX)
+        index = self._service.check_index()
         try:
             index.reload()
         except InputError as error:
@@ -154,10 +152,9 @@ class Routes:
 
 def _hits(found: SearchHits, documents: Mapping[int, str], query: int) -> Iterator[dict[str, Any]]:
     """How an answer tells of the hits of a query."""
-    for each, score, vector_rank, lexical_rank in zip(*(values[query].tolist() for values in found), strict=True):
-        if each >= 0:
-            way = way_of(vector_rank, lexical_rank)
-            yield {"id": each, "score": round(score, SCORE_DIGITS), "document": documents[each], "found_by": way}
+    ids = found.ids[query]
+    for each, (score, way, document) in zip(ids[ids >= 0].tolist(), found.of(query, documents), strict=True):
+        yield {"id": each, "score": round(score, SCORE_DIGITS), "document": document, "found_by": way}
 
 
 def parse_prediction(body: bytes) -> Request:

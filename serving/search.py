@@ -85,7 +85,7 @@ class SearchIndex:
         self, folder: str | Path, model: str, precision: str, *, writable: bool = False, lowercase: bool = True
     ) -> None:
         self._folder, self._model, self._precision = Path(folder), model, precision
-        self.writable, self._lowercase = writable, lowercase
+        self._writable, self._lowercase = writable, lowercase
         self._loaded = self._load()
         self._searching, self._reloading = threading.Lock(), threading.Lock()
         self.problem: str | None = None  # why the index in the folder isn't the one in service
@@ -133,13 +133,17 @@ class SearchIndex:
             deleted = live.delete([*ids, *found])
         return self.state, deleted
 
+    def check_writable(self) -> LiveIndex:
+        """The index that takes changes. Raises RequestError if it takes none."""
+        if self._loaded.live is None:
+            raise RequestError(FORBIDDEN, READ_ONLY)
+        return self._loaded.live
+
     @contextlib.contextmanager
     def _changing(self) -> Iterator[LiveIndex]:
         """The index to change. Raises RequestError if it takes no changes, or can't write them."""
         with self._reloading:  # a change mustn't go to an index that is about to be replaced
-            live = self._loaded.live
-            if live is None:
-                raise RequestError(FORBIDDEN, READ_ONLY)
+            live = self.check_writable()
             try:
                 yield live
             except InputError as error:
@@ -187,7 +191,7 @@ class SearchIndex:
 
     def _load(self) -> LoadedIndex:
         """Reads the folder, again if it was replaced meanwhile."""
-        if self.writable:  # its lock keeps others from replacing the folder
+        if self._writable:  # its lock keeps others from replacing the folder
             live = LiveIndex(self._folder, self._model, precision=self._precision, lowercase=self._lowercase)
             return LoadedIndex(index_version(self._folder), live)
         for attempt in range(1, LOADING_ATTEMPTS + 1):

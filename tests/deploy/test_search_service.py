@@ -298,7 +298,7 @@ def test_a_kill_loses_no_document_that_was_acknowledged(checkpoint: Path, export
         with running_service(exported, *options, "--threads", "1") as service, ThreadPoolExecutor(4) as pool:
             documents = [f"论第{kill}次{row}号水稻" for row in range(400)]
             working = [pool.submit(add, service, documents[number::4]) for number in range(4)]
-            until(lambda: len(acknowledged) >= expected)  # noqa: B023 - it is used in this round alone
+            until(lambda expected=expected: len(acknowledged) >= expected)
             if not kill:
                 added = ["--add_corpus", str(write_pairs(tmp_path / "other.csv", [("别的",)]))]
                 with pytest.raises(InputError, match="another run is changing it"):
@@ -309,4 +309,4 @@ def test_a_kill_loses_no_document_that_was_acknowledged(checkpoint: Path, export
         found = set(filter(None, load_index(tmp_path / "index").documents))
         assert acknowledged <= found
         assert len(found - acknowledged) <= 4  # those that were on disk when the kill came before their answers
-        acknowledged |= found
+        acknowledged.update(found)
