@@ -1,0 +1,495 @@
+"""A corpus in Milvus: vectors and documents that any number of machines search. Imports no Paddle.
+
+A corpus is in a collection of its own, of which properties say whose vectors it has. An alias names the collection that
+is searched: it is moved to a new one when that is complete, so that nobody searches half a corpus.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ann_util import CORPUS_BLOCK, ApproximateIndex, IndexOptions
+from common.errors import InputError
+from common.logs import log, progress_bar
+from common.texts import text_key
+from retrieval.milvus_server import CALL_SECONDS, CollectionMissing, MilvusServer, connect, milvus_errors
+
+DEFAULT_COLLECTION = "semantic_index"
+INDEX_TYPES = ("HNSW", "IVF_SQ8", "HNSW_SQ", "DISKANN", "IVF_FLAT", "FLAT", "AUTOINDEX")
+WIDTH_NAMES = {"HNSW": "ef", "HNSW_SQ": "ef", "DISKANN": "search_list", "IVF_SQ8": "nprobe", "IVF_FLAT": "nprobe"}
+PROPERTY = "semantic_index"  # of a collection: a `CollectionInfo` in JSON
+ID, TEXT, VECTOR = "id", "text", "vector"  # fields
+MAX_TEXT_BYTES = 65_535  # of a VarChar
+MAX_K = 16_384  # hits that Milvus returns for a query
+MAX_LISTS = 65_536  # of an IVF index
+RANGE_ROWS = 8_192  # documents that are checked and sent together
+BATCH_BYTES = 4 << 20  # of a request; a message queue takes 5 MiB by default, a server 64 MiB
+IN_FLIGHT = 4  # requests at a time
+QUERY_ROWS = 256  # queries in a request
+PAGE_ROWS = 1024  # vectors in an answer, of which a server sends up to 64 MiB
+CACHED_DOCUMENTS = 1 << 18
+POLL_SECONDS = 0.5
+COUNT_SECONDS = 2.0
+MAX_STREAMED = 2_000_000  # vectors; reading them from a server takes minutes
+
+
+@dataclass(frozen=True)
+class CollectionInfo:
+    """What a collection holds, and how it is searched."""
+
+    model: str  # `Encoder.fingerprint` of its vectors
+    corpus: str  # `Corpus.sha256` of the corpus that it was built from
+    precision: str  # of the encoder
+    lowercase: bool  # see `document_id`
+    dimension: int
+    index_type: str = "HNSW"  # one of INDEX_TYPES
+    ef: int = 100  # candidates while searching: HNSW's ef, IVF's nprobe, DISKANN's search_list
+    target_recall: float = 0.0  # see `ApproximateIndex`
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits of a hash of all that is the same in an interrupted build and in its continuation."""
+        same = self.model, self.corpus, self.precision, self.dimension, self.index_type
+        return hashlib.sha256(json.dumps(same).encode()).hexdigest()[:12]
+
+
+def document_id(document: str, lowercase: bool = True) -> int:
+    """The id of a document in Milvus: 63 bits of the BLAKE2b hash of its `text_key`, the same for every writer."""
+    digest = hashlib.blake2b(text_key(document, lowercase).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class MilvusIndex(ApproximateIndex):
+    """The vectors and documents of a collection. The id of a vector is the `document_id` of its document.
+
+    Searches see this client's own changes at once, and those of others within seconds: a search that follows a change
+    asks for the consistency level "Strong", all others for "Bounded".
+    """
+
+    def __init__(self, server: MilvusServer, name: str, client: Any, info: CollectionInfo) -> None:
+        super().__init__(info.dimension)
+        self.server, self.name, self.info = server, name, info
+        self.target_recall = info.target_recall
+        self._client = client
+        self._is_new = False  # whether nothing was in it before this object
+        self._changes = self._seen_changes = 0  # of this object, and those that a search has waited for
+        self._known_count = (0, -math.inf)  # documents, and when they were counted
+        self._local: list[tuple[np.ndarray, Any]] = []  # ids and vectors that were added here, for `search_exactly`
+        self.documents = MilvusDocuments(self)
+
+    def __str__(self) -> str:
+        width = WIDTH_NAMES.get(self.info.index_type)
+        return f"the Milvus collection {self.name} ({self.info.index_type}{f', {width} {self.ef}' if width else ''})"
+
+    @classmethod
+    def open(cls, server: MilvusServer, alias: str = DEFAULT_COLLECTION) -> "MilvusIndex":
+        """The complete collection that an alias names. Raises InputError, CollectionMissing if there is none."""
+        client = connect(server)
+        name = alias_target(server, client, alias)
+        if name is None:
+            problem = f"{server}: has no complete collection {alias}"
+            raise CollectionMissing(f"{problem}; build it with recall.py --ann milvus --corpus_file")
+        index = cls._of(server, name, client)
+        with milvus_errors(server, name):
+            client.load_collection(name, timeout=CALL_SECONDS)
+        return index
+
+    @classmethod
+    def _of(cls, server: MilvusServer, name: str, client: Any) -> "MilvusIndex":
+        """An existing collection. Raises InputError if it isn't one of ours."""
+        with milvus_errors(server, name):
+            properties = client.describe_collection(name, timeout=CALL_SECONDS).get("properties", {})
+        try:
+            return cls(server, name, client, CollectionInfo(**json.loads(properties[PROPERTY])))
+        except (KeyError, TypeError, ValueError):
+            problem = f"{server}: the collection {name} wasn't built by recall.py"
+            raise InputError(f"{problem}; give another --milvus_collection") from None
+
+    @classmethod
+    def create(
+        cls, server: MilvusServer, alias: str, info: CollectionInfo, options: IndexOptions, rows: int, shards: int = 1
+    ) -> "MilvusIndex":
+        """A collection to add documents to: a new one, or that of an interrupted build of the same corpus.
+
+        rows: how many documents there will be. Searches don't see it until `publish`. Raises InputError.
+        """
+        client = connect(server)
+        current = alias_target(server, client, alias)
+        base = f"{alias}_{info.fingerprint}"
+        name = base if current != base else f"{base}_2"
+        with milvus_errors(server, name):
+            if client.has_collection(name, timeout=CALL_SECONDS):
+                index = cls._of(server, name, client)
+                log(f"{index.name}: goes on with an interrupted build")
+                client.load_collection(name, timeout=CALL_SECONDS)
+                return index
+            index = cls(server, name, client, info)
+            index._create(options, rows, shards)
+        index._is_new = True
+        return index
+
+    def _create(self, options: IndexOptions, rows: int, shards: int) -> None:
+        """Makes the empty collection with its vector index."""
+        from pymilvus import DataType
+
+        schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
+        schema.add_field(ID, DataType.INT64, is_primary=True)
+        schema.add_field(TEXT, DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
+        schema.add_field(VECTOR, DataType.FLOAT_VECTOR, dim=self.dim)
+        parameters = self._client.prepare_index_params()
+        kind = self.info.index_type
+        parameters.add_index(VECTOR, index_type=kind, metric_type="IP", params=build_parameters(kind, options, rows))
+        self._client.create_collection(
+            self.name,
+            schema=schema,
+            properties={PROPERTY: self._info_json()},
+            num_shards=shards,
+            consistency_level="Bounded",
+            timeout=CALL_SECONDS,
+        )
+        try:
+            self._client.create_index(self.name, parameters, timeout=CALL_SECONDS)
+        except BaseException:
+            self._client.drop_collection(self.name, timeout=CALL_SECONDS)
+            raise
+
+    def _info_json(self) -> str:
+        return json.dumps(asdict(self.info), sort_keys=True)
+
+    # How it is searched.
+
+    @property
+    def ef(self) -> int:
+        """Candidates kept while searching, see `CollectionInfo`."""
+        return self.info.ef
+
+    @ef.setter
+    def ef(self, ef: int) -> None:
+        self.info = replace(self.info, ef=ef)
+
+    @property
+    def is_tunable(self) -> bool:
+        """Whether `ef` changes what is found."""
+        return self.info.index_type in WIDTH_NAMES
+
+    def save_settings(self) -> None:
+        """Keeps `ef` and the target recall in the collection, for all who search it."""
+        self.info = replace(self.info, target_recall=self.target_recall)
+        with milvus_errors(self.server, self.name):
+            self._client.alter_collection_properties(self.name, {PROPERTY: self._info_json()}, timeout=CALL_SECONDS)
+
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if k > MAX_K:
+            raise InputError(f"{self.server}: returns up to {MAX_K} hits for a query, not {k}; ask for fewer")
+        ids, similarities = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -1, np.float32)
+        short: list[int] = []
+        with progress_bar(len(queries), "search", "query") as progress:
+            for start in range(0, len(queries), QUERY_ROWS):
+                for row, hits in enumerate(self._search_block(queries[start : start + QUERY_ROWS], k), start):
+                    ids[row, : len(hits)] = [hit[ID] for hit in hits]
+                    similarities[row, : len(hits)] = [hit["distance"] for hit in hits]
+                    if len(hits) < k:  # an approximate index of Milvus doesn't promise k hits
+                        short.append(row)
+                progress.update(min(QUERY_ROWS, len(queries) - start))
+        if short and self.searches_exactly:
+            found, cosines = self.search_exactly(queries[short], k)
+            ids[short, : found.shape[1]], similarities[short, : found.shape[1]] = found, cosines
+        return ids, similarities
+
+    def _search_block(self, queries: np.ndarray, k: int) -> Sequence[Sequence[Any]]:
+        name = WIDTH_NAMES.get(self.info.index_type)
+        lowest = 1 if name == "nprobe" else k
+        width = {name: max(self.ef, lowest)} if name else {}
+        with self._reading() as consistency:
+            found = self._client.search(
+                self.name,
+                data=list(queries),
+                limit=k,
+                output_fields=[TEXT],
+                search_params={"metric_type": "IP", "params": width},
+                anns_field=VECTOR,
+                consistency_level=consistency,
+                timeout=CALL_SECONDS,
+            )
+        self.documents.remember((hit[ID], hit["entity"][TEXT]) for hits in found for hit in hits)
+        return found
+
+    # What it holds.
+
+    @property
+    def live_count(self) -> int:
+        """The number of documents; others' changes are seen within COUNT_SECONDS."""
+        count, when = self._known_count
+        if self._changes != self._seen_changes or time.monotonic() - when > COUNT_SECONDS:
+            count = self._count()
+            self._known_count = count, time.monotonic()
+        return count
+
+    def __len__(self) -> int:
+        return self.live_count
+
+    def _count(self, ids: Sequence[int] | None = None) -> int:
+        """How many documents there are, or how many of those with these ids."""
+        condition = "" if ids is None else f"{ID} in {list(map(int, ids))}"
+        with self._reading() as consistency:
+            options = {"consistency_level": consistency, "timeout": CALL_SECONDS}
+            found = self._client.query(self.name, filter=condition, output_fields=["count(*)"], **options)
+        return int(found[0]["count(*)"])
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[str]:
+        """The consistency level with which this object's own changes are seen."""
+        changes = self._changes
+        with milvus_errors(self.server, self.name):
+            yield "Bounded" if self._seen_changes == changes else "Strong"
+        self._seen_changes = changes
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        self._changes += 1  # before the call: it may have an effect even if it fails
+        with milvus_errors(self.server, self.name):
+            yield
+
+    def texts(self, ids: Sequence[int]) -> dict[int, str]:
+        """The documents that are there, by id."""
+        found: dict[int, str] = {}
+        for start in range(0, len(ids), RANGE_ROWS):
+            with self._reading() as consistency:
+                rows = self._client.query(
+                    self.name,
+                    filter=f"{ID} in {list(map(int, ids[start : start + RANGE_ROWS]))}",
+                    output_fields=[ID, TEXT],
+                    consistency_level=consistency,
+                    timeout=CALL_SECONDS,
+                )
+            found |= {row[ID]: row[TEXT] for row in rows}
+        return found
+
+    def is_live(self, row: int) -> bool:
+        """Whether there is a document with this id."""
+        return self._count([row]) > 0
+
+    def sample_ids(self, count: int) -> list[int]:
+        """The ids of some documents, at most `count`."""
+        with milvus_errors(self.server, self.name):
+            rows = self._client.query(
+                self.name, filter=f"{ID} >= 0", output_fields=[ID], limit=min(count, MAX_K), timeout=CALL_SECONDS
+            )
+        return sorted(row[ID] for row in rows)
+
+    @property
+    def searches_exactly(self) -> bool:
+        """Whether the vectors are here, or few enough to read them from the server."""
+        return self._has_local or self.live_count <= MAX_STREAMED
+
+    @property
+    def _has_local(self) -> bool:
+        """Whether all vectors were added by this object."""
+        return sum(len(ids) for ids, _ in self._local) == self.live_count
+
+    def ids_of(self, documents: Iterable[str]) -> list[int]:
+        """The `document_id` of each document."""
+        return [document_id(document, self.info.lowercase) for document in documents]
+
+    def _live_blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """From the vectors that were added here, if those are all; else from the server."""
+        if self._has_local:
+            for ids, vectors in self._local:
+                for start in range(0, len(ids), CORPUS_BLOCK):
+                    rows = slice(start, start + CORPUS_BLOCK)
+                    yield ids[rows], np.asarray(vectors[rows], np.float32)
+            return
+        for page_ids, values in self.pages(VECTOR):
+            yield np.array(page_ids, np.int64), np.array(values, np.float32)
+
+    def pages(self, field: str) -> Iterator[tuple[list[int], list[Any]]]:
+        """All ids and values of a field, page by page."""
+        with milvus_errors(self.server, self.name):
+            pages = self._client.query_iterator(
+                self.name, batch_size=PAGE_ROWS, output_fields=[ID, field], consistency_level="Strong"
+            )
+            while rows := pages.next():
+                yield [row[ID] for row in rows], [row[field] for row in rows]
+            pages.close()
+
+    # How it changes.
+
+    def _add(self, vectors: Any, documents: Sequence[str]) -> None:
+        """Sends what isn't there yet; safe to repeat after an interruption."""
+        if len(documents) != len(vectors):
+            raise InputError(f"there are {len(documents)} documents and {len(vectors)} vectors")
+        all_ids = np.empty(len(documents), np.int64)
+        with progress_bar(len(vectors), "milvus", "vector") as progress, ThreadPoolExecutor(IN_FLIGHT) as pool:
+            waiting: set[Future[int]] = set()
+            for start in range(0, len(vectors), RANGE_ROWS):
+                rows = slice(start, min(start + RANGE_ROWS, len(vectors)))
+                texts = documents[rows]
+                ids = self.ids_of(texts)
+                all_ids[rows] = ids
+                _check_sizes(texts, start)
+                if not self._is_new and self._count(ids) == len(ids):
+                    progress.update(len(ids))
+                    continue
+                for batch in _batches(texts, self.dim):
+                    done, waiting = _bounded(waiting)
+                    progress.update(done)
+                    part = vectors[start + batch.start : start + batch.stop]
+                    waiting.add(pool.submit(self._send, ids[batch], texts[batch], np.asarray(part, np.float32)))
+            progress.update(sum(future.result() for future in waiting))
+        self._local.append((all_ids, vectors))
+
+    def _send(self, ids: Sequence[int], texts: Sequence[str], vectors: np.ndarray) -> int:
+        """Sends rows; how many. A row that is there already is replaced."""
+        rows = [{ID: each, TEXT: text, VECTOR: vector} for each, text, vector in zip(ids, texts, vectors, strict=True)]
+        send = self._client.insert if self._is_new else self._client.upsert
+        with self._changing():
+            send(self.name, rows, timeout=CALL_SECONDS)
+        return len(rows)
+
+    def delete(self, ids: Iterable[int]) -> int:
+        """`VectorIndex.delete`; deleted before it returns, for searches of this client."""
+        there = list(self.texts(list(dict.fromkeys(ids))))
+        if there:
+            with self._changing():
+                self._client.delete(self.name, ids=there, timeout=CALL_SECONDS)
+            self._local = []
+        return len(there)
+
+    def finish(self, documents: Sequence[str]) -> None:
+        """Waits until all documents are on the server's disk and indexed. Raises InputError if some are missing.
+
+        documents: all that were added.
+        """
+        with milvus_errors(self.server, self.name):
+            self._client.flush(self.name, timeout=None)
+            self._wait_for_index()
+            self._client.release_collection(self.name, timeout=CALL_SECONDS)  # else new rows are searched without it
+            self._client.load_collection(self.name, timeout=None)
+        self._is_new = False
+        self._changes += 1
+        count = self._count()
+        if count != len(documents):
+            raise InputError(f"{self}: has {count} of {len(documents)} documents; {self._lacking(documents)}")
+
+    def _wait_for_index(self) -> None:
+        progress = None
+        while True:
+            state = self._client.describe_index(self.name, VECTOR, timeout=CALL_SECONDS) or {}
+            total, pending = int(state.get("total_rows", 0)), int(state.get("pending_index_rows", 0))
+            if state.get("state") == "Failed":
+                raise InputError(f"{self.server}: can't build the index of {self.name}; look into its log")
+            if progress is None:
+                progress = progress_bar(total, "milvus index", "vector").__enter__()
+            progress.update(max(0, total - pending - progress.n))
+            if not pending:
+                progress.close()
+                return
+            time.sleep(POLL_SECONDS)
+
+    def _lacking(self, documents: Sequence[str]) -> str:
+        """Which ranges of rows are missing, and what to do."""
+        ranges = [
+            f"{start} to {min(start + RANGE_ROWS, len(documents)) - 1}"
+            for start in range(0, len(documents), RANGE_ROWS)
+            if self._count(ids := self.ids_of(documents[start : start + RANGE_ROWS])) != len(ids)
+        ]
+        if not ranges:
+            return "it has documents that aren't of this corpus; drop it and build it again"
+        return f"rows {', '.join(ranges[:10])} lack some; run this again, which sends them"
+
+    def publish(self, alias: str) -> None:
+        """Makes this collection the one that is searched under the alias, and drops the one before."""
+        before = alias_target(self.server, self._client, alias)
+        with milvus_errors(self.server, self.name):
+            if before is None:
+                self._client.create_alias(self.name, alias, timeout=CALL_SECONDS)
+            elif before != self.name:
+                self._client.alter_alias(self.name, alias, timeout=CALL_SECONDS)
+                self._client.drop_collection(before, timeout=CALL_SECONDS)
+
+
+class MilvusDocuments(Mapping[int, str]):
+    """The documents of a collection by id. Keeps those found last: an id is a hash of the text."""
+
+    def __init__(self, index: MilvusIndex) -> None:
+        self._index = index
+        self._found: OrderedDict[int, str] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._index.live_count
+
+    def __getitem__(self, row: int) -> str:
+        document = self._found.get(row)
+        if document is None:
+            self.remember(self._index.texts([row]).items())
+            document = self._found[row]
+        return document
+
+    def __iter__(self) -> Iterator[int]:
+        return (row for ids, _ in self._index.pages(TEXT) for row in ids)
+
+    def remember(self, documents: Iterable[tuple[int, str]]) -> None:
+        """Keeps documents that a search has found."""
+        self._found.update(documents)
+        while len(self._found) > CACHED_DOCUMENTS:
+            self._found.popitem(last=False)
+
+
+def alias_target(server: MilvusServer, client: Any, alias: str) -> str | None:
+    """The name of the collection that an alias names; None if there is no such alias. Raises InputError."""
+    try:
+        with milvus_errors(server, alias):
+            found = client.describe_alias(alias, timeout=CALL_SECONDS)
+    except CollectionMissing:
+        return None
+    except InputError as error:
+        if "alias not found" in str(error):
+            return None
+        raise
+    return str(found["collection_name"])
+
+
+def build_parameters(index_type: str, options: IndexOptions, rows: int) -> dict[str, int | str]:
+    """The parameters of Milvus's index. IVF: 4 sqrt(rows) lists, as Milvus's documentation advises."""
+    if index_type.startswith("HNSW"):
+        graph: dict[str, int | str] = {"M": options.hnsw_m, "efConstruction": options.hnsw_ef}
+        return {**graph, "sq_type": "SQ8"} if index_type == "HNSW_SQ" else graph
+    if index_type.startswith("IVF"):
+        return {"nlist": min(MAX_LISTS, max(1, round(4 * math.sqrt(rows))))}
+    return {}
+
+
+def _check_sizes(texts: Sequence[str], first_row: int) -> None:
+    for row, text in enumerate(texts, first_row):
+        if len(text) * 4 > MAX_TEXT_BYTES and len(text.encode()) > MAX_TEXT_BYTES:
+            problem = f"document {row} (counted from 0) has {len(text.encode())} bytes"
+            raise InputError(f"{problem}, and Milvus takes up to {MAX_TEXT_BYTES}; shorten it")
+
+
+def _batches(texts: Sequence[str], dim: int) -> Iterator[slice]:
+    """Parts of up to BATCH_BYTES."""
+    start = size = 0
+    for row, text in enumerate(texts):
+        size += len(text.encode()) + 4 * dim + 8
+        if size > BATCH_BYTES and row > start:
+            yield slice(start, row)
+            start, size = row, len(text.encode()) + 4 * dim + 8
+    if start < len(texts):
+        yield slice(start, len(texts))
+
+
+def _bounded(waiting: "set[Future[int]]") -> "tuple[int, set[Future[int]]]":
+    """Waits until fewer than 2 IN_FLIGHT calls are waiting; the rows of those that are done, and the others."""
+    if len(waiting) < 2 * IN_FLIGHT:
+        return 0, waiting
+    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+    return sum(future.result() for future in done), waiting
