@@ -5,6 +5,7 @@ process, which searches the same file for batches of vectors that are ready.
 """
 
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -39,8 +40,8 @@ from serving.http_routes import DEFAULT_TOP_K
 HNSWLIB, ENCODE_ONLY, SEARCH, ONE_CLIENT = "hnswlib", "encode_only", "search", "search_one_client"
 DEFAULT_DOCUMENTS = 20_000
 OFFSET_BYTES = 8  # in memory of each document's place in the file
-# Of the hits of an answer. The vectors of a text differ by TOLERANCE with the texts that it is encoded together with,
-# which may lead hnswlib another way.
+# Of an answer's hits. A text's vector varies within TOLERANCE with the texts of its batch, and a search may then take
+# another path through the graph.
 SAME_HITS = 0.8
 KIB, MB = 1024, 1e6
 
@@ -52,17 +53,14 @@ KIB, MB = 1024, 1e6
 def make_index(folder: Path, model_dir: Path, titles: Sequence[str], documents: int, hnsw_m: int) -> None:
     """Saves an index of random unit vectors, whose documents are numbered titles. Raises InputError."""
     card = read_card(model_dir)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    corpus_file = folder.with_name(f"{folder.name}.documents")
-    corpus_file.write_text("".join(f"{titles[row % len(titles)]} {row}\n" for row in range(documents)), "utf-8")
-    try:
+    with tempfile.TemporaryDirectory() as name:
+        corpus_file = Path(name) / "documents.txt"
+        corpus_file.write_text("".join(f"{titles[row % len(titles)]} {row}\n" for row in range(documents)), "utf-8")
         corpus = Corpus(corpus_file)
         vectors = np.random.default_rng(0).standard_normal((documents, card.embedding_size), np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         index = build_index(IndexOptions(hnsw_m=hnsw_m), vectors)
         save_index(folder, DocumentIndex(index, Documents(corpus), card.fingerprint, corpus.sha256, "fp32"))
-    finally:
-        corpus_file.unlink()
 
 
 def open_index(folder: Path, model_dir: Path, documents: int | None) -> DocumentIndex:
