@@ -144,6 +144,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a table, and the JSON object."""
     args = build_parser().parse_args(argv)
+    if args.search and args.serving_bin:
+        raise InputError("--search: the C++ server doesn't search; leave --serving_bin out")
     rounds, seconds, sizes = (2, 8.0, MEDIUM_ERNIE) if args.quick else (args.rounds, args.seconds, BASE_ERNIE)
     machine = describe_machine()
     with benchmark_inputs(args.train_set_file, args.model, sizes) as inputs:

@@ -23,7 +23,7 @@ BATCHES, ENCODING, SEARCHING = (  # what a service counts
 
 
 class Served(NamedTuple):
-    """What both services serve, and what they are asked for."""
+    """What a service serves, and what its clients ask for."""
 
     model_dir: Path
     options: Sequence[str]  # of the service

@@ -74,6 +74,11 @@ def test_search_benchmark_keeps_its_index(folder: Path, tmp_path: Path, capsys: 
         bench_serving.main([*command, "--search_documents", "20"])
 
 
+def test_the_cpp_server_does_not_search() -> None:
+    with pytest.raises(InputError, match="leave --serving_bin out"):
+        bench_serving.main(["--search", "--serving_bin", "serving"])
+
+
 def test_figures_are_medians_over_rounds() -> None:
     """Ways that a service doesn't count have no shares."""
     rounds = {
