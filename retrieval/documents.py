@@ -9,13 +9,13 @@ import numpy as np
 
 from common.logs import progress_bar
 from common.texts import rough_key, text_key
-from retrieval.corpus import Corpus
+from retrieval.corpus import MappedLines
 
 
 class Documents(Sequence[str]):
     """The documents of an index by id: those of its file, and those added since. A deleted one is ""."""
 
-    def __init__(self, saved: Corpus) -> None:
+    def __init__(self, saved: MappedLines) -> None:
         self.saved = saved
         self._size = len(saved)
         self._changed: dict[int, str] = {}  # by id
@@ -27,9 +27,7 @@ class Documents(Sequence[str]):
 
     @property
     def sha256(self) -> str:
-        """Hash of the documents in hex, see `Corpus`."""
-        if not self._changed:
-            return self.saved.sha256
+        """Hash of the documents that aren't deleted in hex, as of a `Corpus`; takes seconds for a million."""
         digest = hashlib.sha256()
         for document in self:
             if document:

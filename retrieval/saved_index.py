@@ -27,7 +27,7 @@ from common.files import (
 )
 from common.logs import log
 from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
-from retrieval.corpus import Corpus
+from retrieval.corpus import Corpus, SavedDocuments
 from retrieval.documents import Documents
 from retrieval.journal import JOURNAL_FILE, Change, read_journal
 from retrieval.lexical_index import DEFAULT_FUSION, FUSION_FILE, Fusion, LexicalIndex
@@ -79,7 +79,7 @@ def save_index(
         if lock is not None:
             lock.close()
             lock.push(new_lock.pop_all())
-    return replace(saved, documents=Documents(_saved_documents(Path(folder))))
+    return replace(saved, documents=Documents(SavedDocuments(Path(folder) / DOCUMENTS_FILE)))
 
 
 def _current_words(saved: DocumentIndex, new_documents: Sequence[str]) -> LexicalIndex | None:
@@ -120,10 +120,6 @@ def save_fusion(folder: str | Path, fusion: Fusion) -> None:
     """Keeps a fusion in a saved index. Raises InputError if another run is changing it, or if it can't be written."""
     with locked_index(folder):
         fusion.save(_index_folder(folder))
-
-
-def _saved_documents(folder: Path) -> Corpus:
-    return Corpus(folder / DOCUMENTS_FILE, with_deleted=True)
 
 
 def index_version(folder: str | Path) -> str:
@@ -194,7 +190,7 @@ def load_index(
         raise InputError(f"{folder}: its vectors come from another model or --max_seq_length; {remedy}")
     if precision and saved.precision and saved.precision != precision:
         log(f"--precision {precision}: the vectors of {folder} were computed in {saved.precision}")
-    if corpus is not None and corpus.sha256 not in (saved.corpus, saved.documents.sha256):
+    if corpus is not None and corpus.sha256 != saved.corpus and corpus.sha256 != saved.documents.sha256:
         remedy = "add documents with --add_corpus, leave --corpus_file out, or give another --index_dir"
         raise InputError(f"{folder}: was built from another corpus, or the corpus file has changed since; {remedy}")
     return saved
@@ -228,7 +224,7 @@ def _read_index(folder: Path) -> DocumentIndex:
     content = read_json(folder / INDEX_FILE)
     try:
         index = INDEX_CLASSES[content["ann"]].load(folder, content)
-        documents = Documents(_saved_documents(folder))
+        documents = Documents(SavedDocuments(folder / DOCUMENTS_FILE))
         words = content.get("lexical")
         lexical = LexicalIndex.load(folder, words) if words else None
         about = content["model"], content["corpus"], content.get("precision")

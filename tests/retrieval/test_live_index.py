@@ -378,7 +378,7 @@ def test_a_reader_reads_again_if_the_index_is_replaced_meanwhile(
     folder = new_index(tmp_path, ann=ann)
     live = LiveIndex(folder)
     twin, reads = Twin(texts_from(0, 20)), []
-    for name in ("check_manifest", "read_json", "_saved_documents", "read_journal"):
+    for name in ("check_manifest", "read_json", "SavedDocuments", "read_journal"):
         read = getattr(saved_index, name)
         texts = [f"{name} {row}" for row in range(2)]
 
