@@ -14,7 +14,7 @@ from common.errors import InputError
 from common.logs import log
 from common.read_write_lock import ReadWriteLock
 from common.texts import TextSet
-from retrieval.corpus import Corpus, parse_document
+from retrieval.corpus import Corpus, parse_documents
 from retrieval.documents import DocumentFinder
 from retrieval.journal import JOURNAL_FILE, Change, Journal
 from retrieval.saved_index import DocumentIndex, apply_change, load_index, locked_index, save_index
@@ -99,7 +99,7 @@ class LiveIndex:
         check_unit_vectors(vectors, self._document_index.index.dim, "document", 0)
         if len(texts) != len(vectors):
             raise InputError(f"there are {len(texts)} documents and {len(vectors)} vectors")
-        documents = [_parse(row, text) for row, text in enumerate(texts)]
+        documents = parse_documents(texts)
         with self._changing:
             added = self._assign_ids(documents)
             rows = np.flatnonzero(added.is_new)
@@ -204,13 +204,6 @@ class LiveIndex:
             finally:
                 self._refusal = "it was closed"
                 self._resources.close()
-
-
-def _parse(row: int, text: str) -> str:
-    try:
-        return parse_document(text)
-    except ValueError as error:
-        raise InputError(f"document {row} (counted from 0): {error}") from None
 
 
 def _parts(change: Change) -> Iterator[Change]:

@@ -14,7 +14,6 @@ import numpy as np
 
 from common.cpu import release_freed_memory
 from common.errors import InputError
-from retrieval.corpus import parse_document
 from retrieval.hybrid_search import HYBRID, VECTOR, SearchHits, search
 from retrieval.live_index import Added, LiveIndex
 from retrieval.saved_index import DocumentIndex, index_version, load_index
@@ -117,11 +116,6 @@ class SearchIndex:
 
     def add(self, documents: Sequence[str], vectors: np.ndarray) -> tuple[IndexState, Added]:
         """Adds documents, see `LiveIndex.add`; they are on disk afterwards. Raises RequestError."""
-        for row, document in enumerate(documents):
-            try:
-                parse_document(document)
-            except ValueError as error:
-                raise RequestError(BAD_REQUEST, f"document {row} {error}: send it as one line", "documents") from None
         with self._changing() as live:
             added = live.add(documents, vectors)
         return self.state, added

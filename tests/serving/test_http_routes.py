@@ -379,8 +379,9 @@ def change(gateway: HttpGateway, method: str, **fields: object) -> tuple[int, di
 
 
 def test_documents_are_added_and_deleted(writable_gateway: HttpGateway) -> None:
-    """The answer has the version after the change, and the next search finds what was added."""
-    status, content = change(writable_gateway, "POST", documents=["新一", DOCUMENTS[3]])
+    """The answer has the version after the change, and the next search finds what was added, as a line holds it."""
+    status, content = change(writable_gateway, "POST", documents=[" 新一\r", DOCUMENTS[3]])
+    assert writable_gateway.service._encoders[0].batches == [["新一", DOCUMENTS[3]]]
     assert (status, content["documents"]) == (200, [{"id": 50, "is_new": True}, {"id": 3, "is_new": False}])
     found = post(at(writable_gateway), as_json(query="新一", top_k=20), SEARCH, KEY)[1]
     assert found["index"] == content["index"] and found["index"]["documents"] == 51
@@ -395,7 +396,10 @@ def test_documents_are_added_and_deleted(writable_gateway: HttpGateway) -> None:
         ("POST", {}, "documents", "must be a string or a list of strings"),
         ("POST", {"documents": []}, "documents", "no texts"),
         ("POST", {"documents": ["a"] * 5}, "documents", "send at most 4"),
-        ("POST", {"documents": ["zwei\nZeilen"]}, "documents", "more than one line: send it as one line"),
+        ("POST", {"documents": ["a", "b\nc"]}, "documents", "document 1 (counted from 0): has more than one line"),
+        ("POST", {"documents": "a\tb"}, "documents", "2 columns, where a line holds one text: send it as one line"),
+        ("POST", {"documents": "\u200b"}, "documents", "only invisible characters"),
+        ("POST", {"documents": "a\0b"}, "documents", "holds a NUL character"),
         ("POST", {"documents": ["a"], "ids": [1]}, None, "unknown fields"),
         ("DELETE", {}, "documents", "no texts"),
         ("DELETE", {"ids": "1"}, "ids", "must be a list of ids"),
@@ -409,8 +413,10 @@ def test_documents_are_added_and_deleted(writable_gateway: HttpGateway) -> None:
 def test_changes_that_are_refused(
     writable_gateway: HttpGateway, method: str, fields: dict[str, object], param: str | None, message: str
 ) -> None:
+    """Before a text is encoded."""
     status, content = change(writable_gateway, method, **fields)
     assert (status, content["error"]["param"]) == (400, param)
+    assert writable_gateway.service._encoders[0].batches == []
     assert message in content["error"]["message"]
     assert json.loads(get(at(writable_gateway), "/health")[1])["index"]["documents"] == 50
 

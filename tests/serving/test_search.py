@@ -299,13 +299,3 @@ def test_a_writable_index_is_replaced_by_one_that_is_moved_into_place(folder: Pa
     assert index.state.documents == 20
     assert index.add(["新二"], text_vectors(["新二"]))[0].documents == 21
     index.close()
-
-
-@pytest.mark.parametrize("document", ["zwei\nZeilen", "a\tb", "\u200b"])
-def test_a_document_that_no_line_holds_is_refused(folder: Path, document: str) -> None:
-    write_index(folder, DOCUMENTS)
-    index = SearchIndex(folder, MODEL, "fp32", writable=True)
-    with pytest.raises(RequestError, match=r"^document 1 .*: send it as one line"):
-        index.add(["文", document], text_vectors(["文", document]))
-    assert index.state.documents == 50
-    index.close()
