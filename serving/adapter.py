@@ -176,11 +176,10 @@ class PipelineService:
 
         mode: see `SearchIndex.search`; param: see `embed`.
         """
-        if self._searches is None:
-            raise RequestError(NO_SUCH_SERVICE, NO_INDEX)
+        searches = self._searcher()
         check_texts(queries, self.limits, param)
         with self.admission.admitted(len(queries)):
-            return self._searches.search(self._embed(queries, QUERY), top_k, queries, mode)
+            return searches.search(self._embed(queries, QUERY), top_k, queries, mode)
 
     def add(self, texts: Sequence[str]) -> tuple[IndexState, Added]:
         """Adds documents to the index, see `SearchIndex.add`. Raises RequestError, also without an index."""
@@ -205,9 +204,12 @@ class PipelineService:
 
     def check_index(self) -> SearchIndex:
         """The index. Raises RequestError if there is none."""
-        if self.index is None:
+        return self._searcher().index
+
+    def _searcher(self) -> SearchBatcher:
+        if self._searches is None:
             raise RequestError(NO_SUCH_SERVICE, NO_INDEX)
-        return self.index
+        return self._searches
 
     def _writable_index(self) -> SearchIndex:
         index = self.check_index()

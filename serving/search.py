@@ -16,12 +16,11 @@ from common.cpu import release_freed_memory
 from common.errors import InputError
 from retrieval.hybrid_search import HYBRID, VECTOR, SearchHits, search
 from retrieval.live_index import Added, LiveIndex
-from retrieval.saved_index import DocumentIndex, index_version, load_index
+from retrieval.saved_index import DocumentIndex, index_version, load_with_version
 from serving.limits import BAD_REQUEST, FORBIDDEN, INTERNAL_ERROR, RequestError, service_log
 from serving.metrics import Metrics
 
 MODEL_LENGTH = 12  # hexadecimal digits
-LOADING_ATTEMPTS = 3  # of an index whose folder is replaced while it is read
 NO_WORDS = "the index has no words: leave mode out, or build the index with recall.py --lexical bm25"
 READ_ONLY = "the service is read-only: start it with --writable to add and delete documents"
 NOT_WRITTEN = "the change couldn't be written: the service's log says why"
@@ -184,21 +183,10 @@ class SearchIndex:
                 self._loaded.live.close()
 
     def _load(self) -> LoadedIndex:
-        """Reads the folder, again if it was replaced meanwhile."""
         if self._writable:  # its lock keeps others from replacing the folder
             live = LiveIndex(self._folder, self._model, precision=self._precision, lowercase=self._lowercase)
             return LoadedIndex(index_version(self._folder), live)
-        for attempt in range(1, LOADING_ATTEMPTS + 1):
-            version = index_version(self._folder)
-            try:
-                saved = load_index(self._folder, self._model, precision=self._precision)
-            except InputError:
-                if attempt == LOADING_ATTEMPTS or index_version(self._folder) == version:
-                    raise
-            else:
-                if version and index_version(self._folder) == version:
-                    return LoadedIndex(version, saved)
-        raise InputError(f"{self._folder}: is replaced again and again while it is read; try again later")
+        return LoadedIndex(*load_with_version(self._folder, self._model, precision=self._precision))
 
 
 class _Job(NamedTuple):

@@ -23,7 +23,7 @@ from retrieval.corpus import Corpus, read_corpus
 from retrieval.documents import Documents
 from retrieval.journal import JOURNAL_FILE
 from retrieval.live_index import Added, LiveIndex
-from retrieval.saved_index import DocumentIndex, load_index, locked_index, save_index
+from retrieval.saved_index import DocumentIndex, index_version, load_index, load_with_version, locked_index, save_index
 
 DIM = 8
 
@@ -374,11 +374,11 @@ def test_an_index_whose_replacement_was_interrupted_is_opened(tmp_path: Path) ->
 def test_a_reader_reads_again_if_the_index_is_replaced_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ann: str
 ) -> None:
-    """After any of its files: it gets the old index or the new one."""
+    """After any of its files: it gets the old index or the new one, with its version."""
     folder = new_index(tmp_path, ann=ann)
     live = LiveIndex(folder)
     twin, reads = Twin(texts_from(0, 20)), []
-    for name in ("check_manifest", "read_json", "_saved_documents", "read_journal"):
+    for name in ("journal_state", "check_manifest", "read_json", "_saved_documents", "read_journal"):
         read = getattr(saved_index, name)
         texts = [f"{name} {row}" for row in range(2)]
 
@@ -392,10 +392,55 @@ def test_a_reader_reads_again_if_the_index_is_replaced_meanwhile(
             return found
 
         monkeypatch.setattr(saved_index, name, read_late)
-        found = load_index(folder)
+        version, found = load_with_version(folder)
         twin.add(texts)
         assert twin.is_that_of(found)
-    assert len(reads) == 4
+        assert version == index_version(folder)
+    assert len(reads) == 5
+
+
+def test_the_version_is_that_of_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a journal that grows meanwhile, too; one without changes has no part in it, nor has a torn record."""
+    folder = new_index(tmp_path)
+    version = index_version(folder)
+    live, twin = LiveIndex(folder), Twin(texts_from(0, 20))
+    assert index_version(folder) == version
+    live.add(["新"], vectors_of(["新"]))
+    twin.add(["新"])
+    version = index_version(folder)
+    read_journal = saved_index.read_journal
+
+    def read_late(*arguments: object) -> object:
+        live.add(["新2"], vectors_of(["新2"]))
+        return read_journal(*arguments)
+
+    monkeypatch.setattr(saved_index, "read_journal", read_late)
+    found_version, found = load_with_version(folder)
+    assert found_version == version != index_version(folder)
+    assert twin.is_that_of(found)
+    monkeypatch.undo()
+    live.close(compact=False)
+    version = index_version(folder)
+    with open(folder / JOURNAL_FILE, "ab") as journal:
+        journal.write(b"torn")
+    assert load_with_version(folder)[0] == index_version(folder) == version
+    (folder / JOURNAL_FILE).unlink()
+    assert index_version(folder) != version
+
+
+def test_a_folder_that_is_missing_for_a_moment_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As between the two commands that move another index into its place; also by who wants to change it."""
+    folder, calls = new_index(tmp_path), []
+
+    def sleep(_: float) -> None:
+        calls.append(folder.exists())
+        (tmp_path / "moved").rename(folder)
+
+    monkeypatch.setattr(saved_index.time, "sleep", sleep)
+    for opens in (load_index, LiveIndex):
+        folder.rename(tmp_path / "moved")
+        opens(folder)
+    assert calls == [False, False]
 
 
 def test_an_index_that_is_always_replaced_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ def test_a_new_index_is_taken_into_service(
 
 def test_the_same_index_is_not_read_again(folder: Path, index: SearchIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if it was written again."""
-    monkeypatch.setattr(search, "load_index", None)
+    monkeypatch.setattr(search, "load_with_version", None)
     write_index(folder, DOCUMENTS)
     index.reload()
 
@@ -204,29 +204,6 @@ def test_a_broken_index_is_refused_at_the_start(folder: Path, how: str) -> None:
     reason = spoil(folder, how)
     with pytest.raises(InputError, match=reason):
         SearchIndex(folder, MODEL, "fp32")
-
-
-@pytest.mark.usefixtures("index")
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_an_index_that_is_replaced_while_it_is_read_is_read_again(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, when: str
-) -> None:
-    """The version is that of what was read."""
-    loads = []
-
-    def load_index(*arguments: object, **options: object) -> saved_index.DocumentIndex:
-        loads.append(when)
-        if len(loads) == 1 and when == "before":
-            write_index(folder, OTHERS)
-        saved = saved_index.load_index(*arguments, **options)
-        if len(loads) == 1 and when == "after":
-            write_index(folder, OTHERS)
-        return saved
-
-    monkeypatch.setattr(search, "load_index", load_index)
-    index = SearchIndex(folder, MODEL, "fp32")
-    assert len(loads) == 2
-    assert index.state == (saved_index.index_version(folder), 20, MODEL[:12])
 
 
 def test_every_answer_is_of_the_version_that_it_names(folder: Path, index: SearchIndex) -> None:
