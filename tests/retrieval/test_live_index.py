@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from common.texts import text_key
 from helpers import ROOT, V1, file_size_limit, unit_vectors, write_pairs
 from retrieval import live_index, saved_index
 from retrieval.corpus import Corpus, read_corpus
-from retrieval.documents import Documents
+from retrieval.documents import DocumentFinder, Documents
 from retrieval.journal import JOURNAL_FILE
 from retrieval.live_index import Added, LiveIndex
 from retrieval.saved_index import DocumentIndex, index_version, load_index, load_with_version, locked_index, save_index
@@ -355,6 +356,37 @@ def test_an_index_that_was_replaced_takes_no_changes(tmp_path: Path) -> None:
     live.close()
     assert list(load_index(folder).documents) == texts_from(0, 3)
     assert list(load_index(tmp_path / "old").documents) == [*texts_from(0, 20), "新"]
+
+
+def test_searches_and_deletions_go_on_while_all_documents_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, when a document is looked for first; others that look for documents wait."""
+    folder, is_reading, go = new_index(tmp_path), threading.Event(), threading.Event()
+    finders = []
+
+    def build_late(*arguments: object) -> DocumentFinder:
+        finders.append(arguments)
+        is_reading.set()
+        assert go.wait(30)
+        return DocumentFinder(*arguments)
+
+    monkeypatch.setattr(live_index, "DocumentFinder", build_late)
+    texts = texts_from(0, 3)
+    with LiveIndex(folder) as live, ThreadPoolExecutor(3) as pool:
+        assert not finders
+        found = [pool.submit(live.find, texts) for _ in range(2)]
+        assert is_reading.wait(30)
+        assert live.delete([1]) == 1
+        with live.reading() as document_index:
+            assert document_index.index.live_count == 19
+        live.compact()
+        added = pool.submit(live.add, texts, vectors_of(texts))
+        go.set()
+        assert added.result() == ([0, 20, 2], [False, True, False])
+        assert [each.result()[::2] for each in found] == [[0, 2]] * 2
+        assert len(finders) == 1
+        assert live.find(texts) == [0, 20, 2]
 
 
 def test_an_index_whose_replacement_was_interrupted_is_opened(tmp_path: Path) -> None:
