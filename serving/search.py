@@ -14,7 +14,7 @@ import numpy as np
 
 from common.cpu import release_freed_memory
 from common.errors import InputError
-from retrieval.hybrid_search import HYBRID, VECTOR, SearchHits, search
+from retrieval.hybrid_search import MODES, VECTOR, SearchHits, search
 from retrieval.live_index import Added, LiveIndex
 from retrieval.saved_index import DocumentIndex, index_version, load_with_version
 from serving.limits import BAD_REQUEST, FORBIDDEN, INTERNAL_ERROR, RequestError, service_log
@@ -33,6 +33,7 @@ class IndexState(NamedTuple):
     version: str
     documents: int  # how many
     model: str  # the first digits of the encoder's fingerprint
+    modes: list[str]  # that it can be searched in; the last one is the default
 
 
 class LoadedIndex:
@@ -59,7 +60,8 @@ class LoadedIndex:
 
 
 def _state(version: str, saved: DocumentIndex) -> IndexState:
-    return IndexState(version, saved.index.live_count, saved.model[:MODEL_LENGTH])
+    modes = [VECTOR] if saved.lexical is None else list(MODES)
+    return IndexState(version, saved.index.live_count, saved.model[:MODEL_LENGTH], modes)
 
 
 class Hits(NamedTuple):
@@ -105,9 +107,8 @@ class SearchIndex:
         and RequestError for a mode that needs words if the index has none.
         """
         with self._searching, self._loaded.reading() as (state, saved):
-            has_words = saved.lexical is not None
-            chosen = mode or (HYBRID if has_words else VECTOR)
-            if chosen != VECTOR and not has_words:
+            chosen = mode or state.modes[-1]
+            if chosen not in state.modes:
                 raise RequestError(BAD_REQUEST, NO_WORDS, "mode")
             found = search(saved, texts, vectors, top_k, chosen)
             documents = {row: saved.documents[row] for row in np.unique(found.ids).tolist() if row >= 0}

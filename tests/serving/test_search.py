@@ -48,7 +48,7 @@ def test_hits_are_those_of_an_index(folder: Path, ann: str) -> None:
         ids, scores = saved_index.load_index(folder).index.search(queries[rows], top_k)
         np.testing.assert_array_equal(hits.found.ids, ids)
         np.testing.assert_allclose(hits.found.scores, scores, atol=1e-6)
-        assert hits.state == index.state == (index.state.version, 50, MODEL[:12])
+        assert hits.state == index.state == (index.state.version, 50, MODEL[:12], ["vector"])
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(37)))
@@ -70,7 +70,7 @@ def test_the_modes_are_those_of_recall(folder: Path, mode: str | None) -> None:
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(work, [mode, "vector", mode, "lexical", mode]))
     for hits in answers[::2]:
-        assert hits.mode == (mode or "hybrid")
+        assert hits.mode == (mode or hits.state.modes[-1]) and hits.state.modes == list(MODES)
         for ours, theirs in zip(hits.found, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-6)
     assert (answers[1].mode, answers[3].mode) == ("vector", "lexical")
@@ -141,7 +141,7 @@ def test_a_new_index_is_taken_into_service(
     index.reload()
     after = index.search(text_vectors(["另3"]), 2)
     assert found(before)[0][0] == "文3" and found(after)[0][0] == "另3"
-    assert before.state == (version, 50, MODEL[:12]) and after.state == index.state
+    assert before.state == (version, 50, MODEL[:12], ["vector"]) and after.state == index.state
     assert index.state.documents == 20 and index.state.version != version
     gc.collect()
     assert old() is None
