@@ -125,6 +125,17 @@ def parse_document(text: str) -> str:
     return parse_text(LineDecoder().decode(line if len(line) <= MAX_LINE_BYTES else None))
 
 
+def parse_documents(texts: Sequence[str]) -> list[str]:
+    """Documents from elsewhere, see `parse_document`. Raises InputError for one that a line can't hold."""
+    documents = []
+    for row, text in enumerate(texts):
+        try:
+            documents.append(parse_document(text))
+        except ValueError as error:
+            raise InputError(f"document {row} (counted from 0): {error}") from None
+    return documents
+
+
 def read_corpus(
     path: str | Path, *, skip_bad_lines: bool = False, check_columns: bool = True, lowercase: bool = True
 ) -> Corpus:
