@@ -213,7 +213,7 @@ def load_index(
 
 def load_with_version(
     folder: str | Path, model: str | None = None, corpus: Corpus | None = None, precision: str | None = None
-) -> tuple[str, DocumentIndex]:
+) -> tuple[str, LocalDocumentIndex]:
     """`load_index`, and the `index_version` of what was read."""
     version, saved = _read_unreplaced(folder)
     if model is not None and saved.model != model:

@@ -243,7 +243,7 @@ def test_an_index_that_is_never_ready_is_an_error(milvus: Milvus, alias: str, mo
     """The server in the wheel takes DISKANN, fails to build it, and tries again for ever."""
     monkeypatch.setattr(milvus_index, "STALLED_SECONDS", 3.0)
     server = MilvusServer(milvus.uri, token_file=str(milvus.token_file))
-    with pytest.raises(InputError, match="doesn't get on with the index of .*, or give another --milvus_index_type"):
+    with pytest.raises(InputError, match="doesn't get on with the index of"):
         build(server, alias, unit_vectors(1100, DIM), info=info_of(index_type="DISKANN"))
     client = connect(server)
     client.drop_collection(f"{alias}_{info_of(index_type='DISKANN').fingerprint}")
