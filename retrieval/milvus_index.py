@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,10 +21,19 @@ from ann_util import CORPUS_BLOCK, ApproximateIndex, IndexOptions
 from common.errors import InputError
 from common.logs import log, progress_bar
 from common.texts import text_key
-from retrieval.milvus_server import CALL_SECONDS, CollectionMissing, MilvusServer, connect, milvus_errors
+from retrieval.milvus_server import (
+    CALL_SECONDS,
+    LACKS_TYPE,
+    CollectionMissing,
+    MilvusServer,
+    MilvusUnavailable,
+    connect,
+    milvus_errors,
+)
 
 DEFAULT_COLLECTION = "semantic_index"
 INDEX_TYPES = ("HNSW", "IVF_SQ8", "HNSW_SQ", "DISKANN", "IVF_FLAT", "FLAT", "AUTOINDEX")
+EMBEDDED_TYPES = {"HNSW", "IVF_SQ8", "HNSW_SQ", "IVF_FLAT", "FLAT", "AUTOINDEX"}
 WIDTH_NAMES = {"HNSW": "ef", "HNSW_SQ": "ef", "DISKANN": "search_list", "IVF_SQ8": "nprobe", "IVF_FLAT": "nprobe"}
 PROPERTY = "semantic_index"  # of a collection: a `CollectionInfo` in JSON
 ID, TEXT, VECTOR = "id", "text", "vector"  # fields
@@ -123,6 +132,8 @@ class MilvusIndex(ApproximateIndex):
 
         rows: how many documents there will be. Searches don't see it until `publish`. Raises InputError.
         """
+        if server.is_embedded and info.index_type not in EMBEDDED_TYPES:  # which Milvus Lite finds out when it searches
+            raise InputError(f"{server}: {LACKS_TYPE}")
         client = connect(server)
         current = alias_target(server, client, alias)
         base = f"{alias}_{info.fingerprint}"
@@ -238,7 +249,7 @@ class MilvusIndex(ApproximateIndex):
     def __len__(self) -> int:
         return self.live_count
 
-    def _count(self, ids: Sequence[int] | None = None) -> int:
+    def _count(self, ids: Iterable[int] | None = None) -> int:
         """How many documents there are, or how many of those with these ids."""
         condition = "" if ids is None else f"{ID} in {list(map(int, ids))}"
         with self._reading() as consistency:
@@ -330,22 +341,23 @@ class MilvusIndex(ApproximateIndex):
             raise InputError(f"there are {len(documents)} documents and {len(vectors)} vectors")
         all_ids = np.empty(len(documents), np.int64)
         with progress_bar(len(vectors), "milvus", "vector") as progress, ThreadPoolExecutor(IN_FLIGHT) as pool:
-            waiting: set[Future[int]] = set()
-            for start in range(0, len(vectors), RANGE_ROWS):
-                rows = slice(start, min(start + RANGE_ROWS, len(vectors)))
-                texts = documents[rows]
-                ids = self.ids_of(texts)
-                all_ids[rows] = ids
-                _check_sizes(texts, start)
-                if not self._is_new and self._count(ids) == len(ids):
-                    progress.update(len(ids))
-                    continue
-                for batch in _batches(texts, self.dim):
-                    done, waiting = _bounded(waiting)
-                    progress.update(done)
-                    part = vectors[start + batch.start : start + batch.stop]
-                    waiting.add(pool.submit(self._send, ids[batch], texts[batch], np.asarray(part, np.float32)))
-            progress.update(sum(future.result() for future in waiting))
+            try:
+                waiting: set[Future[int]] = set()
+                for start in range(0, len(vectors), RANGE_ROWS):
+                    rows = slice(start, min(start + RANGE_ROWS, len(vectors)))
+                    all_ids[rows] = ids = np.array(self.ids_of(documents[rows]))
+                    if not self._is_new and self._count(ids) == len(ids):
+                        progress.update(len(ids))
+                        continue
+                    for batch in _batches(documents[rows], start, self.dim):
+                        done, waiting = _bounded(waiting)
+                        progress.update(done)
+                        part = np.asarray(vectors[batch], np.float32)
+                        waiting.add(pool.submit(self._send, all_ids[batch].tolist(), documents[batch], part))
+                progress.update(sum(future.result() for future in waiting))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         self._local.append((all_ids, vectors))
 
     def _send(self, ids: Sequence[int], texts: Sequence[str], vectors: np.ndarray) -> int:
@@ -370,16 +382,27 @@ class MilvusIndex(ApproximateIndex):
 
         documents: all that were added.
         """
+        self._patiently(self._client.flush)
         with milvus_errors(self.server, self.name):
-            self._client.flush(self.name, timeout=None)
             self._wait_for_index()
             self._client.release_collection(self.name, timeout=CALL_SECONDS)  # else new rows are searched without it
-            self._client.load_collection(self.name, timeout=None)
+        self._patiently(self._client.load_collection)
         self._is_new = False
         self._changes += 1
         count = self._count()
         if count != len(documents):
             raise InputError(f"{self}: has {count} of {len(documents)} documents; {self._lacking(documents)}")
+
+    def _patiently(self, call: Callable[..., Any]) -> None:
+        """Repeats a call for the collection, which may take long and can be repeated, while Milvus answers others."""
+        while True:
+            try:
+                with milvus_errors(self.server, self.name):
+                    call(self.name, timeout=CALL_SECONDS)
+                return
+            except MilvusUnavailable:
+                with milvus_errors(self.server, self.name):
+                    self._client.has_collection(self.name, timeout=CALL_SECONDS)
 
     def _wait_for_index(self) -> None:
         """Waits until Milvus has indexed all rows, which it does in segments of up to a million."""
@@ -474,23 +497,19 @@ def build_parameters(index_type: str, options: IndexOptions, rows: int) -> dict[
     return {}
 
 
-def _check_sizes(texts: Sequence[str], first_row: int) -> None:
+def _batches(texts: Sequence[str], first_row: int, dim: int) -> Iterator[slice]:
+    """Rows of up to BATCH_BYTES together; first_row: that of the first text. Raises InputError for a text too long."""
+    start, size = first_row, 0
     for row, text in enumerate(texts, first_row):
-        if len(text) * 4 > MAX_TEXT_BYTES and len(text.encode()) > MAX_TEXT_BYTES:
-            problem = f"document {row} (counted from 0) has {len(text.encode())} bytes"
+        text_bytes = len(text.encode())
+        if text_bytes > MAX_TEXT_BYTES:
+            problem = f"document {row} (counted from 0) has {text_bytes} bytes"
             raise InputError(f"{problem}, and Milvus takes up to {MAX_TEXT_BYTES}; shorten it")
-
-
-def _batches(texts: Sequence[str], dim: int) -> Iterator[slice]:
-    """Parts of up to BATCH_BYTES."""
-    start = size = 0
-    for row, text in enumerate(texts):
-        size += len(text.encode()) + 4 * dim + 8
+        size += text_bytes + 4 * dim + 8
         if size > BATCH_BYTES and row > start:
             yield slice(start, row)
-            start, size = row, len(text.encode()) + 4 * dim + 8
-    if start < len(texts):
-        yield slice(start, len(texts))
+            start, size = row, text_bytes + 4 * dim + 8
+    yield slice(start, first_row + len(texts))
 
 
 def _bounded(waiting: "set[Future[int]]") -> "tuple[int, set[Future[int]]]":
