@@ -237,7 +237,16 @@ class MilvusIndex(ApproximateIndex):
     def __len__(self) -> int:
         return self.live_count
 
-    def _count(self, ids: Sequence[int] | None = None) -> int:
+    @property
+    def is_new(self) -> bool:
+        """Whether the collection was empty before, and isn't finished yet."""
+        return self._is_new
+
+    def count_of(self, ids: Sequence[int] | np.ndarray) -> int:
+        """How many of up to RANGE_ROWS documents there are, by their ids."""
+        return self._count(ids)
+
+    def _count(self, ids: Sequence[int] | np.ndarray | None = None) -> int:
         """How many documents there are, or how many of those with these ids."""
         condition = "" if ids is None else f"{ID} in {list(map(int, ids))}"
         with self._reading() as consistency:
@@ -335,7 +344,7 @@ class MilvusIndex(ApproximateIndex):
                 texts = documents[rows]
                 ids = self.ids_of(texts)
                 all_ids[rows] = ids
-                _check_sizes(texts, start)
+                check_sizes(texts, start)
                 if not self._is_new and self._count(ids) == len(ids):
                     progress.update(len(ids))
                     continue
@@ -355,6 +364,10 @@ class MilvusIndex(ApproximateIndex):
             send(self.name, rows, timeout=CALL_SECONDS)
         return len(rows)
 
+    def keep_vectors(self, ids: np.ndarray, vectors: Any) -> None:
+        """Says that these are all vectors of the collection, int64 [N] and [N, dim], for `search_exactly`."""
+        self._local = [(ids, vectors)]
+
     def delete(self, ids: Iterable[int]) -> int:
         """`VectorIndex.delete`; deleted before it returns, for searches of this client."""
         there = list(self.texts(list(dict.fromkeys(ids))))
@@ -372,13 +385,18 @@ class MilvusIndex(ApproximateIndex):
         with milvus_errors(self.server, self.name):
             self._client.flush(self.name, timeout=None)
             self._wait_for_index()
-            self._client.release_collection(self.name, timeout=CALL_SECONDS)  # else new rows are searched without it
-            self._client.load_collection(self.name, timeout=None)
+        self.reload()  # else new rows are searched without the index
         self._is_new = False
         self._changes += 1
         count = self._count()
         if count != len(documents):
             raise InputError(f"{self}: has {count} of {len(documents)} documents; {self._lacking(documents)}")
+
+    def reload(self) -> None:
+        """Has the server read all documents and their index from its disk again."""
+        with milvus_errors(self.server, self.name):
+            self._client.release_collection(self.name, timeout=CALL_SECONDS)
+            self._client.load_collection(self.name, timeout=None)
 
     def _wait_for_index(self) -> None:
         progress = None
@@ -468,7 +486,8 @@ def build_parameters(index_type: str, options: IndexOptions, rows: int) -> dict[
     return {}
 
 
-def _check_sizes(texts: Sequence[str], first_row: int) -> None:
+def check_sizes(texts: Sequence[str], first_row: int) -> None:
+    """Raises InputError for a document that is too long for Milvus."""
     for row, text in enumerate(texts, first_row):
         if len(text) * 4 > MAX_TEXT_BYTES and len(text.encode()) > MAX_TEXT_BYTES:
             problem = f"document {row} (counted from 0) has {len(text.encode())} bytes"
