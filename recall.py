@@ -54,7 +54,8 @@ if TYPE_CHECKING:
     from encoding.encoder import Encoder, Fidelity
 
 TUNING_LINES = 10
-OPTIONS_OF_NEW_INDEX = (*IndexOptions._fields, "milvus_index_type", "milvus_shards", "embedding_dir")
+OF_NEW_COLLECTION = "milvus_index_type", "milvus_shards", "milvus_bulk_dir", "milvus_bulk_path"
+OPTIONS_OF_NEW_INDEX = (*IndexOptions._fields, *OF_NEW_COLLECTION, "embedding_dir")
 WAYS = {VECTOR: "vector", LEXICAL: "lexical", HYBRID: "both"}  # what a printed hit says
 
 

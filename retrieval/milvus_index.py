@@ -249,6 +249,15 @@ class MilvusIndex(ApproximateIndex):
     def __len__(self) -> int:
         return self.live_count
 
+    @property
+    def is_new(self) -> bool:
+        """Whether the collection was empty before, and isn't finished yet."""
+        return self._is_new
+
+    def count_of(self, ids: Iterable[int]) -> int:
+        """How many of up to RANGE_ROWS documents there are, by their ids."""
+        return self._count(ids)
+
     def _count(self, ids: Iterable[int] | None = None) -> int:
         """How many documents there are, or how many of those with these ids."""
         condition = "" if ids is None else f"{ID} in {list(map(int, ids))}"
@@ -345,6 +354,7 @@ class MilvusIndex(ApproximateIndex):
                 waiting: set[Future[int]] = set()
                 for start in range(0, len(vectors), RANGE_ROWS):
                     rows = slice(start, min(start + RANGE_ROWS, len(vectors)))
+                    check_sizes(documents[rows], start)
                     all_ids[rows] = ids = np.array(self.ids_of(documents[rows]))
                     if not self._is_new and self._count(ids) == len(ids):
                         progress.update(len(ids))
@@ -368,6 +378,10 @@ class MilvusIndex(ApproximateIndex):
             send(self.name, rows, timeout=CALL_SECONDS)
         return len(rows)
 
+    def keep_vectors(self, ids: np.ndarray, vectors: Any) -> None:
+        """Says that these are all vectors of the collection, int64 [N] and [N, dim], for `search_exactly`."""
+        self._local = [(ids, vectors)]
+
     def delete(self, ids: Iterable[int]) -> int:
         """`VectorIndex.delete`; deleted before it returns, for searches of this client."""
         there = list(self.texts(list(dict.fromkeys(ids))))
@@ -385,13 +399,18 @@ class MilvusIndex(ApproximateIndex):
         self._patiently(self._client.flush)
         with milvus_errors(self.server, self.name):
             self._wait_for_index()
-            self._client.release_collection(self.name, timeout=CALL_SECONDS)  # else new rows are searched without it
-        self._patiently(self._client.load_collection)
+        self.reload()  # else new rows are searched without the index
         self._is_new = False
         self._changes += 1
         count = self._count()
         if count != len(documents):
             raise InputError(f"{self}: has {count} of {len(documents)} documents; {self._lacking(documents)}")
+
+    def reload(self) -> None:
+        """Has the server read all documents and their index from its disk again."""
+        with milvus_errors(self.server, self.name):
+            self._client.release_collection(self.name, timeout=CALL_SECONDS)
+        self._patiently(self._client.load_collection)
 
     def _patiently(self, call: Callable[..., Any]) -> None:
         """Repeats a call for the collection, which may take long and can be repeated, while Milvus answers others."""
@@ -497,18 +516,23 @@ def build_parameters(index_type: str, options: IndexOptions, rows: int) -> dict[
     return {}
 
 
+def check_sizes(texts: Sequence[str], first_row: int) -> None:
+    """Raises InputError for a document that is too long for Milvus. first_row: the number of the first text."""
+    for row, text in enumerate(texts, first_row):
+        if len(text) * 4 > MAX_TEXT_BYTES and len(text.encode()) > MAX_TEXT_BYTES:
+            problem = f"document {row} (counted from 0) has {len(text.encode())} bytes"
+            raise InputError(f"{problem}, and Milvus takes up to {MAX_TEXT_BYTES}; shorten it")
+
+
 def _batches(texts: Sequence[str], first_row: int, dim: int) -> Iterator[slice]:
-    """Rows of up to BATCH_BYTES together; first_row: that of the first text. Raises InputError for a text too long."""
+    """Rows of up to BATCH_BYTES together; first_row: that of the first text."""
     start, size = first_row, 0
     for row, text in enumerate(texts, first_row):
-        text_bytes = len(text.encode())
-        if text_bytes > MAX_TEXT_BYTES:
-            problem = f"document {row} (counted from 0) has {text_bytes} bytes"
-            raise InputError(f"{problem}, and Milvus takes up to {MAX_TEXT_BYTES}; shorten it")
-        size += text_bytes + 4 * dim + 8
+        row_bytes = len(text.encode()) + 4 * dim + 8
+        size += row_bytes
         if size > BATCH_BYTES and row > start:
             yield slice(start, row)
-            start, size = row, text_bytes + 4 * dim + 8
+            start, size = row, row_bytes
     yield slice(start, first_row + len(texts))
 
 
