@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from pymilvus import MilvusClient
 
 TOKEN_VARIABLE = "MILVUS_TOKEN"
-CONNECTION_SECONDS, CALL_SECONDS = 10.0, 60.0
+CONNECTION_SECONDS = 10.0
+CALL_SECONDS = 60  # not 60.0: pymilvus repeats a call for so many seconds, but if that isn't an int, 75 times
 # Codes of errors: Milvus's pkg/merr of versions 2.3 to 2.6, and pymilvus's ErrorCode.
 NO_CONNECTION, NO_COLLECTION, NO_DATABASE = 2, 100, 800
 UNAVAILABLE = {NO_CONNECTION, 1, 2, 3, 4, 10}  # not ready, unavailable, memory, request limit, out of disk, rate limit
@@ -35,6 +36,7 @@ class MilvusServer(NamedTuple):
     database: str = ""
     ca_file: str = ""  # PEM, for https with a certificate of one's own
     token_file: str = ""  # holds user:password or a token; without it the environment's MILVUS_TOKEN
+    call_seconds: int = CALL_SECONDS  # after which a call has failed
 
     def __str__(self) -> str:
         return f"Milvus at {self.uri}"
