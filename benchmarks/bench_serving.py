@@ -6,20 +6,18 @@ answers are compared with the right vectors after it, so that the service is tim
 JSON. The C++ server's clients send token ids, those of Pipeline Serving send texts.
 The ways take turns. The last line is a JSON object; a ratio is served texts/s divided by direct texts/s, and
 cpp_vs_pipeline compares the faster way of each.
+
+--search measures search over HTTP instead, see search_over_http.py.
 """
 
 import argparse
 import json
-import statistics
 import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from itertools import cycle, product
+from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "deploy" / "C++"))
@@ -32,8 +30,6 @@ from common.paddle_setup import set_up_paddle
 if __name__ == "__main__":
     set_up_paddle()
 
-import numpy as np
-
 from base_model import SemanticIndexBase
 from batch_negative.batches import batched
 from benchmarks.harness import (
@@ -44,127 +40,75 @@ from benchmarks.harness import (
     benchmark_inputs,
     describe_machine,
 )
-from benchmarks.service_clients import CLIENTS, CPP_CLIENTS, Client, read_metrics, running_cpp_service, running_service
+from benchmarks.load_generator import (
+    Measured,
+    Served,
+    Way,
+    check_vector,
+    measure_batches,
+    measure_service,
+    print_table,
+    speeds,
+    summary,
+    take_turns,
+)
+from benchmarks.search_over_http import DEFAULT_DOCUMENTS, make_index, measure_search
+from benchmarks.service_clients import CLIENTS, CPP_CLIENTS, read_metrics, running_cpp_service, running_service
+from common.device import set_seed
 from data import encode_texts
 from encoding.static_graph import Exported, load_exported
 from export_model import main as export
 from export_to_serving import main as export_to_serving
 from modeling.checkpoint import create_model, save_checkpoint
+from retrieval.saved_index import has_index
+from serving.http_routes import DEFAULT_TOP_K
 
-TOLERANCE = 1e-5  # of a component
-PERCENTILES = (50, 90, 95, 99)
 DIRECT = "direct"
 
 
-class Way(NamedTuple):
-    """A way to get vectors from a service."""
+def measure_ways(
+    served: Served, model: Exported, serving_bin: Path | None, folder: Path, rounds: int, seconds: float
+) -> tuple[dict[str, list[Measured]], dict[str, float]]:
+    """(what each way did, ratios): direct, and all clients of the services.
 
-    connect: Callable[[], AbstractContextManager[Client]]
-    metrics: Callable[[], dict[str, float]] | None  # the C++ server has none
+    serving_bin: of the C++ server, which is left out if it is None; folder: for its model.
+    """
+    texts, clients = served.texts, served.clients
+    check = partial(check_vector, texts, served.vectors)
+    with ExitStack() as stack:
+        service = stack.enter_context(running_service(served.model_dir, *served.options))
+        ways = {
+            way: Way(partial(client, service), check, partial(read_metrics, service)) for way, client in CLIENTS.items()
+        }
+        if serving_bin:
+            folders = [f"--{name}_path={folder}/serving_{name}" for name in ("server", "client")]
+            export_to_serving(["--dirname", str(served.model_dir), *folders])
+            cpp_service = stack.enter_context(
+                running_cpp_service(serving_bin.absolute(), folder / "serving_server", model.tokenizer)
+            )
+            ways |= {way: Way(partial(client, cpp_service), check, None) for way, client in CPP_CLIENTS.items()}
 
+        def encode(batch: Sequence[str]) -> None:
+            model.encoder.embed(*model.tokenizer(batch))
 
-class Measured(NamedTuple):
-    """What one way did in one round."""
-
-    texts: int
-    seconds: float
-    latencies: list[float]  # seconds, of each call
-    batches: int  # 0 if the service has no metrics
-    encoding_seconds: float  # of all batches; the rest of `seconds` is the service's own
-
-
-def measure_direct(model: Exported, texts: Sequence[str], batch_size: int, seconds: float) -> Measured:
-    """Encodes batches for this many seconds."""
-    latencies = []
-    start = time.perf_counter()
-    for batch in batched(cycle(texts), batch_size):
-        batch_start = time.perf_counter()
-        model.encoder.embed(*model.tokenizer(batch))
-        end = time.perf_counter()
-        latencies.append(end - batch_start)
-        if end - start > seconds:
-            return Measured(len(latencies) * batch_size, end - start, latencies, len(latencies), sum(latencies))
-
-
-def measure_service(way: Way, texts: Sequence[str], vectors: np.ndarray, clients: int, seconds: float) -> Measured:
-    """Lets clients call for this many seconds. Raises AssertionError for a wrong answer."""
-    with way.connect() as client:
-        requests = [client.prepare([text]) for text in texts]
-    lock, rows = threading.Lock(), cycle(range(len(texts)))
-    calls: list[tuple[int, float, Any]] = []  # row, seconds, answer
-    failures: list[BaseException] = []
-    before = way.metrics() if way.metrics else {}
-    start = time.perf_counter()
-
-    def take_row() -> int:
-        with lock:
-            return next(rows)
-
-    def call() -> None:
-        try:
-            with way.connect() as client:
-                while time.perf_counter() - start < seconds:
-                    row = take_row()
-                    call_start = time.perf_counter()
-                    answer = client.send(requests[row])
-                    calls.append((row, time.perf_counter() - call_start, answer))
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=call) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-    end = time.perf_counter()
-    after = way.metrics() if way.metrics else {}
-    names = ("semantic_index_batch_size_texts_count", "semantic_index_batch_duration_seconds_sum")
-    batches, encoding_seconds = (after.get(name, 0) - before.get(name, 0) for name in names)
-    for row, _, answer in calls:
-        vector = client.vectors(answer)
-        if vector.shape != (1, vectors.shape[1]) or not np.abs(vector - vectors[row]).max() <= TOLERANCE:
-            raise AssertionError(f"{texts[row]}: a wrong vector")
-    return Measured(len(calls), end - start, [latency for _, latency, _ in calls], int(batches), encoding_seconds)
+        batches = batched(cycle(texts), clients)
+        turns = {way: partial(measure_service, ways[way], texts, clients, seconds) for way in ways}
+        measured = take_turns({DIRECT: partial(measure_batches, encode, batches, seconds), **turns}, rounds)
+    return measured, ratios(speeds(measured))
 
 
-def summary(rounds: dict[str, list[Measured]]) -> dict[str, object]:
-    """The ratios, and the figures behind them."""
-    speed = {
-        way: statistics.median(measured.texts / measured.seconds for measured in of_way)
-        for way, of_way in rounds.items()
-    }
-    latencies = {way: [value for measured in of_way for value in measured.latencies] for way, of_way in rounds.items()}
-    ratios = {f"{way}_vs_{DIRECT}": round(speed[way] / speed[DIRECT], 3) for way in speed if way != DIRECT}
+def ratios(speed: Mapping[str, float]) -> dict[str, float]:
+    """Of the texts/s of each way to those of direct; with the C++ server, also of the faster way of each service."""
+    compared = {f"{way}_vs_{DIRECT}": round(speed[way] / speed[DIRECT], 3) for way in speed if way != DIRECT}
     if speed.keys() >= CPP_CLIENTS.keys():
         cpp, pipeline = (max(speed[way] for way in ways) for ways in (CPP_CLIENTS, CLIENTS))
-        ratios |= {"cpp_vs_direct": round(cpp / speed[DIRECT], 3), "cpp_vs_pipeline": round(cpp / pipeline, 3)}
-    counted = {way: of_way for way, of_way in rounds.items() if all(measured.batches for measured in of_way)}
-    return {
-        **ratios,
-        "texts_per_second": {way: round(value, 2) for way, value in speed.items()},
-        "latency_ms": {
-            way: {f"p{p}": round(float(np.percentile(values, p)) * 1000, 1) for p in PERCENTILES}
-            for way, values in latencies.items()
-        },
-        "texts_per_batch": {
-            way: round(sum(measured.texts for measured in of_way) / sum(measured.batches for measured in of_way), 1)
-            for way, of_way in counted.items()
-        },
-        "encoding_share": {
-            way: round(statistics.median(measured.encoding_seconds / measured.seconds for measured in of_way), 3)
-            for way, of_way in counted.items()
-        },
-        "calls": {way: len(values) for way, values in latencies.items()},
-        "texts_per_second_of_rounds": {
-            way: [round(measured.texts / measured.seconds, 2) for measured in of_way] for way, of_way in rounds.items()
-        },
-    }
+        compared |= {"cpp_vs_direct": round(cpp / speed[DIRECT], 3), "cpp_vs_pipeline": round(cpp / pipeline, 3)}
+    return compared
 
 
 def exported_model(model: Path, folder: Path) -> Path:
     """Random weights for a config.json and a vocab.txt, exported."""
+    set_seed(0)  # an index that is kept is of the same model in the next run
     created, tokenizer = create_model(SemanticIndexBase, from_scratch=str(model), max_seq_length=MAX_SEQ_LENGTH)
     save_checkpoint(folder / "checkpoint", created, tokenizer)
     export(["--params_path", str(folder / "checkpoint"), "--output_path", str(folder / "output")])
@@ -183,12 +127,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=number_in_range(0.1, float), default=20.0, help="of each way in each round")
     parser.add_argument("--rounds", type=number_in_range(1), default=3, help="turns of each way")
     parser.add_argument("--quick", action="store_true", help="a small model (4 layers of 256), 2 rounds of 8 s")
+    search = parser.add_argument_group("search")
+    search.add_argument("--search", action="store_true", help="search over HTTP beside encoding, and beside hnswlib")
+    search.add_argument("--index_dir", type=Path, help="saved index; made if it is missing (default: made, not kept)")
+    search.add_argument(
+        "--search_documents",
+        type=number_in_range(DEFAULT_TOP_K),
+        help=f"documents of the index (default: those of a saved one, {DEFAULT_DOCUMENTS} of one that is made)",
+    )
+    search.add_argument(
+        "--hnsw_m", type=number_in_range(2), default=16, help="links per vector of an index that is made"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a table, and the JSON object."""
     args = build_parser().parse_args(argv)
+    if args.search and args.serving_bin:
+        raise InputError("--search: the C++ server doesn't search; leave --serving_bin out")
     rounds, seconds, sizes = (2, 8.0, MEDIUM_ERNIE) if args.quick else (args.rounds, args.seconds, BASE_ERNIE)
     machine = describe_machine()
     with benchmark_inputs(args.train_set_file, args.model, sizes) as inputs:
@@ -199,35 +156,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = load_exported(model_dir, threads=args.threads)
         vectors = encode_texts(model.encoder.embed, texts, model.tokenizer, args.batch_size)
         options = ["--batch_size", str(args.batch_size), "--threads", str(args.threads)]
-        with ExitStack() as stack:
-            service = stack.enter_context(running_service(model_dir, *options))
-            ways = {
-                way: Way(partial(client, service), partial(read_metrics, service)) for way, client in CLIENTS.items()
-            }
-            if args.serving_bin:
-                folders = [f"--{name}_path={inputs.folder}/serving_{name}" for name in ("server", "client")]
-                export_to_serving(["--dirname", str(model_dir), *folders])
-                cpp_service = stack.enter_context(
-                    running_cpp_service(args.serving_bin.absolute(), inputs.folder / "serving_server", model.tokenizer)
-                )
-                ways |= {way: Way(partial(client, cpp_service), None) for way, client in CPP_CLIENTS.items()}
-            measured: dict[str, list[Measured]] = {way: [] for way in (DIRECT, *ways)}
-            for number, way in product(range(1, rounds + 1), measured):  # a slow minute of the machine affects all ways
-                if way == DIRECT:
-                    measured[way].append(measure_direct(model, texts, args.batch_size, seconds))
-                else:
-                    measured[way].append(measure_service(ways[way], texts, vectors, args.batch_size, seconds))
-                print(f"round {number} of {rounds}: {way}", file=sys.stderr, flush=True)
-    result = summary(measured)
-    columns = ["texts/s", *(f"p{p} ms" for p in PERCENTILES), "texts/batch", "encoding"]
-    print(" " * 8 + "".join(f"{column:>13}" for column in columns))
-    for way in measured:
-        percentiles = result["latency_ms"][way].values()
-        line = f"{way:8}" + "".join(f"{value:>13.1f}" for value in [result["texts_per_second"][way], *percentiles])
-        if way in result["texts_per_batch"]:
-            line += f"{result['texts_per_batch'][way]:>13.1f}{result['encoding_share'][way]:>13.1%}"
-        print(line)
-    print(json.dumps({**result, "batch_size": args.batch_size, "threads": args.threads, "machine": machine}))
+        served = Served(model_dir, options, texts, vectors, args.batch_size)
+        if args.search:
+            index_dir = args.index_dir or inputs.folder / "index"
+            if not has_index(index_dir):
+                make_index(index_dir, model_dir, texts, args.search_documents or DEFAULT_DOCUMENTS, args.hnsw_m)
+            measured, compared = measure_search(served, index_dir, args.search_documents, rounds, seconds)
+        else:
+            measured, compared = measure_ways(served, model, args.serving_bin, inputs.folder, rounds, seconds)
+    figures = summary(measured)
+    print_table(figures)
+    about = {"batch_size": args.batch_size, "threads": args.threads, "machine": machine}
+    print(json.dumps({**compared, **figures, **about}))
     return 0
 
 

@@ -88,13 +88,13 @@ class ServiceError(Exception):
 class Client(NamedTuple):
     """A client with an open connection, in three parts; a load generator repeats only `send`."""
 
-    prepare: Callable[[Sequence[str]], bytes]  # a request for the vectors of texts
+    prepare: Callable[[Sequence[str]], bytes]  # a request for texts
     send: Callable[[bytes], Any]  # the raw answer to a request
-    vectors: Callable[[Any], np.ndarray]  # float32 [N, D] of an answer. Raises ServiceError for an error
+    parse: Callable[[Any], Any]  # of an answer: vectors, float32 [N, D], or hits. Raises ServiceError for an error
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors, float32 [N, D]."""
-        return self.vectors(self.send(self.prepare(texts)))
+    def __call__(self, texts: Sequence[str]) -> Any:
+        """What the answer for texts holds."""
+        return self.parse(self.send(self.prepare(texts)))
 
 
 @contextmanager
@@ -151,6 +151,24 @@ def http_client(service: Service) -> Iterator[Client]:
 
 
 CLIENTS = {"rpc": rpc_client, "http": http_client}
+
+
+@contextmanager
+def search_client(service: Service) -> Iterator[Client]:
+    """Searches over HTTP; an answer holds, for each text, a list of hits as `POST /search` returns them."""
+
+    def prepare(texts: Sequence[str]) -> bytes:
+        return json.dumps({"query": list(texts)}).encode()
+
+    def hits(answer: tuple[int, bytes]) -> list[list[dict[str, Any]]]:
+        status, body = answer
+        content = json.loads(body)
+        if status != http.client.OK:
+            raise ServiceError(status, content["error"]["message"], status)
+        return [result["hits"] for result in content["results"]]
+
+    with http_connection(service.http_port, "/search", "application/json") as send:
+        yield Client(prepare, send, hits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,54 +18,18 @@ from common.logs import log
 from common.texts import TextSet, rough_key
 from data import parse_text
 
+NEWLINE = ord("\n")
+SCANNED_BYTES = 1 << 24  # at a time
 
-class Corpus(Sequence[str]):
-    """The documents of a file, one per line; the id of a document is its row. The file is mapped, not held in memory.
 
-    distinct: leaves out documents whose `text_key` another one has. with_deleted: an empty line isn't bad, but the row
-    of a deleted document, which is "". sha256: hash of the documents in hex, with repeated ones and without deleted
-    ones; it doesn't depend on BOM, line ends and skipped lines. Raises InputError as `read_lines` does, and on access
-    if the file has changed.
-    """
+class MappedLines(Sequence[str]):
+    """Lines of a file, which is mapped, not held in memory. Raises InputError on access if the file has changed."""
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        skip_bad_lines: bool = False,
-        distinct: bool = False,
-        with_deleted: bool = False,
-        lowercase: bool = True,
-        check: ColumnCheck | None = None,
-    ) -> None:
-        digest, hashes = hashlib.sha256(), array("q")
+    def __init__(self, path: str | Path) -> None:
         self.path, self._file = path, open_for_reading(path)
-        self._parse = _parse_text_or_deleted if with_deleted else parse_text
         self._state = self._current_state()
-
-        def good_lines() -> Iterator[int]:
-            for line in read_lines(path, self._parse, skip_bad_lines, check=check):
-                if line.row is not None:
-                    if line.row:
-                        digest.update(line.row.encode() + b"\n")
-                    if distinct:
-                        hashes.append(hash(rough_key(line.row)))
-                    yield line.offset
-
-        self._offsets = np.fromiter(good_lines(), dtype=np.int64)
-        self.sha256 = digest.hexdigest()
-        self._bytes = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        repeated = self._repeated(np.frombuffer(hashes, np.int64), lowercase)
-        if repeated:
-            log(f"{path}: left out {len(repeated)} line(s) of {len(self)} that repeat another one")
-            self._offsets = np.delete(self._offsets, repeated)
-
-    def _repeated(self, hashes: np.ndarray, lowercase: bool) -> list[int]:
-        """The rows that repeat an earlier one. hashes: int64, one per row; only rows with equal ones are compared."""
-        hashes_in_order = np.sort(hashes)
-        repeated_hashes = hashes_in_order[1:][hashes_in_order[1:] == hashes_in_order[:-1]]
-        seen = TextSet(lowercase=lowercase)
-        return [row for row in np.flatnonzero(np.isin(hashes, repeated_hashes)).tolist() if not seen.add(self[row])]
+        self._bytes = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if self._state[0] else b""
+        self._offsets = np.empty(0, np.int64)  # of the first byte of each line
 
     def _current_state(self) -> tuple[int, int]:
         status = os.fstat(self._file.fileno())
@@ -88,11 +52,69 @@ class Corpus(Sequence[str]):
     def _read(self, offset: np.int64) -> str:
         start = int(offset)
         end = self._bytes.find(b"\n", start)
-        return self._parse(self._bytes[start : len(self._bytes) if end < 0 else end].decode("utf-8"))
+        return self._bytes[start : len(self._bytes) if end < 0 else end].decode("utf-8")
 
 
-def _parse_text_or_deleted(text: str) -> str:
-    return parse_text(text) if text.rstrip("\n") else ""
+class SavedDocuments(MappedLines):
+    """The documents that a saved index wrote, one per line; a deleted one is an empty line, and "".
+
+    The lines aren't checked, which takes seconds for a million: the manifest of the index tells that they are as they
+    were written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        size, ends = self._state[0], []
+        for start in range(0, size, SCANNED_BYTES):
+            block = np.frombuffer(self._bytes[start : start + SCANNED_BYTES], np.uint8)
+            ends.append(np.flatnonzero(block == NEWLINE) + start)
+        starts = np.concatenate([[0], *(block_ends + 1 for block_ends in ends)]).astype(np.int64)
+        self._offsets = starts[starts < size]
+
+
+class Corpus(MappedLines):
+    """The documents of a file, one per line; the id of a document is its row.
+
+    distinct: leaves out documents whose `text_key` another one has. sha256: hash of the documents in hex, with repeated
+    ones; it doesn't depend on BOM, line ends and skipped lines. Raises InputError as `read_lines` does.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        skip_bad_lines: bool = False,
+        distinct: bool = False,
+        lowercase: bool = True,
+        check: ColumnCheck | None = None,
+    ) -> None:
+        super().__init__(path)
+        digest, hashes = hashlib.sha256(), array("q")
+
+        def good_lines() -> Iterator[int]:
+            for line in read_lines(path, parse_text, skip_bad_lines, check=check):
+                if line.row is not None:
+                    digest.update(line.row.encode() + b"\n")
+                    if distinct:
+                        hashes.append(hash(rough_key(line.row)))
+                    yield line.offset
+
+        self._offsets = np.fromiter(good_lines(), dtype=np.int64)
+        self.sha256 = digest.hexdigest()
+        repeated = self._repeated(np.frombuffer(hashes, np.int64), lowercase)
+        if repeated:
+            log(f"{path}: left out {len(repeated)} line(s) of {len(self)} that repeat another one")
+            self._offsets = np.delete(self._offsets, repeated)
+
+    def _repeated(self, hashes: np.ndarray, lowercase: bool) -> list[int]:
+        """The rows that repeat an earlier one. hashes: int64, one per row; only rows with equal ones are compared."""
+        hashes_in_order = np.sort(hashes)
+        repeated_hashes = hashes_in_order[1:][hashes_in_order[1:] == hashes_in_order[:-1]]
+        seen = TextSet(lowercase=lowercase)
+        return [row for row in np.flatnonzero(np.isin(hashes, repeated_hashes)).tolist() if not seen.add(self[row])]
+
+    def _read(self, offset: np.int64) -> str:
+        return parse_text(super()._read(offset))
 
 
 def parse_document(text: str) -> str:
@@ -101,6 +123,17 @@ def parse_document(text: str) -> str:
         raise ValueError("has more than one line")
     line = text.encode("utf-8", "surrogatepass") + b"\n"
     return parse_text(LineDecoder().decode(line if len(line) <= MAX_LINE_BYTES else None))
+
+
+def parse_documents(texts: Sequence[str]) -> list[str]:
+    """Documents from elsewhere, see `parse_document`. Raises InputError for one that a line can't hold."""
+    documents = []
+    for row, text in enumerate(texts):
+        try:
+            documents.append(parse_document(text))
+        except ValueError as error:
+            raise InputError(f"document {row} (counted from 0): {error}") from None
+    return documents
 
 
 def read_corpus(

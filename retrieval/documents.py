@@ -1,6 +1,7 @@
 """The documents of a saved index while they change, and how one is found by its text. Imports no Paddle."""
 
 import hashlib
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import overload
@@ -9,13 +10,15 @@ import numpy as np
 
 from common.logs import progress_bar
 from common.texts import rough_key, text_key
-from retrieval.corpus import Corpus
+from retrieval.corpus import MappedLines
+
+DOCUMENTS_PER_TURN, PAUSE_SECONDS = 64, 1e-4  # 0.6 ms of work, then other threads may run
 
 
 class Documents(Sequence[str]):
     """The documents of an index by id: those of its file, and those added since. A deleted one is ""."""
 
-    def __init__(self, saved: Corpus) -> None:
+    def __init__(self, saved: MappedLines) -> None:
         self.saved = saved
         self._size = len(saved)
         self._changed: dict[int, str] = {}  # by id
@@ -27,9 +30,7 @@ class Documents(Sequence[str]):
 
     @property
     def sha256(self) -> str:
-        """Hash of the documents in hex, see `Corpus`."""
-        if not self._changed:
-            return self.saved.sha256
+        """Hash of the documents that aren't deleted in hex, as of a `Corpus`; takes seconds for a million."""
         digest = hashlib.sha256()
         for document in self:
             if document:
@@ -73,6 +74,8 @@ class DocumentFinder:
             for row, document in enumerate(documents):
                 hashes[row] = hash(rough_key(document)) if document else 0
                 progress.update()
+                if row % DOCUMENTS_PER_TURN == 0:
+                    time.sleep(PAUSE_SECONDS)  # else each step of a search would wait 5 ms for Python's lock
         self._ids = np.argsort(hashes, kind="stable")
         self._hashes = hashes[self._ids]
         self._added: dict[int, list[int]] = {}  # hash -> ids

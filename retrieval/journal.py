@@ -8,6 +8,7 @@ A record whose end is missing was torn by a kill or a full disk before it was ac
 else that isn't as it was written is refused.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -54,23 +55,46 @@ class Change(NamedTuple):
         return cls(documents, np.frombuffer(vectors, VECTOR_TYPE).reshape(len(documents), dim), deleted)
 
 
-def read_journal(folder: Path, dim: int) -> Iterator[Change]:
-    """The changes in the journal of a saved index, if there is one. dim: length of a vector.
+class JournalState(NamedTuple):
+    """What a journal holds at a moment; later changes are appended."""
+
+    end: int  # of the last whole record, in bytes; that of the head if there is none, 0 if the head is torn or missing
+    sha256: str  # of the records' bodies, in hex
+
+
+def journal_state(folder: Path) -> JournalState:
+    """What the journal of a saved index holds. Raises InputError as `read_journal` does."""
+    path, digest, end = folder / JOURNAL_FILE, hashlib.sha256(), 0
+    if path.exists():
+        head = _head(folder)
+        with open_for_reading(path) as file:
+            if _has_head(file, path, head):
+                end = len(head)
+                for body, record_end in _records(file, path):
+                    digest.update(body)
+                    end = record_end
+    return JournalState(end, digest.hexdigest())
+
+
+def read_journal(folder: Path, dim: int, end: int) -> Iterator[Change]:
+    """The changes in the journal of a saved index, up to this `JournalState.end`. dim: length of a vector.
 
     Raises InputError if the journal can't be read, belongs to another index, or isn't as it was written.
     """
     path = folder / JOURNAL_FILE
-    if not path.exists():
+    if not end:
         return
     head = _head(folder)
-    with open_for_reading(path) as file, progress_bar(path.stat().st_size, "journal", "B", unit_scale=True) as progress:
+    with open_for_reading(path) as file, progress_bar(end, "journal", "B", unit_scale=True) as progress:
         records = _records(file, path) if _has_head(file, path, head) else ()
-        for number, (body, end) in enumerate(records, 1):
+        for number, (body, record_end) in enumerate(records, 1):
+            if record_end > end:
+                return
             try:
                 yield Change.from_bytes(body, dim)
             except (ValueError, KeyError, TypeError) as error:
                 raise _damage(path, number, f"can't be understood ({error})") from None
-            progress.update(end - progress.n)
+            progress.update(record_end - progress.n)
 
 
 def _head(folder: Path) -> bytes:
@@ -127,7 +151,7 @@ class Journal:
         except OSError as error:
             raise self._not_written(error) from None
         try:
-            self.size = self._end_of_records(head)
+            self.size = journal_state(folder).end
             self._cut()
             if not self.size:
                 self._append(head)
@@ -144,13 +168,6 @@ class Journal:
     def has_changes(self) -> bool:
         """Whether there is a record."""
         return self.size > self._empty_size
-
-    def _end_of_records(self, head: bytes) -> int:
-        """Where the last whole record ends, or the head if there is none; 0 if even that is torn."""
-        with open_for_reading(self._path) as file:
-            if not _has_head(file, self._path, head):
-                return 0
-            return max((end for _, end in _records(file, self._path)), default=len(head))
 
     @property
     def is_in_place(self) -> bool:

@@ -14,7 +14,7 @@ from common.errors import InputError
 from common.logs import log
 from common.read_write_lock import ReadWriteLock
 from common.texts import TextSet
-from retrieval.corpus import Corpus, parse_document
+from retrieval.corpus import Corpus, parse_documents
 from retrieval.documents import DocumentFinder
 from retrieval.journal import JOURNAL_FILE, Change, Journal
 from retrieval.saved_index import LocalDocumentIndex, apply_change, load_index, locked_index, save_index
@@ -61,10 +61,11 @@ class LiveIndex:
         self._threads = ReadWriteLock()  # searches read
         self.changes = 0  # parts of changes that searches have seen; stays the same within a block of `reading`
         self._refusal: str | None = None  # why the index takes no changes
+        self._built_finder: DocumentFinder | None = None
+        self._building_finder = threading.Lock()
         with contextlib.ExitStack() as resources:
             self._lock = resources.enter_context(locked_index(folder))
             self._document_index = load_index(folder, model, corpus, precision)
-            self._finder = DocumentFinder(self._document_index.documents, lowercase)
             self._journal = Journal(Path(folder))
             resources.callback(lambda: self._journal.close())
             self._journal_limit = self._largest_journal()
@@ -84,10 +85,22 @@ class LiveIndex:
         with self._threads.reading():
             yield self._document_index
 
+    @property
+    def _finder(self) -> DocumentFinder:
+        """Built when it is needed: an index that is only searched opens faster."""
+        with self._building_finder:
+            if self._built_finder is None:
+                self._built_finder = DocumentFinder(self._document_index.documents, self._lowercase)
+            return self._built_finder
+
     def find(self, texts: Iterable[str]) -> list[int | None]:
-        """The id of the document with the same `text_key` as each text, or None if there is none."""
+        """The id of the document with the same `text_key` as each text, or None if there is none.
+
+        The first call, also by `add`, reads all documents.
+        """
+        finder = self._finder  # not within `reading`: while it is built, a waiting change would keep searches out
         with self._threads.reading():
-            return [self._finder.find(text, self._document_index.documents) for text in texts]
+            return [finder.find(text, self._document_index.documents) for text in texts]
 
     def add(self, texts: Sequence[str], vectors: np.ndarray) -> Added:
         """Adds documents, except those that the index has already.
@@ -99,7 +112,7 @@ class LiveIndex:
         check_unit_vectors(vectors, self._document_index.index.dim, "document", 0)
         if len(texts) != len(vectors):
             raise InputError(f"there are {len(texts)} documents and {len(vectors)} vectors")
-        documents = [_parse(row, text) for row, text in enumerate(texts)]
+        documents = parse_documents(texts)
         with self._changing:
             added = self._assign_ids(documents)
             rows = np.flatnonzero(added.is_new)
@@ -204,13 +217,6 @@ class LiveIndex:
             finally:
                 self._refusal = "it was closed"
                 self._resources.close()
-
-
-def _parse(row: int, text: str) -> str:
-    try:
-        return parse_document(text)
-    except ValueError as error:
-        raise InputError(f"document {row} (counted from 0): {error}") from None
 
 
 def _parts(change: Change) -> Iterator[Change]:

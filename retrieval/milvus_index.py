@@ -39,6 +39,7 @@ ANSWER_HITS = 1 << 16  # in an answer, of which a server sends up to 64 MiB
 PAGE_ROWS = 1024  # vectors in an answer, of which a server sends up to 64 MiB
 CACHED_DOCUMENTS = 1 << 18
 POLL_SECONDS = 0.5
+STALLED_SECONDS = 3600.0  # without a segment that was indexed
 COUNT_SECONDS = 2.0
 MAX_STREAMED = 2_000_000  # vectors; reading them from a server takes minutes
 
@@ -422,18 +423,23 @@ class MilvusIndex(ApproximateIndex):
             raise InputError(f"{self}: has {count} of {len(documents)} documents; {self._lacking(documents)}")
 
     def _wait_for_index(self) -> None:
-        progress = None
+        """Waits until Milvus has indexed all rows, which it does in segments of up to a million."""
+        progress, moved = None, time.monotonic()
         while True:
             state = self._client.describe_index(self.name, VECTOR, timeout=self.server.call_seconds) or {}
             total, pending = int(state.get("total_rows", 0)), int(state.get("pending_index_rows", 0))
-            if state.get("state") == "Failed":
-                raise InputError(f"{self.server}: can't build the index of {self.name}; look into its log")
             if progress is None:
                 progress = progress_bar(total, "milvus index", "vector").__enter__()
-            progress.update(max(0, total - pending - progress.n))
+            if total - pending > progress.n:
+                progress.update(total - pending - progress.n)
+                moved = time.monotonic()
             if not pending:
                 progress.close()
                 return
+            if state.get("state") == "Failed" or time.monotonic() - moved > STALLED_SECONDS:  # some retry for ever
+                progress.close()
+                remedy = f"look into its log, or give another --milvus_index_type than {self.info.index_type}"
+                raise InputError(f"{self.server}: doesn't get on with the index of {self.name}; {remedy}")
             time.sleep(POLL_SECONDS)
 
     def _lacking(self, documents: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pymilvus import MilvusClient
 
 TOKEN_VARIABLE = "MILVUS_TOKEN"
+NO_ANSWER = "doesn't answer; see whether it runs, and whether the address and the port are right"
 CONNECTION_SECONDS = 10.0
 CALL_SECONDS = 60  # not 60.0: pymilvus repeats a call for so many seconds, but if that isn't an int, 75 times
 # Codes of errors: Milvus's pkg/merr of versions 2.3 to 2.6, and pymilvus's ErrorCode.
@@ -79,6 +80,7 @@ def connect(server: MilvusServer) -> "MilvusClient":
 
 def _import_client(embedded: bool) -> "type[MilvusClient]":
     remedy = "run `sh scripts/setup.sh --milvus`"
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before gRPC is imported; otherwise it prints its own errors
     try:
         import pymilvus
 
@@ -89,7 +91,6 @@ def _import_client(embedded: bool) -> "type[MilvusClient]":
     for name in list(logging.root.manager.loggerDict):  # they print errors with addresses and texts
         if name.partition(".")[0] in ("pymilvus", "milvus_lite"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     return pymilvus.MilvusClient
 
 
@@ -103,16 +104,20 @@ def milvus_errors(server: MilvusServer, collection: str = "") -> Iterator[None]:
         yield
     except MilvusException as error:
         raise _explained(server, collection, error.code, error.message) from None
-    except (grpc.RpcError, grpc.FutureTimeoutError, OSError) as error:
-        raise MilvusUnavailable(f"{server}: doesn't answer ({type(error).__name__}); see whether it runs") from None
+    except grpc.RpcError as error:
+        code = getattr(error, "code", lambda: None)()
+        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            raise _refused(server) from None
+        raise MilvusUnavailable(f"{server}: {NO_ANSWER}") from None
+    except (grpc.FutureTimeoutError, OSError):
+        raise MilvusUnavailable(f"{server}: {NO_ANSWER}") from None
 
 
 def _explained(server: MilvusServer, collection: str, code: Any, message: str) -> InputError:
     """What an error of pymilvus means. Its message isn't shown where it might hold texts."""
     known = message.lower()
     if "auth" in known or "api key" in known:
-        remedy = f"give --milvus_token_file with user:password, or ${TOKEN_VARIABLE}"
-        return InputError(f"{server}: refuses the user or the password; {remedy}")
+        return _refused(server)
     if "incompatible with server" in known:
         return InputError(f"{server}: what answers there isn't Milvus 2.3 or later; look at the port")
     if code == NO_DATABASE or "database not found" in known:
@@ -122,14 +127,18 @@ def _explained(server: MilvusServer, collection: str, code: Any, message: str) -
     if "open local milvus failed" in known:
         why = "another process has it open, or its files are damaged"
         return InputError(f"{server.uri}: can't be opened ({why}); close that process, or give another --milvus_uri")
-    if "quota" in known or "no space" in known or "disk" in known:
-        return MilvusUnavailable(f"{server}: its disk or its quota is full; make room, then run this again")
-    if "invalid index type" in known or "unsupported index" in known or "unknown index" in known:
+    if "index type" in known or "index_type" in known:
         return InputError(f"{server}: this version lacks the index type; give another --milvus_index_type")
+    if "quota" in known or "no space" in known or "disk full" in known:
+        return MilvusUnavailable(f"{server}: its disk or its quota is full; make room, then run this again")
     if code in UNAVAILABLE or "unavailable" in known or "retry" in known or "deadline" in known:
-        remedy = "see whether it runs, and whether the address and the port are right"
-        return MilvusUnavailable(f"{server}: doesn't answer; {remedy}")
+        return MilvusUnavailable(f"{server}: {NO_ANSWER}")
     return InputError(f"{server}: failed with code {code} ({_one_line(message)})")
+
+
+def _refused(server: MilvusServer) -> InputError:
+    remedy = f"give --milvus_token_file with user:password, or ${TOKEN_VARIABLE}"
+    return InputError(f"{server}: refuses the user or the password; {remedy}")
 
 
 def _one_line(message: str) -> str:

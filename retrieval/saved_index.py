@@ -6,6 +6,7 @@
 import contextlib
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -27,9 +28,9 @@ from common.files import (
 )
 from common.logs import log
 from common.manifest import MANIFEST_FILE, check_manifest, write_manifest
-from retrieval.corpus import Corpus
+from retrieval.corpus import Corpus, SavedDocuments
 from retrieval.documents import Documents
-from retrieval.journal import JOURNAL_FILE, Change, read_journal
+from retrieval.journal import Change, JournalState, journal_state, read_journal
 from retrieval.lexical_index import DEFAULT_FUSION, FUSION_FILE, Fusion, LexicalIndex
 
 INDEX_FILE = "index.json"
@@ -38,6 +39,8 @@ INDEX_CLASSES: dict[str, type[LocalIndex]] = {"hnswlib": HnswIndex, "exact": Exa
 VERSION_LENGTH = 12  # hexadecimal digits
 REMEDY = "remove the folder and build the index again"
 READ_ATTEMPTS = 5  # of an index that others replace meanwhile
+MISSING_SECONDS = 0.2  # between moving a folder away and another one into its place, at most
+POLL_SECONDS = 0.01  # between checks whether it is there
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def save_index(
         if lock is not None:
             lock.close()
             lock.push(new_lock.pop_all())
-    return replace(saved, documents=Documents(_saved_documents(Path(folder))))
+    return replace(saved, documents=Documents(SavedDocuments(Path(folder) / DOCUMENTS_FILE)))
 
 
 def _current_words(saved: LocalDocumentIndex, new_documents: Sequence[str]) -> LexicalIndex | None:
@@ -130,30 +133,39 @@ def save_fusion(folder: str | Path, fusion: Fusion) -> None:
         fusion.save(_index_folder(folder))
 
 
-def _saved_documents(folder: Path) -> Corpus:
-    return Corpus(folder / DOCUMENTS_FILE, with_deleted=True)
-
-
 def index_version(folder: str | Path) -> str:
-    """A name for what a saved index holds, which changes with every change of its files; "" if there is none."""
+    """A name for what a saved index holds, the same for the same content; "" if there is none."""
     folder = resolve_interrupted_replace(folder)
-    digest = hashlib.sha256()
     try:
-        for name in (MANIFEST_FILE, FUSION_FILE, JOURNAL_FILE):  # the manifest has the hashes of all other files
-            if name == MANIFEST_FILE or (folder / name).exists():
-                digest.update(sha256(folder / name).encode())
+        return _version(_files_hash(folder), journal_state(folder))
     except InputError:
         return ""
-    return digest.hexdigest()[:VERSION_LENGTH]
+
+
+def _version(files_hash: str, journal: JournalState) -> str:
+    return hashlib.sha256((files_hash + journal.sha256).encode()).hexdigest()[:VERSION_LENGTH]
+
+
+def _files_hash(folder: Path) -> str:
+    """A hash of all files but the journal. Raises InputError if there is no manifest."""
+    fusion = folder / FUSION_FILE  # the manifest has the hashes of the others
+    return sha256(folder / MANIFEST_FILE) + (sha256(fusion) if fusion.exists() else "")
 
 
 def _index_folder(folder: str | Path) -> Path:
-    """The folder, or its previous version, see `has_index`. Raises InputError if it isn't a saved index."""
-    folder = resolve_interrupted_replace(folder)
-    for name in (MANIFEST_FILE, INDEX_FILE):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: isn't a saved index, it has no {name}; give another --index_dir")
-    return folder
+    """The folder, or its previous version, see `has_index`. Raises InputError if it isn't a saved index.
+
+    One that is missing is waited for: another index may be about to be moved there.
+    """
+    end = time.monotonic() + MISSING_SECONDS
+    while True:
+        path = resolve_interrupted_replace(folder)
+        missing = next((name for name in (MANIFEST_FILE, INDEX_FILE) if not (path / name).is_file()), None)
+        if missing is None:
+            return path
+        if time.monotonic() > end:
+            raise InputError(f"{path}: isn't a saved index, it has no {missing}; give another --index_dir")
+        time.sleep(POLL_SECONDS)
 
 
 @contextlib.contextmanager
@@ -196,47 +208,55 @@ def load_index(
     model, corpus: the encoder's fingerprint and the documents; if given, an index of others raises InputError.
     precision: the encoder's; one of another precision is logged. Raises InputError if a file is missing or has changed.
     """
-    saved = _read_unreplaced(folder)
+    return load_with_version(folder, model, corpus, precision)[1]
+
+
+def load_with_version(
+    folder: str | Path, model: str | None = None, corpus: Corpus | None = None, precision: str | None = None
+) -> tuple[str, LocalDocumentIndex]:
+    """`load_index`, and the `index_version` of what was read."""
+    version, saved = _read_unreplaced(folder)
     if model is not None and saved.model != model:
         remedy = "give the model that it was built with, or another --index_dir"
         raise InputError(f"{folder}: its vectors come from another model or --max_seq_length; {remedy}")
     if precision and saved.precision and saved.precision != precision:
         log(f"--precision {precision}: the vectors of {folder} were computed in {saved.precision}")
-    if corpus is not None and corpus.sha256 not in (saved.corpus, saved.documents.sha256):
+    if corpus is not None and corpus.sha256 != saved.corpus and corpus.sha256 != saved.documents.sha256:
         remedy = "add documents with --add_corpus, leave --corpus_file out, or give another --index_dir"
         raise InputError(f"{folder}: was built from another corpus, or the corpus file has changed since; {remedy}")
-    return saved
+    return version, saved
 
 
-def _read_unreplaced(folder: str | Path) -> LocalDocumentIndex:
+def _read_unreplaced(folder: str | Path) -> tuple[str, LocalDocumentIndex]:
     """Reads a saved index; again, if it was replaced meanwhile, so that its files and its journal fit each other."""
     for attempt in range(1, READ_ATTEMPTS + 1):
-        path = _index_folder(folder)
-        manifest = sha256(path / MANIFEST_FILE)
+        path, files_hash = _index_folder(folder), ""
         try:
-            saved = _read_index(path)
-            if _is_still(path, manifest):
-                return saved
+            files_hash = _files_hash(path)
+            journal = journal_state(path)
+            saved = _read_index(path, journal)
+            if _is_still(path, files_hash):
+                return _version(files_hash, journal), saved
         except (InputError, OSError):
-            if attempt == READ_ATTEMPTS or _is_still(path, manifest):
+            if attempt == READ_ATTEMPTS or _is_still(path, files_hash):
                 raise
     raise InputError(f"{folder}: is replaced again and again; try again later")
 
 
-def _is_still(folder: Path, manifest: str) -> bool:
-    """Whether the folder has the manifest with this hash."""
+def _is_still(folder: Path, files_hash: str) -> bool:
+    """Whether the folder has the files with this hash."""
     try:
-        return sha256(folder / MANIFEST_FILE) == manifest
+        return _files_hash(folder) == files_hash
     except InputError:
         return False
 
 
-def _read_index(folder: Path) -> LocalDocumentIndex:
+def _read_index(folder: Path, journal: JournalState) -> LocalDocumentIndex:
     check_manifest(folder, remedy=REMEDY)
     content = read_json(folder / INDEX_FILE)
     try:
         index = INDEX_CLASSES[content["ann"]].load(folder, content)
-        documents = Documents(_saved_documents(folder))
+        documents = Documents(SavedDocuments(folder / DOCUMENTS_FILE))
         words = content.get("lexical")
         lexical = LexicalIndex.load(folder, words) if words else None
         about = content["model"], content["corpus"], content.get("precision")
@@ -247,7 +267,7 @@ def _read_index(folder: Path) -> LocalDocumentIndex:
         raise InputError(f"{folder}: has {len(documents)} documents and {len(index)} vectors; {REMEDY}")
     if lexical is not None and len(lexical) != len(documents):
         raise InputError(f"{folder}: has {len(documents)} documents and the words of {len(lexical)}; {REMEDY}")
-    for change in _joined(read_journal(folder, index.dim)):
+    for change in _joined(read_journal(folder, index.dim, journal.end)):
         apply_change(saved, change)
     return saved
 

@@ -32,6 +32,7 @@ from common.errors import InputError
 from common.texts import DOCUMENT, QUERY
 from data import TextTokenizer
 from encoding.token_statistics import count_unseen
+from retrieval.corpus import parse_documents
 from serving import installed_packages
 from serving.api_keys import NO_KEY, ApiKeys
 from serving.encoder_process import EncoderProcess
@@ -179,16 +180,19 @@ class PipelineService:
 
         mode: see `ServedIndex.search`; param: see `embed`.
         """
-        if self._searches is None:
-            raise RequestError(NO_SUCH_SERVICE, NO_INDEX)
+        searches = self._searcher()
         check_texts(queries, self.limits, param)
         with self.admission.admitted(len(queries)):
-            return self._searches.search(self._embed(queries, QUERY), top_k, queries, mode)
+            return searches.search(self._embed(queries, QUERY), top_k, queries, mode)
 
-    def add(self, documents: Sequence[str]) -> tuple[IndexState, Added]:
+    def add(self, texts: Sequence[str]) -> tuple[IndexState, Added]:
         """Adds documents to the index, see `ServedIndex.add`. Raises RequestError, also without an index."""
         index = self._writable_index()
-        check_texts(documents, self.limits, "documents")
+        check_texts(texts, self.limits, "documents")
+        try:
+            documents = parse_documents(texts)
+        except InputError as error:
+            raise RequestError(BAD_REQUEST, f"{error}: send it as one line", "documents") from None
         with self.admission.admitted(len(documents)):
             return index.add(documents, self._embed(documents, DOCUMENT))
 
@@ -204,9 +208,12 @@ class PipelineService:
 
     def check_index(self) -> ServedIndex:
         """The index. Raises RequestError if there is none."""
-        if self.index is None:
+        return self._searcher().index
+
+    def _searcher(self) -> SearchBatcher:
+        if self._searches is None:
             raise RequestError(NO_SUCH_SERVICE, NO_INDEX)
-        return self.index
+        return self._searches
 
     def _writable_index(self) -> ServedIndex:
         index = self.check_index()

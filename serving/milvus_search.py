@@ -16,7 +16,7 @@ from retrieval.milvus_index import MAX_TEXT_BYTES, MilvusIndex
 from retrieval.milvus_place import MilvusPlace
 from retrieval.milvus_server import CollectionMissing, MilvusUnavailable
 from serving.limits import BAD_REQUEST, FORBIDDEN, NO_SEARCH, RequestError, service_log
-from serving.search import MODEL_LENGTH, READ_ONLY, Hits, IndexState, ServedIndex, parse_documents
+from serving.search import MODEL_LENGTH, READ_ONLY, Hits, IndexState, ServedIndex
 
 CALL_SECONDS = 5  # that a call of Milvus may take
 WATCH_SECONDS = 3.0  # between looks at what the alias names, and whether Milvus answers
@@ -84,12 +84,11 @@ class MilvusSearch(ServedIndex):
 
         If two services add the same document at the same time, it is there once, and both say that it is new.
         """
-        parsed = parse_documents(documents)
-        for row, document in enumerate(parsed):
+        for row, document in enumerate(documents):
             if len(document.encode()) > MAX_TEXT_BYTES:
                 problem = f"document {row} has more than {MAX_TEXT_BYTES} bytes, which Milvus doesn't take: shorten it"
                 raise RequestError(BAD_REQUEST, problem, "documents")
-        return self._change(lambda index: _add_missing(index, parsed, vectors))
+        return self._change(lambda index: _add_missing(index, documents, vectors))
 
     def delete(self, ids: Sequence[int] = (), documents: Sequence[str] = ()) -> tuple[IndexState, int]:
         """`ServedIndex.delete`."""
@@ -161,7 +160,7 @@ class MilvusSearch(ServedIndex):
                 service_log(f"search: {self}")
 
     def _counted(self, index: MilvusIndex) -> _Collection:
-        return _Collection(index, IndexState(index.name, index.live_count, self._model[:MODEL_LENGTH]))
+        return _Collection(index, IndexState(index.name, index.live_count, self._model[:MODEL_LENGTH], [VECTOR]))
 
     def _watch(self) -> None:
         while True:

@@ -23,8 +23,11 @@ def _object(required: Mapping[str, Schema], optional: Mapping[str, Schema] | Non
     return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
 
 
-INDEX = _object({"version": STRING, "documents": COUNT, "model": STRING}, {"problem": STRING})
-HIT = _object({"id": ID, "score": {"type": "number"}, "document": STRING, "found_by": {"enum": list(MODES)}})
+MODE = {"enum": list(MODES)}
+INDEX = _object(
+    {"version": STRING, "documents": COUNT, "model": STRING, "modes": _list(MODE, minItems=1)}, {"problem": STRING}
+)
+HIT = _object({"id": ID, "score": {"type": "number"}, "document": STRING, "found_by": MODE})
 ERROR_DETAIL = _object(
     {
         "message": STRING,
@@ -90,9 +93,9 @@ def describe(limits: Limits, has_keys: bool, model: str) -> Schema:
     text = {"type": "string", "minLength": 1, "maxLength": limits.characters}
     texts = {"anyOf": [text, _list(text, minItems=1, maxItems=limits.texts)]}
     top_k = {"type": "integer", "minimum": 1, "maximum": limits.top_k, "default": 10}
-    mode: Schema = {"enum": list(MODES), "description": "default: hybrid if the index has words, else vector"}
+    mode: Schema = {**MODE, "description": "default: hybrid if the index has words, else vector"}
     results = _list(_object({"hits": _list(_ref("Hit"))}))
-    found = _object({"index": _ref("Index"), "mode": {"enum": list(MODES)}, "results": results})
+    found = _object({"index": _ref("Index"), "mode": MODE, "results": results})
     parameters = [
         {"name": "q", "in": "query", "required": True, "schema": text},
         {"name": "top_k", "in": "query", "schema": top_k},

@@ -15,15 +15,13 @@ import numpy as np
 
 from common.cpu import release_freed_memory
 from common.errors import InputError
-from retrieval.corpus import parse_document
-from retrieval.hybrid_search import HYBRID, VECTOR, SearchHits, search
+from retrieval.hybrid_search import MODES, VECTOR, SearchHits, search
 from retrieval.live_index import Added, LiveIndex
-from retrieval.saved_index import DocumentIndex, index_version, load_index
+from retrieval.saved_index import DocumentIndex, index_version, load_with_version
 from serving.limits import BAD_REQUEST, FORBIDDEN, INTERNAL_ERROR, RequestError, service_log
 from serving.metrics import Metrics
 
 MODEL_LENGTH = 12  # hexadecimal digits
-LOADING_ATTEMPTS = 3  # of an index whose folder is replaced while it is read
 NO_WORDS = "the index has no words: leave mode out, or build the index with recall.py --lexical bm25"
 READ_ONLY = "the service is read-only: start it with --writable to add and delete documents"
 NOT_WRITTEN = "the change couldn't be written: the service's log says why"
@@ -36,6 +34,7 @@ class IndexState(NamedTuple):
     version: str
     documents: int  # how many
     model: str  # the first digits of the encoder's fingerprint
+    modes: list[str]  # that it can be searched in; the last one is the default
 
 
 class LoadedIndex:
@@ -62,7 +61,8 @@ class LoadedIndex:
 
 
 def _state(version: str, saved: DocumentIndex) -> IndexState:
-    return IndexState(version, saved.index.live_count, saved.model[:MODEL_LENGTH])
+    modes = [VECTOR] if saved.lexical is None else list(MODES)
+    return IndexState(version, saved.index.live_count, saved.model[:MODEL_LENGTH], modes)
 
 
 class Hits(NamedTuple):
@@ -103,7 +103,10 @@ class ServedIndex(ABC):
 
     @abstractmethod
     def add(self, documents: Sequence[str], vectors: np.ndarray) -> tuple[IndexState, Added]:
-        """Adds documents, except those that the index has. Raises RequestError."""
+        """Adds documents, except those that the index has. Raises RequestError.
+
+        documents: as `parse_documents` gives them; vectors: float32 [N, D] of them.
+        """
 
     @abstractmethod
     def delete(self, ids: Sequence[int] = (), documents: Sequence[str] = ()) -> tuple[IndexState, int]:
@@ -131,17 +134,6 @@ class ServedIndex(ABC):
         """Takes no more changes."""
 
 
-def parse_documents(documents: Sequence[str]) -> list[str]:
-    """The documents as an index keeps them. Raises RequestError for one that isn't a line of text."""
-    parsed = []
-    for row, document in enumerate(documents):
-        try:
-            parsed.append(parse_document(document))
-        except ValueError as error:
-            raise RequestError(BAD_REQUEST, f"document {row} {error}: send it as one line", "documents") from None
-    return parsed
-
-
 class SearchIndex(ServedIndex):
     """The index in a folder.
 
@@ -167,9 +159,8 @@ class SearchIndex(ServedIndex):
     def search(self, vectors: np.ndarray, top_k: int, texts: Sequence[str] = (), mode: str | None = VECTOR) -> Hits:
         """`ServedIndex.search`."""
         with self._searching, self._loaded.reading() as (state, saved):
-            has_words = saved.lexical is not None
-            chosen = mode or (HYBRID if has_words else VECTOR)
-            if chosen != VECTOR and not has_words:
+            chosen = mode or state.modes[-1]
+            if chosen not in state.modes:
                 raise RequestError(BAD_REQUEST, NO_WORDS, "mode")
             found = search(saved, texts, vectors, top_k, chosen)
             documents = {row: saved.documents[row] for row in np.unique(found.ids).tolist() if row >= 0}
@@ -177,9 +168,8 @@ class SearchIndex(ServedIndex):
 
     def add(self, documents: Sequence[str], vectors: np.ndarray) -> tuple[IndexState, Added]:
         """Adds documents, see `LiveIndex.add`; they are on disk afterwards. Raises RequestError."""
-        parsed = parse_documents(documents)
         with self._changing() as live:
-            added = live.add(parsed, vectors)
+            added = live.add(documents, vectors)
         return self.state, added
 
     def delete(self, ids: Sequence[int] = (), documents: Sequence[str] = ()) -> tuple[IndexState, int]:
@@ -241,21 +231,10 @@ class SearchIndex(ServedIndex):
                 self._loaded.live.close()
 
     def _load(self) -> LoadedIndex:
-        """Reads the folder, again if it was replaced meanwhile."""
         if self._writable:  # its lock keeps others from replacing the folder
             live = LiveIndex(self._folder, self._model, precision=self._precision, lowercase=self._lowercase)
             return LoadedIndex(index_version(self._folder), live)
-        for attempt in range(1, LOADING_ATTEMPTS + 1):
-            version = index_version(self._folder)
-            try:
-                saved = load_index(self._folder, self._model, precision=self._precision)
-            except InputError:
-                if attempt == LOADING_ATTEMPTS or index_version(self._folder) == version:
-                    raise
-            else:
-                if version and index_version(self._folder) == version:
-                    return LoadedIndex(version, saved)
-        raise InputError(f"{self._folder}: is replaced again and again while it is read; try again later")
+        return LoadedIndex(*load_with_version(self._folder, self._model, precision=self._precision))
 
 
 class _Job(NamedTuple):

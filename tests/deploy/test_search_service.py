@@ -83,7 +83,7 @@ def test_hits_are_those_of_recall_py(
 ) -> None:
     """One query, all queries in one request, and in the query string."""
     model = load_index(index_dir).model[:12]
-    index = {"version": index_version(index_dir), "documents": len(TITLES), "model": model}
+    index = {"version": index_version(index_dir), "documents": len(TITLES), "model": model, "modes": ["vector"]}
     status, content = post(service, as_json(query=QUERIES, top_k=5), "/search")
     assert (status, content["index"], len(content["results"])) == (200, index, len(QUERIES))
     for query, result in zip(QUERIES, content["results"], strict=True):

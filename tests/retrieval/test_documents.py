@@ -1,5 +1,6 @@
 """The documents of an index while they change, and finding them by their text."""
 
+import io
 import random
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from common.errors import InputError
 from common.texts import text_key
 from helpers import VARIED_TEXTS, write_pairs
-from retrieval.corpus import Corpus, parse_document, read_corpus
+from retrieval.corpus import Corpus, SavedDocuments, parse_document, read_corpus
 from retrieval.documents import DocumentFinder, Documents
 
 
@@ -16,10 +17,10 @@ def corpus_of(folder: Path, *texts: str) -> Corpus:
     return read_corpus(write_pairs(folder / "corpus.csv", [(text,) for text in texts]))
 
 
-def saved_documents(folder: Path, documents: Documents) -> Corpus:
+def saved_documents(folder: Path, documents: Documents) -> SavedDocuments:
     """Written as an index does."""
     (folder / "new").write_text("".join(text + "\n" for text in documents), encoding="utf-8", newline="\n")
-    return Corpus((folder / "new").rename(folder / "documents.txt"), with_deleted=True)
+    return SavedDocuments((folder / "new").rename(folder / "documents.txt"))
 
 
 def test_documents_are_those_of_a_list(tmp_path: Path) -> None:
@@ -40,7 +41,7 @@ def test_documents_are_those_of_a_list(tmp_path: Path) -> None:
         assert (len(documents), list(documents), documents[-2]) == (len(twin), twin, twin[-2])
         assert documents[start:end:stride] == twin[start:end:stride]
         saved = saved_documents(tmp_path, documents)
-        assert (list(saved), saved.sha256) == (twin, documents.sha256)
+        assert (list(saved), Documents(saved).sha256) == (twin, documents.sha256)
         if step % 20 == 19:
             documents = Documents(saved)
     with pytest.raises(IndexError):
@@ -57,12 +58,21 @@ def test_the_hash_is_that_of_a_corpus_without_the_deleted_documents(tmp_path: Pa
 
 def test_an_empty_line_is_bad_where_nothing_can_be_deleted(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "documents.txt", [("甲",), ("",), ("乙",)])
-    assert list(Corpus(path, with_deleted=True)) == ["甲", "", "乙"]
+    assert list(SavedDocuments(path)) == ["甲", "", "乙"]
     with pytest.raises(InputError, match=r"documents\.txt:2: the line is empty"):
         Corpus(path)
-    write_pairs(path, [("甲",), ("\u200b",)])
-    with pytest.raises(InputError, match=r"documents\.txt:2: the line is empty"):
-        Corpus(path, with_deleted=True)
+
+
+@pytest.mark.parametrize("scanned_bytes", [1, 2, 7, 1 << 24])
+@pytest.mark.parametrize("lines", ["", "甲", "甲\n", "\n\n", "甲\n\nbc\n丁", "a\r\n b \n"])
+def test_saved_documents_are_the_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, scanned_bytes: int
+) -> None:
+    """As they were written, wherever the blocks end that are scanned for line ends."""
+    monkeypatch.setattr("retrieval.corpus.SCANNED_BYTES", scanned_bytes)
+    path = tmp_path / "documents.txt"
+    path.write_text(lines, encoding="utf-8", newline="")
+    assert list(SavedDocuments(path)) == [line.removesuffix("\n") for line in io.StringIO(lines, newline="\n")]
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
@@ -99,7 +109,7 @@ def test_a_document_is_read_again_as_it_was_parsed(tmp_path: Path, text: str) ->
         return
     document = parse_document(text)
     (tmp_path / "documents.txt").write_bytes(f"文\n{document}\n文\n".encode())
-    assert list(Corpus(tmp_path / "documents.txt", with_deleted=True)) == ["文", document, "文"]
+    assert list(SavedDocuments(tmp_path / "documents.txt")) == ["文", document, "文"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from common.errors import InputError
 from helpers import file_size_limit, unit_vectors
 from retrieval import journal as journal_module
-from retrieval.journal import JOURNAL_FILE, Change, Journal, read_journal
+from retrieval.journal import JOURNAL_FILE, Change, Journal, journal_state, read_journal
 
 DIM = 4
 NOTHING = np.empty((0, DIM), np.float32)
@@ -42,7 +42,7 @@ def write(folder: Path, changes: list[Change]) -> list[int]:
 
 
 def read(folder: Path) -> list[tuple[list[str], list[list[float]], list[int]]]:
-    return [comparable(change) for change in read_journal(folder, DIM)]
+    return [comparable(change) for change in read_journal(folder, DIM, journal_state(folder).end)]
 
 
 def comparable(change: Change) -> tuple[list[str], list[list[float]], list[int]]:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,10 @@ from common.texts import text_key
 from helpers import ROOT, V1, file_size_limit, unit_vectors, write_pairs
 from retrieval import live_index, saved_index
 from retrieval.corpus import Corpus, read_corpus
-from retrieval.documents import Documents
+from retrieval.documents import DocumentFinder, Documents
 from retrieval.journal import JOURNAL_FILE
 from retrieval.live_index import Added, LiveIndex
-from retrieval.saved_index import DocumentIndex, load_index, locked_index, save_index
+from retrieval.saved_index import DocumentIndex, index_version, load_index, load_with_version, locked_index, save_index
 
 DIM = 8
 
@@ -357,6 +358,37 @@ def test_an_index_that_was_replaced_takes_no_changes(tmp_path: Path) -> None:
     assert list(load_index(tmp_path / "old").documents) == [*texts_from(0, 20), "新"]
 
 
+def test_searches_and_deletions_go_on_while_all_documents_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, when a document is looked for first; others that look for documents wait."""
+    folder, is_reading, go = new_index(tmp_path), threading.Event(), threading.Event()
+    finders = []
+
+    def build_late(*arguments: object) -> DocumentFinder:
+        finders.append(arguments)
+        is_reading.set()
+        assert go.wait(30)
+        return DocumentFinder(*arguments)
+
+    monkeypatch.setattr(live_index, "DocumentFinder", build_late)
+    texts = texts_from(0, 3)
+    with LiveIndex(folder) as live, ThreadPoolExecutor(3) as pool:
+        assert not finders
+        found = [pool.submit(live.find, texts) for _ in range(2)]
+        assert is_reading.wait(30)
+        assert live.delete([1]) == 1
+        with live.reading() as document_index:
+            assert document_index.index.live_count == 19
+        live.compact()
+        added = pool.submit(live.add, texts, vectors_of(texts))
+        go.set()
+        assert added.result() == ([0, 20, 2], [False, True, False])
+        assert [each.result()[::2] for each in found] == [[0, 2]] * 2
+        assert len(finders) == 1
+        assert live.find(texts) == [0, 20, 2]
+
+
 def test_an_index_whose_replacement_was_interrupted_is_opened(tmp_path: Path) -> None:
     """With its journal; what killed runs left is removed."""
     folder = new_index(tmp_path)
@@ -374,11 +406,11 @@ def test_an_index_whose_replacement_was_interrupted_is_opened(tmp_path: Path) ->
 def test_a_reader_reads_again_if_the_index_is_replaced_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ann: str
 ) -> None:
-    """After any of its files: it gets the old index or the new one."""
+    """After any of its files: it gets the old index or the new one, with its version."""
     folder = new_index(tmp_path, ann=ann)
     live = LiveIndex(folder)
     twin, reads = Twin(texts_from(0, 20)), []
-    for name in ("check_manifest", "read_json", "_saved_documents", "read_journal"):
+    for name in ("journal_state", "check_manifest", "read_json", "SavedDocuments", "read_journal"):
         read = getattr(saved_index, name)
         texts = [f"{name} {row}" for row in range(2)]
 
@@ -392,10 +424,55 @@ def test_a_reader_reads_again_if_the_index_is_replaced_meanwhile(
             return found
 
         monkeypatch.setattr(saved_index, name, read_late)
-        found = load_index(folder)
+        version, found = load_with_version(folder)
         twin.add(texts)
         assert twin.is_that_of(found)
-    assert len(reads) == 4
+        assert version == index_version(folder)
+    assert len(reads) == 5
+
+
+def test_the_version_is_that_of_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a journal that grows meanwhile, too; one without changes has no part in it, nor has a torn record."""
+    folder = new_index(tmp_path)
+    version = index_version(folder)
+    live, twin = LiveIndex(folder), Twin(texts_from(0, 20))
+    assert index_version(folder) == version
+    live.add(["新"], vectors_of(["新"]))
+    twin.add(["新"])
+    version = index_version(folder)
+    read_journal = saved_index.read_journal
+
+    def read_late(*arguments: object) -> object:
+        live.add(["新2"], vectors_of(["新2"]))
+        return read_journal(*arguments)
+
+    monkeypatch.setattr(saved_index, "read_journal", read_late)
+    found_version, found = load_with_version(folder)
+    assert found_version == version != index_version(folder)
+    assert twin.is_that_of(found)
+    monkeypatch.undo()
+    live.close(compact=False)
+    version = index_version(folder)
+    with open(folder / JOURNAL_FILE, "ab") as journal:
+        journal.write(b"torn")
+    assert load_with_version(folder)[0] == index_version(folder) == version
+    (folder / JOURNAL_FILE).unlink()
+    assert index_version(folder) != version
+
+
+def test_a_folder_that_is_missing_for_a_moment_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As between the two commands that move another index into its place; also by who wants to change it."""
+    folder, calls = new_index(tmp_path), []
+
+    def sleep(_: float) -> None:
+        calls.append(folder.exists())
+        (tmp_path / "moved").rename(folder)
+
+    monkeypatch.setattr(saved_index.time, "sleep", sleep)
+    for opens in (load_index, LiveIndex):
+        folder.rename(tmp_path / "moved")
+        opens(folder)
+    assert calls == [False, False]
 
 
 def test_an_index_that_is_always_replaced_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,15 @@
 """What the paths of the HTTP port answer, to good requests and to bad ones."""
 
 import base64
+import contextlib
+import gzip
 import http.client
+import itertools
 import json
 import socket
-from collections.abc import Iterator
+import struct
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -14,6 +19,8 @@ import pytest
 
 from benchmarks.service_clients import HOST, read_metrics
 from common.texts import DOCUMENT, QUERY
+from helpers import file_size_limit
+from retrieval.saved_index import load_index
 from service_helpers import (
     DOCUMENTS,
     LIMITS,
@@ -25,8 +32,10 @@ from service_helpers import (
     post,
     running_search_gateway,
     text_vectors,
+    until,
     write_index,
 )
+from serving import http_gateway
 from serving.http_gateway import HttpGateway
 from serving.http_routes import PREDICTION_PATH
 from serving.search import SearchIndex
@@ -370,8 +379,12 @@ def writable_gateway(tmp_path: Path) -> Iterator[HttpGateway]:
 
 
 def change(gateway: HttpGateway, method: str, **fields: object) -> tuple[int, dict[str, Any]]:
+    return request(gateway, method, "/documents", as_json(**fields))
+
+
+def request(gateway: HttpGateway, method: str, path: str, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
     connection = http.client.HTTPConnection(HOST, gateway.server_port, timeout=30)
-    connection.request(method, "/documents", as_json(**fields), KEY)
+    connection.request(method, path, body, {**KEY, **headers})
     answer = connection.getresponse()
     content = json.loads(answer.read())
     connection.close()
@@ -379,8 +392,9 @@ def change(gateway: HttpGateway, method: str, **fields: object) -> tuple[int, di
 
 
 def test_documents_are_added_and_deleted(writable_gateway: HttpGateway) -> None:
-    """The answer has the version after the change, and the next search finds what was added."""
-    status, content = change(writable_gateway, "POST", documents=["新一", DOCUMENTS[3]])
+    """The answer has the version after the change, and the next search finds what was added, as a line holds it."""
+    status, content = change(writable_gateway, "POST", documents=[" 新一\r", DOCUMENTS[3]])
+    assert writable_gateway.service._encoders[0].batches == [["新一", DOCUMENTS[3]]]
     assert (status, content["documents"]) == (200, [{"id": 50, "is_new": True}, {"id": 3, "is_new": False}])
     found = post(at(writable_gateway), as_json(query="新一", top_k=20), SEARCH, KEY)[1]
     assert found["index"] == content["index"] and found["index"]["documents"] == 51
@@ -395,7 +409,10 @@ def test_documents_are_added_and_deleted(writable_gateway: HttpGateway) -> None:
         ("POST", {}, "documents", "must be a string or a list of strings"),
         ("POST", {"documents": []}, "documents", "no texts"),
         ("POST", {"documents": ["a"] * 5}, "documents", "send at most 4"),
-        ("POST", {"documents": ["zwei\nZeilen"]}, "documents", "more than one line: send it as one line"),
+        ("POST", {"documents": ["a", "b\nc"]}, "documents", "document 1 (counted from 0): has more than one line"),
+        ("POST", {"documents": "a\tb"}, "documents", "2 columns, where a line holds one text: send it as one line"),
+        ("POST", {"documents": "\u200b"}, "documents", "only invisible characters"),
+        ("POST", {"documents": "a\0b"}, "documents", "holds a NUL character"),
         ("POST", {"documents": ["a"], "ids": [1]}, None, "unknown fields"),
         ("DELETE", {}, "documents", "no texts"),
         ("DELETE", {"ids": "1"}, "ids", "must be a list of ids"),
@@ -409,8 +426,10 @@ def test_documents_are_added_and_deleted(writable_gateway: HttpGateway) -> None:
 def test_changes_that_are_refused(
     writable_gateway: HttpGateway, method: str, fields: dict[str, object], param: str | None, message: str
 ) -> None:
+    """Before a text is encoded."""
     status, content = change(writable_gateway, method, **fields)
     assert (status, content["error"]["param"]) == (400, param)
+    assert writable_gateway.service._encoders[0].batches == []
     assert message in content["error"]["message"]
     assert json.loads(get(at(writable_gateway), "/health")[1])["index"]["documents"] == 50
 
@@ -420,3 +439,132 @@ def test_changes_that_are_refused(
 def test_a_read_only_service_says_so(search_gateway: HttpGateway, method: str) -> None:
     status, content = change(search_gateway, method, documents=["a"])
     assert (status, content["error"]["message"].partition(":")[0]) == (403, "the service is read-only")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults: large texts, slow and vanishing clients, a full disk
+
+CHANGING_OR_SEARCHING = [("POST", SEARCH, "query"), ("POST", "/documents", "documents")]
+
+
+def document_count(gateway: HttpGateway) -> int:
+    """Of the index in service."""
+    return json.loads(get(at(gateway), "/health")[1])["index"]["documents"]
+
+
+def works(gateway: HttpGateway) -> bool:
+    """Whether nothing is in progress, and a search is answered."""
+    until(lambda: not gateway.taken)
+    return post(at(gateway), as_json(query=DOCUMENTS[7], top_k=1), SEARCH, KEY)[0] == 200
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+@pytest.mark.parametrize(
+    ("method", "path", "field"),
+    [
+        *CHANGING_OR_SEARCHING,
+        ("GET", SEARCH, "query"),
+        ("DELETE", "/documents", "documents"),
+        ("POST", EMBEDDINGS, "input"),
+        ("POST", "/reload", "text"),
+    ],
+)
+def test_a_text_of_10_mb(writable_gateway: HttpGateway, method: str, path: str, field: str, encoding: str) -> None:
+    body = as_json(**{field: "a" * 10_000_000})
+    sent = gzip.compress(body) if encoding == "gzip" else body
+    status, content = request(writable_gateway, method, path, sent, **{"Content-Encoding": encoding})
+    assert (status, content["error"]["message"]) == (413, f"send at most {LIMITS.bytes} bytes")
+    assert writable_gateway.service._encoders[0].batches == [] and document_count(writable_gateway) == 50
+    assert works(writable_gateway)
+
+
+def test_an_address_of_10_mb(search_gateway: HttpGateway) -> None:
+    """It isn't read as a whole, so the connection ends."""
+    with socket.create_connection((HOST, search_gateway.server_port), timeout=30) as connection:
+        with contextlib.suppress(OSError):  # it ends while this sends
+            connection.sendall(b"GET /search?q=" + b"a" * 10_000_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n")
+        until(lambda: search_gateway.server.open == 0)
+    assert works(search_gateway)
+
+
+def send_part(gateway: HttpGateway, method: str, path: str, field: str, part: float) -> socket.socket:
+    """A connection on which this part of a request with one text has been sent."""
+    body = as_json(**{field: "新一"})
+    head = (
+        f"{method} {path} HTTP/1.1\r\nHost: a\r\nAuthorization: {KEY['Authorization']}\r\nContent-Length: {len(body)}"
+    )
+    connection = socket.create_connection((HOST, gateway.server_port), timeout=30)
+    connection.sendall(f"{head}\r\n\r\n".encode() + body[: int(part * len(body))])
+    return connection
+
+
+@pytest.mark.parametrize(("method", "path", "field"), CHANGING_OR_SEARCHING)
+def test_a_client_that_vanishes(writable_gateway: HttpGateway, method: str, path: str, field: str) -> None:
+    """Within a body, nothing is done; after it, what was asked for is done as a whole, and found by others."""
+    encoder, started, go = writable_gateway.service._encoders[0], threading.Event(), threading.Event()
+    encode = encoder.encode
+
+    def late(texts: Sequence[str]) -> np.ndarray:
+        started.set()
+        assert go.wait(30)
+        return encode(texts)
+
+    encoder.encode = late
+    with send_part(writable_gateway, method, path, field, 0.5):
+        until(lambda: len(writable_gateway.taken) == 1)
+    until(lambda: not writable_gateway.taken)
+    assert not started.is_set()
+    with send_part(writable_gateway, method, path, field, 1.0) as connection:
+        assert started.wait(30)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets it
+    go.set()
+    assert works(writable_gateway)
+    assert document_count(writable_gateway) == (51 if path == "/documents" else 50)
+
+
+@pytest.mark.parametrize(("method", "path", "field"), CHANGING_OR_SEARCHING)
+def test_a_slow_client_loses_its_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, path: str, field: str
+) -> None:
+    """One that has a key, and sends a byte of its body from time to time."""
+    monkeypatch.setattr(http_gateway, "REQUEST_SECONDS", 0.5)
+    write_index(tmp_path / "index", DOCUMENTS)
+    index = SearchIndex(tmp_path / "index", MODEL, "fp32", writable=True)
+    with running_search_gateway(index, KEYS) as gateway:
+        with send_part(gateway, method, path, field, 0.0) as connection:
+            until(lambda: len(gateway.taken) == 1)
+            connection.settimeout(0.05)
+            for byte in itertools.chain(b"{", itertools.repeat(ord(" "), 200)):
+                try:
+                    connection.sendall(bytes([byte]))
+                    assert connection.recv(4096) == b""
+                    break
+                except TimeoutError:
+                    continue
+                except ConnectionError:
+                    break
+            else:
+                raise AssertionError("it is still connected")
+        assert gateway.service._encoders[0].batches == [] and document_count(gateway) == 50
+        assert works(gateway)
+
+
+def test_a_full_disk_changes_nothing(
+    writable_gateway: HttpGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The service goes on, and takes changes again when there is room."""
+    journal = tmp_path / "index" / "journal.bin"
+    assert change(writable_gateway, "POST", documents="新零")[0] == 200
+    before = journal.read_bytes()
+    with file_size_limit(len(before) + 20):
+        for method, fields in (("POST", {"documents": ["新一", "新二"]}), ("DELETE", {"ids": [3]})):
+            status, content = change(writable_gateway, method, **fields)
+            assert (status, content["error"]["type"]) == (500, "server_error")
+            assert content["error"]["message"] == "the change couldn't be written: the service's log says why"
+        found = post(at(writable_gateway), as_json(query=["新一", DOCUMENTS[3]], top_k=20), SEARCH, KEY)[1]
+        documents = [{hit["document"] for hit in result["hits"]} for result in found["results"]]
+        assert "新一" not in documents[0] and DOCUMENTS[3] in documents[1]
+    assert journal.read_bytes() == before
+    assert capsys.readouterr().err == 2 * f"error: {journal}: can't be written (File too large)\n"
+    assert change(writable_gateway, "POST", documents=["新一"])[1]["documents"] == [{"id": 51, "is_new": True}]
+    assert list(load_index(tmp_path / "index").documents) == [*DOCUMENTS, "新零", "新一"]

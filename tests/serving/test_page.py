@@ -40,14 +40,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = ["--params_path", str(folder / "model_1")]
     assert export_model.main([*params, "--output_path", str(folder / "output")]) == 0
     write_pairs(folder / "corpus.csv", [(document,) for document in DOCUMENTS])
-    options = ["--corpus_file", str(folder / "corpus.csv"), "--index_dir", str(folder / "index"), "--device", "cpu"]
-    assert recall.main([*params, *options, "--ann", "exact", "--recall_result_dir", str(folder)]) == 0
+    options = ["--corpus_file", str(folder / "corpus.csv"), "--device", "cpu", "--ann", "exact"]
+    for name, words in (("index", []), ("index_with_words", ["--lexical", "bm25"])):
+        index = ["--index_dir", str(folder / name), "--recall_result_dir", str(folder)]
+        assert recall.main([*params, *options, *words, *index]) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
 def service(model: Path) -> Iterator[Service]:
     with running_service(model / "output", "--index_dir", str(model / "index"), "--threads", "1") as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def service_with_words(model: Path) -> Iterator[Service]:
+    options = ["--index_dir", str(model / "index_with_words"), "--threads", "1"]
+    with running_service(model / "output", *options) as service:
         yield service
 
 
@@ -99,8 +108,8 @@ def complaints(window: webdriver.Chrome) -> list[str]:
     return [entry["message"] for entry in window.get_log("browser")]
 
 
-def api(service: Service, query: str, top_k: int) -> list[dict]:
-    body = json.dumps({"query": query, "top_k": top_k}).encode()
+def api(service: Service, query: str, top_k: int, **mode: str) -> list[dict]:
+    body = json.dumps({"query": query, "top_k": top_k, **mode}).encode()
     with urlopen(urllib.request.Request(f"http://{HOST}:{service.http_port}/search", body), timeout=30) as answer:
         return json.loads(answer.read())["results"][0]["hits"]
 
@@ -214,7 +223,7 @@ def test_an_error_a_slow_answer_and_an_empty_one(service: Service, browse: Brows
     finally:
         os.kill(service.process.pid, signal.SIGCONT)
     assert wait_for_hits(window)
-    nothing = "{ok: true, json: async () => ({index: {documents: 0, version: 'v'}, results: [{hits: []}]})}"
+    nothing = "{ok: true, json: async () => ({index: {documents: 0, version: 'v', modes: []}, results: [{hits: []}]})}"
     window.execute_script(f"window.fetch = async () => ({nothing})")
     at(window, "#query").send_keys("3", Keys.ENTER)
     wait(lambda: at(window, "#status").text == "The index has no document for this query.")
@@ -247,12 +256,53 @@ def test_the_way_that_found_a_hit_is_said(service: Service, browse: Browse) -> N
     """Unless all are found by vectors."""
     window = browse(service)
     ways = json.dumps([{"document": way, "score": 0.125, "found_by": way} for way in MODES])
-    answer = f"{{index: {{documents: 3, version: 'v', model: 'm'}}, mode: 'hybrid', results: [{{hits: {ways}}}]}}"
+    answer = (
+        f"{{index: {{documents: 3, version: 'v', model: 'm', modes: []}}, mode: 'hybrid', results: [{{hits: {ways}}}]}}"
+    )
     window.execute_script(f"window.fetch = async () => ({{ok: true, json: async () => ({answer})}})")
     at(window, "#query").send_keys("a", Keys.ENTER)
     wait(lambda: texts(window, "#hits .document") == list(MODES))
     assert texts(window, "#hits .score") == ["0.1250 by vector", "0.1250 by words", "0.1250 by both"]
     assert at(window, "#about").text == "3 documents, index v, model m"
+
+
+def test_the_mode_is_chosen(service_with_words: Service, browse: Browse) -> None:
+    """By keyboard; it is in the link, and going back restores it. At first it is the service's default."""
+    window = browse(service_with_words)
+    wait(lambda: at(window, "#mode").is_displayed())
+    assert texts(window, "#mode option") == ["vector and words", "vector", "words"]
+    assert at(window, "#about").text.startswith(f"{len(DOCUMENTS)} documents, index ")
+    at(window, "#query").send_keys(QUERY, Keys.ENTER)
+    assert wait_for_hits(window) == [hit["document"] for hit in api(service_with_words, QUERY, 10)]
+    assert window.current_url.endswith("&top_k=10&mode=hybrid")
+    at(window, "#top_k").send_keys(Keys.TAB)
+    assert window.switch_to.active_element == at(window, "#mode")
+    window.switch_to.active_element.send_keys(Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.TAB)
+    window.switch_to.active_element.send_keys(Keys.ENTER)
+    hits = api(service_with_words, QUERY, 10, mode="lexical")
+    scores = [f"{hit['score']:.4f} by words" for hit in hits]
+    wait(lambda: texts(window, "#hits .score") == scores)
+    assert texts(window, "#hits .document") == [hit["document"] for hit in hits]
+    link = window.current_url
+    assert link.endswith("&top_k=10&mode=lexical")
+    window.back()
+    wait(lambda: len(texts(window, "#hits .score")) == 10 and texts(window, "#hits .score") != scores)
+    assert at(window, "#mode").get_attribute("value") == "hybrid"
+    window = browse(service_with_words, link.rpartition("/")[2])
+    wait(lambda: texts(window, "#hits .score") == scores)
+    assert at(window, "#mode").get_attribute("value") == "lexical"
+
+
+def test_without_words_there_is_no_mode_to_choose(service: Service, browse: Browse) -> None:
+    """A link that asks for one says so; the next search doesn't ask for it."""
+    window = browse(service, f"?q={TITLE}&mode=lexical")
+    wait(lambda: at(window, "#status").text.startswith("That failed: the index has no words"))
+    wait(lambda: at(window, "#about").text)
+    assert not at(window, "#mode").is_displayed()
+    at(window, "#query").send_keys(Keys.ENTER)
+    assert wait_for_hits(window)[0] == TITLE
+    assert not at(window, "#mode").is_displayed()
+    assert "mode" not in window.current_url
 
 
 def test_chinese_for_a_chinese_browser(service: Service, browse: Browse) -> None:
@@ -262,6 +312,13 @@ def test_chinese_for_a_chinese_browser(service: Service, browse: Browse) -> None
     assert at(window, "html").get_attribute("lang") == "zh-CN"
     assert at(window, "#status").text.startswith(f"{len(DOCUMENTS)} 篇文档中的 10 条结果，用时 ")
     assert at(window, "#search button").text == "搜索"
+
+
+def test_the_modes_in_chinese(service_with_words: Service, browse: Browse) -> None:
+    window = browse(service_with_words, language="zh-CN")
+    wait(lambda: at(window, "#mode").is_displayed())
+    assert at(window, "#modes span").text == "检索方式"
+    assert texts(window, "#mode option") == ["向量和词", "向量", "词"]
 
 
 def test_both_languages_have_all_texts() -> None:
@@ -299,13 +356,14 @@ def contrast(first: str, second: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_it_fits_a_phone(service: Service, browse: Browse) -> None:
-    window = browse(service)
+def test_it_fits_a_phone(service_with_words: Service, browse: Browse) -> None:
+    window = browse(service_with_words)
     size = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     window.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
-        window = browse(service, f"?q={TITLE}")
+        window = browse(service_with_words, f"?q={TITLE}")
         assert wait_for_hits(window)
+        assert at(window, "#mode").is_displayed()
         assert window.execute_script("return document.documentElement.scrollWidth") <= 360
         assert all(button.size["height"] >= 36 for button in window.find_elements(By.TAG_NAME, "button"))
     finally:
