@@ -253,8 +253,10 @@ def test_a_server_that_goes_away_and_comes_back(
     assert re.search(r"Milvus at .*: doesn't answer", lines[0]) and lines[1] == f"search: {index}"
 
 
-def test_a_search_that_fails_once(index: MilvusSearch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_that_fails_once(place: MilvusPlace, opened: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread finds that Milvus answers, without waiting for its turn."""
+    monkeypatch.setattr(milvus_search, "WATCH_SECONDS", 3600.0)
+    index = serve(place, opened)
     with monkeypatch.context() as gone:
         gone.setattr("pymilvus.MilvusClient.search", no_answer)
         with pytest.raises(RequestError, match=NO_ANSWER):
@@ -294,9 +296,15 @@ def test_a_document_that_is_too_long_is_refused(place: MilvusPlace, opened: Exit
     assert refused.value.number == BAD_REQUEST and index.state.documents == 50
 
 
-def test_a_change_goes_to_the_collection_that_the_alias_names_now(place: MilvusPlace, opened: ExitStack) -> None:
+def test_a_change_goes_to_the_collection_that_the_alias_names_now(
+    place: MilvusPlace, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the one before is there."""
+    monkeypatch.setattr(milvus_search, "WATCH_SECONDS", 3600.0)
     index = serve(place, opened, writable=True)
-    name = build(place, OTHERS)
+    with monkeypatch.context() as kept:
+        kept.setattr("pymilvus.MilvusClient.drop_collection", lambda *_, **__: None)
+        name = build(place, OTHERS)
     state, _ = index.add(["新一"], text_vectors(["新一"]))
     assert state == (name, 21, MODEL[:12], ["vector"])
 
