@@ -54,7 +54,8 @@ if TYPE_CHECKING:
     from encoding.encoder import Encoder, Fidelity
 
 TUNING_LINES = 10
-OPTIONS_OF_NEW_INDEX = (*IndexOptions._fields, "milvus_index_type", "milvus_shards", "embedding_dir")
+OF_NEW_COLLECTION = "milvus_index_type", "milvus_shards", "milvus_bulk_dir", "milvus_bulk_path"
+OPTIONS_OF_NEW_INDEX = (*IndexOptions._fields, *OF_NEW_COLLECTION, "embedding_dir")
 WAYS = {VECTOR: "vector", LEXICAL: "lexical", HYBRID: "both"}  # what a printed hit says
 
 
@@ -330,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Builds, loads or changes the index, writes the recall result, and prints the hits of the other queries."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    place = find_place(milvus := MilvusOptions(**pick(args, MilvusOptions)), args.ann == MILVUS, args.index_dir)
+    place = find_place(milvus := MilvusOptions(**pick(args, MilvusOptions)), args.ann, args.index_dir)
     is_saved, where = has_corpus(place, args.index_dir, args.milvus_rebuild), place or args.index_dir
     check_inputs(**pick(args, check_inputs, place=place, is_saved=is_saved))
     lowercase = lowercases(check_checkpoint(args.params_path).parent, args.model_name_or_path)

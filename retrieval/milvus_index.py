@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,10 +21,18 @@ from ann_util import CORPUS_BLOCK, ApproximateIndex, IndexOptions
 from common.errors import InputError
 from common.logs import log, progress_bar
 from common.texts import text_key
-from retrieval.milvus_server import CollectionMissing, MilvusServer, connect, milvus_errors
+from retrieval.milvus_server import (
+    LACKS_TYPE,
+    CollectionMissing,
+    MilvusServer,
+    MilvusUnavailable,
+    connect,
+    milvus_errors,
+)
 
 DEFAULT_COLLECTION = "semantic_index"
 INDEX_TYPES = ("HNSW", "IVF_SQ8", "HNSW_SQ", "DISKANN", "IVF_FLAT", "FLAT", "AUTOINDEX")
+EMBEDDED_TYPES = {"HNSW", "IVF_SQ8", "HNSW_SQ", "IVF_FLAT", "FLAT", "AUTOINDEX"}
 WIDTH_NAMES = {"HNSW": "ef", "HNSW_SQ": "ef", "DISKANN": "search_list", "IVF_SQ8": "nprobe", "IVF_FLAT": "nprobe"}
 PROPERTY = "semantic_index"  # of a collection: a `CollectionInfo` in JSON
 ID, TEXT, VECTOR = "id", "text", "vector"  # fields
@@ -140,6 +148,8 @@ class MilvusIndex(ApproximateIndex):
 
         rows: how many documents there will be. Searches don't see it until `publish`. Raises InputError.
         """
+        if server.is_embedded and info.index_type not in EMBEDDED_TYPES:  # which Milvus Lite finds out when it searches
+            raise InputError(f"{server}: {LACKS_TYPE}")
         client = connect(server)
         current = alias_target(server, client, alias)
         base = f"{alias}_{info.fingerprint}"
@@ -270,7 +280,16 @@ class MilvusIndex(ApproximateIndex):
     def __len__(self) -> int:
         return self.live_count
 
-    def _count(self, ids: Sequence[int] | None = None) -> int:
+    @property
+    def is_new(self) -> bool:
+        """Whether the collection was empty before, and isn't finished yet."""
+        return self._is_new
+
+    def count_of(self, ids: Iterable[int]) -> int:
+        """How many of up to RANGE_ROWS documents there are, by their ids."""
+        return self._count(ids)
+
+    def _count(self, ids: Iterable[int] | None = None) -> int:
         """How many documents there are, or how many of those with these ids."""
         condition = "" if ids is None else f"{ID} in {list(map(int, ids))}"
         with self._reading() as consistency:
@@ -368,22 +387,24 @@ class MilvusIndex(ApproximateIndex):
             raise InputError(f"there are {len(documents)} documents and {len(vectors)} vectors")
         all_ids = np.empty(len(documents), np.int64)
         with progress_bar(len(vectors), "milvus", "vector") as progress, ThreadPoolExecutor(IN_FLIGHT) as pool:
-            waiting: set[Future[int]] = set()
-            for start in range(0, len(vectors), RANGE_ROWS):
-                rows = slice(start, min(start + RANGE_ROWS, len(vectors)))
-                texts = documents[rows]
-                ids = self.ids_of(texts)
-                all_ids[rows] = ids
-                _check_sizes(texts, start)
-                if not self._is_new and self._count(ids) == len(ids):
-                    progress.update(len(ids))
-                    continue
-                for batch in _batches(texts, self.dim):
-                    done, waiting = _bounded(waiting)
-                    progress.update(done)
-                    part = vectors[start + batch.start : start + batch.stop]
-                    waiting.add(pool.submit(self._send, ids[batch], texts[batch], np.asarray(part, np.float32)))
-            progress.update(sum(future.result() for future in waiting))
+            try:
+                waiting: set[Future[int]] = set()
+                for start in range(0, len(vectors), RANGE_ROWS):
+                    rows = slice(start, min(start + RANGE_ROWS, len(vectors)))
+                    check_sizes(documents[rows], start)
+                    all_ids[rows] = ids = np.array(self.ids_of(documents[rows]))
+                    if not self._is_new and self._count(ids) == len(ids):
+                        progress.update(len(ids))
+                        continue
+                    for batch in _batches(documents[rows], start, self.dim):
+                        done, waiting = _bounded(waiting)
+                        progress.update(done)
+                        part = np.asarray(vectors[batch], np.float32)
+                        waiting.add(pool.submit(self._send, all_ids[batch].tolist(), documents[batch], part))
+                progress.update(sum(future.result() for future in waiting))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         if self._local is not None:
             self._local.append((all_ids, vectors))
 
@@ -394,6 +415,10 @@ class MilvusIndex(ApproximateIndex):
         with self._changing():
             send(self.name, rows, timeout=self.server.call_seconds)
         return len(rows)
+
+    def keep_vectors(self, ids: np.ndarray, vectors: Any) -> None:
+        """Says that these are all vectors of the collection, int64 [N] and [N, dim], for `search_exactly`."""
+        self._local = [(ids, vectors)]
 
     def delete(self, ids: Iterable[int]) -> int:
         """`VectorIndex.delete`; deleted before it returns, for searches of this client."""
@@ -409,18 +434,32 @@ class MilvusIndex(ApproximateIndex):
 
         documents: all that were added.
         """
+        self._patiently(self._client.flush)
         with milvus_errors(self.server, self.name):
-            self._client.flush(self.name, timeout=None)
             self._wait_for_index()
-            self._client.release_collection(
-                self.name, timeout=self.server.call_seconds
-            )  # else new rows are searched without it
-            self._client.load_collection(self.name, timeout=None)
+        self.reload()  # else new rows are searched without the index
         self._is_new = False
         self._last_change = object()
         count = self._count()
         if count != len(documents):
             raise InputError(f"{self}: has {count} of {len(documents)} documents; {self._lacking(documents)}")
+
+    def reload(self) -> None:
+        """Has the server read all documents and their index from its disk again."""
+        with milvus_errors(self.server, self.name):
+            self._client.release_collection(self.name, timeout=self.server.call_seconds)
+        self._patiently(self._client.load_collection)
+
+    def _patiently(self, call: Callable[..., Any]) -> None:
+        """Repeats a call for the collection, which may take long and can be repeated, while Milvus answers others."""
+        while True:
+            try:
+                with milvus_errors(self.server, self.name):
+                    call(self.name, timeout=self.server.call_seconds)
+                return
+            except MilvusUnavailable:
+                with milvus_errors(self.server, self.name):
+                    self._client.has_collection(self.name, timeout=self.server.call_seconds)
 
     def _wait_for_index(self) -> None:
         """Waits until Milvus has indexed all rows, which it does in segments of up to a million."""
@@ -515,23 +554,24 @@ def build_parameters(index_type: str, options: IndexOptions, rows: int) -> dict[
     return {}
 
 
-def _check_sizes(texts: Sequence[str], first_row: int) -> None:
+def check_sizes(texts: Sequence[str], first_row: int) -> None:
+    """Raises InputError for a document that is too long for Milvus. first_row: the number of the first text."""
     for row, text in enumerate(texts, first_row):
         if len(text) * 4 > MAX_TEXT_BYTES and len(text.encode()) > MAX_TEXT_BYTES:
             problem = f"document {row} (counted from 0) has {len(text.encode())} bytes"
             raise InputError(f"{problem}, and Milvus takes up to {MAX_TEXT_BYTES}; shorten it")
 
 
-def _batches(texts: Sequence[str], dim: int) -> Iterator[slice]:
-    """Parts of up to BATCH_BYTES."""
-    start = size = 0
-    for row, text in enumerate(texts):
-        size += len(text.encode()) + 4 * dim + 8
+def _batches(texts: Sequence[str], first_row: int, dim: int) -> Iterator[slice]:
+    """Rows of up to BATCH_BYTES together; first_row: that of the first text."""
+    start, size = first_row, 0
+    for row, text in enumerate(texts, first_row):
+        row_bytes = len(text.encode()) + 4 * dim + 8
+        size += row_bytes
         if size > BATCH_BYTES and row > start:
             yield slice(start, row)
-            start, size = row, len(text.encode()) + 4 * dim + 8
-    if start < len(texts):
-        yield slice(start, len(texts))
+            start, size = row, row_bytes
+    yield slice(start, first_row + len(texts))
 
 
 def _bounded(waiting: "set[Future[int]]") -> "tuple[int, set[Future[int]]]":

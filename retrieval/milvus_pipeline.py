@@ -12,10 +12,12 @@ import numpy as np
 
 from ann_util import DEFAULT_TARGET_RECALL, IndexOptions
 from common.errors import InputError
+from common.files import make_folder
 from common.logs import is_main_process, log
 from common.texts import DOCUMENT
 from encoding.encoder import Encoder
 from retrieval.corpus import Corpus
+from retrieval.milvus_bulk import import_corpus
 from retrieval.milvus_index import RANGE_ROWS, CollectionInfo, MilvusIndex
 from retrieval.milvus_place import MilvusOptions, MilvusPlace
 from retrieval.pipeline import encoded_corpus, tune
@@ -46,6 +48,9 @@ def open_or_build_collection(
         return
     if corpus is None:
         raise InputError("there is neither a collection nor a corpus to search")
+    folder = new.bulk_folder()
+    if folder and is_main_process():  # before hours of encoding
+        make_folder(folder.path)
     with encoded_corpus(encoder, corpus, parent, embedding_dir) as embeddings:
         if not is_main_process():
             yield None
@@ -56,7 +61,10 @@ def open_or_build_collection(
         index = MilvusIndex.create(place.server, place.collection, info, options, len(corpus), new.milvus_shards)
         if index.is_tunable:
             index.target_recall = DEFAULT_TARGET_RECALL if options.target_recall is None else options.target_recall
-        index.add(embeddings, corpus)
+        if folder:
+            import_corpus(index, embeddings, corpus, folder)
+        else:
+            index.add(embeddings, corpus)
         index.finish(corpus)
         if added:
             add_documents(encoder, index, added)

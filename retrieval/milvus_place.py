@@ -9,6 +9,7 @@ from common.errors import InputError
 from common.files import make_folder, read_json, write_json
 from common.logs import log
 from retrieval.corpus import Corpus
+from retrieval.milvus_bulk import BulkFolder
 from retrieval.milvus_index import DEFAULT_COLLECTION, INDEX_TYPES, MilvusIndex, alias_target
 from retrieval.milvus_server import TOKEN_VARIABLE, MilvusServer, check_address, connect
 
@@ -28,6 +29,15 @@ class MilvusOptions(NamedTuple):
     milvus_index_type: str = INDEX_TYPES[0]
     milvus_shards: int = 1
     milvus_rebuild: bool = False
+    milvus_bulk_dir: str | None = None
+    milvus_bulk_path: str | None = None
+
+    def bulk_folder(self) -> BulkFolder | None:
+        """The folder of files to import, if there is to be one."""
+        if self.milvus_bulk_dir is None:
+            return None
+        path = Path(self.milvus_bulk_dir)
+        return BulkFolder(path, str(path.absolute()) if self.milvus_bulk_path is None else self.milvus_bulk_path)
 
 
 class MilvusPlace(NamedTuple):
@@ -97,18 +107,22 @@ def add_milvus_args(parser: argparse.ArgumentParser) -> None:
     add("--milvus_shards", type=number_in_range(1, below=65), default=1, help="of a new collection; each takes writes")
     rebuild_help = "build a new collection though there is one, and then search it under the same name"
     add("--milvus_rebuild", action="store_true", help=rebuild_help)
+    bulk_help = "write the documents of a new collection into files in this folder, which the server then imports"
+    add("--milvus_bulk_dir", metavar="DIR", help=bulk_help)
+    path_help = "what the server calls --milvus_bulk_dir: a folder on its disk or in its bucket (default: the same)"
+    add("--milvus_bulk_path", metavar="PATH", help=path_help)
 
 
 def find_place(
-    options: MilvusOptions, uses_milvus: bool, index_dir: str | None, switch: str = f"--ann {MILVUS}"
+    options: MilvusOptions, ann: str, index_dir: str | None, switch: str = f"--ann {MILVUS}"
 ) -> MilvusPlace | None:
     """Where the corpus is in Milvus: as the options say, or the file in index_dir; None for another engine.
 
-    uses_milvus: whether an option, which is the switch, says so. Raises InputError.
+    switch: the option that asks for Milvus, for messages. Raises InputError.
     """
     file = Path(index_dir, PLACE_FILE) if index_dir else None
     is_saved = file is not None and file.is_file()
-    if not uses_milvus and not is_saved:
+    if ann != MILVUS and not is_saved:
         given = [name for name, value in MilvusOptions()._asdict().items() if getattr(options, name) != value]
         if given:
             raise InputError(f"--{given[0]}: has an effect with {switch} alone; add that, or leave the option out")
@@ -123,6 +137,10 @@ def find_place(
         raise InputError("--ann milvus: give --milvus_uri, or an --index_dir for an embedded Milvus")
     else:
         uri = str(Path(index_dir, EMBEDDED_FOLDER))
+    if options.milvus_bulk_dir and "://" not in uri:
+        raise InputError("--milvus_bulk_dir: an embedded Milvus can't import files; leave it out, or give --milvus_uri")
+    if options.milvus_bulk_path and not options.milvus_bulk_dir:
+        raise InputError("--milvus_bulk_path: says where --milvus_bulk_dir is on the server; give that, too")
     database = options.milvus_database or str(kept.get("database") or "")
     server = MilvusServer(uri, database, options.milvus_ca_file, options.milvus_token_file)
     name = options.milvus_collection or str(kept.get("collection") or DEFAULT_COLLECTION)

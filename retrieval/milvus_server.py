@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from pymilvus import MilvusClient
 
 TOKEN_VARIABLE = "MILVUS_TOKEN"
+LACKS_TYPE = "this version lacks the index type; give another --milvus_index_type"
 NO_ANSWER = "doesn't answer; see whether it runs, and whether the address and the port are right"
-CONNECTION_SECONDS = 10.0
-CALL_SECONDS = 60  # not 60.0: pymilvus repeats a call for so many seconds, but if that isn't an int, 75 times
+CONNECTION_SECONDS, CALL_SECONDS = 10, 30  # with a float, pymilvus repeats a failed call for minutes
 # Codes of errors: Milvus's pkg/merr of versions 2.3 to 2.6, and pymilvus's ErrorCode.
 NO_CONNECTION, NO_COLLECTION, NO_DATABASE = 2, 100, 800
 UNAVAILABLE = {NO_CONNECTION, 1, 2, 3, 4, 10}  # not ready, unavailable, memory, request limit, out of disk, rate limit
@@ -128,10 +128,10 @@ def _explained(server: MilvusServer, collection: str, code: Any, message: str) -
         why = "another process has it open, or its files are damaged"
         return InputError(f"{server.uri}: can't be opened ({why}); close that process, or give another --milvus_uri")
     if "index type" in known or "index_type" in known:
-        return InputError(f"{server}: this version lacks the index type; give another --milvus_index_type")
+        return InputError(f"{server}: {LACKS_TYPE}")
     if "quota" in known or "no space" in known or "disk full" in known:
         return MilvusUnavailable(f"{server}: its disk or its quota is full; make room, then run this again")
-    if code in UNAVAILABLE or "unavailable" in known or "retry" in known or "deadline" in known:
+    if code in UNAVAILABLE or "unavailable" in known or any(word in known for word in ("retry", "deadline", "timeout")):
         return MilvusUnavailable(f"{server}: {NO_ANSWER}")
     return InputError(f"{server}: failed with code {code} ({_one_line(message)})")
 

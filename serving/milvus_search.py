@@ -128,8 +128,9 @@ class MilvusSearch(ServedIndex):
                 collection = self._collection
                 return collection, question(collection.index)
         except InputError as error:
+            refusal = self._refusal(error)
             self._wake.set()
-            raise self._refusal(error) from None
+            raise refusal from None
 
     def _refusal(self, error: Exception) -> RequestError:
         """Refuses searches from now on; says why in the log, once."""

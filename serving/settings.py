@@ -20,7 +20,7 @@ from common.files import open_for_reading
 from common.logs import log
 from common.options import PRECISIONS
 from retrieval.milvus_index import DEFAULT_COLLECTION
-from retrieval.milvus_place import MilvusOptions, MilvusPlace, find_place
+from retrieval.milvus_place import MILVUS, MilvusOptions, MilvusPlace, find_place
 from retrieval.milvus_server import TOKEN_VARIABLE
 from serving.limits import MAX_TOP_K
 
@@ -238,7 +238,7 @@ def milvus_place(settings: Mapping[str, Any]) -> MilvusPlace | None:
     options = MilvusOptions()
     given = {name: settings[name] or default for name, default in options._asdict().items() if name in SETTINGS}
     options = options._replace(**given)
-    return find_place(options, bool(options.milvus_uri), settings["index_dir"] or None, "--milvus_uri")
+    return find_place(options, MILVUS if options.milvus_uri else "", settings["index_dir"] or None, "--milvus_uri")
 
 
 def check_access(settings: Mapping[str, Any]) -> None:

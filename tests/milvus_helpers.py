@@ -71,6 +71,7 @@ def running_milvus(program: Path, folder: Path, authorization: bool = False, por
     config.update(**dict(zip(ports, free_ports(len(ports)), strict=True)), etcd_port=client_port)
     config.extra_configs |= {f"{part}.ip": "127.0.0.1" for part in COORDINATORS}
     config.extra_configs |= {"etcd.endpoints": f"127.0.0.1:{client_port}", "common.gracefulStopTimeout": 1}
+    config.extra_configs["common.session.ttl"] = 3  # s, which the next server waits if this one is killed
     config.set("authorization_enabled", authorization)
     config.resolve()
     if port:  # connections of an earlier server may still keep others from binding it

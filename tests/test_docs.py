@@ -172,7 +172,7 @@ def exported(trained: Path) -> Path:
 @pytest.fixture(scope="module")
 def large_corpus(trained: Path) -> Completed:
     """The commands that save an index, search it and add to it."""
-    return succeed(next(block for block in SH_BLOCKS if LARGE_CORPUS in block), trained)
+    return succeed(next(block for block in SH_BLOCKS if LARGE_CORPUS in block and MILVUS not in block), trained)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ def test_words_beside_vectors(trained: Path) -> None:
 @pytest.mark.server
 @pytest.mark.milvus
 def test_milvus_commands(trained: Path, milvus: Milvus) -> None:
-    blocks = [block for block in SH_BLOCKS if MILVUS in block]
+    *blocks, by_files = [block for block in SH_BLOCKS if MILVUS in block]
     assert len(blocks) == 2
     for block in blocks:
         done = succeed(block.replace("http://milvus.internal:19530", milvus.uri), trained)
@@ -366,6 +366,9 @@ def test_milvus_commands(trained: Path, milvus: Milvus) -> None:
         assert "found 100.00 % of exact search's top 50" in done.stdout
         assert len([line for line in done.stdout.splitlines() if re.match(r" +\d+  -?\d\.\d{4}  ", line)]) == 10
     assert "of 169 documents" in done.stdout
+    done = succeed(by_files.replace("http://milvus.internal:19530", milvus.uri), trained)
+    check_recall_result(trained)
+    assert "found 100.00 % of exact search's top 50" in done.stdout
 
 
 @pytest.mark.server
