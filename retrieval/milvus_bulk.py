@@ -30,7 +30,7 @@ from retrieval.milvus_index import (
     check_sizes,
     document_id,
 )
-from retrieval.milvus_server import CALL_SECONDS, connect, milvus_errors
+from retrieval.milvus_server import connect, milvus_errors
 
 FILE_BYTES = 512 << 20  # of vectors: a segment of Milvus 2.3; later versions make larger ones of several files
 JOBS = 4  # that the server has at a time
@@ -148,7 +148,7 @@ class ImportJobs:
 
     def _running(self) -> int:
         with milvus_errors(self._server, self._collection):
-            jobs = self._connection.list_bulk_insert_tasks(0, self._collection, timeout=CALL_SECONDS)
+            jobs = self._connection.list_bulk_insert_tasks(0, self._collection, timeout=self._server.call_seconds)
         return sum(job.state_name in RUNNING for job in jobs)
 
     def run(self, files: Sequence[BulkFile]) -> None:
@@ -168,14 +168,16 @@ class ImportJobs:
         with milvus_errors(self._server, self._collection):
             path = [self._path(file)]
             # Not tried again if there is no answer: the job might have been started.
-            return self._connection.do_bulk_insert(self._collection, "", path, timeout=CALL_SECONDS, retry_times=0)
+            return self._connection.do_bulk_insert(
+                self._collection, "", path, timeout=self._server.call_seconds, retry_times=0
+            )
 
     def _path(self, file: BulkFile) -> str:
         return f"{self._folder.server_path.rstrip('/')}/{file.path.name}"
 
     def _is_done(self, job: int, file: BulkFile) -> bool:
         with milvus_errors(self._server, self._collection):
-            state = self._connection.get_bulk_insert_state(job, timeout=CALL_SECONDS)
+            state = self._connection.get_bulk_insert_state(job, timeout=self._server.call_seconds)
         if state.state_name == COMPLETED or state.state_name in RUNNING:
             return state.state_name == COMPLETED
         if any(words in state.failed_reason.lower() for words in NO_FILE):

@@ -22,7 +22,6 @@ from common.errors import InputError
 from common.logs import log, progress_bar
 from common.texts import text_key
 from retrieval.milvus_server import (
-    CALL_SECONDS,
     LACKS_TYPE,
     CollectionMissing,
     MilvusServer,
@@ -44,6 +43,7 @@ RANGE_ROWS = 8_192  # documents that are checked and sent together
 BATCH_BYTES = 4 << 20  # of a request; a message queue takes 5 MiB by default, a server 64 MiB
 IN_FLIGHT = 4  # requests at a time
 QUERY_ROWS = 256  # queries in a request
+ANSWER_HITS = 1 << 16  # in an answer, of which a server sends up to 64 MiB
 PAGE_ROWS = 1024  # vectors in an answer, of which a server sends up to 64 MiB
 CACHED_DOCUMENTS = 1 << 18
 POLL_SECONDS = 0.5
@@ -91,9 +91,11 @@ class MilvusIndex(ApproximateIndex):
         self.target_recall = info.target_recall
         self._client = client
         self._is_new = False  # whether nothing was in it before this object
-        self._changes = self._seen_changes = 0  # of this object, and those that a search has waited for
+        self._last_change: object = object()  # of this object, and the one that a read has waited for
+        self._seen_change: object = None
         self._known_count = (0, -math.inf)  # documents, and when they were counted
-        self._local: list[tuple[np.ndarray, Any]] = []  # ids and vectors that were added here, for `search_exactly`
+        # Ids and vectors of a new collection that were added here, for `search_exactly`.
+        self._local: list[tuple[np.ndarray, Any]] | None = None
         self.documents = MilvusDocuments(self)
 
     def __str__(self) -> str:
@@ -110,14 +112,28 @@ class MilvusIndex(ApproximateIndex):
             raise CollectionMissing(f"{problem}; build it with recall.py --ann milvus --corpus_file")
         index = cls._of(server, name, client)
         with milvus_errors(server, name):
-            client.load_collection(name, timeout=CALL_SECONDS)
+            client.load_collection(name, timeout=server.call_seconds)
         return index
+
+    def refresh(self, alias: str) -> bool:
+        """Whether the alias still names this collection; then reads how it is searched, which others may have changed.
+
+        Raises InputError.
+        """
+        if alias_target(self.server, self._client, alias) != self.name:
+            return False
+        self.info = self._of(self.server, self.name, self._client).info
+        return True
+
+    def disconnect(self) -> None:
+        """Ends the connection, which all of this process to this server share; the next `open` makes a new one."""
+        self._client.close()
 
     @classmethod
     def _of(cls, server: MilvusServer, name: str, client: Any) -> "MilvusIndex":
         """An existing collection. Raises InputError if it isn't one of ours."""
         with milvus_errors(server, name):
-            properties = client.describe_collection(name, timeout=CALL_SECONDS).get("properties", {})
+            properties = client.describe_collection(name, timeout=server.call_seconds).get("properties", {})
         try:
             return cls(server, name, client, CollectionInfo(**json.loads(properties[PROPERTY])))
         except (KeyError, TypeError, ValueError):
@@ -139,14 +155,15 @@ class MilvusIndex(ApproximateIndex):
         base = f"{alias}_{info.fingerprint}"
         name = base if current != base else f"{base}_2"
         with milvus_errors(server, name):
-            if client.has_collection(name, timeout=CALL_SECONDS):
+            if client.has_collection(name, timeout=server.call_seconds):
                 index = cls._of(server, name, client)
                 log(f"{index.name}: goes on with an interrupted build")
-                client.load_collection(name, timeout=CALL_SECONDS)
-                return index
-            index = cls(server, name, client, info)
-            index._create(options, rows, shards)
-        index._is_new = True
+                client.load_collection(name, timeout=server.call_seconds)
+            else:
+                index = cls(server, name, client, info)
+                index._create(options, rows, shards)
+                index._is_new = True
+        index._local = []
         return index
 
     def _create(self, options: IndexOptions, rows: int, shards: int) -> None:
@@ -166,12 +183,12 @@ class MilvusIndex(ApproximateIndex):
             properties={PROPERTY: self._info_json()},
             num_shards=shards,
             consistency_level="Bounded",
-            timeout=CALL_SECONDS,
+            timeout=self.server.call_seconds,
         )
         try:
-            self._client.create_index(self.name, parameters, timeout=CALL_SECONDS)
+            self._client.create_index(self.name, parameters, timeout=self.server.call_seconds)
         except BaseException:
-            self._client.drop_collection(self.name, timeout=CALL_SECONDS)
+            self._client.drop_collection(self.name, timeout=self.server.call_seconds)
             raise
 
     def _info_json(self) -> str:
@@ -197,32 +214,48 @@ class MilvusIndex(ApproximateIndex):
         """Keeps `ef` and the target recall in the collection, for all who search it."""
         self.info = replace(self.info, target_recall=self.target_recall)
         with milvus_errors(self.server, self.name):
-            self._client.alter_collection_properties(self.name, {PROPERTY: self._info_json()}, timeout=CALL_SECONDS)
+            self._client.alter_collection_properties(
+                self.name, {PROPERTY: self._info_json()}, timeout=self.server.call_seconds
+            )
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if k > MAX_K:
-            raise InputError(f"{self.server}: returns up to {MAX_K} hits for a query, not {k}; ask for fewer")
-        ids, similarities = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -1, np.float32)
-        short: list[int] = []
+        ids, similarities = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         with progress_bar(len(queries), "search", "query") as progress:
             for start in range(0, len(queries), QUERY_ROWS):
-                for row, hits in enumerate(self._search_block(queries[start : start + QUERY_ROWS], k), start):
-                    ids[row, : len(hits)] = [hit[ID] for hit in hits]
-                    similarities[row, : len(hits)] = [hit["distance"] for hit in hits]
-                    if len(hits) < k:  # an approximate index of Milvus doesn't promise k hits
-                        short.append(row)
-                progress.update(min(QUERY_ROWS, len(queries) - start))
-        if short and self.searches_exactly:
+                rows = slice(start, start + QUERY_ROWS)
+                ids[rows], similarities[rows], documents = self.find(queries[rows], k)
+                self.documents.remember(documents)
+                progress.update(len(ids[rows]))
+        short = np.flatnonzero(ids[:, -1] < 0)  # an approximate index of Milvus doesn't promise k hits
+        if len(short) and self.searches_exactly:
             found, cosines = self.search_exactly(queries[short], k)
             ids[short, : found.shape[1]], similarities[short, : found.shape[1]] = found, cosines
         return ids, similarities
 
-    def _search_block(self, queries: np.ndarray, k: int) -> Sequence[Sequence[Any]]:
+    def find(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        """What Milvus finds, in one step: ids, cosines, and the documents by id.
+
+        queries: unit vectors, float32 [Q, dim]. Returns int64 and float32 [Q, k], best first; where Milvus finds fewer,
+        the last ids and cosines are -1. Raises InputError.
+        """
+        if k > MAX_K:
+            raise InputError(f"{self.server}: returns up to {MAX_K} hits for a query, not {k}; ask for fewer")
+        ids, cosines = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -1, np.float32)
+        documents: dict[int, str] = {}
+        rows = max(1, min(QUERY_ROWS, ANSWER_HITS // k))
+        for start in range(0, len(queries), rows):
+            for row, hits in enumerate(self._search_once(queries[start : start + rows], k), start):
+                ids[row, : len(hits)] = [hit[ID] for hit in hits]
+                cosines[row, : len(hits)] = [hit["distance"] for hit in hits]
+                documents.update((hit[ID], hit["entity"][TEXT]) for hit in hits)
+        return ids, cosines, documents
+
+    def _search_once(self, queries: np.ndarray, k: int) -> Sequence[Sequence[Any]]:
         name = WIDTH_NAMES.get(self.info.index_type)
         lowest = 1 if name == "nprobe" else k
         width = {name: max(self.ef, lowest)} if name else {}
         with self._reading() as consistency:
-            found = self._client.search(
+            return self._client.search(
                 self.name,
                 data=list(queries),
                 limit=k,
@@ -230,10 +263,8 @@ class MilvusIndex(ApproximateIndex):
                 search_params={"metric_type": "IP", "params": width},
                 anns_field=VECTOR,
                 consistency_level=consistency,
-                timeout=CALL_SECONDS,
+                timeout=self.server.call_seconds,
             )
-        self.documents.remember((hit[ID], hit["entity"][TEXT]) for hits in found for hit in hits)
-        return found
 
     # What it holds.
 
@@ -241,7 +272,7 @@ class MilvusIndex(ApproximateIndex):
     def live_count(self) -> int:
         """The number of documents; others' changes are seen within COUNT_SECONDS."""
         count, when = self._known_count
-        if self._changes != self._seen_changes or time.monotonic() - when > COUNT_SECONDS:
+        if self._last_change is not self._seen_change or time.monotonic() - when > COUNT_SECONDS:
             count = self._count()
             self._known_count = count, time.monotonic()
         return count
@@ -262,35 +293,37 @@ class MilvusIndex(ApproximateIndex):
         """How many documents there are, or how many of those with these ids."""
         condition = "" if ids is None else f"{ID} in {list(map(int, ids))}"
         with self._reading() as consistency:
-            options = {"consistency_level": consistency, "timeout": CALL_SECONDS}
+            options = {"consistency_level": consistency, "timeout": self.server.call_seconds}
             found = self._client.query(self.name, filter=condition, output_fields=["count(*)"], **options)
         return int(found[0]["count(*)"])
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[str]:
-        """The consistency level with which this object's own changes are seen."""
-        changes = self._changes
+    def _reading(self, latest: bool = False) -> Iterator[str]:
+        """The consistency level with which this object's own changes are seen; latest: and all of others."""
+        change = self._last_change
         with milvus_errors(self.server, self.name):
-            yield "Bounded" if self._seen_changes == changes else "Strong"
-        self._seen_changes = changes
+            yield "Bounded" if self._seen_change is change and not latest else "Strong"
+        self._seen_change = change
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        self._changes += 1  # before the call: it may have an effect even if it fails
-        with milvus_errors(self.server, self.name):
-            yield
+        try:
+            with milvus_errors(self.server, self.name):
+                yield
+        finally:  # a call that fails may have an effect; reads that began before its end needn't have seen it
+            self._last_change = object()
 
-    def texts(self, ids: Sequence[int]) -> dict[int, str]:
-        """The documents that are there, by id."""
+    def texts(self, ids: Sequence[int], *, latest: bool = False) -> dict[int, str]:
+        """The documents that are there, by id. latest: also those that others have just added."""
         found: dict[int, str] = {}
         for start in range(0, len(ids), RANGE_ROWS):
-            with self._reading() as consistency:
+            with self._reading(latest) as consistency:
                 rows = self._client.query(
                     self.name,
                     filter=f"{ID} in {list(map(int, ids[start : start + RANGE_ROWS]))}",
                     output_fields=[ID, TEXT],
                     consistency_level=consistency,
-                    timeout=CALL_SECONDS,
+                    timeout=self.server.call_seconds,
                 )
             found |= {row[ID]: row[TEXT] for row in rows}
         return found
@@ -303,7 +336,11 @@ class MilvusIndex(ApproximateIndex):
         """The ids of some documents, at most `count`."""
         with milvus_errors(self.server, self.name):
             rows = self._client.query(
-                self.name, filter=f"{ID} >= 0", output_fields=[ID], limit=min(count, MAX_K), timeout=CALL_SECONDS
+                self.name,
+                filter=f"{ID} >= 0",
+                output_fields=[ID],
+                limit=min(count, MAX_K),
+                timeout=self.server.call_seconds,
             )
         return sorted(row[ID] for row in rows)
 
@@ -315,7 +352,7 @@ class MilvusIndex(ApproximateIndex):
     @property
     def _has_local(self) -> bool:
         """Whether all vectors were added by this object."""
-        return sum(len(ids) for ids, _ in self._local) == self.live_count
+        return self._local is not None and sum(len(ids) for ids, _ in self._local) == self.live_count
 
     def ids_of(self, documents: Iterable[str]) -> list[int]:
         """The `document_id` of each document."""
@@ -323,7 +360,7 @@ class MilvusIndex(ApproximateIndex):
 
     def _live_blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """From the vectors that were added here, if those are all; else from the server."""
-        if self._has_local:
+        if self._local is not None and self._has_local:
             for ids, vectors in self._local:
                 for start in range(0, len(ids), CORPUS_BLOCK):
                     rows = slice(start, start + CORPUS_BLOCK)
@@ -368,14 +405,15 @@ class MilvusIndex(ApproximateIndex):
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        self._local.append((all_ids, vectors))
+        if self._local is not None:
+            self._local.append((all_ids, vectors))
 
     def _send(self, ids: Sequence[int], texts: Sequence[str], vectors: np.ndarray) -> int:
         """Sends rows; how many. A row that is there already is replaced."""
         rows = [{ID: each, TEXT: text, VECTOR: vector} for each, text, vector in zip(ids, texts, vectors, strict=True)]
         send = self._client.insert if self._is_new else self._client.upsert
         with self._changing():
-            send(self.name, rows, timeout=CALL_SECONDS)
+            send(self.name, rows, timeout=self.server.call_seconds)
         return len(rows)
 
     def keep_vectors(self, ids: np.ndarray, vectors: Any) -> None:
@@ -384,11 +422,11 @@ class MilvusIndex(ApproximateIndex):
 
     def delete(self, ids: Iterable[int]) -> int:
         """`VectorIndex.delete`; deleted before it returns, for searches of this client."""
-        there = list(self.texts(list(dict.fromkeys(ids))))
+        there = list(self.texts(list(dict.fromkeys(ids)), latest=True))
         if there:
             with self._changing():
-                self._client.delete(self.name, ids=there, timeout=CALL_SECONDS)
-            self._local = []
+                self._client.delete(self.name, ids=there, timeout=self.server.call_seconds)
+            self._local = None
         return len(there)
 
     def finish(self, documents: Sequence[str]) -> None:
@@ -401,7 +439,7 @@ class MilvusIndex(ApproximateIndex):
             self._wait_for_index()
         self.reload()  # else new rows are searched without the index
         self._is_new = False
-        self._changes += 1
+        self._last_change = object()
         count = self._count()
         if count != len(documents):
             raise InputError(f"{self}: has {count} of {len(documents)} documents; {self._lacking(documents)}")
@@ -409,7 +447,7 @@ class MilvusIndex(ApproximateIndex):
     def reload(self) -> None:
         """Has the server read all documents and their index from its disk again."""
         with milvus_errors(self.server, self.name):
-            self._client.release_collection(self.name, timeout=CALL_SECONDS)
+            self._client.release_collection(self.name, timeout=self.server.call_seconds)
         self._patiently(self._client.load_collection)
 
     def _patiently(self, call: Callable[..., Any]) -> None:
@@ -417,17 +455,17 @@ class MilvusIndex(ApproximateIndex):
         while True:
             try:
                 with milvus_errors(self.server, self.name):
-                    call(self.name, timeout=CALL_SECONDS)
+                    call(self.name, timeout=self.server.call_seconds)
                 return
             except MilvusUnavailable:
                 with milvus_errors(self.server, self.name):
-                    self._client.has_collection(self.name, timeout=CALL_SECONDS)
+                    self._client.has_collection(self.name, timeout=self.server.call_seconds)
 
     def _wait_for_index(self) -> None:
         """Waits until Milvus has indexed all rows, which it does in segments of up to a million."""
         progress, moved = None, time.monotonic()
         while True:
-            state = self._client.describe_index(self.name, VECTOR, timeout=CALL_SECONDS) or {}
+            state = self._client.describe_index(self.name, VECTOR, timeout=self.server.call_seconds) or {}
             total, pending = int(state.get("total_rows", 0)), int(state.get("pending_index_rows", 0))
             if progress is None:
                 progress = progress_bar(total, "milvus index", "vector").__enter__()
@@ -459,10 +497,10 @@ class MilvusIndex(ApproximateIndex):
         before = alias_target(self.server, self._client, alias)
         with milvus_errors(self.server, self.name):
             if before is None:
-                self._client.create_alias(self.name, alias, timeout=CALL_SECONDS)
+                self._client.create_alias(self.name, alias, timeout=self.server.call_seconds)
             elif before != self.name:
-                self._client.alter_alias(self.name, alias, timeout=CALL_SECONDS)
-                self._client.drop_collection(before, timeout=CALL_SECONDS)
+                self._client.alter_alias(self.name, alias, timeout=self.server.call_seconds)
+                self._client.drop_collection(before, timeout=self.server.call_seconds)
 
 
 class MilvusDocuments(Mapping[int, str]):
@@ -478,14 +516,14 @@ class MilvusDocuments(Mapping[int, str]):
     def __getitem__(self, row: int) -> str:
         document = self._found.get(row)
         if document is None:
-            self.remember(self._index.texts([row]).items())
+            self.remember(self._index.texts([row]))
             document = self._found[row]
         return document
 
     def __iter__(self) -> Iterator[int]:
         return (row for ids, _ in self._index.pages(TEXT) for row in ids)
 
-    def remember(self, documents: Iterable[tuple[int, str]]) -> None:
+    def remember(self, documents: Mapping[int, str]) -> None:
         """Keeps documents that a search has found."""
         self._found.update(documents)
         while len(self._found) > CACHED_DOCUMENTS:
@@ -496,7 +534,7 @@ def alias_target(server: MilvusServer, client: Any, alias: str) -> str | None:
     """The name of the collection that an alias names; None if there is no such alias. Raises InputError."""
     try:
         with milvus_errors(server, alias):
-            found = client.describe_alias(alias, timeout=CALL_SECONDS)
+            found = client.describe_alias(alias, timeout=server.call_seconds)
     except CollectionMissing:
         return None
     except InputError as error:

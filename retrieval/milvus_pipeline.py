@@ -86,7 +86,7 @@ def update_collection(
 ) -> DocumentIndex:
     """The complete collection; adds documents to it, and tunes it if a target recall is given. Raises InputError."""
     found = place.open()
-    _check(found, encoder, corpus, place)
+    place.check(found, encoder.fingerprint, corpus, encoder.precision)
     if added:
         add_documents(encoder, found, added)
     if options.target_recall is not None and found.is_tunable:
@@ -101,25 +101,13 @@ def _document_index(index: MilvusIndex) -> DocumentIndex:
     return DocumentIndex(index, index.documents, index.info.model, index.info.corpus, index.info.precision)
 
 
-def _check(found: MilvusIndex, encoder: Encoder, corpus: Corpus | None, place: MilvusPlace) -> None:
-    """Raises InputError if the collection has vectors of another model or corpus; logs another precision."""
-    if found.info.model != encoder.fingerprint:
-        remedy = "give the model that it was built with, another --milvus_collection, or --milvus_rebuild"
-        raise InputError(f"{place}: its vectors come from another model or --max_seq_length; {remedy}")
-    if corpus is not None and corpus.sha256 != found.info.corpus:
-        remedy = "leave --corpus_file out, give another --milvus_collection, or --milvus_rebuild"
-        raise InputError(f"{place}: was built from another corpus, or the corpus file has changed since; {remedy}")
-    if found.info.precision != encoder.precision:
-        log(f"--precision {encoder.precision}: the vectors of {place} were computed in {found.info.precision}")
-
-
 def add_documents(encoder: Encoder, index: MilvusIndex, added: Corpus) -> None:
     """Encodes and adds the documents that the collection lacks. Raises InputError if it lacks none."""
     count = 0
     for start in range(0, len(added), RANGE_ROWS):
         texts = added[start : start + RANGE_ROWS]
         ids = index.ids_of(texts)
-        there = index.texts(ids)
+        there = index.texts(ids, latest=True)
         new = [text for each, text in zip(ids, texts, strict=True) if each not in there]
         if new:
             index.add(encoder.encode(new, "added", DOCUMENT), new)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from common.cli import number_in_range
 from common.errors import InputError
 from common.files import make_folder, read_json, write_json
+from common.logs import log
+from retrieval.corpus import Corpus
 from retrieval.milvus_bulk import BulkFolder
 from retrieval.milvus_index import DEFAULT_COLLECTION, INDEX_TYPES, MilvusIndex, alias_target
 from retrieval.milvus_server import TOKEN_VARIABLE, MilvusServer, check_address, connect
@@ -64,6 +66,20 @@ class MilvusPlace(NamedTuple):
                 raise InputError(f"{self.file}: {problem}; remove the file to use them, or give --milvus_collection")
         return index
 
+    def check(self, index: MilvusIndex, model: str, corpus: Corpus | None = None, precision: str | None = None) -> None:
+        """Raises InputError if the collection has vectors of another model or corpus; logs another precision.
+
+        model: the encoder's fingerprint; precision: the encoder's.
+        """
+        if index.info.model != model:
+            remedy = "give its model, another --milvus_collection, or build it anew with recall.py --milvus_rebuild"
+            raise InputError(f"{self}: its vectors come from another model or --max_seq_length; {remedy}")
+        if corpus is not None and corpus.sha256 != index.info.corpus:
+            remedy = "leave --corpus_file out, give another --milvus_collection, or --milvus_rebuild"
+            raise InputError(f"{self}: was built from another corpus, or the corpus file has changed since; {remedy}")
+        if precision and index.info.precision != precision:
+            log(f"--precision {precision}: the vectors of {self} were computed in {index.info.precision}")
+
     def save(self, index: MilvusIndex) -> None:
         """Writes the file, if there is to be one."""
         if self.file:
@@ -97,17 +113,19 @@ def add_milvus_args(parser: argparse.ArgumentParser) -> None:
     add("--milvus_bulk_path", metavar="PATH", help=path_help)
 
 
-def find_place(options: MilvusOptions, ann: str, index_dir: str | None) -> MilvusPlace | None:
+def find_place(
+    options: MilvusOptions, ann: str, index_dir: str | None, switch: str = f"--ann {MILVUS}"
+) -> MilvusPlace | None:
     """Where the corpus is in Milvus: as the options say, or the file in index_dir; None for another engine.
 
-    Raises InputError.
+    switch: the option that asks for Milvus, for messages. Raises InputError.
     """
     file = Path(index_dir, PLACE_FILE) if index_dir else None
     is_saved = file is not None and file.is_file()
     if ann != MILVUS and not is_saved:
         given = [name for name, value in MilvusOptions()._asdict().items() if getattr(options, name) != value]
         if given:
-            raise InputError(f"--{given[0]}: has an effect with --ann milvus alone; add that, or leave the option out")
+            raise InputError(f"--{given[0]}: has an effect with {switch} alone; add that, or leave the option out")
         return None
     kept = read_json(file) if file and is_saved else {}
     uri = options.milvus_uri or kept.get("uri")

@@ -37,6 +37,7 @@ class MilvusServer(NamedTuple):
     database: str = ""
     ca_file: str = ""  # PEM, for https with a certificate of one's own
     token_file: str = ""  # holds user:password or a token; without it the environment's MILVUS_TOKEN
+    call_seconds: int = CALL_SECONDS  # after which a call has failed
 
     def __str__(self) -> str:
         return f"Milvus at {self.uri}"

@@ -55,10 +55,11 @@ def unpack_server(folder: Path) -> Path:
 
 
 @contextmanager
-def running_milvus(program: Path, folder: Path, authorization: bool = False) -> Iterator[Milvus]:
+def running_milvus(program: Path, folder: Path, authorization: bool = False, port: int = 0) -> Iterator[Milvus]:
     """Starts a server on free ports with its data in a folder, in which an earlier one may have left some.
 
-    Its ports are open on all interfaces: its config can't change that. authorization: whether it wants PASSWORD.
+    Its ports are open on all interfaces: its config can't change that. authorization: whether it wants PASSWORD. port:
+    that of an earlier server; 0: any free one.
     """
     from milvus import MilvusServerConfig
 
@@ -73,6 +74,9 @@ def running_milvus(program: Path, folder: Path, authorization: bool = False) -> 
     config.extra_configs["common.session.ttl"] = 3  # s, which the next server waits if this one is killed
     config.set("authorization_enabled", authorization)
     config.resolve()
+    if port:  # connections of an earlier server may still keep others from binding it
+        config.set("proxy_port", port)
+        config.write_config()
     environment = {**os.environ, "DEPLOY_MODE": "STANDALONE", "METRICS_PORT": str(metrics_port)}
     environment |= {"LD_LIBRARY_PATH": str(program.parent), "ETCD_CONFIG_PATH": str(folder / "etcd.yml")}
     environment["MILVUS_RUN_DIR"] = str(folder / "run")

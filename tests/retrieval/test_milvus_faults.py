@@ -169,9 +169,8 @@ def test_a_token_file_is_one_line(tmp_path: Path, content: str) -> None:
 
 
 @pytest.mark.server
-def test_a_server_that_goes_away_and_a_collection_that_is_dropped(own: Milvus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retrieval.milvus_index.CALL_SECONDS", 3)
-    server, vectors = MilvusServer(own.uri), unit_vectors(10, DIM)
+def test_a_server_that_goes_away_and_a_collection_that_is_dropped(own: Milvus) -> None:
+    server, vectors = MilvusServer(own.uri, call_seconds=3), unit_vectors(10, DIM)
     index = MilvusIndex.create(server, "one", CollectionInfo("m", "c", "fp32", True, DIM), IndexOptions(), 10)
     documents = [f"document {row}" for row in range(10)]
     index.add(vectors, documents)
