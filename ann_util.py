@@ -40,11 +40,11 @@ class IndexOptions(NamedTuple):
     target_recall: float | None = None
 
 
-def add_index_args(parser: argparse._ActionsContainer) -> None:
+def add_index_args(parser: argparse._ActionsContainer, ann_choices: Sequence[str] = ANN_CHOICES) -> None:
     """Adds the options of every script that searches a corpus."""
     defaults = IndexOptions()
     add = parser.add_argument
-    add("--ann", choices=ANN_CHOICES, default=defaults.ann, help="HNSW index, or exact search")
+    add("--ann", choices=ann_choices, default=defaults.ann, help="engine: an HNSW index, exact search, ...")
     add("--hnsw_m", type=number_in_range(2), default=defaults.hnsw_m, help="links per vector in the HNSW graph")
     candidates_help = "candidates (ef) kept while building the HNSW graph and, with --target_recall 0, while searching"
     add("--hnsw_ef", type=positive_int, default=defaults.hnsw_ef, help=candidates_help)
@@ -95,17 +95,116 @@ def _import_hnswlib() -> ModuleType:
 
 
 class VectorIndex(ABC):
-    """Unit vectors to search, in float32; the id of a vector is its row number over all calls of `add`.
+    """Unit vectors to search, in float32, each with an id.
 
-    Deleted rows keep their ids, which aren't used again, but are never found; `len` counts them, too. Searches may run
-    at the same time, but not beside `add` or `delete`. dim: length of a vector. target_recall: the share of exact
-    search's hits that `retrieval.pipeline` tunes an approximate index for; 0: it isn't tuned.
+    Searches may run at the same time, but not beside `add` or `delete`. dim: length of a vector. target_recall: the
+    share of exact search's hits that `retrieval.pipeline` tunes an approximate index for; 0: it isn't tuned.
     """
 
     target_recall = 0.0
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
+
+    @property
+    @abstractmethod
+    def live_count(self) -> int:
+        """The number of vectors that aren't deleted."""
+
+    @property
+    def searches_exactly(self) -> bool:
+        """Whether `search_exactly` takes minutes at most."""
+        return True
+
+    @abstractmethod
+    def is_live(self, row: int) -> bool:
+        """Whether the vector with this id is there and isn't deleted."""
+
+    @abstractmethod
+    def sample_ids(self, count: int) -> list[int]:
+        """Some ids of vectors that aren't deleted, or all if there are no more than `count`, in order."""
+
+    def add(self, vectors: Any, documents: Sequence[str] = ()) -> None:
+        """Adds unit vectors [N, dim], an array or `Embeddings`. documents: their texts, for an index that keeps them.
+
+        Raises InputError, and adds nothing, for no rows, a wrong shape, or a row whose norm isn't 1, such as zeros, NaN
+        or infinity; the message names the first such row.
+        """
+        check_unit_vectors(vectors, self.dim, "corpus", self._next_row)
+        if not len(vectors):
+            raise InputError("the corpus is empty: there is nothing to search")
+        self._add(vectors, documents)
+
+    @abstractmethod
+    def delete(self, ids: Iterable[int]) -> int:
+        """Deletes the vectors with these ids; returns how many of them were there and not deleted before."""
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The most similar vectors of each query, best first.
+
+        queries: unit vectors [Q, dim]. Returns ids, int64 [Q, min(k, live_count)], and their inner products (cosines),
+        float32 of the same shape. Raises InputError for k < 1, an index without rows or with deleted ones only, and
+        queries of a wrong shape or norm.
+        """
+        if k < 1:
+            raise InputError(f"can't search for {k} documents: give 1 or more")
+        k = min(k, self.live_count)
+        if not k:
+            raise InputError("the corpus is empty: there is nothing to search")
+        check_unit_vectors(queries, self.dim, "query", 0)
+        if not len(queries):
+            return np.empty((0, k), np.int64), np.empty((0, k), np.float32)
+        return self._search(np.asarray(queries, dtype=np.float32), k)
+
+    def search_exactly(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Compares each query with each vector; arguments and result as for `search`, but without its checks."""
+        count = self.live_count
+        with progress_bar(count, "exact search", "vector") as progress:
+            return _exact_top_k(self._live_blocks(), np.asarray(queries, dtype=np.float32), min(k, count), progress)
+
+    @property
+    def _next_row(self) -> int:
+        """The number of the next vector, for messages."""
+        return 0
+
+    @abstractmethod
+    def _live_blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids, int64 [B], and vectors, float32 [B, dim], of the vectors that aren't deleted; B <= CORPUS_BLOCK."""
+
+    @abstractmethod
+    def _add(self, vectors: np.ndarray, documents: Sequence[str]) -> None: ...
+
+    @abstractmethod
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class ApproximateIndex(VectorIndex):
+    """An index that compares a query with some of the vectors; the larger its `ef`, the more of them."""
+
+    ef: int  # candidates kept while searching
+
+    def tune_ef(self, queries: np.ndarray, k: int, target_recall: float) -> None:
+        """Sets the smallest `ef` with which `search` finds this share of exact search's k best, see `smallest_ef`.
+
+        queries: unit vectors [Q, dim], a sample of the expected ones.
+        """
+        _, expected = self.search_exactly(queries, k)
+
+        def is_enough(ef: int) -> bool:
+            self.ef = ef
+            return recall_vs_exact(self.search(queries, k)[1], expected) >= target_recall
+
+        self.ef = smallest_ef(is_enough, min(k, self.live_count))
+
+
+class LocalIndex(VectorIndex):
+    """An index in this process, which can be saved; the id of a vector is its row number over all calls of `add`.
+
+    Deleted rows keep their ids, which aren't used again, but are never found; `len` counts them, too.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
         self._is_live = np.zeros(0, bool)  # by id: whether the row isn't deleted
 
     def __len__(self) -> int:
@@ -124,47 +223,29 @@ class VectorIndex(ABC):
         """Whether a row is there and isn't deleted."""
         return 0 <= row < len(self) and bool(self._is_live[row])
 
-    def add(self, vectors: np.ndarray) -> None:
-        """Adds unit vectors [N, dim].
+    def sample_ids(self, count: int) -> list[int]:
+        """Evenly spaced ids."""
+        ids = self.live_ids()
+        return ids[:: max(1, -(-len(ids) // count))].tolist()
 
-        Raises InputError, and adds nothing, for no rows, a wrong shape, or a row whose norm isn't 1, such as zeros, NaN
-        or infinity; the message names the first such row.
-        """
-        check_unit_vectors(vectors, self.dim, "corpus", len(self))
-        if not len(vectors):
-            raise InputError("the corpus is empty: there is nothing to search")
-        self._add(vectors)
+    @property
+    def _next_row(self) -> int:
+        return len(self)
+
+    def add(self, vectors: Any, documents: Sequence[str] = ()) -> None:
+        """`VectorIndex.add`; the documents aren't kept."""
+        super().add(vectors, documents)
         self._is_live = np.concatenate([self._is_live, np.ones(len(vectors), bool)])
 
     def delete(self, ids: Iterable[int]) -> int:
-        """Deletes the rows with these ids; returns how many of them were there and not deleted before."""
+        """`VectorIndex.delete`."""
         found = [row for row in dict.fromkeys(ids) if self.is_live(row)]
         self._delete(found)
         self._is_live[found] = False
         return len(found)
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The most similar rows of each query, best first.
-
-        queries: unit vectors [Q, dim]. Returns ids, int64 [Q, min(k, live_count)], and their inner products (cosines),
-        float32 of the same shape. Raises InputError for k < 1, an index without rows or with deleted ones only, and
-        queries of a wrong shape or norm.
-        """
-        if k < 1:
-            raise InputError(f"can't search for {k} documents: give 1 or more")
-        k = min(k, self.live_count)
-        if not k:
-            raise InputError("the corpus is empty: there is nothing to search")
-        check_unit_vectors(queries, self.dim, "query", 0)
-        if not len(queries):
-            return np.empty((0, k), np.int64), np.empty((0, k), np.float32)
-        return self._search(np.asarray(queries, dtype=np.float32), k)
-
-    def search_exactly(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Compares each query with each vector; arguments and result as for `search`, but without its checks."""
-        k = min(k, self.live_count)
-        with progress_bar(self.live_count, "exact search", "vector") as progress:
-            return _exact_top_k(self._live_blocks(), np.asarray(queries, dtype=np.float32), k, progress)
+    @abstractmethod
+    def _delete(self, ids: Sequence[int]) -> None: ...
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -178,24 +259,11 @@ class VectorIndex(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: Path, settings: Mapping[str, Any]) -> "VectorIndex":
+    def load(cls, folder: Path, settings: Mapping[str, Any]) -> "LocalIndex":
         """Reads what `save` wrote. Check the files' hashes first: a damaged file can crash the process."""
 
-    @abstractmethod
-    def _live_blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids, int64 [B], and vectors, float32 [B, dim], of the rows that aren't deleted, by id; B <= CORPUS_BLOCK."""
 
-    @abstractmethod
-    def _add(self, vectors: np.ndarray) -> None: ...
-
-    @abstractmethod
-    def _delete(self, ids: Sequence[int]) -> None: ...
-
-    @abstractmethod
-    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-class ExactIndex(VectorIndex):
+class ExactIndex(LocalIndex):
     """Compares each query with each vector; equal similarities are ordered by id.
 
     Keeps the vectors without a copy, unless they are few: they may be a memory map, and must not change afterwards.
@@ -208,7 +276,7 @@ class ExactIndex(VectorIndex):
     def __str__(self) -> str:
         return "the exact index"
 
-    def _add(self, vectors: np.ndarray) -> None:
+    def _add(self, vectors: np.ndarray, documents: Sequence[str]) -> None:
         if self._batches and len(self._batches[-1]) + len(vectors) <= SMALL_BATCH:
             vectors = np.concatenate([self._batches.pop()[:], vectors[:]], dtype=np.float32)
         self._batches.append(vectors)
@@ -246,7 +314,7 @@ class ExactIndex(VectorIndex):
         return index
 
 
-class HnswIndex(VectorIndex):
+class HnswIndex(LocalIndex, ApproximateIndex):
     """hnswlib's graph index: fast, finds nearly all nearest neighbours (Malkov and Yashunin 2016, arXiv:1603.09320).
 
     max_elements: vectors to reserve memory for, grows as needed; m: links per vector; ef_construction, ef: candidates
@@ -287,19 +355,6 @@ class HnswIndex(VectorIndex):
     def ef(self, ef: int) -> None:
         self._index.set_ef(ef)
 
-    def tune_ef(self, queries: np.ndarray, k: int, target_recall: float) -> None:
-        """Sets the smallest `ef` with which `search` finds this share of exact search's k best, see `smallest_ef`.
-
-        queries: unit vectors [Q, dim], a sample of the expected ones.
-        """
-        _, expected = self.search_exactly(queries, k)
-
-        def is_enough(ef: int) -> bool:
-            self.ef = ef
-            return recall_vs_exact(self.search(queries, k)[1], expected) >= target_recall
-
-        self.ef = smallest_ef(is_enough, min(k, self.live_count))
-
     def save(self, folder: Path) -> None:
         """Writes hnswlib's file."""
         file = folder / HNSW_FILE
@@ -334,7 +389,7 @@ class HnswIndex(VectorIndex):
         index._is_live[settings.get("deleted", [])] = False  # hnswlib's file has its own marks
         return index
 
-    def _add(self, vectors: np.ndarray) -> None:
+    def _add(self, vectors: np.ndarray, documents: Sequence[str]) -> None:
         size = len(self) + len(vectors)
         if size > self.max_elements:
             reserved = max(size, self.max_elements + self.max_elements // HNSW_GROWTH)
@@ -388,14 +443,14 @@ class HnswIndex(VectorIndex):
             yield rows, self._index.get_items(rows, return_type="numpy")
 
 
-def build_index(options: IndexOptions, vectors: Any) -> VectorIndex:
+def build_index(options: IndexOptions, vectors: Any) -> LocalIndex:
     """The index that the options describe, of unit vectors [N, D], an array or `Embeddings`. Raises InputError."""
     if vectors.ndim != 2:
         raise InputError(f"the corpus vectors have the shape {vectors.shape}, where [rows, columns] is needed")
     rows, dim = vectors.shape
     check_index_args(options, rows)
     if options.ann == "exact":
-        index: VectorIndex = ExactIndex(dim)
+        index: LocalIndex = ExactIndex(dim)
     else:
         ef = options.hnsw_ef
         index = HnswIndex(dim, options.hnsw_max_elements or max(1, rows), options.hnsw_m, ef_construction=ef, ef=ef)

@@ -3,8 +3,10 @@
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -13,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 lea
 
 import numpy as np
 
-from ann_util import IndexOptions, add_index_args, check_index_args
+from ann_util import ANN_CHOICES, IndexOptions, add_index_args, check_index_args
 from common.cli import (
     ArgumentParser,
     given_options,
@@ -45,12 +47,15 @@ from retrieval.hybrid_search import (
 )
 from retrieval.lexical_index import LEXICAL_CHOICES, Fusion
 from retrieval.metrics import report_missing_positives
+from retrieval.milvus_place import MILVUS, MilvusOptions, MilvusPlace, add_milvus_args, find_place
 from retrieval.saved_index import INDEX_FILE, DocumentIndex, has_index, has_lexical_index, save_fusion
 
 if TYPE_CHECKING:
     from encoding.encoder import Encoder, Fidelity
 
 TUNING_LINES = 10
+OF_NEW_COLLECTION = "milvus_index_type", "milvus_shards", "milvus_bulk_dir", "milvus_bulk_path"
+OPTIONS_OF_NEW_INDEX = (*IndexOptions._fields, *OF_NEW_COLLECTION, "embedding_dir")
 WAYS = {VECTOR: "vector", LEXICAL: "lexical", HYBRID: "both"}  # what a printed hit says
 
 
@@ -66,10 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--recall_num", type=positive_int, default=10, help="documents recalled per query")
     vectors_help = "keep the corpus's vectors in this folder, so that an interrupted run can be resumed"
     add("--embedding_dir", help=vectors_help)
-    add_index_args(parser)
+    add_index_args(parser, (*ANN_CHOICES, MILVUS))
     add("--index_dir", help="save the index in this folder, or search the one there, which needs no --corpus_file")
     add("--add_corpus", metavar="FILE", help="add the documents of this file, one per line, to the saved index")
     add_lexical_args(parser)
+    add_milvus_args(parser)
     return parser
 
 
@@ -100,15 +106,29 @@ def check_inputs(
     similar_text_pair_file: str | None,
     query: list[str] | None,
     interactive: bool,
+    lexical: str | None,
+    *,
+    place: MilvusPlace | None,
+    is_saved: bool,
 ) -> None:
     """Raises InputError if an option is missing: the documents to search, the index to add to, or the queries."""
-    if not corpus_file and not (index_dir and has_index(index_dir)):
-        why = f"--index_dir {index_dir} isn't there yet" if index_dir else "there is no --index_dir to search"
+    if place and lexical:
+        raise InputError(f"--lexical {lexical}: keeps words beside an index on this machine; use it with another --ann")
+    if not corpus_file and not is_saved:
+        where = place or (f"--index_dir {index_dir}" if index_dir else None)
+        why = f"{where} isn't there yet" if where else "there is no --index_dir to search"
         raise InputError(f"--corpus_file is needed: {why}")
-    if add_corpus and not index_dir:
+    if add_corpus and not (index_dir or place):
         raise InputError("--add_corpus: give the --index_dir that the documents are added to")
-    if not (similar_text_pair_file or query or interactive or index_dir):
+    if not (similar_text_pair_file or query or interactive or index_dir or place):
         raise InputError("nothing to search for: give --similar_text_pair_file, --query or --interactive")
+
+
+def has_corpus(place: MilvusPlace | None, index_dir: str | None, rebuild: bool) -> bool:
+    """Whether there is a complete index to search, in Milvus or in a folder. Raises InputError."""
+    if place:
+        return not rebuild and place.has_collection()
+    return index_dir is not None and has_index(index_dir)
 
 
 def choose_mode(
@@ -129,10 +149,10 @@ def choose_mode(
     return chosen
 
 
-def check_folders(index_dir: str, folders: dict[str, str | None]) -> None:
+def check_folders(index_dir: str | None, folders: dict[str, str | None]) -> None:
     """Raises InputError if a folder lies in the index's folder, which is replaced. folders: option -> folder."""
     for option, folder in folders.items():
-        if folder and is_within(folder, index_dir):
+        if index_dir and folder and is_within(folder, index_dir):
             problem = f"lies in --index_dir {index_dir}, which is replaced as a whole with all that is in it"
             raise InputError(f"{option} {folder}: {problem}; give a folder outside it")
 
@@ -178,18 +198,19 @@ def prepare_outputs(result_dir: str | None, result_file: Path | None, index_dir:
         make_folder(Path(index_dir).absolute().parent)
 
 
-def report_unused_options(index_dir: str | None, mode: str, given: Mapping[str, Any]) -> None:
-    """Logs the given options that have no effect. index_dir: of a saved index, if any; given: option -> value."""
-    if index_dir:
-        file = resolve_interrupted_replace(index_dir) / INDEX_FILE
+def report_unused_options(saved: MilvusPlace | str | None, mode: str, given: Mapping[str, Any]) -> None:
+    """Logs the given options that have no effect. saved: where a saved index is, if any; given: option -> value."""
+    if saved:
         used = {"target_recall"}
         if given.get("target_recall") == 0:  # then a saved index is searched with --hnsw_ef, too
             used.add("hnsw_ef")
-        if file.is_file() and read_json(file).get("ann") == given.get("ann"):
+        if isinstance(saved, MilvusPlace):
             used.add("ann")
-        of_new_index = [name for name in (*IndexOptions._fields, "embedding_dir") if name not in used]
+        elif (file := resolve_interrupted_replace(saved) / INDEX_FILE).is_file():
+            used |= {"ann"} if read_json(file).get("ann") == given.get("ann") else set()
+        of_new_index = [name for name in OPTIONS_OF_NEW_INDEX if name not in used]
         if unused := _named(of_new_index, given):
-            log(f"{index_dir}: is searched as it was built; options of a new index have no effect: {unused}")
+            log(f"{saved}: is searched as it was built; options of a new index have no effect: {unused}")
     if (mode != HYBRID or "tune_lexical_weight" in given) and (unused := _named(Fusion._fields, given)):
         why = "--tune_lexical_weight chooses them" if mode == HYBRID else f"the mode is {mode}"
         log(f"{unused}: no effect, since {why}")
@@ -272,7 +293,8 @@ def recall_pairs(
     if mode != LEXICAL:
         k = min(search_depth(mode, recall_num), index.live_count)
         share = measure_recall(index, query_vectors, k)
-        how = f"{index} found {100 * share:.2f} % of exact search's top {k}"
+        found_share = "" if share is None else f" found {100 * share:.2f} % of exact search's top {k}"
+        how = f"{index}{found_share}"
     if mode == HYBRID:
         how += "; fused with BM25, weight {:g}, k {}".format(*document_index.fusion)
     return f"searched {index.live_count} documents for {len(queries)} queries; {how}\nwrote {result_file}"
@@ -286,34 +308,50 @@ def fidelity_of(encoder: "Encoder", document_index: DocumentIndex, queries: Sequ
     from encoding.encoder import SAMPLE_DOCUMENTS, compare_with_fp32
     from retrieval.pipeline import SAMPLE
 
-    sample = [document_index.documents[row] for row in document_index.index.live_ids()[:SAMPLE_DOCUMENTS]]
+    sample = [document_index.documents[row] for row in document_index.index.sample_ids(SAMPLE_DOCUMENTS)]
     return compare_with_fp32(encoder, sample, queries or sample[:SAMPLE])
+
+
+def opener(
+    place: MilvusPlace | None, new: MilvusOptions | None, index_dir: str | None, words: Fusion | None
+) -> Callable[..., AbstractContextManager[DocumentIndex | None]]:
+    """The function that opens or builds the index in Milvus or, without a place there, in index_dir.
+
+    new: see `open_or_build_collection`; words: see `open_or_build_index`.
+    """
+    from retrieval.milvus_pipeline import open_or_build_collection
+    from retrieval.pipeline import open_or_build_index
+
+    if place:
+        return partial(open_or_build_collection, place=place, new=new)
+    return partial(open_or_build_index, index_dir=index_dir, words=words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds, loads or changes the index, writes the recall result, and prints the hits of the other queries."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    check_inputs(**pick(args, check_inputs))
+    place = find_place(milvus := MilvusOptions(**pick(args, MilvusOptions)), args.ann, args.index_dir)
+    is_saved, where = has_corpus(place, args.index_dir, args.milvus_rebuild), place or args.index_dir
+    check_inputs(**pick(args, check_inputs, place=place, is_saved=is_saved))
     lowercase = lowercases(check_checkpoint(args.params_path).parent, args.model_name_or_path)
-    is_saved = args.index_dir is not None and has_index(args.index_dir)
-    has_words = is_saved and has_lexical_index(args.index_dir)
+    has_words = is_saved and place is None and has_lexical_index(args.index_dir)
     mode = choose_mode(**pick(args, choose_mode, has_words=has_words or args.lexical is not None))
     uses_result_dir = args.similar_text_pair_file or not (is_saved or args.embedding_dir)
     result_dir = args.recall_result_dir if uses_result_dir else None
-    if args.index_dir:
+    if not place:
         check_folders(args.index_dir, {"--embedding_dir": args.embedding_dir, "--recall_result_dir": result_dir})
     positives, corpus, added = read_inputs(**pick(args, read_inputs, lowercase=lowercase))
     options, given = IndexOptions(**pick(args, IndexOptions)), given_options(parser, argv)
-    report_unused_options(args.index_dir if is_saved else None, mode, given)
-    if not is_saved:
+    report_unused_options(where if is_saved else None, mode, given)
+    if not is_saved and place is None:
         check_index_args(options, len(corpus or ()))
 
     set_up_paddle()
     from common.device import set_device
     from common.distributed import init_ranks
     from encoding.encoder import load_encoder
-    from retrieval import pipeline
+    from retrieval.pipeline import encode_queries
 
     set_device(args.device)
     init_ranks()
@@ -326,21 +364,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     result_file = Path(args.recall_result_dir, args.recall_result_file)
     if is_main_process():  # before hours of encoding
         prepare_outputs(result_dir, result_file if queries else None, args.index_dir if is_changed else None)
-    query_vectors = pipeline.encode_queries(encoder, queries)
-    folders = {"parent": args.recall_result_dir, "index_dir": args.index_dir, "embedding_dir": args.embedding_dir}
+    query_vectors = encode_queries(encoder, queries)
     fusion = {name: given[name] for name in Fusion._fields if name in given}
     words, depth = Fusion(**fusion) if args.lexical else None, search_depth(mode, args.recall_num)
-    with pipeline.open_or_build_index(
-        encoder, query_vectors, depth, corpus=corpus, added=added, options=options, words=words, **folders
-    ) as document_index:
+    open_or_build = opener(place, None if is_saved else milvus, args.index_dir, words)
+    sources = pick(args, open_or_build, corpus=corpus, added=added, options=options, parent=args.recall_result_dir)
+    with open_or_build(encoder, query_vectors, depth, **sources) as document_index:
         if document_index is None:  # another rank searches
             return 0
-        if args.index_dir and is_changed:
-            print(f"wrote {args.index_dir}: {document_index.index} of {document_index.index.live_count} documents")
+        if where and is_changed:
+            print(f"wrote {where}: {document_index.index} of {document_index.index.live_count} documents")
         document_index = replace(document_index, fusion=document_index.fusion._replace(**fusion))
         if args.tune_lexical_weight:
-            index_dir, recall_num = args.index_dir, args.recall_num
-            document_index, lines = tune_weight(document_index, positives, query_vectors, recall_num, index_dir)
+            kept_in, recall_num = args.index_dir, args.recall_num
+            document_index, lines = tune_weight(document_index, positives, query_vectors, recall_num, kept_in)
             print("\n".join(lines))
         if queries:
             print(recall_pairs(document_index, queries, query_vectors, args.recall_num, mode, result_file))

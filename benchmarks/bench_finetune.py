@@ -1,7 +1,8 @@
 """Quality of a fine-tuned pretrained model: ours beside sentence-transformers, from the same start, over several seeds.
 
 Both take the same batches, steps, learning rate and length; with the gradient cache ours takes batches that are four
-times as large, i. e. four times the pairs. recall.py and evaluate.py's metrics judge all models, the start too. The last line is a JSON object. What is done is kept in --output, so that an interrupted run goes on.
+times as large, i. e. four times the pairs. recall.py and evaluate.py's metrics judge all models, the start too. The
+last line is a JSON object. What is done is kept in --output, so that an interrupted run goes on.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Building and searching an HNSW index: ours beside bare hnswlib and faiss, at equal recall.
+"""Building and searching an HNSW index: ours beside bare hnswlib and faiss, and Milvus on demand, at equal recall.
 
 The last line is a JSON object with the ratios of the worst size: build and query rate over bare hnswlib's, and the
 share of exact search's hits that recall.py finds at its default setting.
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ann_util import ExactIndex
 from benchmarks.harness import BENCHMARKS_PYTHON, check_benchmarks_python, describe_machine, run_process
-from benchmarks.measure_search import ENGINES, TUNED_ON
+from benchmarks.measure_search import ENGINES, MILVUS, TUNED_ON
 from common.cli import ArgumentParser, number_in_range, run
 from common.errors import InputError
 
@@ -72,22 +72,26 @@ def read_queries(path: str) -> np.ndarray:
     return queries
 
 
-def measure_size(vectors: np.ndarray, queries: np.ndarray, rounds: int, target_recall: float) -> dict[str, Any]:
-    """Figures of every engine for one size; their processes take turns."""
+def measure_size(
+    vectors: np.ndarray, queries: np.ndarray, rounds: int, target_recall: float, milvus: str | None
+) -> dict[str, Any]:
+    """Figures of every engine for one size; their processes take turns. milvus: where it is, if it takes part."""
     index = ExactIndex(vectors.shape[1])
     index.add(vectors)
     _, exact = index.search(queries, TOP)
-    measured: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
+    engines = [*ENGINES, MILVUS] if milvus else ENGINES
+    measured: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
     with tempfile.TemporaryDirectory() as name:
         inputs = {"vectors": vectors, "queries": queries, "exact": exact}
         for argument, array in inputs.items():
             np.save(Path(name) / f"{argument}.npy", array)
         files = [part for argument in inputs for part in (f"--{argument}", Path(name) / f"{argument}.npy")]
         for number in range(1, rounds + 1):
-            for engine in ENGINES:
+            for engine in engines:
                 python = BENCHMARKS_PYTHON if engine == "faiss" else sys.executable
                 command = [python, FOLDER / "measure_search.py", "--engine", engine, *files]
                 command += ["--target_recall", str(target_recall)]
+                command += ["--milvus", milvus] if milvus and engine == MILVUS else []
                 measured[engine].append(run_process(command, Path(name) / "report.json", dict))
                 print(f"{len(vectors)} vectors, round {number} of {rounds}: {engine}", file=sys.stderr, flush=True)
     default_recall = round(min(one["default_recall"] for one in measured["ours"]), 4)
@@ -95,13 +99,14 @@ def measure_size(vectors: np.ndarray, queries: np.ndarray, rounds: int, target_r
 
 
 def summary(measured: Mapping[str, Sequence[Mapping[str, Any]]], rows: int, queries: int) -> dict[str, Any]:
-    """Medians over the rounds, as vectors and queries a second."""
+    """Medians over the rounds, as vectors and queries a second; the largest memory that was added to the vectors."""
     return {
         engine: {
             "vectors_per_second": round(rows / statistics.median(one["build_seconds"] for one in rounds), 1),
             "queries_per_second": round(
                 queries / statistics.median(seconds for one in rounds for seconds in one["search_seconds"]), 1
             ),
+            "added_mib": round(max(one["added_bytes"] for one in rounds) / 2**20),
             "ef": [one["ef"] for one in rounds],
             "recall_vs_exact": [round(one["recall_vs_exact"], 4) for one in rounds],
         }
@@ -135,6 +140,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="share of exact search's hits that every engine has to find",
     )
     parser.add_argument("--rounds", type=number_in_range(1), default=3, help="processes of each engine and size")
+    milvus_help = (
+        "also measure Milvus: the address of a server, or a folder for an embedded one, whose name ends in .db"
+    )
+    parser.add_argument("--milvus", metavar="URI", help=milvus_help)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROWS} vectors")
     return parser
 
@@ -155,9 +164,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             queries, vectors = vectors[rows:], vectors[:rows]
         else:
             queries = perturbed(vectors[random.integers(rows, size=QUERIES)], COPY_SPREAD, random)
-        sizes[str(rows)] = measure_size(vectors, queries, args.rounds, args.target_recall)
-        for engine in ENGINES:
-            print(f"{rows:>9} {engine:8} {json.dumps(sizes[str(rows)][engine])}")
+        sizes[str(rows)] = measure_size(vectors, queries, args.rounds, args.target_recall, args.milvus)
+        for engine, figures in sizes[str(rows)].items():
+            if isinstance(figures, dict):
+                print(f"{rows:>9} {engine:8} {json.dumps(figures)}")
     print(json.dumps({**worst_ratios(sizes), "sizes": sizes, "machine": machine}))
     return 0
 

@@ -1,10 +1,12 @@
-"""Builds one index over given vectors and searches it: ours, bare hnswlib or faiss, each in a process of its own."""
+"""Builds one index over given vectors and searches it: ours, bare hnswlib, faiss or Milvus, each in its own process."""
 
 import argparse
 import sys
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,15 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ann_util import DEFAULT_TARGET_RECALL, HnswIndex, IndexOptions, build_index, recall_vs_exact, smallest_ef
+from benchmarks.harness import peak_memory
 from common.cli import ArgumentParser, number_in_range, run
 from common.cpu import cpu_count
 from common.files import write_json
+from retrieval.milvus_index import CollectionInfo, MilvusIndex
+from retrieval.milvus_server import MilvusServer, connect
 
 ENGINES = ("ours", "hnswlib", "faiss")
+MILVUS = "milvus"
 REPEATS = 5  # of the timed search
 TUNED_ON = 200  # queries that our default ef is tuned on; it is measured on the others
 OPTIONS = IndexOptions()  # all engines get the links and the ef that are our defaults
@@ -98,6 +104,30 @@ class Faiss(Engine):
         return self.index.search(queries, k)[0]
 
 
+class Milvus(Engine):
+    """What recall.py --ann milvus does, with a document for each vector. The server builds the index."""
+
+    def __init__(self, vectors: np.ndarray, uri: str) -> None:
+        self.server, name = MilvusServer(uri), f"bench_search_{uuid.uuid4().hex[:12]}"
+        info = CollectionInfo(name, name, "fp32", True, vectors.shape[1])
+        documents = [f"document {row}" for row in range(len(vectors))]
+        self.index = MilvusIndex.create(self.server, name, info, OPTIONS, len(vectors))
+        self.index.add(vectors, documents)
+        self.index.finish(documents)
+
+    def set_ef(self, ef: int) -> None:
+        """Sets the candidates of a search."""
+        self.index.ef = ef
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Cosines of the hits, float32 [Q, k]."""
+        return self.index.search(queries, k)[1]
+
+    def drop(self) -> None:
+        """Removes the collection from the server."""
+        connect(self.server).drop_collection(self.index.name)
+
+
 def seconds_of(call: Callable[[], object]) -> float:
     """Wall time of a call."""
     start = time.perf_counter()
@@ -106,23 +136,37 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def measure(
-    make: type[Engine], vectors: np.ndarray, queries: np.ndarray, exact: np.ndarray, target_recall: float
+    make: Callable[[np.ndarray], Engine],
+    vectors: np.ndarray,
+    queries: np.ndarray,
+    exact: np.ndarray,
+    target_recall: float,
 ) -> dict:
     """Seconds of building, and of a search with the smallest ef that finds this share of exact search's hits.
 
-    exact: their cosines [Q, k].
+    exact: their cosines [Q, k]. added_bytes: by how much the process's largest resident memory grew meanwhile.
     """
-    k = exact.shape[1]
-    start = time.perf_counter()
+    memory, start = peak_memory(), time.perf_counter()
     engine = make(vectors)
     build_seconds = time.perf_counter() - start
+    try:
+        measured = measure_searches(engine, queries, exact, target_recall)
+    finally:
+        if isinstance(engine, Milvus):
+            engine.drop()
+    return {"build_seconds": build_seconds, "added_bytes": peak_memory() - memory, **measured}
+
+
+def measure_searches(engine: Engine, queries: np.ndarray, exact: np.ndarray, target_recall: float) -> dict:
+    """What `measure` reports of the searches."""
+    k = exact.shape[1]
 
     def found(ef: int) -> float:
         engine.set_ef(ef)
         return recall_vs_exact(engine.search(queries, k), exact)
 
     ef = smallest_ef(lambda ef: found(ef) >= target_recall, k)
-    measured = {"build_seconds": build_seconds, "ef": ef, "recall_vs_exact": found(ef)}
+    measured = {"ef": ef, "recall_vs_exact": found(ef)}
     measured["search_seconds"] = [seconds_of(lambda: engine.search(queries, k)) for _ in range(REPEATS)]
     if isinstance(engine, Ours):
         measured["default_recall"] = engine.default_recall(queries, exact)
@@ -132,7 +176,8 @@ def measure(
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--engine", choices=ENGINES, required=True, help="index to measure")
+    parser.add_argument("--engine", choices=(*ENGINES, MILVUS), required=True, help="index to measure")
+    parser.add_argument("--milvus", metavar="URI", help="address of a Milvus server, or a folder for an embedded one")
     parser.add_argument("--vectors", required=True, help="unit vectors, float32 [N, D], a .npy file")
     parser.add_argument("--queries", required=True, help="unit vectors, float32 [Q, D], a .npy file")
     parser.add_argument("--exact", required=True, help="cosines of exact search's hits, float32 [Q, k], a .npy file")
@@ -146,9 +191,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and reports."""
     args = build_parser().parse_args(argv)
-    make = {"ours": Ours, "hnswlib": Hnswlib, "faiss": Faiss}[args.engine]
+    engines = {"ours": Ours, "hnswlib": Hnswlib, "faiss": Faiss, MILVUS: partial(Milvus, uri=args.milvus)}
     vectors, queries, exact = (np.load(path) for path in (args.vectors, args.queries, args.exact))
-    write_json(Path(args.report), measure(make, vectors, queries, exact, args.target_recall))
+    write_json(Path(args.report), measure(engines[args.engine], vectors, queries, exact, args.target_recall))
     return 0
 
 

@@ -73,7 +73,7 @@ def search(
     return fuse(vector_ids, lexical_ids, document_index.fusion, k)
 
 
-def hits_of(found: SearchHits, documents: Sequence[str], queries: Sequence[str]) -> Iterator[Hit]:
+def hits_of(found: SearchHits, documents: Sequence[str] | Mapping[int, str], queries: Sequence[str]) -> Iterator[Hit]:
     """The hits of a search, query by query, best first."""
     for row, query in enumerate(queries):
         yield from (Hit(query, document, score) for score, _, document in found.of(row, documents))

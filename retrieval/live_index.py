@@ -17,7 +17,7 @@ from common.texts import TextSet
 from retrieval.corpus import Corpus, parse_documents
 from retrieval.documents import DocumentFinder
 from retrieval.journal import JOURNAL_FILE, Change, Journal
-from retrieval.saved_index import DocumentIndex, apply_change, load_index, locked_index, save_index
+from retrieval.saved_index import LocalDocumentIndex, apply_change, load_index, locked_index, save_index
 
 ROWS_PER_TURN = 64  # documents that are indexed while searches wait
 SMALL_JOURNAL = 1 << 20  # bytes; a journal up to this size is left as it is while the index is open
@@ -80,7 +80,7 @@ class LiveIndex:
         self.close(compact=error is None)
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[DocumentIndex]:
+    def reading(self) -> Iterator[LocalDocumentIndex]:
         """The index and its documents, which don't change within the block. A thread's blocks mustn't be nested."""
         with self._threads.reading():
             yield self._document_index

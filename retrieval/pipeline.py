@@ -4,7 +4,7 @@ All ranks encode; only rank 0 indexes and searches.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -12,7 +12,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from ann_util import HnswIndex, IndexOptions, VectorIndex, build_index, recall_vs_exact, report_small_memory
+from ann_util import (
+    ApproximateIndex,
+    HnswIndex,
+    IndexOptions,
+    VectorIndex,
+    build_index,
+    recall_vs_exact,
+    report_small_memory,
+)
 from common.distributed import barrier, broadcast_object, encode_on_all_ranks, init_ranks
 from common.errors import InputError
 from common.logs import is_main_process, log, progress_bar
@@ -23,7 +31,7 @@ from retrieval.corpus import Corpus
 from retrieval.documents import Documents
 from retrieval.embedding_store import SHARD_ROWS, Embeddings, EmbeddingsMetadata, temporary_folder
 from retrieval.lexical_index import Fusion, LexicalIndex
-from retrieval.saved_index import DocumentIndex, has_index, has_lexical_index, load_index, locked_index, save_index
+from retrieval.saved_index import LocalDocumentIndex, has_index, has_lexical_index, load_index, locked_index, save_index
 
 Rows = TypeVar("Rows", Sequence[str], np.ndarray)
 SAMPLE = 200  # a sample has 200 to 399 rows, or all if there are fewer than 400
@@ -81,7 +89,7 @@ def open_or_build_index(
     index_dir: str | Path | None = None,
     embedding_dir: str | Path | None = None,
     words: Fusion | None = None,
-) -> Iterator[DocumentIndex | None]:
+) -> Iterator[LocalDocumentIndex | None]:
     """Yields the index to search on rank 0, and None on the others.
 
     A saved index in index_dir is loaded; `added`, a target recall, or `words` if it has none, updates it there.
@@ -114,23 +122,32 @@ def open_or_build_index(
 @contextlib.contextmanager
 def new_index(
     encoder: Encoder, corpus: Corpus, options: IndexOptions, parent: str | Path, embedding_dir: str | Path | None = None
-) -> Iterator[DocumentIndex | None]:
-    """Encodes the corpus on all ranks; yields its index on rank 0, and None on the others.
-
-    The vectors are kept in embedding_dir or, without it, in a temporary folder in `parent` until the block ends.
-    """
+) -> Iterator[LocalDocumentIndex | None]:
+    """Encodes the corpus on all ranks, see `encoded_corpus`; yields its index on rank 0, and None on the others."""
     if is_main_process():
         report_small_memory(options, len(corpus), encoder.embedding_size)
+    with encoded_corpus(encoder, corpus, parent, embedding_dir) as embeddings:
+        if is_main_process():
+            index = build_index(options, embeddings)
+            about = encoder.fingerprint, corpus.sha256, encoder.precision
+            yield LocalDocumentIndex(index, Documents(corpus), *about)
+        else:
+            yield None
+
+
+@contextlib.contextmanager
+def encoded_corpus(
+    encoder: Encoder, corpus: Corpus, parent: str | Path, embedding_dir: str | Path | None = None
+) -> Iterator[Embeddings]:
+    """The vectors of the corpus, which all ranks encode.
+
+    They are kept in embedding_dir or, without it, in a temporary folder in `parent` until the block ends.
+    """
     with contextlib.ExitStack() as stack:
         if not embedding_dir:
             folder = stack.enter_context(temporary_folder(Path(parent))) if is_main_process() else None
             embedding_dir = broadcast_object(folder)
-        embeddings = encode_corpus(encoder, corpus, Path(embedding_dir))
-        if is_main_process():
-            index = build_index(options, embeddings)
-            yield DocumentIndex(index, Documents(corpus), encoder.fingerprint, corpus.sha256, encoder.precision)
-        else:
-            yield None
+        yield encode_corpus(encoder, corpus, Path(embedding_dir))
 
 
 def update_index(
@@ -143,7 +160,7 @@ def update_index(
     added: Corpus | None,
     options: IndexOptions,
     words: Fusion | None = None,
-) -> DocumentIndex:
+) -> LocalDocumentIndex:
     """Locks and loads the saved index, adds documents to it, tunes it for its target recall, if any, and saves it.
 
     Without a target recall in the options the index keeps its own, and its `ef` doesn't decrease. words: see
@@ -165,14 +182,14 @@ def update_index(
         return save_index(index_dir, saved, new_documents, lock)
 
 
-def with_words(saved: DocumentIndex, new_documents: Sequence[str], fusion: Fusion) -> DocumentIndex:
+def with_words(saved: LocalDocumentIndex, new_documents: Sequence[str], fusion: Fusion) -> LocalDocumentIndex:
     """The index with the words of its documents and of the new ones after them."""
     documents = chain(saved.documents, new_documents)
     lexical = LexicalIndex.build(documents, len(saved.documents) + len(new_documents))
     return replace(saved, lexical=lexical, fusion=fusion)
 
 
-def add_documents(encoder: Encoder, document_index: DocumentIndex, added: Corpus) -> list[str]:
+def add_documents(encoder: Encoder, document_index: LocalDocumentIndex, added: Corpus) -> list[str]:
     """Adds the documents that the index lacks; returns them for `save_index`. Raises InputError if it lacks none."""
     missing = TextSet(added, encoder.tokenizer.lowercases)
     for document in filter(None, document_index.documents):  # without deleted ones
@@ -196,7 +213,7 @@ def sample_of(rows: Rows, *, other: bool = False) -> Rows:
 def tune(
     index: VectorIndex,
     encoder: Encoder,
-    documents: Sequence[str],
+    documents: Sequence[str] | Mapping[int, str],
     query_vectors: np.ndarray,
     k: int,
     lowest_ef: int = 0,
@@ -206,19 +223,25 @@ def tune(
     From 2 * SAMPLE queries on, it isn't the sample on which `search` measures the recall. Without queries it is a
     sample of the documents. query_vectors: float32 [Q, D]; `ef` doesn't fall below lowest_ef.
     """
-    if not (isinstance(index, HnswIndex) and index.target_recall):
+    if not (isinstance(index, ApproximateIndex) and index.target_recall):
         return
     if len(query_vectors):
         sample = sample_of(query_vectors, other=True)
     else:
-        live = index.live_ids()
-        sample = encoder.encode([documents[row] for row in sample_of(live[live < len(documents)])], role=QUERY)
+        ids = index.sample_ids(2 * SAMPLE)  # of which an index's new documents aren't among `documents` yet
+        known = ids if isinstance(documents, Mapping) else [row for row in ids if row < len(documents)]
+        sample = encoder.encode([documents[row] for row in known], role=QUERY)
     if len(sample) and index.live_count:  # else all documents are deleted
         index.tune_ef(sample, k, index.target_recall)
         index.ef = max(index.ef, lowest_ef)
 
 
-def measure_recall(index: VectorIndex, query_vectors: np.ndarray, k: int) -> float:
-    """The share of exact search's k best that the index finds, on a sample of the queries, float32 [Q, D], Q > 0."""
+def measure_recall(index: VectorIndex, query_vectors: np.ndarray, k: int) -> float | None:
+    """The share of exact search's k best that the index finds, on a sample of the queries, float32 [Q, D], Q > 0.
+
+    None if exact search would take hours.
+    """
+    if not index.searches_exactly:
+        return None
     sample = sample_of(query_vectors)
     return recall_vs_exact(index.search(sample, k)[1], index.search_exactly(sample, k)[1])

@@ -7,14 +7,14 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from ann_util import HNSW_BLOCK, ExactIndex, HnswIndex, VectorIndex
+from ann_util import HNSW_BLOCK, ExactIndex, HnswIndex, LocalIndex, VectorIndex
 from common.errors import InputError
 from common.files import (
     atomic_folder,
@@ -35,7 +35,7 @@ from retrieval.lexical_index import DEFAULT_FUSION, FUSION_FILE, Fusion, Lexical
 
 INDEX_FILE = "index.json"
 DOCUMENTS_FILE = "documents.txt"
-INDEX_CLASSES: dict[str, type[VectorIndex]] = {"hnswlib": HnswIndex, "exact": ExactIndex}
+INDEX_CLASSES: dict[str, type[LocalIndex]] = {"hnswlib": HnswIndex, "exact": ExactIndex}
 VERSION_LENGTH = 12  # hexadecimal digits
 REMEDY = "remove the folder and build the index again"
 READ_ATTEMPTS = 5  # of an index that others replace meanwhile
@@ -45,15 +45,23 @@ POLL_SECONDS = 0.01  # between checks whether it is there
 
 @dataclass(frozen=True)
 class DocumentIndex:
-    """An index, and its documents in the order of their ids; a deleted one is ""."""
+    """An index, and its documents by id."""
 
     index: VectorIndex
-    documents: Documents
+    documents: Sequence[str] | Mapping[int, str]
     model: str  # `Encoder.fingerprint` of its vectors
     corpus: str  # `Corpus.sha256` of the corpus that it was built from, without the documents that were added later
     precision: str | None = None  # of the encoder; None: not recorded, as in version 2.0.0
     lexical: LexicalIndex | None = None  # of the same documents
     fusion: Fusion = DEFAULT_FUSION  # of the hits of both
+
+
+@dataclass(frozen=True)
+class LocalDocumentIndex(DocumentIndex):
+    """An index in this process; its documents in the order of their ids, of which a deleted one is ""."""
+
+    index: LocalIndex
+    documents: Documents
 
 
 def has_index(folder: str | Path) -> bool:
@@ -63,10 +71,10 @@ def has_index(folder: str | Path) -> bool:
 
 def save_index(
     folder: str | Path,
-    saved: DocumentIndex,
+    saved: LocalDocumentIndex,
     new_documents: Sequence[str] = (),
     lock: contextlib.ExitStack | None = None,
-) -> DocumentIndex:
+) -> LocalDocumentIndex:
     """Writes an index to a folder, which is replaced as a whole, and returns it with the documents of that folder.
 
     new_documents: those added to the index after `saved.documents`. Their words are indexed together with the others',
@@ -85,7 +93,7 @@ def save_index(
     return replace(saved, documents=Documents(SavedDocuments(Path(folder) / DOCUMENTS_FILE)))
 
 
-def _current_words(saved: DocumentIndex, new_documents: Sequence[str]) -> LexicalIndex | None:
+def _current_words(saved: LocalDocumentIndex, new_documents: Sequence[str]) -> LexicalIndex | None:
     """The words of all documents, if the index has words; indexed anew if documents were added or deleted."""
     size = len(saved.documents) + len(new_documents)
     if saved.lexical is None or (len(saved.lexical) == size and not saved.lexical.has_changes):
@@ -93,7 +101,7 @@ def _current_words(saved: DocumentIndex, new_documents: Sequence[str]) -> Lexica
     return LexicalIndex.build(chain(saved.documents, new_documents), size)
 
 
-def _write_index(folder: Path, saved: DocumentIndex, new_documents: Iterable[str]) -> None:
+def _write_index(folder: Path, saved: LocalDocumentIndex, new_documents: Iterable[str]) -> None:
     """Writes the files of an index into an empty folder."""
     saved.index.save(folder)
     with atomic_write(folder / DOCUMENTS_FILE) as file:
@@ -178,7 +186,7 @@ def locked_index(folder: str | Path) -> Iterator[contextlib.ExitStack]:
         yield lock
 
 
-def apply_change(document_index: DocumentIndex, change: Change) -> None:
+def apply_change(document_index: LocalDocumentIndex, change: Change) -> None:
     """Adds to a loaded index and deletes from it what a change says. Raises InputError as `VectorIndex.add` does."""
     index, lexical, documents = document_index.index, document_index.lexical, document_index.documents
     if change.documents:  # first the document, so that after an interruption each hit has one
@@ -194,7 +202,7 @@ def apply_change(document_index: DocumentIndex, change: Change) -> None:
 
 def load_index(
     folder: str | Path, model: str | None = None, corpus: Corpus | None = None, precision: str | None = None
-) -> DocumentIndex:
+) -> LocalDocumentIndex:
     """Reads a saved index with the changes in its journal. Needs no lock: what isn't acknowledged yet may be missing.
 
     model, corpus: the encoder's fingerprint and the documents; if given, an index of others raises InputError.
@@ -205,7 +213,7 @@ def load_index(
 
 def load_with_version(
     folder: str | Path, model: str | None = None, corpus: Corpus | None = None, precision: str | None = None
-) -> tuple[str, DocumentIndex]:
+) -> tuple[str, LocalDocumentIndex]:
     """`load_index`, and the `index_version` of what was read."""
     version, saved = _read_unreplaced(folder)
     if model is not None and saved.model != model:
@@ -219,7 +227,7 @@ def load_with_version(
     return version, saved
 
 
-def _read_unreplaced(folder: str | Path) -> tuple[str, DocumentIndex]:
+def _read_unreplaced(folder: str | Path) -> tuple[str, LocalDocumentIndex]:
     """Reads a saved index; again, if it was replaced meanwhile, so that its files and its journal fit each other."""
     for attempt in range(1, READ_ATTEMPTS + 1):
         path, files_hash = _index_folder(folder), ""
@@ -243,7 +251,7 @@ def _is_still(folder: Path, files_hash: str) -> bool:
         return False
 
 
-def _read_index(folder: Path, journal: JournalState) -> DocumentIndex:
+def _read_index(folder: Path, journal: JournalState) -> LocalDocumentIndex:
     check_manifest(folder, remedy=REMEDY)
     content = read_json(folder / INDEX_FILE)
     try:
@@ -252,7 +260,7 @@ def _read_index(folder: Path, journal: JournalState) -> DocumentIndex:
         words = content.get("lexical")
         lexical = LexicalIndex.load(folder, words) if words else None
         about = content["model"], content["corpus"], content.get("precision")
-        saved = DocumentIndex(index, documents, *about, lexical, Fusion.load(folder))
+        saved = LocalDocumentIndex(index, documents, *about, lexical, Fusion.load(folder))
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / INDEX_FILE}: isn't the description of an index (see {error}); {REMEDY}") from None
     if len(documents) != len(index):

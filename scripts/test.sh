@@ -27,6 +27,10 @@ if [ -n "$fast" ]; then
         marks="$marks and not onnx"
         left_out="$left_out, of ONNX"
     fi
+    if [ ! -e .venv/setup/milvus ]; then
+        marks="$marks and not milvus"
+        left_out="$left_out, of Milvus"
+    fi
     if [ ! -e .venv/setup/serving ]; then
         for path in $serving_tests; do set -- "--ignore=tests/$path" "$@"; done
         left_out="$left_out, of Paddle Serving"

@@ -70,11 +70,11 @@ with installed_packages():
     from retrieval.live_index import Added
     from serving.batching import Batcher
     from serving.metrics import Metrics
-    from serving.search import Hits, IndexState, SearchBatcher, SearchIndex
+    from serving.search import Hits, IndexState, SearchBatcher, ServedIndex
 
 Answer = TypeVar("Answer")
 SERVICE = "ernie"  # name of the service, the original's
-NO_INDEX = "this service has no index: start web_service.py with --index_dir"
+NO_INDEX = "this service has no index: start web_service.py with --index_dir or --milvus_uri"
 OUTPUT = "output_embedding"
 METHOD = "baidu.paddle_serving.pipeline_serving.PipelineService"
 OTHER_RPC_CONNECTIONS = 256  # in addition to those with a request in progress
@@ -116,7 +116,7 @@ class PipelineService:
         encoders: Sequence[EncoderProcess],
         options: ServiceOptions,
         tokenizer: TextTokenizer | None = None,
-        index: SearchIndex | None = None,
+        index: ServedIndex | None = None,
     ) -> None:
         self._options, self._encoders, self.limits, self.keys = options, encoders, options.limits, options.keys
         self._tokenizer, self.index = tokenizer, index
@@ -127,9 +127,13 @@ class PipelineService:
         self._rpc_server: grpc.Server | None = None
 
     @property
-    def healthy(self) -> bool:
-        """Whether the last start of every encoder succeeded."""
-        return not any(encoder.broken for encoder in self._encoders)
+    def status(self) -> str:
+        """The value "ok", or why requests fail: "stopping", "no encoder", or "no index" that can be searched."""
+        if self.admission.stopping:
+            return "stopping"
+        if any(encoder.broken for encoder in self._encoders):
+            return "no encoder"
+        return "ok" if self.index is None or self.index.is_searchable else "no index"
 
     def counted(self, protocol: str, answer: Callable[[], Answer], refuse: Callable[[RequestError], Answer]) -> Answer:
         """What `answer` returns or, for any error in it, `refuse`; counts the request. protocol: "grpc" or "http"."""
@@ -174,7 +178,7 @@ class PipelineService:
     def search(self, queries: Sequence[str], top_k: int, mode: str | None = None, param: str | None = None) -> Hits:
         """The best documents of each query. Raises RequestError, also without an index.
 
-        mode: see `SearchIndex.search`; param: see `embed`.
+        mode: see `ServedIndex.search`; param: see `embed`.
         """
         searches = self._searcher()
         check_texts(queries, self.limits, param)
@@ -182,7 +186,7 @@ class PipelineService:
             return searches.search(self._embed(queries, QUERY), top_k, queries, mode)
 
     def add(self, texts: Sequence[str]) -> tuple[IndexState, Added]:
-        """Adds documents to the index, see `SearchIndex.add`. Raises RequestError, also without an index."""
+        """Adds documents to the index, see `ServedIndex.add`. Raises RequestError, also without an index."""
         index = self._writable_index()
         check_texts(texts, self.limits, "documents")
         try:
@@ -193,7 +197,7 @@ class PipelineService:
             return index.add(documents, self._embed(documents, DOCUMENT))
 
     def delete(self, ids: Sequence[int], documents: Sequence[str]) -> tuple[IndexState, int]:
-        """Deletes documents from the index, see `SearchIndex.delete`. Raises RequestError, also without an index."""
+        """Deletes documents from the index, see `ServedIndex.delete`. Raises RequestError, also without an index."""
         index = self._writable_index()
         if documents or not ids:
             check_texts(documents, self.limits, "documents")
@@ -202,7 +206,7 @@ class PipelineService:
         with self.admission.admitted(1):
             return index.delete(ids, documents)
 
-    def check_index(self) -> SearchIndex:
+    def check_index(self) -> ServedIndex:
         """The index. Raises RequestError if there is none."""
         return self._searcher().index
 
@@ -211,7 +215,7 @@ class PipelineService:
             raise RequestError(NO_SUCH_SERVICE, NO_INDEX)
         return self._searches
 
-    def _writable_index(self) -> SearchIndex:
+    def _writable_index(self) -> ServedIndex:
         index = self.check_index()
         index.check_writable()  # before documents are encoded
         return index

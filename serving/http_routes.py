@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
-from common.errors import InputError
 from retrieval.hybrid_search import MODES, SearchHits
 from serving import installed_packages
 from serving.adapter import SERVICE, PipelineService, Request, Response, error_response
@@ -24,7 +23,7 @@ from serving.http_messages import (
     take_integer,
     take_texts,
 )
-from serving.limits import BAD_REQUEST, INTERNAL_ERROR, RequestError
+from serving.limits import BAD_REQUEST, RequestError
 from serving.openai_routes import OpenAIRoutes
 from serving.openapi import describe
 from serving.page import read_page
@@ -126,18 +125,14 @@ class Routes:
 
     def _reload(self, _: HttpRequest) -> HttpAnswer:
         index = self._service.check_index()
-        try:
-            index.reload()
-        except InputError as error:
-            raise RequestError(INTERNAL_ERROR, str(error)) from None
+        index.reload()
         return json_answer({"index": index.state._asdict()})
 
     def _description(self, _: HttpRequest) -> HttpAnswer:
         return json_answer(describe(self._service.limits, self._service.keys is not None, SERVICE))
 
     def _health(self, _: HttpRequest) -> HttpAnswer:
-        service = self._service
-        status = "stopping" if service.admission.stopping else "ok" if service.healthy else "no encoder"
+        service, status = self._service, self._service.status
         content: dict[str, Any] = {"status": status}
         if service.index is not None:
             content["index"] = service.index.state._asdict()

@@ -13,6 +13,7 @@ from common.texts import ROLES, has_visible_text
 OK = 0
 OVERLOADED = 51
 FORBIDDEN = 52
+NO_SEARCH = 53  # the index can't be searched now
 STOPPING = 3001
 NO_SUCH_SERVICE = 3002
 BAD_REQUEST = 5000

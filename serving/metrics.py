@@ -17,7 +17,7 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from serving.limits import Admission
 
 if TYPE_CHECKING:
-    from serving.search import SearchIndex
+    from serving.search import ServedIndex
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
 SEARCH_BUCKETS = (0.0005, 0.001, 0.0025, *LATENCY_BUCKETS)  # seconds
@@ -30,7 +30,7 @@ disable_created_metrics()  # no creation time beside each count
 class _IndexCollector:
     """The version and size of an index, at the time of the question."""
 
-    def __init__(self, index: "SearchIndex") -> None:
+    def __init__(self, index: "ServedIndex") -> None:
         self._index = index
 
     def collect(self) -> Iterator[Metric]:
@@ -43,7 +43,7 @@ class _IndexCollector:
 class Metrics:
     """Counts what a service does; safe to use from several threads. index: the one that it searches, if any."""
 
-    def __init__(self, admission: Admission, index: "SearchIndex | None" = None) -> None:
+    def __init__(self, admission: Admission, index: "ServedIndex | None" = None) -> None:
         self._registry = CollectorRegistry()
         common = {"namespace": "semantic_index", "registry": self._registry}
         self._requests = Counter("requests", "Answered requests, by protocol", ["protocol"], **common)

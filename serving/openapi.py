@@ -11,6 +11,7 @@ from serving.limits import Limits
 Schema = dict[str, Any]
 
 STRING, COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
+ID = {**COUNT, "maximum": 2**63 - 1, "format": "int64"}
 
 
 def _list(items: Schema, **more: Any) -> Schema:
@@ -26,7 +27,7 @@ MODE = {"enum": list(MODES)}
 INDEX = _object(
     {"version": STRING, "documents": COUNT, "model": STRING, "modes": _list(MODE, minItems=1)}, {"problem": STRING}
 )
-HIT = _object({"id": COUNT, "score": {"type": "number"}, "document": STRING, "found_by": MODE})
+HIT = _object({"id": ID, "score": {"type": "number"}, "document": STRING, "found_by": MODE})
 ERROR_DETAIL = _object(
     {
         "message": STRING,
@@ -54,7 +55,7 @@ ERRORS = {  # status -> meaning
     "413": "the body is too large",
     "415": "Content-Encoding other than gzip, or a charset other than UTF-8",
     "500": "the service failed: try again",
-    "503": "the service is busy or stopping: try again later",
+    "503": "the service is busy or stopping, or its index doesn't answer: try again later",
 }
 
 
@@ -112,7 +113,7 @@ def describe(limits: Limits, has_keys: bool, model: str) -> Schema:
         },
         "/documents": _documents(texts, limits),
         "/reload": {
-            "post": _operation("takes the index that is now in the folder into service", _object({"index": INDEX}))
+            "post": _operation("takes the newest version of the index into service", _object({"index": INDEX}))
         },
         "/v1/embeddings": {"post": _operation("vectors, in OpenAI's form", *_embeddings(texts, model))},
         "/v1/models": {"get": _operation("the model, in OpenAI's form", _models())},
@@ -125,7 +126,7 @@ def describe(limits: Limits, has_keys: bool, model: str) -> Schema:
     }
     paths["/health"]["get"]["responses"] = {
         "200": _response("it works", health),
-        "503": _response("it is stopping, or no encoder can be started", health),
+        "503": _response("it is stopping, no encoder can be started, or its index doesn't answer", health),
     }
     description: Schema = {
         "openapi": "3.1.0",
@@ -158,8 +159,8 @@ def _embeddings(texts: Schema, model: str) -> tuple[Schema, Schema]:
 def _documents(texts: Schema, limits: Limits) -> Schema:
     """The operations of /documents."""
     errors = {**ERRORS, "403": "the service is read-only"}
-    added = _object({"id": COUNT, "is_new": {"type": "boolean"}})
-    ids = _list({"type": "integer", "minimum": 0, "maximum": 2**63 - 1}, maxItems=limits.texts)
+    added = _object({"id": ID, "is_new": {"type": "boolean"}})
+    ids = _list(ID, maxItems=limits.texts)
     which = {**_object({}, {"ids": ids, "documents": texts}), "minProperties": 1}
     of_post = _object({"index": _ref("Index"), "documents": _list(added)})
     of_delete = _object({"index": _ref("Index"), "deleted": COUNT})

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -73,8 +74,68 @@ class Hits(NamedTuple):
     found: SearchHits
 
 
-class SearchIndex:
-    """The index in a folder, of which a newer version can be taken into service.
+class ServedIndex(ABC):
+    """An index that a service searches, and of which a newer version can be taken into service."""
+
+    problem: str | None = None  # why the index in service isn't the one that it should be
+
+    def __str__(self) -> str:
+        return f"{self.state.documents} documents, version {self.state.version}"
+
+    @property
+    @abstractmethod
+    def state(self) -> IndexState:
+        """The version in service; known at once."""
+
+    @property
+    def is_searchable(self) -> bool:
+        """Whether searches aren't refused for now."""
+        return True
+
+    @abstractmethod
+    def search(self, vectors: np.ndarray, top_k: int, texts: Sequence[str] = (), mode: str | None = VECTOR) -> Hits:
+        """The best documents of each query.
+
+        vectors: of the queries, float32 [Q, D]; texts: the same queries, for modes that search words; mode: one of
+        MODES, or None for hybrid if the index has words, else vector. Raises InputError for vectors of another shape,
+        and RequestError for a mode that needs words if the index has none, and for an index that can't be searched now.
+        """
+
+    @abstractmethod
+    def add(self, documents: Sequence[str], vectors: np.ndarray) -> tuple[IndexState, Added]:
+        """Adds documents, except those that the index has. Raises RequestError.
+
+        documents: as `parse_documents` gives them; vectors: float32 [N, D] of them.
+        """
+
+    @abstractmethod
+    def delete(self, ids: Sequence[int] = (), documents: Sequence[str] = ()) -> tuple[IndexState, int]:
+        """Deletes documents by their ids and by their texts; how many there were. Raises RequestError."""
+
+    @abstractmethod
+    def check_writable(self) -> None:
+        """Raises RequestError if the index takes no changes."""
+
+    @abstractmethod
+    def reload(self) -> None:
+        """Takes a newer version into service, if there is one. Raises RequestError if it can't be used."""
+
+    def reload_in_background(self) -> None:
+        """`reload` in a thread; an error is only logged."""
+
+        def reload() -> None:
+            with suppress(RequestError):
+                self.reload()
+
+        threading.Thread(target=reload, name="reload", daemon=True).start()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Takes no more changes."""
+
+
+class SearchIndex(ServedIndex):
+    """The index in a folder.
 
     model: fingerprint of the encoder. precision: the encoder's; an index of another one is logged. writable: takes and
     deletes documents, and keeps others from changing the folder; lowercase: see LiveIndex. Raises InputError if the
@@ -88,24 +149,15 @@ class SearchIndex:
         self._writable, self._lowercase = writable, lowercase
         self._loaded = self._load()
         self._searching, self._reloading = threading.Lock(), threading.Lock()
-        self.problem: str | None = None  # why the index in the folder isn't the one in service
-
-    def __str__(self) -> str:
-        return f"{self.state.documents} documents, version {self.state.version}"
 
     @property
     def state(self) -> IndexState:
-        """The version in service."""
+        """The version in service, with a number that counts its changes."""
         with self._loaded.reading() as (state, _):
             return state
 
     def search(self, vectors: np.ndarray, top_k: int, texts: Sequence[str] = (), mode: str | None = VECTOR) -> Hits:
-        """The best documents of each query.
-
-        vectors: of the queries, float32 [Q, D]; texts: the same queries, for modes that search words; mode: one of
-        MODES, or None for hybrid if the index has words, else vector. Raises InputError for vectors of another shape,
-        and RequestError for a mode that needs words if the index has none.
-        """
+        """`ServedIndex.search`."""
         with self._searching, self._loaded.reading() as (state, saved):
             chosen = mode or state.modes[-1]
             if chosen not in state.modes:
@@ -121,13 +173,17 @@ class SearchIndex:
         return self.state, added
 
     def delete(self, ids: Sequence[int] = (), documents: Sequence[str] = ()) -> tuple[IndexState, int]:
-        """Deletes documents by their ids and by their texts; how many there were. Raises RequestError."""
+        """`ServedIndex.delete`."""
         with self._changing() as live:
             found = [row for row in live.find(documents) if row is not None]
             deleted = live.delete([*ids, *found])
         return self.state, deleted
 
-    def check_writable(self) -> LiveIndex:
+    def check_writable(self) -> None:
+        """`ServedIndex.check_writable`."""
+        self._live()
+
+    def _live(self) -> LiveIndex:
         """The index that takes changes. Raises RequestError if it takes none."""
         if self._loaded.live is None:
             raise RequestError(FORBIDDEN, READ_ONLY)
@@ -137,7 +193,7 @@ class SearchIndex:
     def _changing(self) -> Iterator[LiveIndex]:
         """The index to change. Raises RequestError if it takes no changes, or can't write them."""
         with self._reloading:  # a change mustn't go to an index that is about to be replaced
-            live = self.check_writable()
+            live = self._live()
             try:
                 yield live
             except InputError as error:
@@ -147,7 +203,7 @@ class SearchIndex:
     def reload(self) -> None:
         """Takes the index that is now in the folder into service; does nothing if it is the same.
 
-        Searches under way finish on the version before, whose memory goes back to the system. Raises InputError, and
+        Searches under way finish on the version before, whose memory goes back to the system. Raises RequestError, and
         that version stays, if the folder's index can't be used; a line in the log says why.
         """
         with self._reloading:
@@ -165,17 +221,8 @@ class SearchIndex:
                 reason = error if isinstance(error, InputError) else f"{type(error).__name__} in loading the index"
                 service_log(f"error: {reason}; version {self.state.version} of the index stays in service")
                 self.problem = NOT_IN_USE
-                raise InputError(NOT_IN_USE) from None
+                raise RequestError(INTERNAL_ERROR, NOT_IN_USE) from None
             self.problem = None
-
-    def reload_in_background(self) -> None:
-        """`reload` in a thread; an error is only logged."""
-
-        def reload() -> None:
-            with suppress(InputError):
-                self.reload()
-
-        threading.Thread(target=reload, name="reload", daemon=True).start()
 
     def close(self) -> None:
         """Takes no more changes, and writes those that were made into the files of the index."""
@@ -203,14 +250,14 @@ class _Job(NamedTuple):
 class SearchBatcher:
     """Searches for the queries of waiting requests together, in a thread."""
 
-    def __init__(self, index: SearchIndex, metrics: Metrics) -> None:
+    def __init__(self, index: ServedIndex, metrics: Metrics) -> None:
         self.index, self._metrics = index, metrics
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # None ends the thread
         self._thread = threading.Thread(target=self._run, name="search", daemon=True)
         self._thread.start()
 
     def search(self, vectors: np.ndarray, top_k: int, texts: Sequence[str] = (), mode: str | None = VECTOR) -> Hits:
-        """`SearchIndex.search`. Raises RequestError if the search fails."""
+        """`ServedIndex.search`. Raises RequestError if the search fails."""
         job = _Job(texts, vectors, top_k, mode, Future())
         self._jobs.put(job)
         return job.hits.result()

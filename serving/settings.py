@@ -19,6 +19,9 @@ from common.errors import InputError
 from common.files import open_for_reading
 from common.logs import log
 from common.options import PRECISIONS
+from retrieval.milvus_index import DEFAULT_COLLECTION
+from retrieval.milvus_place import MILVUS, MilvusOptions, MilvusPlace, find_place
+from retrieval.milvus_server import TOKEN_VARIABLE
 from serving.limits import MAX_TOP_K
 
 ENVIRONMENT_PREFIX = "SERVING_"
@@ -44,7 +47,13 @@ OPERATOR = "op.ernie"
 LOCAL = f"{OPERATOR}.local_service_conf"
 PORT, THREADS = number_in_range(0, below=65_536), number_in_range(0, below=1025)
 BATCH_SIZE = number_in_range(1, below=65_537)
-PATHS = ("model_dir", "index_dir", "api_key_file")  # in config_nlp.yml relative to it
+PATHS = (
+    "model_dir",
+    "index_dir",
+    "api_key_file",
+    "milvus_token_file",
+    "milvus_ca_file",
+)  # in config_nlp.yml relative to it
 LENGTH = number_in_range(3, or_zero=True)  # [CLS], a token and [SEP]
 
 
@@ -72,8 +81,24 @@ def _origin(text: str) -> str:
 SETTINGS = {
     "model_dir": Setting(f"{LOCAL}.model_config", str, "folder of export_to_serving.py or export_model.py"),
     "index_dir": Setting("index_dir", str, "folder of recall.py --index_dir to search; none: no search", default=""),
+    "milvus_uri": Setting(
+        "milvus_uri", str, "address of a Milvus server to search in place of a folder, http or https", default=""
+    ),
+    "milvus_collection": Setting(
+        "milvus_collection", str, f"alias of the collection to search; none: {DEFAULT_COLLECTION}", default=""
+    ),
+    "milvus_database": Setting("milvus_database", str, "database; none: Milvus's own", default=""),
+    "milvus_token_file": Setting(
+        "milvus_token_file", str, f"file with user:password or a token of Milvus; none: ${TOKEN_VARIABLE}", default=""
+    ),
+    "milvus_ca_file": Setting(
+        "milvus_ca_file",
+        str,
+        "PEM file of the authority that signed the certificate of an https address; none: the usual ones",
+        default="",
+    ),
     "writable": Setting(
-        "writable", _switch, "add and delete documents of --index_dir for callers with a key", default=False, bare=True
+        "writable", _switch, "add and delete documents of the index for callers with a key", default=False, bare=True
     ),
     "host": Setting("host", lambda text: text.strip("[]"), "address to listen on; 0.0.0.0 for all"),
     "rpc_port": Setting("rpc_port", PORT, "gRPC port; 0: any free one"),
@@ -203,16 +228,31 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def milvus_place(settings: Mapping[str, Any]) -> MilvusPlace | None:
+    """Where in Milvus the index is, as `milvus_uri` or a file in `index_dir` says; None for an index of another kind.
+
+    Raises InputError.
+    """
+    if settings["milvus_uri"] and settings["index_dir"]:
+        raise InputError("--milvus_uri: is searched in place of --index_dir; leave one of the two out")
+    options = MilvusOptions()
+    given = {name: settings[name] or default for name, default in options._asdict().items() if name in SETTINGS}
+    options = options._replace(**given)
+    return find_place(options, MILVUS if options.milvus_uri else "", settings["index_dir"] or None, "--milvus_uri")
+
+
 def check_access(settings: Mapping[str, Any]) -> None:
     """Raises InputError if other machines could search without a key; logs a line if they can ask for vectors."""
-    host = settings["host"]
-    if settings["writable"] and not (settings["index_dir"] and settings["api_key_file"]):
-        missing = "--index_dir" if not settings["index_dir"] else "--api_key_file, so that not everyone may change it"
-        raise InputError(f"--writable: give {missing}")
+    host, has_index = settings["host"], settings["index_dir"] or settings["milvus_uri"]
+    if settings["writable"] and not (has_index and settings["api_key_file"]):
+        index = "--index_dir or --milvus_uri"
+        raise InputError(
+            f"--writable: give {'--api_key_file, so that not everyone may change it' if has_index else index}"
+        )
     if settings["api_key_file"] or is_loopback(host):
         return
-    if settings["index_dir"]:
-        problem = "other machines could search the documents of --index_dir without a key"
+    if has_index:
+        problem = "other machines could search the documents of the index without a key"
         raise InputError(f"--host {host}: {problem}; give --api_key_file, or listen on 127.0.0.1")
     log(f"note: --host {host}: other machines may call without a key; --api_key_file makes them send one")
 

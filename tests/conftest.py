@@ -14,6 +14,7 @@ import visualdl  # noqa: F401 - its import starts `file`
 
 from common.paddle_setup import set_up_paddle
 from helpers import ROOT, all_pairs, make_model_folder, train_options, write_pairs
+from milvus_helpers import Milvus, running_milvus, unpack_server
 
 set_up_paddle()
 FAST = "SEMANTIC_INDEX_FAST_TESTS"  # scripts/test.sh --fast sets it
@@ -43,6 +44,19 @@ def _all_threads() -> Iterator[None]:
 def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that write very often: what is written need not outlast a crash of the system."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(scope="session")
+def milvus_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program of a real Milvus server."""
+    return unpack_server(tmp_path_factory.mktemp("milvus_program"))
+
+
+@pytest.fixture(scope="session")
+def milvus(milvus_program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Milvus]:
+    """A running Milvus server that wants a password; tests use collections of their own."""
+    with running_milvus(milvus_program, tmp_path_factory.mktemp("milvus"), authorization=True) as milvus:
+        yield milvus
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import pytest
 
 from base_model import SemanticIndexBase
 from helpers import ROOT, about_texts_alone, all_pairs, make_model_folder, write_pairs
+from milvus_helpers import Milvus
 from modeling.checkpoint import create_model, save_checkpoint
 
 Completed = subprocess.CompletedProcess[str]
@@ -37,6 +38,7 @@ CPP_SERVER = "deploy/C++"  # the tests of the C++ server run these
 TWO_MACHINES = "--nnodes 2"  # a test of training runs two launchers on one machine
 ON_GPUS = "--epochs 3"  # test_training_commands
 LARGE_CORPUS = "--index_dir"  # test_large_corpus, test_words_beside_vectors
+MILVUS = "--ann milvus"  # test_milvus_commands
 SEARCH_PAGE = ROOT / "docs" / "search.md"  # test_search_commands runs all of it
 DOCUMENT_COMMANDS = (  # of the document that this project implements; all are in docs/
     "python -u -m paddle.distributed.launch --gpus",
@@ -92,7 +94,7 @@ OTHER_BLOCKS = [
     block
     for block in SH_BLOCKS
     if block not in NOT_RUN
-    and not any(mark in block for mark in (CPP_SERVER, TWO_MACHINES, ON_GPUS, LARGE_CORPUS))
+    and not any(mark in block for mark in (CPP_SERVER, TWO_MACHINES, ON_GPUS, LARGE_CORPUS, MILVUS))
     and not SERVICE.search(block)
 ]
 
@@ -170,7 +172,7 @@ def exported(trained: Path) -> Path:
 @pytest.fixture(scope="module")
 def large_corpus(trained: Path) -> Completed:
     """The commands that save an index, search it and add to it."""
-    return succeed(next(block for block in SH_BLOCKS if LARGE_CORPUS in block), trained)
+    return succeed(next(block for block in SH_BLOCKS if LARGE_CORPUS in block and MILVUS not in block), trained)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,6 +353,22 @@ def test_words_beside_vectors(trained: Path) -> None:
     ]
     assert len(hits) == 10
     assert len([line for line in done.stdout.splitlines() if line.startswith(("vector ", "lexical ", "hybrid "))]) == 12
+
+
+@pytest.mark.server
+@pytest.mark.milvus
+def test_milvus_commands(trained: Path, milvus: Milvus) -> None:
+    *blocks, by_files = [block for block in SH_BLOCKS if MILVUS in block]
+    assert len(blocks) == 2
+    for block in blocks:
+        done = succeed(block.replace("http://milvus.internal:19530", milvus.uri), trained)
+        check_recall_result(trained)
+        assert "found 100.00 % of exact search's top 50" in done.stdout
+        assert len([line for line in done.stdout.splitlines() if re.match(r" +\d+  -?\d\.\d{4}  ", line)]) == 10
+    assert "of 169 documents" in done.stdout
+    done = succeed(by_files.replace("http://milvus.internal:19530", milvus.uri), trained)
+    check_recall_result(trained)
+    assert "found 100.00 % of exact search's top 50" in done.stdout
 
 
 @pytest.mark.server

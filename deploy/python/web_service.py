@@ -1,6 +1,6 @@
 """Serves a model's vectors over gRPC and HTTP with Paddle Serving's Pipeline mode, and searches an index with them.
 
-It runs until SIGTERM or Ctrl-C; SIGHUP takes a new index in --index_dir into service.
+It runs until SIGTERM or Ctrl-C; SIGHUP takes a new index into service.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from modeling.checkpoint_files import lowercases
 from serving.api_keys import read_api_keys
 from serving.encoder_process import EncoderOptions, EncoderProcess
 from serving.limits import Limits, raise_open_files, service_log
-from serving.settings import add_settings_args, check_access, check_ports, read_settings
+from serving.settings import add_settings_args, check_access, check_ports, milvus_place, read_settings
 
 if TYPE_CHECKING:
-    from serving.search import SearchIndex
+    from serving.search import ServedIndex
 
 CONFIG_FILE = Path(__file__).with_name("config_nlp.yml")
 STOP_SECONDS = 25.0  # for requests in progress; Kubernetes kills after 30, Docker Compose after 10
@@ -40,16 +40,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_index(settings: Mapping[str, Any], model: Path) -> "SearchIndex":
-    """The index of the settings, for an exported model; SIGHUP reloads it. Raises InputError."""
+def open_index(settings: Mapping[str, Any], model: Path) -> "ServedIndex | None":
+    """The index of the settings, if any, for an exported model; SIGHUP reloads it. Raises InputError."""
+    from retrieval.milvus_index import MAX_K
+    from serving.milvus_search import MilvusSearch
     from serving.search import SearchIndex
 
+    place = milvus_place(settings)
+    if not (place or settings["index_dir"]):
+        return None
     card, length = read_card(model), settings["max_seq_length"]
     if length not in (0, card.max_seq_length):
-        problem = f"the vectors of --index_dir are of texts that are cut to {card.max_seq_length} tokens"
-        raise InputError(f"--max_seq_length {length}: {problem}; leave one of the two options out")
-    options = {"writable": settings["writable"], "lowercase": lowercases(model)}
-    index = SearchIndex(settings["index_dir"], card.fingerprint, settings["precision"], **options)
+        problem = f"the index has the vectors of texts that are cut to {card.max_seq_length} tokens"
+        raise InputError(f"--max_seq_length {length}: {problem}; leave the option out")
+    index: ServedIndex
+    if place:
+        if settings["max_top_k"] > MAX_K:
+            raise InputError(f"--max_top_k {settings['max_top_k']}: Milvus finds up to {MAX_K} documents; give fewer")
+        index = MilvusSearch(place, card.fingerprint, settings["precision"], writable=settings["writable"])
+    else:
+        options = {"writable": settings["writable"], "lowercase": lowercases(model)}
+        index = SearchIndex(settings["index_dir"], card.fingerprint, settings["precision"], **options)
     signal.signal(signal.SIGHUP, lambda *_: index.reload_in_background())
     return index
 
@@ -75,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         threads=settings["threads"] or max(1, cpu_count() // settings["workers"]),
         max_seq_length=settings["max_seq_length"] or None,
     )
-    index = open_index(settings, model) if settings["index_dir"] else None
+    index = open_index(settings, model)
     tokenizer = exported_tokenizer(model, settings["max_seq_length"] or None)
     # Outside of StopSignals: a signal may end the process while the models are loaded.
     encoders = [EncoderProcess(encoder_options) for _ in range(settings["workers"])]

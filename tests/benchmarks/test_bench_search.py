@@ -1,4 +1,5 @@
 import json
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from benchmarks import bench_search, measure_search
 from common.errors import InputError
+from retrieval.milvus_server import MilvusServer, connect
 
 
 def test_vectors_of_the_search_benchmark(tmp_path: Path) -> None:
@@ -41,29 +43,69 @@ def test_engines_of_the_search_benchmark_reach_the_target_recall(tmp_path: Path)
         assert measure_search.main(["--engine", engine, *files, "--report", str(tmp_path / "report.json")]) == 0
         report = json.loads((tmp_path / "report.json").read_text())
         assert report["recall_vs_exact"] >= 0.99 and report["ef"] >= 20
-        assert report["build_seconds"] > 0 and len(report["search_seconds"]) == measure_search.REPEATS
+        assert (
+            report["build_seconds"] > 0
+            and report["added_bytes"] >= 0
+            and len(report["search_seconds"]) == measure_search.REPEATS
+        )
         assert ("default_recall" in report) == (engine == "ours")
         assert report.get("default_recall", 1) > 0.98
+
+
+@pytest.mark.milvus
+def test_milvus_is_measured_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_search.uuid, "uuid4", lambda: uuid.UUID(int=0))
+    vectors = bench_search.made_vectors(1000, np.random.default_rng(2))
+    exact = -np.sort(-(vectors[:50] @ vectors.T), axis=1)[:, :20]
+    for name, array in (("vectors", vectors), ("queries", vectors[:50]), ("exact", exact)):
+        np.save(tmp_path / f"{name}.npy", array)
+    files = [part for name in ("vectors", "queries", "exact") for part in (f"--{name}", str(tmp_path / f"{name}.npy"))]
+    uri, report = str(tmp_path / "milvus.db"), str(tmp_path / "report.json")
+    assert measure_search.main(["--engine", "milvus", "--milvus", uri, *files, "--report", report]) == 0
+    measured = json.loads(Path(report).read_text())
+    assert measured["recall_vs_exact"] >= 0.99 and len(measured["search_seconds"]) == measure_search.REPEATS
+    assert not connect(MilvusServer(uri)).has_collection(f"bench_search_{12 * '0'}")
 
 
 def test_ratios_of_the_search_benchmark_are_the_worst(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rates are medians over processes; the last line is a JSON object."""
-    seconds = {"ours": 2.0, "hnswlib": 1.0, "faiss": 4.0}
+    seconds = {"ours": 2.0, "hnswlib": 1.0, "faiss": 4.0, "milvus": 5.0}
+    addresses: list[str] = []
 
     def run_process(command: Sequence[str | Path], report: Path, kind: type) -> dict:
         engine = command[command.index("--engine") + 1]
+        if engine == "milvus":
+            addresses.append(command[command.index("--milvus") + 1])
         rows = len(np.load(command[command.index("--vectors") + 1]))
         build = seconds[engine] if rows == 1000 else 1.0
         searches = [1.0, seconds[engine], 9.0]
-        report = {"build_seconds": build, "ef": 60, "recall_vs_exact": 0.99, "search_seconds": searches}
+        report = {
+            "added_bytes": 3 << 20,
+            "build_seconds": build,
+            "ef": 60,
+            "recall_vs_exact": 0.99,
+            "search_seconds": searches,
+        }
         return report | {"default_recall": rows / 2000} if engine == "ours" else report
 
     monkeypatch.setattr(bench_search, "run_process", run_process)
     monkeypatch.setattr(bench_search, "check_benchmarks_python", lambda: None)
-    assert bench_search.main(["--rows", "1000", "1500", "--rounds", "1"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert bench_search.main(["--rows", "1000", "1500", "--rounds", "1", "--milvus", "http://127.0.0.1:19530"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if "queries_per_second" in line and line[0] == " "] == [
+        [rows, engine] for rows in ("1000", "1500") for engine in seconds
+    ]
+    assert addresses == ["http://127.0.0.1:19530"] * 2
+    result = json.loads(lines[-1])
+    assert result["sizes"]["1000"]["milvus"] == {
+        "vectors_per_second": 200,
+        "queries_per_second": 200,
+        "added_mib": 3,
+        "ef": [60],
+        "recall_vs_exact": [0.99],
+    }
     assert (result["build_vs_hnswlib"], result["query_vs_hnswlib"]) == (0.5, 0.5)
     assert result["recall_vs_exact"] == 0.5
     assert result["sizes"]["1000"]["faiss"]["queries_per_second"] == 250

@@ -178,7 +178,7 @@ def test_the_index_in_service_stays_if_the_new_one_is_broken(
     """The log says why; after a repair the next reload takes it."""
     version = index.state.version
     reason = spoil(folder, how)
-    with pytest.raises(InputError, match="stays in service") as error:
+    with pytest.raises(RequestError, match="stays in service") as error:
         index.reload()
     assert index.problem == str(error.value) and str(folder) not in index.problem
     assert found(index.search(text_vectors(["文3"]), 1)) == [["文3"]] and index.state.version == version

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,17 @@ import pytest
 from common.cli import ArgumentParser
 from common.errors import InputError
 from helpers import ROOT
-from serving.settings import add_settings_args, check_access, check_ports, is_loopback, read_settings
+from retrieval.milvus_place import PLACE_FILE
+from retrieval.milvus_server import MilvusServer
+from serving.settings import (
+    SETTINGS,
+    add_settings_args,
+    check_access,
+    check_ports,
+    is_loopback,
+    milvus_place,
+    read_settings,
+)
 
 CONFIG = ROOT / "deploy" / "python" / "config_nlp.yml"
 
@@ -173,7 +184,7 @@ def test_other_machines_search_with_a_key_alone(
     capsys: pytest.CaptureFixture[str], host: str, is_local: bool, index_dir: str, api_key_file: str
 ) -> None:
     """Vectors they may have without one, as in earlier versions; a line says so."""
-    settings = {"host": host, "index_dir": index_dir, "api_key_file": api_key_file, "writable": False}
+    settings = {"host": host, "index_dir": index_dir, "api_key_file": api_key_file, "writable": False, "milvus_uri": ""}
     assert is_loopback(host) == is_local
     if index_dir and not is_local and not api_key_file:
         with pytest.raises(InputError, match=f"^--host {host}: .* give --api_key_file"):
@@ -184,14 +195,51 @@ def test_other_machines_search_with_a_key_alone(
     assert capsys.readouterr().err.startswith("note: --host") == is_noted
 
 
+@pytest.mark.parametrize("place", ["index_dir", "milvus_uri"])
 @pytest.mark.parametrize(
-    ("index_dir", "api_key_file", "missing"),
-    [("", "keys", "--index_dir"), ("index", "", "--api_key_file"), ("index", "keys", None)],
+    ("index", "api_key_file", "missing"),
+    [("", "keys", "--index_dir or --milvus_uri"), ("index", "", "--api_key_file"), ("index", "keys", None)],
 )
-def test_writing_needs_an_index_and_keys(index_dir: str, api_key_file: str, missing: str | None) -> None:
-    settings = {"host": "127.0.0.1", "index_dir": index_dir, "api_key_file": api_key_file, "writable": True}
+def test_writing_needs_an_index_and_keys(place: str, index: str, api_key_file: str, missing: str | None) -> None:
+    settings = {"host": "127.0.0.1", "index_dir": "", "milvus_uri": "", "api_key_file": api_key_file, "writable": True}
+    settings[place] = index
     if missing:
         with pytest.raises(InputError, match=f"^--writable: give {missing}"):
             check_access(settings)
     else:
         check_access(settings)
+
+
+MILVUS = {name: "" for name in SETTINGS if name.startswith("milvus_")}
+
+
+def test_an_index_in_milvus(tmp_path: Path) -> None:
+    """At an address, or where the file says that recall.py --ann milvus left in a folder."""
+    uri = "http://milvus:19530"
+    options = {"milvus_uri": uri, "milvus_collection": "texts", "milvus_token_file": "token"}
+    place = milvus_place(read_settings(options, {}, CONFIG))
+    assert place is not None and str(place) == f"texts at {uri}" and place.server.token_file == "token"
+    (tmp_path / PLACE_FILE).write_text(json.dumps({"uri": uri, "database": "db", "collection": "kept"}))
+    place = milvus_place(read_settings({"index_dir": str(tmp_path)}, {"SERVING_MILVUS_CA_FILE": "ca"}, CONFIG))
+    assert place is not None and str(place) == f"kept at {uri}" and place.server == MilvusServer(uri, "db", "ca")
+    assert milvus_place(read_settings({"index_dir": str(tmp_path / "other")}, {}, CONFIG)) is None
+    changed = tmp_path / "config.yml"
+    changed.write_text(CONFIG.read_text().replace("milvus_token_file:", "milvus_token_file: token"))
+    assert read_settings({}, {}, changed)["milvus_token_file"] == str(tmp_path / "token")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"milvus_uri": "http://milvus:19530", "index_dir": "index"}, "leave one of the two out"),
+        ({"milvus_collection": "texts", "index_dir": "index"}, "--milvus_collection: has an effect with --milvus_uri"),
+        ({"milvus_token_file": "token"}, "--milvus_token_file: has an effect with --milvus_uri alone"),
+        ({"milvus_uri": "milvus:19530"}, "isn't an http or https address"),
+        ({"milvus_uri": "tcp://milvus:19530"}, "give an http or https address"),
+        ({"milvus_uri": "http://root:secret@milvus:19530"}, "holds a password, which logs would show"),
+    ],
+)
+def test_a_wrong_place_in_milvus_is_refused(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        milvus_place({"index_dir": "", **MILVUS, **settings})
+    assert "secret" not in str(error.value)

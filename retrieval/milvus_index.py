@@ -1,0 +1,582 @@
+"""A corpus in Milvus: vectors and documents that any number of machines search. Imports no Paddle.
+
+A corpus is in a collection of its own, of which properties say whose vectors it has. An alias names the collection that
+is searched: it is moved to a new one when that is complete, so that nobody searches half a corpus.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ann_util import CORPUS_BLOCK, ApproximateIndex, IndexOptions
+from common.errors import InputError
+from common.logs import log, progress_bar
+from common.texts import text_key
+from retrieval.milvus_server import (
+    LACKS_TYPE,
+    CollectionMissing,
+    MilvusServer,
+    MilvusUnavailable,
+    connect,
+    milvus_errors,
+)
+
+DEFAULT_COLLECTION = "semantic_index"
+INDEX_TYPES = ("HNSW", "IVF_SQ8", "HNSW_SQ", "DISKANN", "IVF_FLAT", "FLAT", "AUTOINDEX")
+EMBEDDED_TYPES = {"HNSW", "IVF_SQ8", "HNSW_SQ", "IVF_FLAT", "FLAT", "AUTOINDEX"}
+WIDTH_NAMES = {"HNSW": "ef", "HNSW_SQ": "ef", "DISKANN": "search_list", "IVF_SQ8": "nprobe", "IVF_FLAT": "nprobe"}
+PROPERTY = "semantic_index"  # of a collection: a `CollectionInfo` in JSON
+ID, TEXT, VECTOR = "id", "text", "vector"  # fields
+MAX_TEXT_BYTES = 65_535  # of a VarChar
+MAX_K = 16_384  # hits that Milvus returns for a query
+MAX_LISTS = 65_536  # of an IVF index
+RANGE_ROWS = 8_192  # documents that are checked and sent together
+BATCH_BYTES = 4 << 20  # of a request; a message queue takes 5 MiB by default, a server 64 MiB
+IN_FLIGHT = 4  # requests at a time
+QUERY_ROWS = 256  # queries in a request
+ANSWER_HITS = 1 << 16  # in an answer, of which a server sends up to 64 MiB
+PAGE_ROWS = 1024  # vectors in an answer, of which a server sends up to 64 MiB
+CACHED_DOCUMENTS = 1 << 18
+POLL_SECONDS = 0.5
+STALLED_SECONDS = 3600.0  # without a segment that was indexed
+COUNT_SECONDS = 2.0
+MAX_STREAMED = 2_000_000  # vectors; reading them from a server takes minutes
+
+
+@dataclass(frozen=True)
+class CollectionInfo:
+    """What a collection holds, and how it is searched."""
+
+    model: str  # `Encoder.fingerprint` of its vectors
+    corpus: str  # `Corpus.sha256` of the corpus that it was built from
+    precision: str  # of the encoder
+    lowercase: bool  # see `document_id`
+    dimension: int
+    index_type: str = "HNSW"  # one of INDEX_TYPES
+    ef: int = 100  # candidates while searching: HNSW's ef, IVF's nprobe, DISKANN's search_list
+    target_recall: float = 0.0  # see `ApproximateIndex`
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits of a hash of all that is the same in an interrupted build and in its continuation."""
+        same = self.model, self.corpus, self.precision, self.dimension, self.index_type
+        return hashlib.sha256(json.dumps(same).encode()).hexdigest()[:12]
+
+
+def document_id(document: str, lowercase: bool = True) -> int:
+    """The id of a document in Milvus: 63 bits of the BLAKE2b hash of its `text_key`, the same for every writer."""
+    digest = hashlib.blake2b(text_key(document, lowercase).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class MilvusIndex(ApproximateIndex):
+    """The vectors and documents of a collection. The id of a vector is the `document_id` of its document.
+
+    Searches see this client's own changes at once, and those of others within seconds: a search that follows a change
+    asks for the consistency level "Strong", all others for "Bounded".
+    """
+
+    def __init__(self, server: MilvusServer, name: str, client: Any, info: CollectionInfo) -> None:
+        super().__init__(info.dimension)
+        self.server, self.name, self.info = server, name, info
+        self.target_recall = info.target_recall
+        self._client = client
+        self._is_new = False  # whether nothing was in it before this object
+        self._last_change: object = object()  # of this object, and the one that a read has waited for
+        self._seen_change: object = None
+        self._known_count = (0, -math.inf)  # documents, and when they were counted
+        # Ids and vectors of a new collection that were added here, for `search_exactly`.
+        self._local: list[tuple[np.ndarray, Any]] | None = None
+        self.documents = MilvusDocuments(self)
+
+    def __str__(self) -> str:
+        width = WIDTH_NAMES.get(self.info.index_type)
+        return f"the Milvus collection {self.name} ({self.info.index_type}{f', {width} {self.ef}' if width else ''})"
+
+    @classmethod
+    def open(cls, server: MilvusServer, alias: str = DEFAULT_COLLECTION) -> "MilvusIndex":
+        """The complete collection that an alias names. Raises InputError, CollectionMissing if there is none."""
+        client = connect(server)
+        name = alias_target(server, client, alias)
+        if name is None:
+            problem = f"{server}: has no complete collection {alias}"
+            raise CollectionMissing(f"{problem}; build it with recall.py --ann milvus --corpus_file")
+        index = cls._of(server, name, client)
+        with milvus_errors(server, name):
+            client.load_collection(name, timeout=server.call_seconds)
+        return index
+
+    def refresh(self, alias: str) -> bool:
+        """Whether the alias still names this collection; then reads how it is searched, which others may have changed.
+
+        Raises InputError.
+        """
+        if alias_target(self.server, self._client, alias) != self.name:
+            return False
+        self.info = self._of(self.server, self.name, self._client).info
+        return True
+
+    def disconnect(self) -> None:
+        """Ends the connection, which all of this process to this server share; the next `open` makes a new one."""
+        self._client.close()
+
+    @classmethod
+    def _of(cls, server: MilvusServer, name: str, client: Any) -> "MilvusIndex":
+        """An existing collection. Raises InputError if it isn't one of ours."""
+        with milvus_errors(server, name):
+            properties = client.describe_collection(name, timeout=server.call_seconds).get("properties", {})
+        try:
+            return cls(server, name, client, CollectionInfo(**json.loads(properties[PROPERTY])))
+        except (KeyError, TypeError, ValueError):
+            problem = f"{server}: the collection {name} wasn't built by recall.py"
+            raise InputError(f"{problem}; give another --milvus_collection") from None
+
+    @classmethod
+    def create(
+        cls, server: MilvusServer, alias: str, info: CollectionInfo, options: IndexOptions, rows: int, shards: int = 1
+    ) -> "MilvusIndex":
+        """A collection to add documents to: a new one, or that of an interrupted build of the same corpus.
+
+        rows: how many documents there will be. Searches don't see it until `publish`. Raises InputError.
+        """
+        if server.is_embedded and info.index_type not in EMBEDDED_TYPES:  # which Milvus Lite finds out when it searches
+            raise InputError(f"{server}: {LACKS_TYPE}")
+        client = connect(server)
+        current = alias_target(server, client, alias)
+        base = f"{alias}_{info.fingerprint}"
+        name = base if current != base else f"{base}_2"
+        with milvus_errors(server, name):
+            if client.has_collection(name, timeout=server.call_seconds):
+                index = cls._of(server, name, client)
+                log(f"{index.name}: goes on with an interrupted build")
+                client.load_collection(name, timeout=server.call_seconds)
+            else:
+                index = cls(server, name, client, info)
+                index._create(options, rows, shards)
+                index._is_new = True
+        index._local = []
+        return index
+
+    def _create(self, options: IndexOptions, rows: int, shards: int) -> None:
+        """Makes the empty collection with its vector index."""
+        from pymilvus import DataType
+
+        schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
+        schema.add_field(ID, DataType.INT64, is_primary=True)
+        schema.add_field(TEXT, DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
+        schema.add_field(VECTOR, DataType.FLOAT_VECTOR, dim=self.dim)
+        parameters = self._client.prepare_index_params()
+        kind = self.info.index_type
+        parameters.add_index(VECTOR, index_type=kind, metric_type="IP", params=build_parameters(kind, options, rows))
+        self._client.create_collection(
+            self.name,
+            schema=schema,
+            properties={PROPERTY: self._info_json()},
+            num_shards=shards,
+            consistency_level="Bounded",
+            timeout=self.server.call_seconds,
+        )
+        try:
+            self._client.create_index(self.name, parameters, timeout=self.server.call_seconds)
+        except BaseException:
+            self._client.drop_collection(self.name, timeout=self.server.call_seconds)
+            raise
+
+    def _info_json(self) -> str:
+        return json.dumps(asdict(self.info), sort_keys=True)
+
+    # How it is searched.
+
+    @property
+    def ef(self) -> int:
+        """Candidates kept while searching, see `CollectionInfo`."""
+        return self.info.ef
+
+    @ef.setter
+    def ef(self, ef: int) -> None:
+        self.info = replace(self.info, ef=ef)
+
+    @property
+    def is_tunable(self) -> bool:
+        """Whether `ef` changes what is found."""
+        return self.info.index_type in WIDTH_NAMES
+
+    def save_settings(self) -> None:
+        """Keeps `ef` and the target recall in the collection, for all who search it."""
+        self.info = replace(self.info, target_recall=self.target_recall)
+        with milvus_errors(self.server, self.name):
+            self._client.alter_collection_properties(
+                self.name, {PROPERTY: self._info_json()}, timeout=self.server.call_seconds
+            )
+
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, similarities = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
+        with progress_bar(len(queries), "search", "query") as progress:
+            for start in range(0, len(queries), QUERY_ROWS):
+                rows = slice(start, start + QUERY_ROWS)
+                ids[rows], similarities[rows], documents = self.find(queries[rows], k)
+                self.documents.remember(documents)
+                progress.update(len(ids[rows]))
+        short = np.flatnonzero(ids[:, -1] < 0)  # an approximate index of Milvus doesn't promise k hits
+        if len(short) and self.searches_exactly:
+            found, cosines = self.search_exactly(queries[short], k)
+            ids[short, : found.shape[1]], similarities[short, : found.shape[1]] = found, cosines
+        return ids, similarities
+
+    def find(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        """What Milvus finds, in one step: ids, cosines, and the documents by id.
+
+        queries: unit vectors, float32 [Q, dim]. Returns int64 and float32 [Q, k], best first; where Milvus finds fewer,
+        the last ids and cosines are -1. Raises InputError.
+        """
+        if k > MAX_K:
+            raise InputError(f"{self.server}: returns up to {MAX_K} hits for a query, not {k}; ask for fewer")
+        ids, cosines = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -1, np.float32)
+        documents: dict[int, str] = {}
+        rows = max(1, min(QUERY_ROWS, ANSWER_HITS // k))
+        for start in range(0, len(queries), rows):
+            for row, hits in enumerate(self._search_once(queries[start : start + rows], k), start):
+                ids[row, : len(hits)] = [hit[ID] for hit in hits]
+                cosines[row, : len(hits)] = [hit["distance"] for hit in hits]
+                documents.update((hit[ID], hit["entity"][TEXT]) for hit in hits)
+        return ids, cosines, documents
+
+    def _search_once(self, queries: np.ndarray, k: int) -> Sequence[Sequence[Any]]:
+        name = WIDTH_NAMES.get(self.info.index_type)
+        lowest = 1 if name == "nprobe" else k
+        width = {name: max(self.ef, lowest)} if name else {}
+        with self._reading() as consistency:
+            return self._client.search(
+                self.name,
+                data=list(queries),
+                limit=k,
+                output_fields=[TEXT],
+                search_params={"metric_type": "IP", "params": width},
+                anns_field=VECTOR,
+                consistency_level=consistency,
+                timeout=self.server.call_seconds,
+            )
+
+    # What it holds.
+
+    @property
+    def live_count(self) -> int:
+        """The number of documents; others' changes are seen within COUNT_SECONDS."""
+        count, when = self._known_count
+        if self._last_change is not self._seen_change or time.monotonic() - when > COUNT_SECONDS:
+            count = self._count()
+            self._known_count = count, time.monotonic()
+        return count
+
+    def __len__(self) -> int:
+        return self.live_count
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the collection was empty before, and isn't finished yet."""
+        return self._is_new
+
+    def count_of(self, ids: Iterable[int]) -> int:
+        """How many of up to RANGE_ROWS documents there are, by their ids."""
+        return self._count(ids)
+
+    def _count(self, ids: Iterable[int] | None = None) -> int:
+        """How many documents there are, or how many of those with these ids."""
+        condition = "" if ids is None else f"{ID} in {list(map(int, ids))}"
+        with self._reading() as consistency:
+            options = {"consistency_level": consistency, "timeout": self.server.call_seconds}
+            found = self._client.query(self.name, filter=condition, output_fields=["count(*)"], **options)
+        return int(found[0]["count(*)"])
+
+    @contextlib.contextmanager
+    def _reading(self, latest: bool = False) -> Iterator[str]:
+        """The consistency level with which this object's own changes are seen; latest: and all of others."""
+        change = self._last_change
+        with milvus_errors(self.server, self.name):
+            yield "Bounded" if self._seen_change is change and not latest else "Strong"
+        self._seen_change = change
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        try:
+            with milvus_errors(self.server, self.name):
+                yield
+        finally:  # a call that fails may have an effect; reads that began before its end needn't have seen it
+            self._last_change = object()
+
+    def texts(self, ids: Sequence[int], *, latest: bool = False) -> dict[int, str]:
+        """The documents that are there, by id. latest: also those that others have just added."""
+        found: dict[int, str] = {}
+        for start in range(0, len(ids), RANGE_ROWS):
+            with self._reading(latest) as consistency:
+                rows = self._client.query(
+                    self.name,
+                    filter=f"{ID} in {list(map(int, ids[start : start + RANGE_ROWS]))}",
+                    output_fields=[ID, TEXT],
+                    consistency_level=consistency,
+                    timeout=self.server.call_seconds,
+                )
+            found |= {row[ID]: row[TEXT] for row in rows}
+        return found
+
+    def is_live(self, row: int) -> bool:
+        """Whether there is a document with this id."""
+        return self._count([row]) > 0
+
+    def sample_ids(self, count: int) -> list[int]:
+        """The ids of some documents, at most `count`."""
+        with milvus_errors(self.server, self.name):
+            rows = self._client.query(
+                self.name,
+                filter=f"{ID} >= 0",
+                output_fields=[ID],
+                limit=min(count, MAX_K),
+                timeout=self.server.call_seconds,
+            )
+        return sorted(row[ID] for row in rows)
+
+    @property
+    def searches_exactly(self) -> bool:
+        """Whether the vectors are here, or few enough to read them from the server."""
+        return self._has_local or self.live_count <= MAX_STREAMED
+
+    @property
+    def _has_local(self) -> bool:
+        """Whether all vectors were added by this object."""
+        return self._local is not None and sum(len(ids) for ids, _ in self._local) == self.live_count
+
+    def ids_of(self, documents: Iterable[str]) -> list[int]:
+        """The `document_id` of each document."""
+        return [document_id(document, self.info.lowercase) for document in documents]
+
+    def _live_blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """From the vectors that were added here, if those are all; else from the server."""
+        if self._local is not None and self._has_local:
+            for ids, vectors in self._local:
+                for start in range(0, len(ids), CORPUS_BLOCK):
+                    rows = slice(start, start + CORPUS_BLOCK)
+                    yield ids[rows], np.asarray(vectors[rows], np.float32)
+            return
+        for page_ids, values in self.pages(VECTOR):
+            yield np.array(page_ids, np.int64), np.array(values, np.float32)
+
+    def pages(self, field: str) -> Iterator[tuple[list[int], list[Any]]]:
+        """All ids and values of a field, page by page."""
+        with milvus_errors(self.server, self.name):
+            pages = self._client.query_iterator(
+                self.name, batch_size=PAGE_ROWS, output_fields=[ID, field], consistency_level="Strong"
+            )
+            while rows := pages.next():
+                yield [row[ID] for row in rows], [row[field] for row in rows]
+            pages.close()
+
+    # How it changes.
+
+    def _add(self, vectors: Any, documents: Sequence[str]) -> None:
+        """Sends what isn't there yet; safe to repeat after an interruption."""
+        if len(documents) != len(vectors):
+            raise InputError(f"there are {len(documents)} documents and {len(vectors)} vectors")
+        all_ids = np.empty(len(documents), np.int64)
+        with progress_bar(len(vectors), "milvus", "vector") as progress, ThreadPoolExecutor(IN_FLIGHT) as pool:
+            try:
+                waiting: set[Future[int]] = set()
+                for start in range(0, len(vectors), RANGE_ROWS):
+                    rows = slice(start, min(start + RANGE_ROWS, len(vectors)))
+                    check_sizes(documents[rows], start)
+                    all_ids[rows] = ids = np.array(self.ids_of(documents[rows]))
+                    if not self._is_new and self._count(ids) == len(ids):
+                        progress.update(len(ids))
+                        continue
+                    for batch in _batches(documents[rows], start, self.dim):
+                        done, waiting = _bounded(waiting)
+                        progress.update(done)
+                        part = np.asarray(vectors[batch], np.float32)
+                        waiting.add(pool.submit(self._send, all_ids[batch].tolist(), documents[batch], part))
+                progress.update(sum(future.result() for future in waiting))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        if self._local is not None:
+            self._local.append((all_ids, vectors))
+
+    def _send(self, ids: Sequence[int], texts: Sequence[str], vectors: np.ndarray) -> int:
+        """Sends rows; how many. A row that is there already is replaced."""
+        rows = [{ID: each, TEXT: text, VECTOR: vector} for each, text, vector in zip(ids, texts, vectors, strict=True)]
+        send = self._client.insert if self._is_new else self._client.upsert
+        with self._changing():
+            send(self.name, rows, timeout=self.server.call_seconds)
+        return len(rows)
+
+    def keep_vectors(self, ids: np.ndarray, vectors: Any) -> None:
+        """Says that these are all vectors of the collection, int64 [N] and [N, dim], for `search_exactly`."""
+        self._local = [(ids, vectors)]
+
+    def delete(self, ids: Iterable[int]) -> int:
+        """`VectorIndex.delete`; deleted before it returns, for searches of this client."""
+        there = list(self.texts(list(dict.fromkeys(ids)), latest=True))
+        if there:
+            with self._changing():
+                self._client.delete(self.name, ids=there, timeout=self.server.call_seconds)
+            self._local = None
+        return len(there)
+
+    def finish(self, documents: Sequence[str]) -> None:
+        """Waits until all documents are on the server's disk and indexed. Raises InputError if some are missing.
+
+        documents: all that were added.
+        """
+        self._patiently(self._client.flush)
+        with milvus_errors(self.server, self.name):
+            self._wait_for_index()
+        self.reload()  # else new rows are searched without the index
+        self._is_new = False
+        self._last_change = object()
+        count = self._count()
+        if count != len(documents):
+            raise InputError(f"{self}: has {count} of {len(documents)} documents; {self._lacking(documents)}")
+
+    def reload(self) -> None:
+        """Has the server read all documents and their index from its disk again."""
+        with milvus_errors(self.server, self.name):
+            self._client.release_collection(self.name, timeout=self.server.call_seconds)
+        self._patiently(self._client.load_collection)
+
+    def _patiently(self, call: Callable[..., Any]) -> None:
+        """Repeats a call for the collection, which may take long and can be repeated, while Milvus answers others."""
+        while True:
+            try:
+                with milvus_errors(self.server, self.name):
+                    call(self.name, timeout=self.server.call_seconds)
+                return
+            except MilvusUnavailable:
+                with milvus_errors(self.server, self.name):
+                    self._client.has_collection(self.name, timeout=self.server.call_seconds)
+
+    def _wait_for_index(self) -> None:
+        """Waits until Milvus has indexed all rows, which it does in segments of up to a million."""
+        progress, moved = None, time.monotonic()
+        while True:
+            state = self._client.describe_index(self.name, VECTOR, timeout=self.server.call_seconds) or {}
+            total, pending = int(state.get("total_rows", 0)), int(state.get("pending_index_rows", 0))
+            if progress is None:
+                progress = progress_bar(total, "milvus index", "vector").__enter__()
+            if total - pending > progress.n:
+                progress.update(total - pending - progress.n)
+                moved = time.monotonic()
+            if not pending:
+                progress.close()
+                return
+            if state.get("state") == "Failed" or time.monotonic() - moved > STALLED_SECONDS:  # some retry for ever
+                progress.close()
+                remedy = f"look into its log, or give another --milvus_index_type than {self.info.index_type}"
+                raise InputError(f"{self.server}: doesn't get on with the index of {self.name}; {remedy}")
+            time.sleep(POLL_SECONDS)
+
+    def _lacking(self, documents: Sequence[str]) -> str:
+        """Which ranges of rows are missing, and what to do."""
+        ranges = [
+            f"{start} to {min(start + RANGE_ROWS, len(documents)) - 1}"
+            for start in range(0, len(documents), RANGE_ROWS)
+            if self._count(ids := self.ids_of(documents[start : start + RANGE_ROWS])) != len(ids)
+        ]
+        if not ranges:
+            return "it has documents that aren't of this corpus; drop it and build it again"
+        return f"rows {', '.join(ranges[:10])} lack some; run this again, which sends them"
+
+    def publish(self, alias: str) -> None:
+        """Makes this collection the one that is searched under the alias, and drops the one before."""
+        before = alias_target(self.server, self._client, alias)
+        with milvus_errors(self.server, self.name):
+            if before is None:
+                self._client.create_alias(self.name, alias, timeout=self.server.call_seconds)
+            elif before != self.name:
+                self._client.alter_alias(self.name, alias, timeout=self.server.call_seconds)
+                self._client.drop_collection(before, timeout=self.server.call_seconds)
+
+
+class MilvusDocuments(Mapping[int, str]):
+    """The documents of a collection by id. Keeps those found last: an id is a hash of the text."""
+
+    def __init__(self, index: MilvusIndex) -> None:
+        self._index = index
+        self._found: OrderedDict[int, str] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._index.live_count
+
+    def __getitem__(self, row: int) -> str:
+        document = self._found.get(row)
+        if document is None:
+            self.remember(self._index.texts([row]))
+            document = self._found[row]
+        return document
+
+    def __iter__(self) -> Iterator[int]:
+        return (row for ids, _ in self._index.pages(TEXT) for row in ids)
+
+    def remember(self, documents: Mapping[int, str]) -> None:
+        """Keeps documents that a search has found."""
+        self._found.update(documents)
+        while len(self._found) > CACHED_DOCUMENTS:
+            self._found.popitem(last=False)
+
+
+def alias_target(server: MilvusServer, client: Any, alias: str) -> str | None:
+    """The name of the collection that an alias names; None if there is no such alias. Raises InputError."""
+    try:
+        with milvus_errors(server, alias):
+            found = client.describe_alias(alias, timeout=server.call_seconds)
+    except CollectionMissing:
+        return None
+    except InputError as error:
+        if "alias not found" in str(error):
+            return None
+        raise
+    return str(found["collection_name"])
+
+
+def build_parameters(index_type: str, options: IndexOptions, rows: int) -> dict[str, int | str]:
+    """The parameters of Milvus's index. IVF: 4 sqrt(rows) lists, as Milvus's documentation advises."""
+    if index_type.startswith("HNSW"):
+        graph: dict[str, int | str] = {"M": options.hnsw_m, "efConstruction": options.hnsw_ef}
+        return {**graph, "sq_type": "SQ8"} if index_type == "HNSW_SQ" else graph
+    if index_type.startswith("IVF"):
+        return {"nlist": min(MAX_LISTS, max(1, round(4 * math.sqrt(rows))))}
+    return {}
+
+
+def check_sizes(texts: Sequence[str], first_row: int) -> None:
+    """Raises InputError for a document that is too long for Milvus. first_row: the number of the first text."""
+    for row, text in enumerate(texts, first_row):
+        if len(text) * 4 > MAX_TEXT_BYTES and len(text.encode()) > MAX_TEXT_BYTES:
+            problem = f"document {row} (counted from 0) has {len(text.encode())} bytes"
+            raise InputError(f"{problem}, and Milvus takes up to {MAX_TEXT_BYTES}; shorten it")
+
+
+def _batches(texts: Sequence[str], first_row: int, dim: int) -> Iterator[slice]:
+    """Rows of up to BATCH_BYTES together; first_row: that of the first text."""
+    start, size = first_row, 0
+    for row, text in enumerate(texts, first_row):
+        row_bytes = len(text.encode()) + 4 * dim + 8
+        size += row_bytes
+        if size > BATCH_BYTES and row > start:
+            yield slice(start, row)
+            start, size = row, row_bytes
+    yield slice(start, first_row + len(texts))
+
+
+def _bounded(waiting: "set[Future[int]]") -> "tuple[int, set[Future[int]]]":
+    """Waits until fewer than 2 IN_FLIGHT calls are waiting; the rows of those that are done, and the others."""
+    if len(waiting) < 2 * IN_FLIGHT:
+        return 0, waiting
+    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+    return sum(future.result() for future in done), waiting
