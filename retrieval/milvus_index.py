@@ -111,8 +111,7 @@ class MilvusIndex(ApproximateIndex):
             problem = f"{server}: has no complete collection {alias}"
             raise CollectionMissing(f"{problem}; build it with recall.py --ann milvus --corpus_file")
         index = cls._of(server, name, client)
-        with milvus_errors(server, name):
-            client.load_collection(name, timeout=server.call_seconds)
+        index._patiently(client.load_collection)
         return index
 
     def refresh(self, alias: str) -> bool:
@@ -158,7 +157,7 @@ class MilvusIndex(ApproximateIndex):
             if client.has_collection(name, timeout=server.call_seconds):
                 index = cls._of(server, name, client)
                 log(f"{index.name}: goes on with an interrupted build")
-                client.load_collection(name, timeout=server.call_seconds)
+                index._patiently(client.load_collection)
             else:
                 index = cls(server, name, client, info)
                 index._create(options, rows, shards)
