@@ -12,6 +12,7 @@ QUERIES = [f"query {number}" for number in range(10)]
 FOUND = {  # of 10 titles, by what trained the model and its seed
     "sentence_transformers_train.py": (4, 6),
     "--no_false_negative_mask": (5, 6),
+    "--grad_cache_chunk": (7, 10),
     "train_batch_neg.py": (8, 9),
 }
 
@@ -63,14 +64,19 @@ def test_the_means_over_the_seeds(
         "sentence-transformers": [40.0, 60.0],
         "ours, the same loss": [50.0, 60.0],
         "ours, margin and mask": [80.0, 90.0],
+        "ours, gradient cache": [70.0, 100.0],
     }
     assert result["means"]["ours, margin and mask"]["recall@1"] == 85.0
     assert result["recall@10_same_loss_minus_peer"] == 5.0
-    assert result["recall@10_defaults_minus_peer"] == 35.0
+    assert result["recall@10_defaults_minus_peer"] == result["recall@10_cache_minus_peer"] == 35.0
     trainings = [words for words in commands if not any(word.endswith("recall.py") for word in words)]
-    assert len(trainings) == 2 * 3
-    for name in ("--train_set_file", "--batch_size", "--learning_rate", "--max_seq_length"):
+    assert len(trainings) == 2 * 4
+    for name in ("--train_set_file", "--learning_rate", "--max_seq_length"):
         assert len({words[words.index(name) + 1] for words in trainings}) == 1
+    sizes = [words[words.index("--batch_size") + 1] for words in trainings]
+    assert sizes == 2 * ["64", "64", "64", "256"]
+    cached = [words[words.index("--grad_cache_chunk") + 1] for words in trainings if "--grad_cache_chunk" in words]
+    assert cached == ["64", "64"]
     commands.clear()
     assert bench_finetune.main([*options, "--seeds", "2", "--steps", "7"]) == 0
     assert commands == []

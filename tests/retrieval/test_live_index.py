@@ -539,10 +539,10 @@ def test_an_interrupted_change_is_whole_when_the_index_is_opened_again(
     texts = texts_from(100, 200)
     add = HnswIndex._add
 
-    def interrupted(index: HnswIndex, vectors: np.ndarray) -> None:
+    def interrupted(index: HnswIndex, vectors: np.ndarray, documents: Sequence[str]) -> None:
         if len(index) > 100:
             raise KeyboardInterrupt
-        add(index, vectors)
+        add(index, vectors, documents)
 
     monkeypatch.setattr(HnswIndex, "_add", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -642,12 +642,12 @@ def test_a_search_doesn_t_wait_for_a_large_addition(tmp_path: Path, monkeypatch:
 
     threads = []
 
-    def add_while_one_waits(index: HnswIndex, vectors: np.ndarray) -> None:
+    def add_while_one_waits(index: HnswIndex, vectors: np.ndarray, documents: Sequence[str]) -> None:
         threads.append(threading.Thread(target=search))
         threads[-1].start()
         while not live._threads._waiting_readers:
             time.sleep(0.001)
-        add(index, vectors)
+        add(index, vectors, documents)
 
     monkeypatch.setattr(HnswIndex, "_add", add_while_one_waits)
     live.add(texts, vectors_of(texts))

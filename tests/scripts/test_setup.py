@@ -55,13 +55,14 @@ class Repo:
         self.stamp = path / ".venv/setup/base"
 
     def write(self) -> "Repo":
-        for folder in ("wheels", "tests", "benchmarks", "deploy/onnx", "deploy/serving"):
+        for folder in ("wheels", "tests", "benchmarks", "deploy/milvus", "deploy/onnx", "deploy/serving"):
             (self.path / folder).mkdir(parents=True)
         shutil.copytree(ROOT / "scripts", self.path / "scripts")
         names = ("paddlepaddle", "paddlenlp", "jieba", "seqeval", "hnswlib")
         lock = [write_wheel(self.wheels, name, "1.0") for name in names]
         (self.path / "requirements.lock").write_text("# header\n" + "".join(lock))
         (self.path / "tests/requirements.lock").write_text(write_wheel(self.wheels, "pytest", "1.0"))
+        (self.path / "deploy/milvus/requirements.lock").write_text(write_wheel(self.wheels, "pymilvus", "1.0"))
         (self.path / "deploy/onnx/requirements.lock").write_text(write_wheel(self.wheels, "onnxruntime", "1.0"))
         run_server = {SERVER_FILE: RUN_SERVER.format("os.system(command)")}
         server = write_wheel(self.wheels, "paddle-serving-server", "1.0", others=run_server)
@@ -223,8 +224,9 @@ def test_unfinished_setup_starts_over(fresh: Repo) -> None:
 @pytest.mark.parametrize(
     ("option", "added"),
     [
-        ("--tests", {"pytest", "onnxruntime", "paddle_serving_server", "paddle_serving_client"}),
+        ("--tests", {"pytest", "pymilvus", "onnxruntime", "paddle_serving_server", "paddle_serving_client"}),
         ("--fast-tests", {"pytest"}),
+        ("--milvus", {"pymilvus"}),
         ("--onnx", {"onnxruntime"}),
         ("--serving", {"paddle_serving_server", "paddle_serving_client"}),  # the latter's wheel is for Python 3.9
     ],
@@ -234,7 +236,7 @@ def test_extras_are_added_and_a_plain_run_keeps_them(ready: Repo, option: str, a
     before = files_of(ready.path)
     for args in ([], [option]):
         assert ready.run(*args).stdout == "setup: .venv is ready\n"
-    modules = ("pytest", "onnxruntime", "paddle_serving_server", "paddle_serving_client")
+    modules = ("pytest", "pymilvus", "onnxruntime", "paddle_serving_server", "paddle_serving_client")
     assert {name for name in modules if ready.installed(name) == "1.0"} == added
     assert files_of(ready.path) == before
 
