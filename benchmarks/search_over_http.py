@@ -40,6 +40,7 @@ from serving.http_routes import DEFAULT_TOP_K
 HNSWLIB, ENCODE_ONLY, SEARCH, ONE_CLIENT = "hnswlib", "encode_only", "search", "search_one_client"
 DEFAULT_DOCUMENTS = 20_000
 OFFSET_BYTES = 8  # in memory of each document's place in the file
+LARGE_INDEX = 500_000_000  # bytes
 # Of an answer's hits. A text's vector varies within TOLERANCE with the texts of its batch, and a search may then take
 # another path through the graph.
 SAME_HITS = 0.8
@@ -135,11 +136,15 @@ def anonymous_memory(pid: int) -> int:
 
 
 def memory_figures(search: Service, encode_only: Service, folder: Path, documents: int) -> dict[str, Any]:
-    """What the index adds to the service's memory, divided by its size: its file's, and the places of its documents."""
+    """What the index adds to the service's memory, divided by its size: its file's, and the places of its documents.
+
+    The quotient is left out for an index that is small beside what the services differ in anyway.
+    """
     of_search, of_encode_only = (anonymous_memory(service.process.pid) for service in (search, encode_only))
     index_bytes = (folder / HNSW_FILE).stat().st_size + OFFSET_BYTES * documents
+    quotient = {"memory_vs_index": round((of_search - of_encode_only) / index_bytes, 3)}
     return {
-        "memory_vs_index": round((of_search - of_encode_only) / index_bytes, 3),
+        **(quotient if index_bytes > LARGE_INDEX else {}),
         "memory_mb": {
             SEARCH: round(of_search / MB, 1),
             ENCODE_ONLY: round(of_encode_only / MB, 1),
