@@ -313,9 +313,9 @@ def fidelity_of(encoder: "Encoder", document_index: DocumentIndex, queries: Sequ
 
 
 def opener(
-    place: MilvusPlace | None, new: MilvusOptions | None, index_dir: str | None, words: Fusion | None
+    place: MilvusPlace | None, new: MilvusOptions | None, words: Fusion | None
 ) -> Callable[..., AbstractContextManager[DocumentIndex | None]]:
-    """The function that opens or builds the index in Milvus or, without a place there, in index_dir.
+    """The function that opens or builds the index in Milvus or, without a place there, on this machine.
 
     new: see `open_or_build_collection`; words: see `open_or_build_index`.
     """
@@ -324,7 +324,7 @@ def opener(
 
     if place:
         return partial(open_or_build_collection, place=place, new=new)
-    return partial(open_or_build_index, index_dir=index_dir, words=words)
+    return partial(open_or_build_index, words=words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -367,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     query_vectors = encode_queries(encoder, queries)
     fusion = {name: given[name] for name in Fusion._fields if name in given}
     words, depth = Fusion(**fusion) if args.lexical else None, search_depth(mode, args.recall_num)
-    open_or_build = opener(place, None if is_saved else milvus, args.index_dir, words)
+    open_or_build = opener(place, None if is_saved else milvus, words)
     sources = pick(args, open_or_build, corpus=corpus, added=added, options=options, parent=args.recall_result_dir)
     with open_or_build(encoder, query_vectors, depth, **sources) as document_index:
         if document_index is None:  # another rank searches

@@ -124,7 +124,7 @@ def _is_there(file: BulkFile, index: MilvusIndex, ids: np.ndarray) -> bool:
     An import brings all or none, and doesn't replace what is there.
     """
     starts = range(file.rows.start, file.rows.stop, RANGE_ROWS)
-    count = sum(index.count_of(ids[start : min(start + RANGE_ROWS, file.rows.stop)]) for start in starts)
+    count = sum(index.count(ids[start : min(start + RANGE_ROWS, file.rows.stop)]) for start in starts)
     if 0 < count < len(file):
         remedy = "run this without --milvus_bulk_dir, which sends the others"
         raise InputError(f"{index}: has {count} of the {len(file)} documents of {file.path}; {remedy}")

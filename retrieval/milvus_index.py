@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from ann_util import CORPUS_BLOCK, ApproximateIndex, IndexOptions
 from common.errors import InputError
 from common.logs import log, progress_bar
 from common.texts import text_key
+from retrieval.live_index import Added
 from retrieval.milvus_server import (
     LACKS_TYPE,
     CollectionMissing,
@@ -63,13 +64,21 @@ class CollectionInfo:
     dimension: int
     index_type: str = "HNSW"  # one of INDEX_TYPES
     ef: int = 100  # candidates while searching: HNSW's ef, IVF's nprobe, DISKANN's search_list
-    target_recall: float = 0.0  # see `ApproximateIndex`
+    target_recall: float = 0.0  # see `VectorIndex`
 
     @property
     def fingerprint(self) -> str:
         """12 hexadecimal digits of a hash of all that is the same in an interrupted build and in its continuation."""
         same = self.model, self.corpus, self.precision, self.dimension, self.index_type
         return hashlib.sha256(json.dumps(same).encode()).hexdigest()[:12]
+
+
+class _IndexState(NamedTuple):
+    """How far Milvus is with an index."""
+
+    total: int  # rows
+    indexed: int
+    has_failed: bool
 
 
 def document_id(document: str, lowercase: bool = True) -> int:
@@ -88,9 +97,8 @@ class MilvusIndex(ApproximateIndex):
     def __init__(self, server: MilvusServer, name: str, client: Any, info: CollectionInfo) -> None:
         super().__init__(info.dimension)
         self.server, self.name, self.info = server, name, info
-        self.target_recall = info.target_recall
         self._client = client
-        self._is_new = False  # whether nothing was in it before this object
+        self.is_new = False  # whether the collection was empty before, and isn't finished yet
         self._last_change: object = object()  # of this object, and the one that a read has waited for
         self._seen_change: object = None
         self._known_count = (0, -math.inf)  # documents, and when they were counted
@@ -161,7 +169,7 @@ class MilvusIndex(ApproximateIndex):
             else:
                 index = cls(server, name, client, info)
                 index._create(options, rows, shards)
-                index._is_new = True
+                index.is_new = True
         index._local = []
         return index
 
@@ -205,13 +213,21 @@ class MilvusIndex(ApproximateIndex):
         self.info = replace(self.info, ef=ef)
 
     @property
+    def target_recall(self) -> float:
+        """See `VectorIndex`."""
+        return self.info.target_recall
+
+    @target_recall.setter
+    def target_recall(self, target_recall: float) -> None:
+        self.info = replace(self.info, target_recall=target_recall)
+
+    @property
     def is_tunable(self) -> bool:
         """Whether `ef` changes what is found."""
         return self.info.index_type in WIDTH_NAMES
 
     def save_settings(self) -> None:
         """Keeps `ef` and the target recall in the collection, for all who search it."""
-        self.info = replace(self.info, target_recall=self.target_recall)
         with milvus_errors(self.server, self.name):
             self._client.alter_collection_properties(
                 self.name, {PROPERTY: self._info_json()}, timeout=self.server.call_seconds
@@ -272,24 +288,15 @@ class MilvusIndex(ApproximateIndex):
         """The number of documents; others' changes are seen within COUNT_SECONDS."""
         count, when = self._known_count
         if self._last_change is not self._seen_change or time.monotonic() - when > COUNT_SECONDS:
-            count = self._count()
+            count = self.count()
             self._known_count = count, time.monotonic()
         return count
 
     def __len__(self) -> int:
         return self.live_count
 
-    @property
-    def is_new(self) -> bool:
-        """Whether the collection was empty before, and isn't finished yet."""
-        return self._is_new
-
-    def count_of(self, ids: Iterable[int]) -> int:
-        """How many of up to RANGE_ROWS documents there are, by their ids."""
-        return self._count(ids)
-
-    def _count(self, ids: Iterable[int] | None = None) -> int:
-        """How many documents there are, or how many of those with these ids."""
+    def count(self, ids: Iterable[int] | None = None) -> int:
+        """How many documents there are, or how many of those with these ids, of which there are up to RANGE_ROWS."""
         condition = "" if ids is None else f"{ID} in {list(map(int, ids))}"
         with self._reading() as consistency:
             options = {"consistency_level": consistency, "timeout": self.server.call_seconds}
@@ -329,7 +336,7 @@ class MilvusIndex(ApproximateIndex):
 
     def is_live(self, row: int) -> bool:
         """Whether there is a document with this id."""
-        return self._count([row]) > 0
+        return self.count([row]) > 0
 
     def sample_ids(self, count: int) -> list[int]:
         """The ids of some documents, at most `count`."""
@@ -352,6 +359,16 @@ class MilvusIndex(ApproximateIndex):
     def _has_local(self) -> bool:
         """Whether all vectors were added by this object."""
         return self._local is not None and sum(len(ids) for ids, _ in self._local) == self.live_count
+
+    def assign_ids(self, documents: Sequence[str]) -> Added:
+        """The ids of documents, and which of them the collection lacks; of equal ones, the first."""
+        ids = self.ids_of(documents)
+        seen = set(self.texts(list(dict.fromkeys(ids)), latest=True))
+        is_new = []
+        for each in ids:
+            is_new.append(each not in seen)
+            seen.add(each)
+        return Added(ids, is_new)
 
     def ids_of(self, documents: Iterable[str]) -> list[int]:
         """The `document_id` of each document."""
@@ -390,16 +407,17 @@ class MilvusIndex(ApproximateIndex):
                 waiting: set[Future[int]] = set()
                 for start in range(0, len(vectors), RANGE_ROWS):
                     rows = slice(start, min(start + RANGE_ROWS, len(vectors)))
-                    check_sizes(documents[rows], start)
-                    all_ids[rows] = ids = np.array(self.ids_of(documents[rows]))
-                    if not self._is_new and self._count(ids) == len(ids):
+                    texts = documents[rows]
+                    check_sizes(texts, start)
+                    all_ids[rows] = ids = np.array(self.ids_of(texts))
+                    if not self.is_new and self.count(ids) == len(ids):
                         progress.update(len(ids))
                         continue
-                    for batch in _batches(documents[rows], start, self.dim):
+                    for batch in _batches(texts, self.dim):
                         done, waiting = _bounded(waiting)
                         progress.update(done)
-                        part = np.asarray(vectors[batch], np.float32)
-                        waiting.add(pool.submit(self._send, all_ids[batch].tolist(), documents[batch], part))
+                        part = np.asarray(vectors[start + batch.start : start + batch.stop], np.float32)
+                        waiting.add(pool.submit(self._send, ids[batch].tolist(), texts[batch], part))
                 progress.update(sum(future.result() for future in waiting))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
@@ -410,7 +428,7 @@ class MilvusIndex(ApproximateIndex):
     def _send(self, ids: Sequence[int], texts: Sequence[str], vectors: np.ndarray) -> int:
         """Sends rows; how many. A row that is there already is replaced."""
         rows = [{ID: each, TEXT: text, VECTOR: vector} for each, text, vector in zip(ids, texts, vectors, strict=True)]
-        send = self._client.insert if self._is_new else self._client.upsert
+        send = self._client.insert if self.is_new else self._client.upsert
         with self._changing():
             send(self.name, rows, timeout=self.server.call_seconds)
         return len(rows)
@@ -437,9 +455,9 @@ class MilvusIndex(ApproximateIndex):
         with milvus_errors(self.server, self.name):
             self._wait_for_index()
         self.reload()  # else new rows are searched without the index
-        self._is_new = False
+        self.is_new = False
         self._last_change = object()
-        count = self._count()
+        count = self.count()
         if count != len(documents):
             raise InputError(f"{self}: has {count} of {len(documents)} documents; {self._lacking(documents)}")
 
@@ -462,30 +480,30 @@ class MilvusIndex(ApproximateIndex):
 
     def _wait_for_index(self) -> None:
         """Waits until Milvus has indexed all rows, which it does in segments of up to a million."""
-        progress, moved = None, time.monotonic()
-        while True:
-            state = self._client.describe_index(self.name, VECTOR, timeout=self.server.call_seconds) or {}
-            total, pending = int(state.get("total_rows", 0)), int(state.get("pending_index_rows", 0))
-            if progress is None:
-                progress = progress_bar(total, "milvus index", "vector").__enter__()
-            if total - pending > progress.n:
-                progress.update(total - pending - progress.n)
-                moved = time.monotonic()
-            if not pending:
-                progress.close()
-                return
-            if state.get("state") == "Failed" or time.monotonic() - moved > STALLED_SECONDS:  # some retry for ever
-                progress.close()
-                remedy = f"look into its log, or give another --milvus_index_type than {self.info.index_type}"
-                raise InputError(f"{self.server}: doesn't get on with the index of {self.name}; {remedy}")
-            time.sleep(POLL_SECONDS)
+        state, indexed, moved = self._index_state(), 0, time.monotonic()
+        with progress_bar(state.total, "milvus index", "vector") as progress:
+            while state.indexed < state.total:
+                if state.indexed > indexed:
+                    progress.update(state.indexed - indexed)
+                    indexed, moved = state.indexed, time.monotonic()
+                if state.has_failed or time.monotonic() - moved > STALLED_SECONDS:  # some retry for ever
+                    remedy = f"look into its log, or give another --milvus_index_type than {self.info.index_type}"
+                    raise InputError(f"{self.server}: doesn't get on with the index of {self.name}; {remedy}")
+                time.sleep(POLL_SECONDS)
+                state = self._index_state()
+            progress.update(state.total - indexed)
+
+    def _index_state(self) -> "_IndexState":
+        state = self._client.describe_index(self.name, VECTOR, timeout=self.server.call_seconds) or {}
+        total, pending = int(state.get("total_rows", 0)), int(state.get("pending_index_rows", 0))
+        return _IndexState(total, total - pending, state.get("state") == "Failed")
 
     def _lacking(self, documents: Sequence[str]) -> str:
         """Which ranges of rows are missing, and what to do."""
         ranges = [
             f"{start} to {min(start + RANGE_ROWS, len(documents)) - 1}"
             for start in range(0, len(documents), RANGE_ROWS)
-            if self._count(ids := self.ids_of(documents[start : start + RANGE_ROWS])) != len(ids)
+            if self.count(ids := self.ids_of(documents[start : start + RANGE_ROWS])) != len(ids)
         ]
         if not ranges:
             return "it has documents that aren't of this corpus; drop it and build it again"
@@ -536,10 +554,6 @@ def alias_target(server: MilvusServer, client: Any, alias: str) -> str | None:
             found = client.describe_alias(alias, timeout=server.call_seconds)
     except CollectionMissing:
         return None
-    except InputError as error:
-        if "alias not found" in str(error):
-            return None
-        raise
     return str(found["collection_name"])
 
 
@@ -561,16 +575,16 @@ def check_sizes(texts: Sequence[str], first_row: int) -> None:
             raise InputError(f"{problem}, and Milvus takes up to {MAX_TEXT_BYTES}; shorten it")
 
 
-def _batches(texts: Sequence[str], first_row: int, dim: int) -> Iterator[slice]:
-    """Rows of up to BATCH_BYTES together; first_row: that of the first text."""
-    start, size = first_row, 0
-    for row, text in enumerate(texts, first_row):
+def _batches(texts: Sequence[str], dim: int) -> Iterator[slice]:
+    """Rows of up to BATCH_BYTES together."""
+    start = size = 0
+    for row, text in enumerate(texts):
         row_bytes = len(text.encode()) + 4 * dim + 8
         size += row_bytes
         if size > BATCH_BYTES and row > start:
             yield slice(start, row)
             start, size = row, row_bytes
-    yield slice(start, first_row + len(texts))
+    yield slice(start, len(texts))
 
 
 def _bounded(waiting: "set[Future[int]]") -> "tuple[int, set[Future[int]]]":

@@ -106,9 +106,7 @@ def add_documents(encoder: Encoder, index: MilvusIndex, added: Corpus) -> None:
     count = 0
     for start in range(0, len(added), RANGE_ROWS):
         texts = added[start : start + RANGE_ROWS]
-        ids = index.ids_of(texts)
-        there = index.texts(ids, latest=True)
-        new = [text for each, text in zip(ids, texts, strict=True) if each not in there]
+        new = [text for text, is_new in zip(texts, index.assign_ids(texts).is_new, strict=True) if is_new]
         if new:
             index.add(encoder.encode(new, "added", DOCUMENT), new)
         count += len(new)

@@ -19,6 +19,7 @@ NO_ANSWER = "doesn't answer; see whether it runs, and whether the address and th
 CONNECTION_SECONDS, CALL_SECONDS = 10, 30  # with a float, pymilvus repeats a failed call for minutes
 # Codes of errors: Milvus's pkg/merr of versions 2.3 to 2.6, and pymilvus's ErrorCode.
 NO_CONNECTION, NO_COLLECTION, NO_DATABASE = 2, 100, 800
+MISSING = ("collection not found", "can't find collection", "alias not found")
 UNAVAILABLE = {NO_CONNECTION, 1, 2, 3, 4, 10}  # not ready, unavailable, memory, request limit, out of disk, rate limit
 
 
@@ -122,7 +123,7 @@ def _explained(server: MilvusServer, collection: str, code: Any, message: str) -
         return InputError(f"{server}: what answers there isn't Milvus 2.3 or later; look at the port")
     if code == NO_DATABASE or "database not found" in known:
         return InputError(f"{server}: has no database {server.database}; create it, or give another --milvus_database")
-    if code == NO_COLLECTION or "collection not found" in known or "can't find collection" in known:
+    if code == NO_COLLECTION or any(word in known for word in MISSING):
         return CollectionMissing(f"{server}: has no collection {collection}; build it with --corpus_file")
     if "open local milvus failed" in known:
         why = "another process has it open, or its files are damaged"

@@ -181,13 +181,8 @@ class MilvusSearch(ServedIndex):
 
 def _add_missing(index: MilvusIndex, documents: Sequence[str], vectors: np.ndarray) -> Added:
     """Adds the documents that the index lacks. vectors: float32 [N, D] of all."""
-    ids = index.ids_of(documents)
-    seen = set(index.texts(list(dict.fromkeys(ids)), latest=True))
-    is_new = []
-    for each in ids:
-        is_new.append(each not in seen)
-        seen.add(each)
-    rows = np.flatnonzero(is_new)
+    added = index.assign_ids(documents)
+    rows = np.flatnonzero(added.is_new)
     if len(rows):
         index.add(vectors[rows], [documents[row] for row in rows])
-    return Added(ids, is_new)
+    return added

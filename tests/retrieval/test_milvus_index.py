@@ -213,7 +213,7 @@ def test_batches_are_bounded_by_bytes_and_lose_nothing(
     assert index.texts(index.ids_of(documents)) == dict(zip(index.ids_of(documents), documents, strict=True))
     sizes = [
         sum(len(text.encode()) + 4 * DIM + 8 for text in documents[part])
-        for part in milvus_index._batches(documents, 0, DIM)
+        for part in milvus_index._batches(documents, DIM)
     ]
     assert len(sizes) > 50 and sum(1 for size in sizes if size > 1000) <= sum(len(d.encode()) > 900 for d in documents)
 
