@@ -140,7 +140,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in ROOT.iterdir():
         if path.suffix == ".py":
             shutil.copy(path, folder)
-    for name in (*PACKAGES, "deploy", "scripts"):
+    for name in (*PACKAGES, "deploy", "scripts", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("build", "__pycache__"))
     pairs = all_pairs()
     write_pairs(folder / "recall" / "train.csv", pairs * 6)  # 1,008 pairs: 16 steps of 64 an epoch, 48 in all
@@ -232,7 +232,7 @@ def longest_part(message: str, text: str) -> int:
 @pytest.fixture(scope="module")
 def code_texts() -> list[str]:
     """The literal strings of the Python code, and all of the shell scripts and of the C++ code."""
-    sources = [path for name in (*PACKAGES, "benchmarks", "deploy") for path in (ROOT / name).rglob("*.py")]
+    sources = [path for name in (*PACKAGES, "benchmarks", "deploy", "tools") for path in (ROOT / name).rglob("*.py")]
     texts = [literal for path in (*ROOT.glob("*.py"), *sources) for literal in string_literals(path)]
     texts += [read(path) for name in ("scripts", "deploy") for path in (ROOT / name).rglob("*.sh")]
     return texts + [re.sub(r'"\s*\n\s*"', "", read(path)) for path in (ROOT / "deploy").rglob("*.cpp")]
