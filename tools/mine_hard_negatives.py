@@ -15,7 +15,7 @@ from ann_util import IndexOptions, add_index_args, check_index_args
 from batch_negative.batches import FalseNegativeMask
 from common.cli import ArgumentParser, add_switch, non_negative_float, number_in_range, positive_int, run
 from common.errors import InputError
-from common.files import is_within, prepare_file, remove_folder, sha256
+from common.files import is_within, make_folder, prepare_file, remove_folder, sha256
 from common.logs import is_main_process, log
 from common.options import add_encoder_args, call, pick
 from common.paddle_setup import set_up_paddle
@@ -95,8 +95,10 @@ def check_inputs(
     for option, path in (("--output", output), ("--embedding_dir", embedding_dir)):
         if index_dir and path and is_within(path, index_dir):
             raise InputError(f"{option} {path}: lies in --index_dir {index_dir}, which is replaced as a whole")
-    if is_main_process():
+    if is_main_process():  # before hours of encoding
         prepare_file(output)
+        if index_dir:
+            make_folder(Path(index_dir).absolute().parent)
 
 
 def read_scores(teacher_score_file: str | None, skip_bad_lines: bool, lowercase: bool) -> TeacherScores | None:
