@@ -86,7 +86,7 @@ def check_complete(server: MilvusServer, alias: str) -> None:
 @pytest.fixture
 def own(milvus_program: Path, tmp_path: Path) -> Iterator[Milvus]:
     """A server that a test may kill."""
-    with running_milvus(milvus_program, tmp_path / "milvus") as milvus:
+    with running_milvus(milvus_program, tmp_path / "milvus", session_seconds=5) as milvus:
         yield milvus
 
 
@@ -106,7 +106,7 @@ def test_a_load_goes_on_after_its_client_was_killed(milvus: Milvus) -> None:
 @pytest.mark.process
 def test_a_load_goes_on_after_its_server_was_killed(milvus_program: Path, tmp_path: Path) -> None:
     for seconds in (0.7,):
-        with running_milvus(milvus_program, tmp_path / "milvus") as milvus:
+        with running_milvus(milvus_program, tmp_path / "milvus", session_seconds=5) as milvus:
             loader = start_loader(MilvusServer(milvus.uri), "killed")
             assert loader.stdout and loader.stderr
             assert loader.stdout.readline() == "loading\n", loader.stderr.read()
@@ -115,7 +115,7 @@ def test_a_load_goes_on_after_its_server_was_killed(milvus_program: Path, tmp_pa
             _, log = loader.communicate(timeout=200)
         assert loader.returncode == 2 and "Traceback" not in log
         assert log.strip().splitlines()[-1].startswith(f"error: Milvus at {milvus.uri}: doesn't answer; see whether")
-    with running_milvus(milvus_program, tmp_path / "milvus") as milvus:
+    with running_milvus(milvus_program, tmp_path / "milvus", session_seconds=5) as milvus:
         check_complete(MilvusServer(milvus.uri), "killed")
 
 
