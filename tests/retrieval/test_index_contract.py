@@ -11,7 +11,8 @@ import pytest
 from ann_util import ApproximateIndex, IndexOptions, LocalIndex, VectorIndex, build_index, recall_vs_exact
 from common.errors import InputError
 from helpers import unit_vectors
-from retrieval.milvus_index import CollectionInfo, MilvusIndex, document_id
+from retrieval.milvus_collection import CollectionInfo, document_id
+from retrieval.milvus_index import MilvusIndex
 from retrieval.milvus_server import MilvusServer
 
 DIM = 16

@@ -17,7 +17,8 @@ from common.errors import InputError
 from helpers import ROOT, unit_vectors
 from milvus_helpers import Milvus, running_milvus
 from retrieval import milvus_server
-from retrieval.milvus_index import CollectionInfo, MilvusIndex
+from retrieval.milvus_collection import CollectionInfo
+from retrieval.milvus_index import MilvusIndex
 from retrieval.milvus_server import CollectionMissing, MilvusServer, MilvusUnavailable, connect
 
 pytestmark = pytest.mark.milvus
@@ -30,7 +31,8 @@ from ann_util import IndexOptions
 from common.cli import run
 from helpers import unit_vectors
 from retrieval import milvus_index
-from retrieval.milvus_index import CollectionInfo, MilvusIndex
+from retrieval.milvus_collection import CollectionInfo
+from retrieval.milvus_index import MilvusIndex
 from retrieval.milvus_server import MilvusServer
 
 milvus_index.RANGE_ROWS, milvus_index.BATCH_BYTES, milvus_index.CALL_SECONDS = 1000, 20_000, 5

@@ -14,7 +14,8 @@ from common.errors import InputError
 from helpers import unit_vectors
 from milvus_helpers import Milvus
 from retrieval import milvus_index
-from retrieval.milvus_index import CollectionInfo, MilvusIndex, build_parameters, document_id
+from retrieval.milvus_collection import CollectionInfo, build_parameters, document_id
+from retrieval.milvus_index import MilvusIndex
 from retrieval.milvus_server import CollectionMissing, MilvusServer, connect
 
 pytestmark = pytest.mark.milvus
