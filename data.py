@@ -165,7 +165,12 @@ def read_texts(path: str | Path, *, skip_bad_lines: bool = False, check_columns:
 
 
 def read_hits(path: str | Path) -> dict[str, list[str]]:
-    """Reads a recall result: query -> its documents, best first. Raises InputError as `read_lines` does.
+    """Reads a recall result: query -> its documents, best first. Logs and raises what `read_scored_hits` does."""
+    return ranking_by_query(read_scored_hits(path))
+
+
+def read_scored_hits(path: str | Path) -> list[Hit]:
+    """Reads a recall result: each query's hits, best first. Raises InputError as `read_lines` does.
 
     Logs how many queries have documents whose scores aren't in that order.
     """
@@ -179,7 +184,7 @@ def read_hits(path: str | Path) -> dict[str, list[str]]:
         scores[hit.query] = hit.score
     if unsorted:
         log(f"{path}: the scores of {len(unsorted)} queries go up; their documents count in the order of the lines")
-    return ranking_by_query(hits)
+    return hits
 
 
 def ranking_by_query(hits: Iterable[Hit]) -> dict[str, list[str]]:

@@ -18,7 +18,8 @@ from benchmarks.harness import peak_memory
 from common.cli import ArgumentParser, number_in_range, run
 from common.cpu import cpu_count
 from common.files import write_json
-from retrieval.milvus_index import CollectionInfo, MilvusIndex
+from retrieval.milvus_collection import CollectionInfo
+from retrieval.milvus_index import MilvusIndex
 from retrieval.milvus_server import MilvusServer, connect
 
 ENGINES = ("ours", "hnswlib", "faiss")

@@ -2,23 +2,16 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ArgumentParser, number_in_range, run
 from common.options import add_evaluation_file_args, add_reading_args, call
-from data import Hit, positives_by_query, read_text_pairs, write_hits
+from data import positives_by_query, read_text_pairs, write_hits
 from retrieval.corpus import read_corpus
-from retrieval.hybrid_search import by_words, hits_of
-from retrieval.lexical_index import LexicalIndex
-
-
-def bm25_search(queries: list[str], corpus: Sequence[str], k: int) -> Iterator[Hit]:
-    """Up to `k` hits a query, best first; documents that share no term with the query are left out."""
-    found = by_words(*LexicalIndex.build(corpus, len(corpus)).search(queries, k))
-    return hits_of(found, corpus, queries)
+from retrieval.hybrid_search import bm25_search
 
 
 def build_parser() -> argparse.ArgumentParser:

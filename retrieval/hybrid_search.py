@@ -9,7 +9,7 @@ import numpy as np
 from common.errors import InputError
 from common.logs import progress_bar
 from data import Hit
-from retrieval.lexical_index import Fusion
+from retrieval.lexical_index import Fusion, LexicalIndex
 from retrieval.metrics import RECALL_CUTOFFS, evaluate
 from retrieval.saved_index import DocumentIndex
 
@@ -77,6 +77,11 @@ def hits_of(found: SearchHits, documents: Sequence[str] | Mapping[int, str], que
     """The hits of a search, query by query, best first."""
     for row, query in enumerate(queries):
         yield from (Hit(query, document, score) for score, _, document in found.of(row, documents))
+
+
+def bm25_search(queries: Sequence[str], corpus: Sequence[str], k: int) -> Iterator[Hit]:
+    """Up to `k` hits a query by BM25 alone, best first; documents that share no term with the query are left out."""
+    return hits_of(by_words(*LexicalIndex.build(corpus, len(corpus)).search(queries, k)), corpus, queries)
 
 
 def by_vectors(ids: np.ndarray, scores: np.ndarray) -> SearchHits:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, chain
+from functools import cache
 from statistics import fmean
 from typing import NamedTuple
 
@@ -27,85 +27,147 @@ class Evaluation(NamedTuple):
     own_texts: int = 0  # number of queries that recalled their own text, which was left out
 
 
-def recall_at_k(ranked: Sequence[Sequence[str]], positives: Sequence[set[str]], k: int) -> float:
-    """Mean over the queries of |first k documents ∩ positives| / |positives|.
+class JudgedQuery(NamedTuple):
+    """A query, the documents that it should find, and those that it found."""
 
-    ranked: each query's distinct documents, best first; positives: the right ones, at least one per query.
+    query: str
+    titles: set[str]  # the right documents, at least one
+    documents: list[str]  # the first `recall_num` distinct ones, best first; titles are in their own spelling
+    scores: list[float]  # of the documents; [] if the hits have none
+    has_result: bool  # whether the recall result has hits for it
+    has_own_text: bool  # whether it recalled its own text, which was left out
+
+    @property
+    def first_rank(self) -> int | None:
+        """The rank of the first right document, from 1; None if there is none."""
+        return next((rank for rank, document in enumerate(self.documents, 1) if document in self.titles), None)
+
+
+class Judgement(NamedTuple):
+    """Each query of the pairs with what it found, from which all metrics follow."""
+
+    queries: list[JudgedQuery]
+    unknown_queries: list[str]  # in the recall result but not in the pairs
+    recall_num: int  # documents per query that count
+
+
+def recall_at_k(documents: Sequence[str], titles: set[str], k: int) -> float:
+    """|first k documents ∩ titles| / |titles|.
+
+    documents: the distinct ones that a query found, best first; titles: the right ones, at least one.
     """
-    return fmean(
-        len(relevant.intersection(documents[:k])) / len(relevant)
-        for documents, relevant in zip(ranked, positives, strict=True)
-    )
+    return len(titles.intersection(documents[:k])) / len(titles)
 
 
-def mrr_at_k(ranked: Sequence[Sequence[str]], positives: Sequence[set[str]], k: int) -> float:
-    """Mean over the queries of 1 / rank of the first positive, or 0 if the first k have none (Voorhees 1999, TREC-8).
+def mrr_at_k(documents: Sequence[str], titles: set[str], k: int) -> float:
+    """1 / rank of the first title, or 0 if the first k documents have none (Voorhees 1999, TREC-8).
 
-    Arguments as for `recall_at_k`.
+    The mean over the queries is the MRR. Arguments as for `recall_at_k`.
     """
-    return fmean(
-        next((1 / rank for rank, document in enumerate(documents[:k], 1) if document in relevant), 0.0)
-        for documents, relevant in zip(ranked, positives, strict=True)
-    )
+    return next((1 / rank for rank, document in enumerate(documents[:k], 1) if document in titles), 0.0)
 
 
-def ndcg_at_k(ranked: Sequence[Sequence[str]], positives: Sequence[set[str]], k: int) -> float:
-    """Mean over the queries of DCG / ideal DCG, with gain 1 for a positive and discount 1 / log2(rank + 1).
+def ndcg_at_k(documents: Sequence[str], titles: set[str], k: int) -> float:
+    """DCG / ideal DCG, with gain 1 for a title and discount 1 / log2(rank + 1).
 
     Järvelin and Kekäläinen 2002, doi:10.1145/582415.582418, as trec_eval computes it. Arguments as for
     `recall_at_k`.
     """
-    longest = max(len(documents) for documents in chain(ranked, positives))
-    discounts = [1 / math.log2(rank + 1) for rank in range(1, min(k, longest) + 1)]
-    ideal = list(accumulate(discounts))
-    return fmean(
-        sum(discount for document, discount in zip(documents, discounts, strict=False) if document in relevant)
-        / ideal[min(len(relevant), k) - 1]
-        for documents, relevant in zip(ranked, positives, strict=True)
-    )
+    gain = sum(1 / math.log2(rank + 1) for rank, document in enumerate(documents[:k], 1) if document in titles)
+    return gain / _ideal_dcg(min(len(titles), k))
+
+
+@cache
+def _ideal_dcg(count: int) -> float:
+    return sum(1 / math.log2(rank + 1) for rank in range(1, count + 1))
 
 
 def evaluate(positives: Mapping[str, set[str]], ranking: Mapping[str, Sequence[str]], recall_num: int) -> Evaluation:
-    """Compares recalled documents with the right ones.
+    """The means of the metrics over the queries, see `judge`. Raises InputError if there are no queries."""
+    return summarize(judge(positives, ranking, recall_num))
 
-    positives: query -> its titles; ranking: query -> its documents, best first. The first recall_num distinct documents
-    count: a repeated document keeps its first rank, and later ones move up. So do those after the query's own text,
-    which is no answer unless it is one of its titles. Texts with the same `text_key` are the same. Raises InputError if
-    there are no queries.
+
+def judge(
+    positives: Mapping[str, set[str]],
+    ranking: Mapping[str, Sequence[str]],
+    recall_num: int,
+    scores: Mapping[str, Sequence[float]] | None = None,
+) -> Judgement:
+    """Compares recalled documents with the right ones, for each query of `positives`.
+
+    positives: query -> its titles; ranking: query -> its documents, best first; scores: query -> their scores. The
+    first recall_num distinct documents count: a repeated document keeps its first rank, and later ones move up. So do
+    those after the query's own text, which is no answer unless it is one of its titles. Texts with the same `text_key`
+    are the same. Raises InputError if there are no queries.
     """
     if not positives:
         raise InputError("there are no queries to evaluate: the pair file holds no pairs")
-    found_queries = {text_key(query): query for query in ranking}
+    spellings = {text_key(query): query for query in ranking}
     keys = [text_key(query) for query in positives]
+    judged = []
+    for key, (query, titles) in zip(keys, positives.items(), strict=True):
+        found = spellings.get(key)
+        documents = ranking[found] if found is not None else ()
+        distinct_titles = TextSet(titles)
+        places, has_own_text = _distinct(query, distinct_titles, documents)
+        kept = list(places)[:recall_num]
+        kept_scores = [scores[found][places[document]] for document in kept] if scores and found is not None else []
+        judged.append(JudgedQuery(query, set(distinct_titles), kept, kept_scores, bool(documents), has_own_text))
     known = set(keys)
-    results = [ranking[found_queries[key]] if key in found_queries else () for key in keys]
-    titles = [TextSet(texts) for texts in positives.values()]
-    rankings = [_rank(*each) for each in zip(positives, titles, results, strict=True)]
-    ranked = [documents[:recall_num] for documents, _ in rankings]
-    relevant = [set(texts) for texts in titles]
+    return Judgement(judged, [query for key, query in spellings.items() if key not in known], recall_num)
+
+
+def _distinct(query: str, titles: TextSet, documents: Sequence[str]) -> tuple[dict[str, int], bool]:
+    """The distinct documents with their first places, and whether the query's own text was left out of them.
+
+    Titles are in the spelling of `titles`.
+    """
+    known = TextSet([*titles, query])
+    own = query if titles.find(query) is None else None
+    found: dict[str, int] = {}
+    for place, document in enumerate(documents):
+        found.setdefault(known.find(document) or document, place)
+    has_own_text = own is not None and found.pop(own, None) is not None
+    return found, has_own_text
+
+
+def summarize(judgement: Judgement) -> Evaluation:
+    """The means of the metrics over the queries."""
+    judged, recall_num = judgement.queries, judgement.recall_num
+    *recalls, mrr, ndcg = map(fmean, zip(*query_metrics(judgement), strict=True))
     return Evaluation(
-        recall={k: recall_at_k(ranked, relevant, k) for k in RECALL_CUTOFFS if k <= recall_num},
-        mrr=mrr_at_k(ranked, relevant, recall_num),
-        ndcg=ndcg_at_k(ranked, relevant, recall_num),
+        recall=dict(zip(cutoffs(recall_num), recalls, strict=True)),
+        mrr=mrr,
+        ndcg=ndcg,
         recall_num=recall_num,
-        queries=len(positives),
-        queries_without_results=[query for query, documents in zip(positives, results, strict=True) if not documents],
-        unknown_queries=[query for key, query in found_queries.items() if key not in known],
-        own_texts=sum(has_own_text for _, has_own_text in rankings),
+        queries=len(judged),
+        queries_without_results=[each.query for each in judged if not each.has_result],
+        unknown_queries=judgement.unknown_queries,
+        own_texts=sum(each.has_own_text for each in judged),
     )
 
 
-def _rank(query: str, titles: TextSet, documents: Sequence[str]) -> tuple[list[str], bool]:
-    """The distinct documents, titles in their own spelling, and whether the query's own text was left out of them."""
-    known = TextSet([*titles, query])
-    own = query if titles.find(query) is None else None
-    found = dict.fromkeys(known.find(document) or document for document in documents)
-    return [document for document in found if document != own], own in found
+def query_metrics(judgement: Judgement) -> list[list[float]]:
+    """The metrics of each query, from 0 to 1, in the order of `metric_names`."""
+    k = judgement.recall_num
+    return [
+        [
+            *(recall_at_k(each.documents, each.titles, cutoff) for cutoff in cutoffs(k)),
+            mrr_at_k(each.documents, each.titles, k),
+            ndcg_at_k(each.documents, each.titles, k),
+        ]
+        for each in judgement.queries
+    ]
+
+
+def cutoffs(recall_num: int) -> list[int]:
+    """The values of RECALL_CUTOFFS up to recall_num."""
+    return [k for k in RECALL_CUTOFFS if k <= recall_num]
 
 
 def metric_names(recall_num: int) -> list[str]:
     """Names of the metrics of an evaluation at `recall_num`, in the order in which they are printed."""
-    return [*(f"recall@{k}" for k in RECALL_CUTOFFS if k <= recall_num), f"mrr@{recall_num}", f"ndcg@{recall_num}"]
+    return [*(f"recall@{k}" for k in cutoffs(recall_num)), f"mrr@{recall_num}", f"ndcg@{recall_num}"]
 
 
 def metrics(evaluation: Evaluation) -> dict[str, float]:

@@ -19,17 +19,8 @@ from common.files import atomic_write, read_json, sha256, write_json
 from common.logs import log, progress_bar
 from retrieval.corpus import Corpus
 from retrieval.embedding_store import Embeddings
-from retrieval.milvus_index import (
-    ID,
-    POLL_SECONDS,
-    RANGE_ROWS,
-    TEXT,
-    VECTOR,
-    CollectionInfo,
-    MilvusIndex,
-    check_sizes,
-    document_id,
-)
+from retrieval.milvus_collection import ID, TEXT, VECTOR, CollectionInfo, check_sizes, document_id
+from retrieval.milvus_index import POLL_SECONDS, RANGE_ROWS, MilvusIndex
 from retrieval.milvus_server import connect, milvus_errors
 
 FILE_BYTES = 512 << 20  # of vectors: a segment of Milvus 2.3; later versions make larger ones of several files

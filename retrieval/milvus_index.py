@@ -5,14 +5,13 @@ is searched: it is moved to a new one when that is complete, so that nobody sear
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +19,22 @@ import numpy as np
 from ann_util import CORPUS_BLOCK, ApproximateIndex, IndexOptions
 from common.errors import InputError
 from common.logs import log, progress_bar
-from common.texts import text_key
 from retrieval.live_index import Added
+from retrieval.milvus_collection import (
+    DEFAULT_COLLECTION,
+    EMBEDDED_TYPES,
+    ID,
+    MAX_TEXT_BYTES,
+    PROPERTY,
+    TEXT,
+    VECTOR,
+    WIDTH_NAMES,
+    CollectionInfo,
+    alias_target,
+    build_parameters,
+    check_sizes,
+    document_id,
+)
 from retrieval.milvus_server import (
     LACKS_TYPE,
     CollectionMissing,
@@ -31,15 +44,7 @@ from retrieval.milvus_server import (
     milvus_errors,
 )
 
-DEFAULT_COLLECTION = "semantic_index"
-INDEX_TYPES = ("HNSW", "IVF_SQ8", "HNSW_SQ", "DISKANN", "IVF_FLAT", "FLAT", "AUTOINDEX")
-EMBEDDED_TYPES = {"HNSW", "IVF_SQ8", "HNSW_SQ", "IVF_FLAT", "FLAT", "AUTOINDEX"}
-WIDTH_NAMES = {"HNSW": "ef", "HNSW_SQ": "ef", "DISKANN": "search_list", "IVF_SQ8": "nprobe", "IVF_FLAT": "nprobe"}
-PROPERTY = "semantic_index"  # of a collection: a `CollectionInfo` in JSON
-ID, TEXT, VECTOR = "id", "text", "vector"  # fields
-MAX_TEXT_BYTES = 65_535  # of a VarChar
 MAX_K = 16_384  # hits that Milvus returns for a query
-MAX_LISTS = 65_536  # of an IVF index
 RANGE_ROWS = 8_192  # documents that are checked and sent together
 BATCH_BYTES = 4 << 20  # of a request; a message queue takes 5 MiB by default, a server 64 MiB
 IN_FLIGHT = 4  # requests at a time
@@ -53,38 +58,12 @@ COUNT_SECONDS = 2.0
 MAX_STREAMED = 2_000_000  # vectors; reading them from a server takes minutes
 
 
-@dataclass(frozen=True)
-class CollectionInfo:
-    """What a collection holds, and how it is searched."""
-
-    model: str  # `Encoder.fingerprint` of its vectors
-    corpus: str  # `Corpus.sha256` of the corpus that it was built from
-    precision: str  # of the encoder
-    lowercase: bool  # see `document_id`
-    dimension: int
-    index_type: str = "HNSW"  # one of INDEX_TYPES
-    ef: int = 100  # candidates while searching: HNSW's ef, IVF's nprobe, DISKANN's search_list
-    target_recall: float = 0.0  # see `VectorIndex`
-
-    @property
-    def fingerprint(self) -> str:
-        """12 hexadecimal digits of a hash of all that is the same in an interrupted build and in its continuation."""
-        same = self.model, self.corpus, self.precision, self.dimension, self.index_type
-        return hashlib.sha256(json.dumps(same).encode()).hexdigest()[:12]
-
-
 class _IndexState(NamedTuple):
     """How far Milvus is with an index."""
 
     total: int  # rows
     indexed: int
     has_failed: bool
-
-
-def document_id(document: str, lowercase: bool = True) -> int:
-    """The id of a document in Milvus: 63 bits of the BLAKE2b hash of its `text_key`, the same for every writer."""
-    digest = hashlib.blake2b(text_key(document, lowercase).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class MilvusIndex(ApproximateIndex):
@@ -545,34 +524,6 @@ class MilvusDocuments(Mapping[int, str]):
         self._found.update(documents)
         while len(self._found) > CACHED_DOCUMENTS:
             self._found.popitem(last=False)
-
-
-def alias_target(server: MilvusServer, client: Any, alias: str) -> str | None:
-    """The name of the collection that an alias names; None if there is no such alias. Raises InputError."""
-    try:
-        with milvus_errors(server, alias):
-            found = client.describe_alias(alias, timeout=server.call_seconds)
-    except CollectionMissing:
-        return None
-    return str(found["collection_name"])
-
-
-def build_parameters(index_type: str, options: IndexOptions, rows: int) -> dict[str, int | str]:
-    """The parameters of Milvus's index. IVF: 4 sqrt(rows) lists, as Milvus's documentation advises."""
-    if index_type.startswith("HNSW"):
-        graph: dict[str, int | str] = {"M": options.hnsw_m, "efConstruction": options.hnsw_ef}
-        return {**graph, "sq_type": "SQ8"} if index_type == "HNSW_SQ" else graph
-    if index_type.startswith("IVF"):
-        return {"nlist": min(MAX_LISTS, max(1, round(4 * math.sqrt(rows))))}
-    return {}
-
-
-def check_sizes(texts: Sequence[str], first_row: int) -> None:
-    """Raises InputError for a document that is too long for Milvus. first_row: the number of the first text."""
-    for row, text in enumerate(texts, first_row):
-        if len(text) * 4 > MAX_TEXT_BYTES and len(text.encode()) > MAX_TEXT_BYTES:
-            problem = f"document {row} (counted from 0) has {len(text.encode())} bytes"
-            raise InputError(f"{problem}, and Milvus takes up to {MAX_TEXT_BYTES}; shorten it")
 
 
 def _batches(texts: Sequence[str], dim: int) -> Iterator[slice]:

@@ -18,7 +18,8 @@ from common.texts import DOCUMENT
 from encoding.encoder import Encoder
 from retrieval.corpus import Corpus
 from retrieval.milvus_bulk import import_corpus
-from retrieval.milvus_index import RANGE_ROWS, CollectionInfo, MilvusIndex
+from retrieval.milvus_collection import CollectionInfo
+from retrieval.milvus_index import RANGE_ROWS, MilvusIndex
 from retrieval.milvus_place import MilvusOptions, MilvusPlace
 from retrieval.pipeline import encoded_corpus, tune
 from retrieval.saved_index import DocumentIndex

@@ -10,7 +10,8 @@ from common.files import make_folder, read_json, write_json
 from common.logs import log
 from retrieval.corpus import Corpus
 from retrieval.milvus_bulk import BulkFolder
-from retrieval.milvus_index import DEFAULT_COLLECTION, INDEX_TYPES, MilvusIndex, alias_target
+from retrieval.milvus_collection import DEFAULT_COLLECTION, INDEX_TYPES, alias_target
+from retrieval.milvus_index import MilvusIndex
 from retrieval.milvus_server import TOKEN_VARIABLE, MilvusServer, check_address, connect
 
 MILVUS = "milvus"

@@ -6,7 +6,7 @@
 #
 # All other arguments go to pytest: sh scripts/test.sh -k recall
 #
-# The tests of the C++ server and of the search page need Debian or Ubuntu packages. As root this installs them; otherwise
+# The tests of the C++ server and of the pages need Debian or Ubuntu packages. As root this installs them; otherwise
 # it leaves those tests out and says so.
 set -eu
 
@@ -21,8 +21,8 @@ done
 
 if [ -n "$fast" ]; then
     sh scripts/setup.sh --fast-tests
-    marks='not process and not server and not cpp'
-    left_out='tests of processes, of services, of the C++ server'
+    marks='not process and not server and not browser and not cpp'
+    left_out='tests of processes, of services, of pages, of the C++ server'
     if [ ! -e .venv/setup/onnx ]; then
         marks="$marks and not onnx"
         left_out="$left_out, of ONNX"
@@ -46,7 +46,7 @@ else
         marks='not cpp'
     fi
     if ! command -v chromedriver >/dev/null; then
-        echo "test: left out: the tests of the search page; they need Chromium" >&2
+        echo "test: left out: the tests of pages in a browser; they need Chromium" >&2
         marks="${marks:+$marks and }not browser"
     fi
     [ -z "$marks" ] || set -- -m "$marks" "$@"

@@ -12,7 +12,8 @@ from ann_util import check_unit_vectors
 from common.errors import InputError
 from retrieval.hybrid_search import VECTOR, by_vectors
 from retrieval.live_index import Added
-from retrieval.milvus_index import MAX_TEXT_BYTES, MilvusIndex
+from retrieval.milvus_collection import MAX_TEXT_BYTES
+from retrieval.milvus_index import MilvusIndex
 from retrieval.milvus_place import MilvusPlace
 from retrieval.milvus_server import CollectionMissing, MilvusUnavailable
 from serving.limits import BAD_REQUEST, FORBIDDEN, NO_SEARCH, RequestError, service_log

@@ -1,18 +1,18 @@
 """The page on which a search is tried in a browser."""
 
-import base64
-import hashlib
 import re
 from pathlib import Path
 
+from reporting.page import read_theme, source_hash
 from serving.http_messages import HttpAnswer
 
 PAGE_FILE = Path(__file__).with_name("page.html")
+THEME = "/* reporting/theme.css */\n"  # where the page has it
 
 
 def read_page() -> HttpAnswer:
     """The page, with headers under which a browser runs nothing but its own script and asks nobody but this service."""
-    content = PAGE_FILE.read_text(encoding="utf-8")
+    content = PAGE_FILE.read_text(encoding="utf-8").replace(THEME, read_theme())
     policy = {
         "default-src": "'none'",
         "script-src": _hash_of(content, "script"),
@@ -32,9 +32,8 @@ def read_page() -> HttpAnswer:
 
 
 def _hash_of(content: str, element: str) -> str:
-    """The source expression for an inline element (Content Security Policy Level 3, section 2.3.1)."""
+    """The `source_hash` of an inline element."""
     found = re.search(f"<{element}>(.*?)</{element}>", content, re.DOTALL)
     if found is None:
         raise ValueError(f"{PAGE_FILE} has no {element}")
-    digest = hashlib.sha256(found[1].encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
+    return source_hash(found[1])

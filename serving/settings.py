@@ -19,7 +19,7 @@ from common.errors import InputError
 from common.files import open_for_reading
 from common.logs import log
 from common.options import PRECISIONS
-from retrieval.milvus_index import DEFAULT_COLLECTION
+from retrieval.milvus_collection import DEFAULT_COLLECTION
 from retrieval.milvus_place import MILVUS, MilvusOptions, MilvusPlace, find_place
 from retrieval.milvus_server import TOKEN_VARIABLE
 from serving.limits import MAX_TOP_K

@@ -1,4 +1,4 @@
-"""The HNSW index and the exact search: one contract, checked against a full sort."""
+"""The HNSW index and the exact search, beside what retrieval/test_index_contract.py checks of every index."""
 
 import argparse
 import os
@@ -68,22 +68,6 @@ def hnsw_index(vectors: np.ndarray, **options: int) -> HnswIndex:
     return index
 
 
-def test_finds_what_a_full_sort_finds(ann: str) -> None:
-    vectors, queries = random_vectors(500, 0), random_vectors(40, 1)
-    ids, similarities = build_index(IndexOptions(ann), vectors).search(queries, 10)
-    expected_ids, expected = full_sort(vectors, queries, 10)
-    np.testing.assert_array_equal(ids, expected_ids)
-    np.testing.assert_allclose(similarities, expected, atol=1e-6)
-    assert (ids.dtype, similarities.dtype) == (np.int64, np.float32)
-
-
-def test_similarities_descend_and_belong_to_their_ids(ann: str) -> None:
-    vectors, queries = random_vectors(300, 2), random_vectors(20, 3)
-    ids, similarities = build_index(IndexOptions(ann), vectors).search(queries, 50)
-    assert (np.diff(similarities, axis=1) <= 0).all()
-    np.testing.assert_allclose(similarities, np.einsum("qd,qkd->qk", queries, vectors[ids]), atol=1e-6)
-
-
 def test_batches_number_their_rows_on(ann: str) -> None:
     vectors = random_vectors(90, 4)
     index: VectorIndex = ExactIndex(DIM) if ann == "exact" else HnswIndex(DIM, 90)
@@ -92,32 +76,6 @@ def test_batches_number_their_rows_on(ann: str) -> None:
     assert len(index) == 90
     ids, similarities = index.search(vectors, 1)
     np.testing.assert_array_equal(ids[:, 0], np.arange(90))
-    np.testing.assert_allclose(similarities, 1, atol=1e-6)
-
-
-def test_k_above_the_corpus_gives_every_document(ann: str) -> None:
-    vectors = random_vectors(7, 5)
-    ids, similarities = build_index(IndexOptions(ann), vectors).search(vectors[:3], 50)
-    assert ids.shape == similarities.shape == (3, 7)
-    np.testing.assert_array_equal(np.sort(ids, axis=1), np.tile(np.arange(7), (3, 1)))
-
-
-def test_a_corpus_of_one_document(ann: str) -> None:
-    vectors = random_vectors(1, 6)
-    ids, similarities = build_index(IndexOptions(ann), vectors).search(-vectors, 10)
-    assert ids.tolist() == [[0]]
-    np.testing.assert_allclose(similarities, [[-1]], atol=1e-6)
-
-
-def test_no_queries_no_answers(ann: str) -> None:
-    ids, similarities = build_index(IndexOptions(ann), random_vectors(9, 7)).search(np.empty((0, DIM), np.float32), 4)
-    assert ids.shape == similarities.shape == (0, 4)
-
-
-def test_equal_documents_are_all_found(ann: str) -> None:
-    vectors = np.repeat(random_vectors(30, 8), 4, axis=0)
-    ids, similarities = build_index(IndexOptions(ann), vectors).search(vectors[::4], 4)
-    np.testing.assert_array_equal(np.sort(ids, axis=1), np.arange(120).reshape(30, 4))
     np.testing.assert_allclose(similarities, 1, atol=1e-6)
 
 
@@ -228,40 +186,6 @@ def test_hnsw_uses_the_cores_of_the_machine_or_the_threads_asked_for() -> None:
     one, all_cores = hnsw_index(vectors, threads=1), hnsw_index(vectors)
     assert (one._index.num_threads, all_cores._index.num_threads) == (1, cpu_count())
     np.testing.assert_array_equal(one.search(vectors, 5)[0], all_cores.search(vectors, 5)[0])
-
-
-@pytest.mark.parametrize(
-    ("vectors", "message"),
-    [
-        (np.ones(4, np.float32) / 2, r"shape \(4,\)"),
-        (np.ones((2, 3, 4), np.float32), r"shape \(2, 3, 4\)"),
-        (np.empty((0, 4), np.float32), "corpus is empty"),
-        (np.float32([[1, 0], [0, 1], [np.nan, 0], [np.nan, 0]]), "corpus vector 2 .* norm nan"),
-        (np.float32([[1, 0], [np.inf, 0]]), "corpus vector 1 .* norm inf"),
-        (np.float32([[0, 0], [0, 1]]), "corpus vector 0 .* norm 0 "),
-        (np.float32([[1, 0], [1, 1]]), "corpus vector 1 .* norm 1.414 "),
-    ],
-)
-def test_refuses_a_corpus_that_is_not_rows_of_unit_vectors(ann: str, vectors: np.ndarray, message: str) -> None:
-    with pytest.raises(InputError, match=message) as error:
-        build_index(IndexOptions(ann), vectors)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("queries", "k", "message"),
-    [
-        (np.eye(3, dtype=np.float32), 5, r"query vectors have the shape \(3, 3\), where \[rows, 2\]"),
-        (np.float32([1, 0]), 5, r"shape \(2,\)"),
-        (np.float32([[1, 0], [0, np.nan]]), 5, "query vector 1 .* norm nan"),
-        (np.float32([[0, 0]]), 5, "query vector 0 .* norm 0 "),
-        (np.float32([[1, 0]]), 0, "0 documents"),
-    ],
-)
-def test_refuses_bad_queries(ann: str, queries: np.ndarray, k: int, message: str) -> None:
-    index = build_index(IndexOptions(ann), np.float32([[1, 0], [0, 1]]))
-    with pytest.raises(InputError, match=message):
-        index.search(queries, k)
 
 
 @pytest.mark.parametrize("make", [lambda: ExactIndex(DIM), lambda: HnswIndex(DIM, 9)], ids=["exact", "hnswlib"])

@@ -85,7 +85,9 @@ def test_services_over_one_collection(
     milvus_program: Path, checkpoint: Path, exported: Path, keys: Path, tmp_path: Path, stack: ExitStack
 ) -> None:
     """Both answer with the same hits, take documents for each other, and outlive a rebuild and an outage."""
-    milvus = stack.enter_context(running_milvus(milvus_program, tmp_path / "milvus", authorization=True))
+    milvus = stack.enter_context(
+        running_milvus(milvus_program, tmp_path / "milvus", authorization=True, session_seconds=5)
+    )
     build(checkpoint, milvus, tmp_path / "corpus.csv", TITLES)
     options = [*place_options(milvus), "--writable", "--api_key_file", str(keys), "--threads", "1"]
     first, second = (stack.enter_context(running_service(exported, *options)) for _ in range(2))
@@ -113,7 +115,9 @@ def test_services_over_one_collection(
     milvus.kill()
     check_outage((first, second))
     port = int(milvus.uri.rsplit(":", 1)[1])
-    stack.enter_context(running_milvus(milvus_program, tmp_path / "milvus", authorization=True, port=port))
+    stack.enter_context(
+        running_milvus(milvus_program, tmp_path / "milvus", authorization=True, port=port, session_seconds=5)
+    )
     check_return((first, second), version)
     for service in (first, second):
         told = "".join(service.log) + "".join(

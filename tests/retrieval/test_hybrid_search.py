@@ -13,7 +13,18 @@ from data import ranking_by_query
 from helpers import unit_vectors, write_pairs
 from retrieval import hybrid_search
 from retrieval.corpus import read_corpus
-from retrieval.hybrid_search import HYBRID, LEXICAL, VECTOR, SearchHits, fuse, hits_of, search, tune_fusion, way_of
+from retrieval.hybrid_search import (
+    HYBRID,
+    LEXICAL,
+    VECTOR,
+    SearchHits,
+    bm25_search,
+    fuse,
+    hits_of,
+    search,
+    tune_fusion,
+    way_of,
+)
 from retrieval.lexical_index import Fusion, LexicalIndex
 from retrieval.metrics import evaluate
 from retrieval.saved_index import DocumentIndex
@@ -139,3 +150,8 @@ def test_each_weight_and_k_and_both_ways_are_judged_as_evaluate_judges_their_res
         assert (recall, mrr) == (expected.recall[{1: 1, 7: 5, 20: 20}[k]], expected.mrr)
     scores = [(each.recall, each.mrr) for each in judged]
     assert scores == sorted(scores, reverse=True) and scores[0] > scores[-1]
+
+
+def test_bm25_of_a_tiny_corpus_and_an_unknown_query() -> None:
+    hits = list(bm25_search(["水稻", "海洋"], ["水稻产量"], k=50))
+    assert [(hit.query, hit.document) for hit in hits] == [("水稻", "水稻产量")]

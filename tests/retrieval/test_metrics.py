@@ -45,15 +45,15 @@ def test_equals_ir_measures(recall_num: int, seed: int) -> None:
 
 
 def test_metrics_of_one_query_by_hand() -> None:
-    ranked, positives = [["a", "x", "b", "c"]], [{"b", "c", "d"}]
-    assert recall_at_k(ranked, positives, 2) == 0
-    assert recall_at_k(ranked, positives, 3) == pytest.approx(1 / 3)
-    assert recall_at_k(ranked, positives, 50) == pytest.approx(2 / 3)
-    assert mrr_at_k(ranked, positives, 2) == 0
-    assert mrr_at_k(ranked, positives, 3) == pytest.approx(1 / 3)
+    documents, titles = ["a", "x", "b", "c"], {"b", "c", "d"}
+    assert recall_at_k(documents, titles, 2) == 0
+    assert recall_at_k(documents, titles, 3) == pytest.approx(1 / 3)
+    assert recall_at_k(documents, titles, 50) == pytest.approx(2 / 3)
+    assert mrr_at_k(documents, titles, 2) == 0
+    assert mrr_at_k(documents, titles, 3) == pytest.approx(1 / 3)
     ideal = 1 + 1 / math.log2(3) + 1 / 2
-    assert ndcg_at_k(ranked, positives, 4) == pytest.approx((1 / 2 + 1 / math.log2(5)) / ideal)
-    assert ndcg_at_k([["b"]], positives, 1) == 1
+    assert ndcg_at_k(documents, titles, 4) == pytest.approx((1 / 2 + 1 / math.log2(5)) / ideal)
+    assert ndcg_at_k(["b"], titles, 1) == 1
 
 
 def test_every_title_of_a_query_is_a_positive_and_each_query_counts_once() -> None:

@@ -18,7 +18,8 @@ from milvus_helpers import Milvus
 from retrieval import milvus_bulk
 from retrieval.corpus import Corpus, read_corpus
 from retrieval.milvus_bulk import BulkFolder, ImportJobs, bulk_files, import_corpus
-from retrieval.milvus_index import CollectionInfo, MilvusIndex, document_id
+from retrieval.milvus_collection import CollectionInfo, document_id
+from retrieval.milvus_index import MilvusIndex
 from retrieval.milvus_place import MilvusOptions, find_place
 from retrieval.milvus_server import MilvusServer
 

@@ -17,7 +17,8 @@ from common.errors import InputError
 from helpers import ROOT, unit_vectors
 from milvus_helpers import Milvus, running_milvus
 from retrieval import milvus_server
-from retrieval.milvus_index import CollectionInfo, MilvusIndex
+from retrieval.milvus_collection import CollectionInfo
+from retrieval.milvus_index import MilvusIndex
 from retrieval.milvus_server import CollectionMissing, MilvusServer, MilvusUnavailable, connect
 
 pytestmark = pytest.mark.milvus
@@ -30,7 +31,8 @@ from ann_util import IndexOptions
 from common.cli import run
 from helpers import unit_vectors
 from retrieval import milvus_index
-from retrieval.milvus_index import CollectionInfo, MilvusIndex
+from retrieval.milvus_collection import CollectionInfo
+from retrieval.milvus_index import MilvusIndex
 from retrieval.milvus_server import MilvusServer
 
 milvus_index.RANGE_ROWS, milvus_index.BATCH_BYTES, milvus_index.CALL_SECONDS = 1000, 20_000, 5
@@ -86,7 +88,7 @@ def check_complete(server: MilvusServer, alias: str) -> None:
 @pytest.fixture
 def own(milvus_program: Path, tmp_path: Path) -> Iterator[Milvus]:
     """A server that a test may kill."""
-    with running_milvus(milvus_program, tmp_path / "milvus") as milvus:
+    with running_milvus(milvus_program, tmp_path / "milvus", session_seconds=5) as milvus:
         yield milvus
 
 
@@ -106,7 +108,7 @@ def test_a_load_goes_on_after_its_client_was_killed(milvus: Milvus) -> None:
 @pytest.mark.process
 def test_a_load_goes_on_after_its_server_was_killed(milvus_program: Path, tmp_path: Path) -> None:
     for seconds in (0.7,):
-        with running_milvus(milvus_program, tmp_path / "milvus") as milvus:
+        with running_milvus(milvus_program, tmp_path / "milvus", session_seconds=5) as milvus:
             loader = start_loader(MilvusServer(milvus.uri), "killed")
             assert loader.stdout and loader.stderr
             assert loader.stdout.readline() == "loading\n", loader.stderr.read()
@@ -115,7 +117,7 @@ def test_a_load_goes_on_after_its_server_was_killed(milvus_program: Path, tmp_pa
             _, log = loader.communicate(timeout=200)
         assert loader.returncode == 2 and "Traceback" not in log
         assert log.strip().splitlines()[-1].startswith(f"error: Milvus at {milvus.uri}: doesn't answer; see whether")
-    with running_milvus(milvus_program, tmp_path / "milvus") as milvus:
+    with running_milvus(milvus_program, tmp_path / "milvus", session_seconds=5) as milvus:
         check_complete(MilvusServer(milvus.uri), "killed")
 
 

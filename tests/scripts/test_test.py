@@ -64,7 +64,7 @@ def test_without_debian_s_packages(copy: Path, has_packages: bool, has_chromium:
         marks.append("not cpp")
     if not has_chromium:
         (copy / "bin" / "chromedriver").unlink()
-        expected.append("test: left out: the tests of the search page; they need Chromium")
+        expected.append("test: left out: the tests of pages in a browser; they need Chromium")
         marks.append("not browser")
     done = run(copy)
     assert done.stderr.splitlines() == expected
@@ -80,12 +80,12 @@ def test_fast_tests_build_and_install_nothing_more(copy: Path, arguments: tuple[
         (copy / ".venv/setup" / extra).touch()
     done = run(copy, *arguments)
     assert done.stderr == (
-        "test: left out: tests of processes, of services, of the C++ server; sh scripts/test.sh runs them\n"
+        "test: left out: tests of processes, of services, of pages, of the C++ server; sh scripts/test.sh runs them\n"
     )
     setup, *linters, pytest_call, fast = done.stdout.splitlines()
     assert (setup, fast) == ("setup.sh --fast-tests", "fast: 1")
     assert not [line for line in linters if not line.startswith(("python -m ruff ", "python -m mypy "))]
-    assert pytest_call == "python -m pytest -m not process and not server and not cpp -k recall"
+    assert pytest_call == "python -m pytest -m not process and not server and not browser and not cpp -k recall"
 
 
 def test_fast_tests_without_extras_leave_their_tests_out(copy: Path) -> None:

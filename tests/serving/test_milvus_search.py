@@ -14,7 +14,8 @@ import pytest
 from ann_util import IndexOptions
 from common.errors import InputError
 from retrieval import milvus_index
-from retrieval.milvus_index import CollectionInfo, MilvusIndex, document_id
+from retrieval.milvus_collection import CollectionInfo, document_id
+from retrieval.milvus_index import MilvusIndex
 from retrieval.milvus_place import EMBEDDED_FOLDER, MilvusPlace
 from retrieval.milvus_server import MilvusServer
 from service_helpers import (

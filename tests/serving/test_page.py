@@ -12,11 +12,11 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
 
 import export_model
 import recall
 from benchmarks.service_clients import HOST, Service, running_service, urlopen
+from browser_helpers import at, complaints, contrast, luminance, new_window, set_scheme, texts
 from helpers import all_pairs, make_model_folder, new_model, write_pairs
 from modeling.checkpoint import save_checkpoint
 from retrieval.hybrid_search import MODES
@@ -67,27 +67,13 @@ def browse() -> Iterator[Browse]:
 
     def open_window(service: Service, query: str = "", language: str = "en", login: str = "") -> webdriver.Chrome:
         if language not in windows:
-            options = webdriver.ChromeOptions()
-            arguments = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--no-proxy-server")
-            for argument in (*arguments, f"--lang={language}", "--window-size=1000,900"):
-                options.add_argument(argument)
-            options.add_experimental_option("prefs", {"intl.accept_languages": language})
-            options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-            windows[language] = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
+            windows[language] = new_window(language)
         windows[language].get(f"http://{login}{HOST}:{service.http_port}/{query}")
         return windows[language]
 
     yield open_window
     for window in windows.values():
         window.quit()
-
-
-def at(window: webdriver.Chrome, selector: str) -> WebElement:
-    return window.find_element(By.CSS_SELECTOR, selector)
-
-
-def texts(window: webdriver.Chrome, selector: str) -> list[str]:
-    return [element.text for element in window.find_elements(By.CSS_SELECTOR, selector)]
 
 
 def wait(condition: Callable[[], object]) -> None:
@@ -101,11 +87,6 @@ def wait_for_hits(window: webdriver.Chrome) -> list[str]:
     """The documents that are shown once a search has been answered."""
     wait(lambda: "documents in" in at(window, "#status").text or "用时" in at(window, "#status").text)
     return texts(window, "#hits .document")
-
-
-def complaints(window: webdriver.Chrome) -> list[str]:
-    """What Chromium's console says, such as what the policy has blocked."""
-    return [entry["message"] for entry in window.get_log("browser")]
 
 
 def api(service: Service, query: str, top_k: int, **mode: str) -> list[dict]:
@@ -331,8 +312,7 @@ def test_both_languages_have_all_texts() -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_follows_the_system_s_colours(service: Service, browse: Browse, scheme: str) -> None:
     window = browse(service)
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    window.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    set_scheme(window, scheme)
     text, page = (at(window, "body").value_of_css_property(name) for name in ("color", "background-color"))
     assert (luminance(text) > luminance(page)) == (scheme == "dark")
     assert contrast(text, page) > 7
@@ -341,19 +321,6 @@ def test_it_follows_the_system_s_colours(service: Service, browse: Browse, schem
     button = at(window, "#search button")
     colours = (button.value_of_css_property(name) for name in ("color", "background-color"))
     assert contrast(*colours) > 4.5
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance (WCAG 2.2) of an rgb() or rgba() colour."""
-    channels = [int(number) / 255 for number in colour.partition("(")[2].split(")")[0].split(",")[:3]]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(first: str, second: str) -> float:
-    """Contrast ratio (WCAG 2.2)."""
-    low, high = sorted((luminance(first), luminance(second)))
-    return (high + 0.05) / (low + 0.05)
 
 
 def test_it_fits_a_phone(service_with_words: Service, browse: Browse) -> None:

@@ -1,0 +1,1 @@
+"""Reports as HTML: a file each, which needs nothing from outside."""
