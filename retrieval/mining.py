@@ -136,7 +136,7 @@ class MinedBlocks:
                 self.write(number, mine(self.rows[number]))
                 progress.update(len(self.rows[number]))
         barrier()
-        if self.missing():
+        if rank == 0 and self.missing():  # rank 0 alone needs all, and may have removed the folder already
             raise InputError(f"{self.folder}: lacks blocks of other processes; all machines must see the same folder")
 
     def _file(self, number: int) -> Path:

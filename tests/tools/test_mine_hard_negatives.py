@@ -263,9 +263,10 @@ def test_bad_options_are_refused(
 
 @pytest.mark.process
 def test_two_ranks_share_the_blocks_and_write_the_same(arguments: list[str], tmp_path: Path) -> None:
+    """Rank 1 leaves a barrier late, when rank 0 may have finished."""
     program = tmp_path / "mine.py"
     program.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
         "from common.cli import run\nfrom common.paddle_setup import set_up_paddle\nset_up_paddle()\n"
         "from retrieval import mining\nfrom tools import mine_hard_negatives\nmining.BLOCK_PAIRS = 16\n"
         "write = mining.MinedBlocks.write\n"
@@ -273,6 +274,11 @@ def test_two_ranks_share_the_blocks_and_write_the_same(arguments: list[str], tmp
         "    write(self, number, mined)\n"
         "    print('rank', os.environ['PADDLE_TRAINER_ID'], 'block', number)\n"
         "mining.MinedBlocks.write = report\n"
+        "barrier = mining.barrier\n"
+        "def late_barrier():\n"
+        "    barrier()\n"
+        "    time.sleep(0.3 * int(os.environ['PADDLE_TRAINER_ID']))\n"
+        "mining.barrier = late_barrier\n"
         "run(mine_hard_negatives.main)\n",
         encoding="utf-8",
     )
