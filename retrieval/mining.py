@@ -14,7 +14,7 @@ from ann_util import IndexOptions
 from common.distributed import barrier, init_ranks
 from common.errors import InputError
 from common.files import atomic_write, clear_leftovers, make_folder, read_json, write_json, write_or_compare
-from common.logs import is_main_process, progress_bar
+from common.logs import is_main_process, log, progress_bar
 from common.texts import DOCUMENT, QUERY
 from data import TextPair
 from encoding.encoder import Encoder
@@ -24,7 +24,7 @@ from retrieval.pipeline import encode_corpus, encode_queries, open_or_build_inde
 from retrieval.saved_index import LocalDocumentIndex, load_index
 from retrieval.teachers import Teacher, TeacherEncoder
 
-BLOCK_PAIRS = 1024  # which an interruption can cost: less than a minute with a 12-layer ERNIE on 2 cores
+BLOCK_PAIRS = 1024  # an interruption costs the block: less than a minute of encoding with a 12-layer ERNIE on 2 cores
 METADATA_FILE = "mining.json"
 INDEX_FOLDER, VECTORS_FOLDER, TEACHER_FOLDER = "index", "vectors", "teacher_vectors"
 
@@ -130,7 +130,10 @@ class MinedBlocks:
     def mine_missing(self, mine: Callable[[range], Mined]) -> None:
         """Mines the blocks that are missing; each rank a share of them. Raises InputError as `Miner` does."""
         rank, world_size = init_ranks()
-        numbers = [number for number in self.missing() if number % world_size == rank]
+        missing = self.missing()
+        if len(missing) < len(self.rows):
+            log(f"{self.folder}: goes on; {len(self.rows) - len(missing)} of {len(self.rows)} blocks are done")
+        numbers = [number for number in missing if number % world_size == rank]
         with progress_bar(sum(len(self.rows[number]) for number in numbers), "mining", "pair") as progress:
             for number in numbers:
                 self.write(number, mine(self.rows[number]))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.errors import InputError
@@ -62,23 +63,24 @@ def twin(
     share: float = 0.95,
 ) -> Lines:
     """All cosines, sorted; then one rule after the other."""
-    vectors = encoder.encode(documents)
+    vectors = [
+        [judge.encode(texts) for texts in ([pair.query for pair in pairs], [pair.title for pair in pairs], documents)]
+        for judge in (encoder, teacher or encoder)
+    ]
+    (queries, _, found), (judged_queries, judged_titles, judged) = vectors
+    document_keys, document_terms = [text_key(text) for text in documents], [terms_of(text) for text in documents]
     lines = []
-    for pair in pairs:
-        query, title = encoder.encode([pair.query, pair.title])
-        ranked = sorted(range(len(documents)), key=lambda row: -(vectors[row] @ query))[from_rank - 1 : to_rank]
-        judge = teacher or encoder
-        query, title = judge.encode([pair.query, pair.title])
-        limit = share * (query @ title)
-        scores = judge.encode([documents[row] for row in ranked]) @ query
+    for number, pair in enumerate(pairs):
+        ranked = np.argsort(-found @ queries[number])[from_rank - 1 : to_rank].tolist()
+        scores, limit = judged @ judged_queries[number], share * (judged_titles[number] @ judged_queries[number])
         texts = [pair.query, *(each.title for each in pairs if text_key(each.query) == text_key(pair.query))]
         keys, terms = {text_key(text) for text in texts}, [terms_of(text) for text in texts]
         kept = [
             documents[row]
-            for row, score in zip(ranked, scores, strict=True)
-            if text_key(documents[row]) not in keys
-            and score <= limit
-            and all(jaccard(terms_of(documents[row]), each) < 0.8 for each in terms)
+            for row in ranked
+            if document_keys[row] not in keys
+            and scores[row] <= limit
+            and all(jaccard(document_terms[row], each) < 0.8 for each in terms)
         ]
         lines.append([pair.query, pair.title, *kept[:negatives]])
     return lines
@@ -200,7 +202,11 @@ def test_scores_of_a_file_decide(
 
 
 def test_an_interrupted_run_goes_on(
-    arguments: list[str], tmp_path: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    tmp_path: Path,
+    encoded: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With the finished blocks and vectors of the first one, and only with the same options."""
     assert mine_hard_negatives.main([*arguments, "--output", str(tmp_path / "whole.csv")]) == 0
@@ -223,6 +229,7 @@ def test_an_interrupted_run_goes_on(
     encoded.clear()
     assert mine_hard_negatives.main(arguments) == 0
     assert mined == [0, 16, 32, 32]
+    assert "hard.csv.mining: goes on; 2 of 3 blocks are done\n" in capsys.readouterr().err
     assert not encoded
     assert (tmp_path / "hard.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert not work.exists()
