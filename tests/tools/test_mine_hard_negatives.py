@@ -223,7 +223,8 @@ def test_an_interrupted_run_goes_on(
     with pytest.raises(KeyboardInterrupt):
         mine_hard_negatives.main(arguments)
     assert not (tmp_path / "hard.csv").exists()
-    assert [path.name for path in sorted(work.glob("block*"))] == ["block_000000.json", "block_000001.json"]
+    kept = ["block_000000.json", "block_000001.json", "index", "mining.json", "vectors"]
+    assert sorted(path.name for path in work.iterdir()) == kept
     with pytest.raises(InputError, match=r"hard.csv.mining: an interrupted run has mined there with another negatives"):
         mine_hard_negatives.main([*arguments, "--negatives", "2"])
     encoded.clear()
