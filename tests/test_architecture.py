@@ -21,7 +21,7 @@ FLOORS = (  # a module may import its own package and all floors below, but noth
     {"retrieval"},
     {"reporting"},
     {"batch_negative", "serving"},
-    {*SCRIPTS, "deploy"},
+    {*SCRIPTS, "deploy", "tools"},
 )
 FLOOR_OF = {package: number for number, packages in enumerate(FLOORS) for package in packages}
 LONGEST_FUNCTION, LONGEST_MAIN, LONGEST_DATA = 80, 59, 449  # lines
@@ -49,6 +49,7 @@ def read_sources() -> dict[str, str]:
             files[module.removesuffix(".__init__")] = path
     for path in (ROOT / "deploy").rglob("*.py"):
         files[f"deploy.{path.parent.name}.{path.stem}"] = path
+    files |= {f"tools.{path.stem}": path for path in (ROOT / "tools").glob("*.py")}
     return {module: path.read_text(encoding="utf-8") for module, path in files.items()}
 
 
