@@ -57,5 +57,6 @@ def progress_bar(total: int, desc: str, unit: str, *, unit_scale: bool = False) 
     """
     if sys.stderr.isatty():
         layout = {"unit": unit, "unit_scale": unit_scale, "dynamic_ncols": True}
-        return tqdm(total=total, desc=desc, delay=SECONDS_BEFORE_BAR, **layout)
+        # leave=None: a bar within another one, as of a search while mining, disappears at its end.
+        return tqdm(total=total, desc=desc, delay=SECONDS_BEFORE_BAR, leave=None, **layout)
     return LineProgress(total, desc, unit, unit_scale)

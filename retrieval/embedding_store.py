@@ -11,7 +11,16 @@ import numpy as np
 
 from ann_util import check_unit_vectors
 from common.errors import InputError
-from common.files import LOCK_FILE, TEMPORARY_SUFFIX, locked, make_folder, read_json, sha256, write_json
+from common.files import (
+    LOCK_FILE,
+    TEMPORARY_SUFFIX,
+    locked,
+    make_folder,
+    read_json,
+    sha256,
+    write_json,
+    write_or_compare,
+)
 from data import write_vectors
 
 SHARD_ROWS = 8192  # documents per shard, which a kill can cost: 1 to 3 minutes with a 12-layer ERNIE on 2 cores
@@ -65,14 +74,9 @@ class Embeddings:
         self.folder, self.metadata = Path(folder), metadata
         self.shape = (metadata.documents, metadata.dimension)
         self._checked: set[int] = set()  # numbers of the shards whose hash has been compared
-        file = self.folder / METADATA_FILE
-        if not file.exists():  # all ranks may write it at once, with the same content
-            write_json(file, metadata._asdict())
-        saved = read_json(file)
-        for name, value in metadata._asdict().items():
-            if saved.get(name) != value:
-                problem = f"holds the vectors of another {name} ({saved.get(name)}, not {value})"
-                raise InputError(f"{self.folder}: {problem}; give another folder, or remove this one to encode anew")
+        if difference := write_or_compare(self.folder / METADATA_FILE, metadata._asdict()):
+            remedy = "give another folder, or remove this one to encode anew"
+            raise InputError(f"{self.folder}: holds the vectors of another {difference}; {remedy}")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -104,6 +108,18 @@ class Embeddings:
             for number in range(start // size, -(-stop // size))
         ]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, self.shape[1]), np.float32), *parts])
+
+    def inner_products(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Those of each query with its rows, float32 [Q, k]. queries: float32 [Q, D]; rows: int64 [Q, k].
+
+        Raises InputError as an access does.
+        """
+        numbers, products = rows // self.metadata.shard_rows, np.empty(rows.shape, np.float32)
+        for number in np.unique(numbers).tolist():  # one shard in memory at a time
+            places = np.nonzero(numbers == number)
+            vectors = self._read(number)[rows[places] - number * self.metadata.shard_rows]
+            products[places] = np.einsum("nd,nd->n", queries[places[0]], vectors)
+        return products
 
     def _read(self, number: int) -> np.ndarray:
         """A shard as a memory map; compares its hash the first time."""

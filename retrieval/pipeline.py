@@ -53,7 +53,7 @@ def pair_cosines(encoder: Encoder, queries: Sequence[str], titles: Sequence[str]
     return encode_on_all_ranks(len(queries), 1, cosines)[:, 0]
 
 
-def encode_corpus(encoder: Encoder, corpus: Corpus, folder: Path) -> Embeddings:
+def encode_corpus(encoder: Encoder, corpus: Corpus | Documents, folder: Path) -> Embeddings:
     """The vectors of all documents, on disk. Existing shards are reused; the ranks divide the missing ones.
 
     Raises InputError for a vector whose norm isn't 1, and if the folder has other vectors or isn't shared by all ranks.

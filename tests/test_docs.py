@@ -296,6 +296,9 @@ def check_files(block: str, folder: Path) -> None:
     if "recall.py" in block or "run_build_index" in block:
         check_recall_result(folder)
         assert (folder / "recall_log" / "workerlog.0").is_file() == ("--log_dir" in block)
+    if "mine_hard_negatives.py" in block:
+        train, mined = (read(folder / "recall" / name).splitlines() for name in ("train.csv", "train_hard.csv"))
+        assert ["\t".join(line.split("\t")[:2]) for line in mined] == train
     if "--resume_from" in block:
         assert (folder / "checkpoints" / "large_batch" / "model_2" / "manifest.json").is_file()  # 1,008 pairs
     if "export_model.py" in block:

@@ -46,6 +46,13 @@ def test_embeddings_read_like_an_array(tmp_path: Path, count: int) -> None:
             np.testing.assert_array_equal(stored[start:stop], vectors[start:stop])
 
 
+def test_inner_products_of_rows_in_any_shard(tmp_path: Path) -> None:
+    vectors, queries = unit_vectors(35, DIM), unit_vectors(6, DIM, seed=1)
+    rows = np.random.default_rng(0).integers(35, size=(6, 9))
+    expected = np.einsum("qd,qkd->qk", queries, vectors[rows])
+    np.testing.assert_allclose(written(tmp_path, vectors).inner_products(queries, rows), expected, atol=1e-6)
+
+
 def test_an_index_of_embeddings_equals_the_one_of_the_array(tmp_path: Path) -> None:
     """Both kinds of index read them a block at a time."""
     vectors, queries = unit_vectors(95, DIM), unit_vectors(7, DIM, seed=1)

@@ -1,0 +1,218 @@
+"""Mines the hard negatives of a training file, a block of its pairs at a time, which the ranks divide among them."""
+
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ann_util import IndexOptions
+from common.distributed import barrier, init_ranks
+from common.errors import InputError
+from common.files import atomic_write, clear_leftovers, make_folder, read_json, write_json, write_or_compare
+from common.logs import is_main_process, progress_bar
+from common.texts import DOCUMENT, QUERY
+from data import TextPair
+from encoding.encoder import Encoder
+from retrieval.corpus import Corpus
+from retrieval.hard_negatives import REASONS, KnownPositives, MiningRules, PairHits, choose_negatives, score_limits
+from retrieval.pipeline import encode_corpus, encode_queries, open_or_build_index, sample_of
+from retrieval.saved_index import LocalDocumentIndex, load_index
+from retrieval.teachers import Teacher, TeacherEncoder
+
+BLOCK_PAIRS = 1024  # which an interruption can cost: less than a minute with a 12-layer ERNIE on 2 cores
+METADATA_FILE = "mining.json"
+INDEX_FOLDER, VECTORS_FOLDER, TEACHER_FOLDER = "index", "vectors", "teacher_vectors"
+
+
+class Mined(NamedTuple):
+    """What was mined for some pairs."""
+
+    negatives: list[list[str]]  # of each pair, best first, those at random last
+    left_out: Counter[str]  # why hits were none, see `hard_negatives.REASONS`
+
+
+@dataclass(frozen=True)
+class Miner:
+    """Mines the hard negatives of pairs: `rules` say which hits of a pair's query are taken.
+
+    teacher: its scores are compared with the positive's, in place of the cosines of the encoder that searches.
+    """
+
+    pairs: Sequence[TextPair]
+    positives: KnownPositives
+    rules: MiningRules
+    encoder: Encoder
+    document_index: LocalDocumentIndex
+    teacher: Teacher | None = None
+
+    def __call__(self, rows: range) -> Mined:
+        """Mines for the pairs in these rows. Raises InputError as `VectorIndex.search` does."""
+        queries = list(dict.fromkeys(self.pairs[row].query for row in rows))
+        number_of_query = {query: number for number, query in enumerate(queries)}
+        query_of_row = np.array([number_of_query[self.pairs[row].query] for row in rows])
+        ids, scores, limits = self._search(queries, [self.pairs[row].title for row in rows], query_of_row)
+        positives = {}
+        mined = Mined([], Counter())
+        for row, number, limit in zip(rows, query_of_row.tolist(), limits.tolist(), strict=True):
+            if number not in positives:
+                positives[number] = self.positives.of(row)
+            hits = PairHits(ids[number].tolist(), scores[number].tolist(), limit)
+            chosen = choose_negatives(
+                hits, self.document_index.documents, positives[number], self.rules, row, mined.left_out
+            )
+            mined.negatives.append(chosen)
+        return mined
+
+    def _search(
+        self, queries: Sequence[str], titles: Sequence[str], query_of_title: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The ids and scores of each query's hits, [Q, k] each, and each title's `score_limits`, float32 [T]."""
+        query_vectors = self.encoder.encode(queries, role=QUERY)
+        ids, scores = self.document_index.index.search(query_vectors, self.rules.to_rank)
+        if self.teacher:
+            title_scores, scores = self.teacher(queries, titles, query_of_title, ids, self.document_index.documents)
+        else:
+            title_vectors = self.encoder.encode(titles, role=DOCUMENT)
+            title_scores = np.einsum("td,td->t", query_vectors[query_of_title], title_vectors)
+        return ids, scores, score_limits(title_scores, self.rules.max_relative_score)
+
+
+def sha256_of_pairs(pairs: Sequence[TextPair]) -> str:
+    """Hash of queries and titles in hex; it doesn't depend on line ends, skipped lines and other columns."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(f"{pair.query}\t{pair.title}\n".encode())
+    return digest.hexdigest()
+
+
+class MinedBlocks:
+    """What was mined for the blocks of a training file, in a folder, so that an interrupted run can be resumed.
+
+    metadata: all that decides on the result, as JSON values. Raises InputError if the folder is another one's.
+    """
+
+    def __init__(self, folder: Path, pair_count: int, metadata: Mapping[str, Any]) -> None:
+        self.folder = folder
+        if is_main_process():
+            make_folder(folder)
+            clear_leftovers(folder)
+        barrier()
+        if difference := write_or_compare(folder / METADATA_FILE, {**metadata, "block_pairs": BLOCK_PAIRS}):
+            problem = f"an interrupted run has mined there with another {difference}"
+            raise InputError(f"{folder}: {problem}; give the same again, or remove the folder to start anew")
+        starts = range(0, pair_count, BLOCK_PAIRS)
+        self.rows = [range(start, min(start + BLOCK_PAIRS, pair_count)) for start in starts]  # of each block
+
+    def missing(self) -> list[int]:
+        """Numbers of the blocks that haven't been written yet."""
+        return [number for number in range(len(self.rows)) if not self._file(number).is_file()]
+
+    def write(self, number: int, mined: Mined) -> None:
+        """Writes a block. Raises InputError if it can't be written."""
+        write_json(self._file(number), mined._asdict())
+
+    def read(self, number: int) -> Mined:
+        """Reads a block. Raises InputError if it isn't as it was written."""
+        content = read_json(self._file(number))
+        try:
+            mined = Mined(content["negatives"], Counter(content["left_out"]))
+        except (KeyError, TypeError):
+            mined = Mined([], Counter())
+        if len(mined.negatives) != len(self.rows[number]):
+            raise InputError(f"{self._file(number)}: isn't as it was written; remove it and run again")
+        return mined
+
+    def mine_missing(self, mine: Callable[[range], Mined]) -> None:
+        """Mines the blocks that are missing; each rank a share of them. Raises InputError as `Miner` does."""
+        rank, world_size = init_ranks()
+        numbers = [number for number in self.missing() if number % world_size == rank]
+        with progress_bar(sum(len(self.rows[number]) for number in numbers), "mining", "pair") as progress:
+            for number in numbers:
+                self.write(number, mine(self.rows[number]))
+                progress.update(len(self.rows[number]))
+        barrier()
+        if rank == 0 and self.missing():  # rank 0 alone needs all, and may have removed the folder already
+            raise InputError(f"{self.folder}: lacks blocks of other processes; all machines must see the same folder")
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"block_{number:06d}.json"
+
+
+@contextlib.contextmanager
+def index_on_all_ranks(
+    encoder: Encoder,
+    queries: Sequence[str],
+    k: int,
+    *,
+    corpus: Corpus | None,
+    options: IndexOptions,
+    folder: Path,
+    index_dir: str | Path | None = None,
+    embedding_dir: str | Path | None = None,
+) -> Iterator[LocalDocumentIndex]:
+    """Yields the index to search on every rank: the saved one in index_dir, or one that rank 0 builds and saves there.
+
+    Without index_dir and embedding_dir the index and the vectors of the corpus are kept in `folder`. queries, k: the
+    searches to tune a new index for. Other arguments and errors are those of `pipeline.open_or_build_index`.
+    """
+    index_dir, embedding_dir = index_dir or folder / INDEX_FOLDER, embedding_dir or folder / VECTORS_FOLDER
+    query_vectors = encode_queries(encoder, sample_of(queries))
+    with open_or_build_index(
+        encoder,
+        query_vectors,
+        k,
+        corpus=corpus,
+        options=options,
+        parent=folder,
+        index_dir=index_dir,
+        embedding_dir=embedding_dir,
+    ) as own:
+        barrier()  # rank 0 has saved it
+        yield own or load_index(index_dir, encoder.fingerprint, corpus)
+
+
+def encode_for_teacher(teacher: Encoder, document_index: LocalDocumentIndex, folder: Path) -> TeacherEncoder:
+    """Encodes the documents of an index with another encoder, on all ranks; the vectors are kept in `folder`.
+
+    Raises InputError as `encode_corpus` does.
+    """
+    return TeacherEncoder(teacher, encode_corpus(teacher, document_index.documents, folder / TEACHER_FOLDER))
+
+
+class MiningSummary(NamedTuple):
+    """What was mined for a training file."""
+
+    pairs: int
+    complete: int  # pairs with as many hard negatives as wanted
+    without: int  # pairs without any
+    negatives: int
+    left_out: Counter[str]
+
+    def __str__(self) -> str:
+        fewer = self.pairs - self.complete - self.without
+        counts = f"all for {self.complete}, fewer for {fewer}, none for {self.without}"
+        lines = [f"{self.negatives} hard negatives of {self.pairs} pairs: {counts}"]
+        lines += [f"left out {self.left_out[reason]} hits {reason}" for reason in REASONS if self.left_out[reason]]
+        return "\n".join(lines)
+
+
+def write_training_file(path: str | Path, pairs: Sequence[TextPair], blocks: MinedBlocks, wanted: int) -> MiningSummary:
+    """Writes `query<TAB>title[<TAB>hard negative]...` for each pair, in order. wanted: hard negatives of a pair.
+
+    Raises InputError if the file can't be written.
+    """
+    counts, left_out = Counter[int](), Counter[str]()
+    with atomic_write(path) as file:
+        for number, rows in enumerate(blocks.rows):
+            mined = blocks.read(number)
+            left_out.update(mined.left_out)
+            for row, negatives in zip(rows, mined.negatives, strict=True):
+                counts[len(negatives)] += 1
+                file.write("\t".join([pairs[row].query, pairs[row].title, *negatives]) + "\n")
+    found = sum(count * pairs_with for count, pairs_with in counts.items())
+    return MiningSummary(len(pairs), counts[wanted], counts[0], found, left_out)
