@@ -197,9 +197,7 @@ def scores_section(ours: Result) -> Section:
     title = Bilingual("Scores of right and wrong hits", "正确与错误结果的分数")
     found = score_distributions(ours.queries)
     if found is None:
-        nothing = Bilingual(
-            "There are not both right and wrong hits with scores.", "没有同时带分数的正确结果和错误结果。"
-        )
+        nothing = Bilingual("There are no right or no wrong hits with scores.", "没有带分数的正确结果或错误结果。")
         return Section(title, paragraph(nothing))
     caption = Bilingual(
         "Share of the hits in percent over the score, which is the third column of the recall result: a cosine, if "

@@ -108,7 +108,8 @@ def read_run(path: str | Path, queries: IdentifiedTexts, documents: IdentifiedTe
         query_id, _, document_id, _, score, _ = fields
         queries.find(query_id), documents.find(document_id)
         try:
-            value = float(np.float32(score))
+            with np.errstate(over="ignore"):  # too large a number becomes infinite
+                value = float(np.float32(score))
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
