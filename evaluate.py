@@ -19,7 +19,7 @@ from data import Hit, positives_by_query, read_scored_hits, read_text_pairs
 from reporting.evaluation_report import Result, bm25_result, write_evaluation_report
 from reporting.page import Bilingual
 from retrieval.corpus import read_corpus
-from retrieval.metrics import Judgement, format_lines, judge_hits, metric_names, report_own_texts, summarize
+from retrieval.metrics import Judgement, format_lines, judge_hits, metrics, report_own_texts, summarize
 from retrieval.significance import randomization_test
 from retrieval.trec import read_identified_texts, read_qrels, read_run, write_trec
 
@@ -119,14 +119,21 @@ def judge_result(evaluated: Evaluated, result_file: str, pair_file: str, recall_
     return judgement
 
 
+def short_names(files: Sequence[str]) -> list[Bilingual]:
+    """What a report calls files: their names, or their paths if the names are equal."""
+    names = [Path(file).name for file in files]
+    return [Bilingual(name, name) for name in (names if len(set(names)) == len(names) else files)]
+
+
 def comparison_lines(ours: Result, other: Result) -> list[str]:
     """A line for each metric: its values in percent in both results, their difference, and its p-value."""
-    means = ours.metrics.mean(axis=0), other.metrics.mean(axis=0)
+    values, other_values = (metrics(summarize(each.judgement)) for each in (ours, other))
     p_values = randomization_test(ours.metrics, other.metrics)
-    return [
-        f"{name}={round(mean, 3)} other={round(other_mean, 3)} difference={mean - other_mean:+.3f} p={p:.4f}"
-        for name, mean, other_mean, p in zip(metric_names(ours.judgement.recall_num), *means, p_values, strict=True)
-    ]
+    lines = []
+    for (name, value), other_value, p in zip(values.items(), other_values.values(), p_values, strict=True):
+        difference = 100 * (value - other_value)
+        lines.append(f"{name}={round(100 * value, 3)} other={round(100 * other_value, 3)} {difference=:+.3f} p={p:.4f}")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,9 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluated = call(read_evaluated, args)
     pair_file = args.qrels or args.similar_text_pair_file
     files = [args.recall_result_file or args.trec_run, *([args.compare] if args.compare else [])]
-    ours, *others = (
-        Result(Bilingual(file, file), judge_result(evaluated, file, pair_file, args.recall_num)) for file in files
-    )
+    judgements = [judge_result(evaluated, file, pair_file, args.recall_num) for file in files]
+    ours, *others = map(Result, short_names(files), judgements)
     lines = [line for other in others for line in comparison_lines(ours, other)]
     print("\n".join(lines or format_lines(summarize(ours.judgement))))
     if args.report:

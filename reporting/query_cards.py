@@ -12,7 +12,7 @@ from retrieval.metrics import JudgedQuery
 SHOWN_TITLES = 3  # of a query
 SHOWN_HITS = 3  # and the first right one
 CARD = Markup("<article><h3>{}</h3><dl>{}</dl></article>")
-ROW = Markup("<dt>{}</dt>{}")
+ROW = Markup("<div><dt>{}</dt>{}</div>")
 TEXT = Markup('<dd class="{}">{} <span class="quiet">{}</span></dd>')
 
 

@@ -97,7 +97,7 @@ def test_a_report_with_bm25_and_another_result(command: Command, files: tuple[Pa
     code, out, _ = command(*options, "--compare", other, "--corpus_file", corpus, "--report", report)
     assert (code, out.splitlines()[0]) == (0, "recall@1=25.0 other=75.0 difference=-50.000 p=1.0000")
     content = report.read_text()
-    assert f"Beside {other}" in content and "BM25</th>" not in content and "Beside BM25" in content
+    assert "Beside other.txt" in content and "BM25</th>" not in content and "Beside BM25" in content
     assert "evaluate.py --corpus_file" not in content
 
 
