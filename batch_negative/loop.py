@@ -129,7 +129,10 @@ class TrainingLoop:
         return at_end or (step % self.eval_steps == 0 if self.eval_steps else self.schedule.ends_epoch(step))
 
     def _keep_evaluation(self, evaluator: Evaluator, step: int, epoch: int) -> None:
-        """Saves the model if it is the best so far, and adds the history to the step's checkpoint, if there is one."""
+        """Saves the model if it is the best so far, writes the report on it, and adds the history to the checkpoint.
+
+        The history goes into the step's checkpoint, if there is one.
+        """
         if not is_main_process():
             return
         if evaluator.is_best:
@@ -140,6 +143,7 @@ class TrainingLoop:
                 *self.loaded,
                 add_files=lambda folder: (folder / BEST_RESULT_FILE).write_text(result, encoding="utf-8"),
             )
+            evaluator.write_report()
         if self._saved_step == step:
             write_json(step_folder(self.save_dir, step) / EVALUATIONS_FILE, evaluator.state())
 
