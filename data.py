@@ -40,11 +40,15 @@ Embed = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (input_ids, token_type
 
 
 class TextPair(NamedTuple):
-    """A query, a title that answers it, and optionally a hard negative: a text that looks relevant but isn't."""
+    """A query, a title that answers it, and hard negatives: texts that look relevant but aren't.
+
+    teacher_scores: how well the title and each hard negative answer the query, by another model; () without one.
+    """
 
     query: str
     title: str
-    hard_negative: str | None = None
+    hard_negatives: tuple[str, ...] = ()
+    teacher_scores: tuple[float, ...] = ()
 
 
 class Hit(NamedTuple):
@@ -64,14 +68,31 @@ def _strip(text: str) -> str:
 
 
 def parse_pair(text: str) -> TextPair:
-    """`query<TAB>title`, with an optional hard negative after a second tab. Raises ValueError with the reason."""
+    """`query<TAB>title[<TAB>hard negative]...`; empty hard negatives don't count. Raises ValueError with the reason."""
     fields = [_strip(field) for field in text.split("\t")]
     if not any(fields):
         raise ValueError("the line is empty")
-    if len(fields) not in (2, 3):
-        raise ValueError(f"{len(fields)} column(s), where query<TAB>title[<TAB>hard negative] has 2 or 3")
+    if len(fields) < 2:
+        raise ValueError("1 column, where query<TAB>title[<TAB>hard negative]... has 2 or more")
     _check_filled(query=fields[0], title=fields[1])
-    return TextPair(fields[0], fields[1], (fields[2] or None) if len(fields) == 3 else None)
+    return TextPair(fields[0], fields[1], tuple(filter(None, fields[2:])))
+
+
+def parse_scored_pair(text: str) -> TextPair:
+    """A pair as in `parse_pair`, then a score for its title and each hard negative. Raises ValueError."""
+    fields = [_strip(field) for field in text.split("\t")]
+    scored, is_even = divmod(len(fields) - 1, 2)  # the title and the hard negatives
+    if is_even or not scored:
+        form = "query<TAB>title[<TAB>hard negative]...<TAB>score... has a score for the title and each hard negative"
+        raise ValueError(f"{len(fields)} column(s), where {form}: 3, 5, 7, ... columns")
+    query, title, *hard_negatives = fields[: 1 + scored]
+    _check_filled(query=query, title=title)
+    if not all(hard_negatives):
+        raise ValueError("a hard negative is empty")
+    scores = tuple(_number(field) for field in fields[1 + scored :])
+    if not all(map(math.isfinite, scores)):
+        raise ValueError("a score isn't a finite number")
+    return TextPair(query, title, tuple(hard_negatives), scores)
 
 
 def parse_labelled_pair(text: str) -> tuple[TextPair, bool]:
@@ -80,13 +101,18 @@ def parse_labelled_pair(text: str) -> tuple[TextPair, bool]:
     if len(fields) != 3:
         raise ValueError(f"{len(fields)} column(s), where query<TAB>title<TAB>label has 3")
     _check_filled(query=fields[0], title=fields[1])
-    try:
-        label = float(fields[2])
-    except ValueError:
-        label = math.nan
+    label = _number(fields[2])
     if label not in (0, 1):
         raise ValueError("the label is neither 0 nor 1")
     return TextPair(fields[0], fields[1]), label == 1
+
+
+def _number(text: str) -> float:
+    """The number that a text is, NaN if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _check_filled(**fields: str) -> None:
@@ -105,6 +131,12 @@ def parse_text(text: str) -> str:
     return text
 
 
+def parse_unsupervised(text: str) -> TextPair:
+    """A line that is one text, as its own title. Raises ValueError with the reason."""
+    text = parse_text(text)
+    return TextPair(text, text)
+
+
 def parse_hit(text: str) -> Hit:
     """`query<TAB>document<TAB>score`. Raises ValueError with the reason."""
     fields = text.split("\t")
@@ -112,10 +144,7 @@ def parse_hit(text: str) -> Hit:
         raise ValueError(f"{len(fields)} column(s), where query<TAB>document<TAB>score has 3")
     query, document = _strip(fields[0]), _strip(fields[1])
     _check_filled(query=query, document=document)
-    try:
-        score = float(fields[2])
-    except ValueError:
-        score = math.nan
+    score = _number(fields[2])
     if not math.isfinite(score):
         raise ValueError("the third column isn't a finite number")
     return Hit(query, document, score)
@@ -128,15 +157,23 @@ def pair_lines(
     label_column: bool = False,
     check_columns: bool = True,
     third_column: bool = True,
+    teacher_scores: bool = False,
+    unsupervised: bool = False,
 ) -> Iterator[Line[TextPair]]:
     """The lines of a file of pairs; with `label_column` without the lines with label 0, whose number is logged.
 
-    check_columns: whether columns that don't hold texts are an error; third_column: whether the caller uses it. Raises
-    InputError as `read_lines` does.
+    check_columns: whether columns that don't hold texts are an error; third_column: whether the caller uses the hard
+    negatives; teacher_scores: whether the texts are followed by scores; unsupervised: whether a line is one text, which
+    is its own title. At most one of label_column, teacher_scores and unsupervised is true. Raises InputError as
+    `read_lines` does.
     """
-    check = ColumnCheck(PAIR_COLUMNS, optional=1, third_column=third_column and not label_column)
+    has_texts = third_column and not (label_column or teacher_scores)
+    check = ColumnCheck(PAIR_COLUMNS, optional=1, last_repeats=True, third_column=has_texts)
+    if unsupervised:
+        check = ColumnCheck(["text"])
     if not label_column:
-        yield from read_lines(path, parse_pair, skip_bad_lines, check=check if check_columns else None)
+        parse = parse_unsupervised if unsupervised else parse_scored_pair if teacher_scores else parse_pair
+        yield from read_lines(path, parse, skip_bad_lines, check=check if check_columns else None)
         return
     kept = left_out = 0
     remedy = "correct them, or leave out --label_column if the file has no labels, or the lines with --skip_bad_lines"
@@ -151,10 +188,23 @@ def pair_lines(
 
 
 def read_text_pairs(
-    path: str | Path, *, skip_bad_lines: bool = False, label_column: bool = False, check_columns: bool = True
+    path: str | Path,
+    *,
+    skip_bad_lines: bool = False,
+    label_column: bool = False,
+    check_columns: bool = True,
+    teacher_scores: bool = False,
+    unsupervised: bool = False,
 ) -> list[TextPair]:
     """The pairs of a training or evaluation file. Options and errors as for `pair_lines`."""
-    lines = pair_lines(path, skip_bad_lines=skip_bad_lines, label_column=label_column, check_columns=check_columns)
+    lines = pair_lines(
+        path,
+        skip_bad_lines=skip_bad_lines,
+        label_column=label_column,
+        check_columns=check_columns,
+        teacher_scores=teacher_scores,
+        unsupervised=unsupervised,
+    )
     return [line.row for line in lines if line.row is not None]
 
 

@@ -27,6 +27,7 @@ from retrieval.metrics import metric_names, report_missing_positives
 
 if TYPE_CHECKING:
     from base_model import SemanticIndexBase
+    from batch_negative.distillation import Distillation
     from batch_negative.evaluator import Evaluator
 
 STOP_SECONDS = 25.0  # how long the other ranks wait for rank 0 to save after a signal: the launcher kills all after 30
@@ -36,7 +37,8 @@ RESUME_CRITICAL_OPTIONS = (  # must be unchanged to resume bit for bit
     "weight_decay", "max_grad_norm", "margin", "scale", "no_false_negative_mask", "symmetric_pairs", "label_column",
     "no_cross_device_negatives", "grad_cache_chunk", "use_gradient_cache", "chunk_numbers", "group_by_length",
     "use_amp", "amp_dtype", "output_emb_size", "pooling", "dropout", "max_seq_length", "query_prefix",
-    "document_prefix", "seed", "skip_bad_lines",
+    "document_prefix", "seed", "skip_bad_lines", "unsupervised", "teacher_scores", "distillation_loss",
+    "distillation_weight", "teacher_scale",
 )
 # fmt: on
 STARTING_OPTIONS = ("model_name_or_path", "from_scratch", "init_from_ckpt")  # the initial weights; unchanged as well
@@ -47,20 +49,34 @@ NEEDED_OPTIONS = {  # an option -> the option without which it has no effect
     "chunk_numbers": "use_gradient_cache",
     "amp_dtype": "use_amp",
     "amp_loss_scale": "use_amp",
+    "distillation_loss": "teacher_scores",
+    "distillation_weight": "teacher_scores",
+    "teacher_scale": "teacher_scores",
 }
+DISTILLATION_LOSSES = ("kl", "margin_mse")
 EVALUATION_OPTIONS = ("similar_text_pair_file", "corpus_file", "recall_result_dir", "recall_result_file", "recall_num")
 REPLACED_OPTIONS = {  # an option -> the one that takes its place
     "model_name_or_path": "from_scratch",
     "use_gradient_cache": "grad_cache_chunk",
     "symmetric_pairs": "no_false_negative_mask",
 }
+EXCLUDED_OPTIONS = {  # an option -> the options that can't be given beside it, and why
+    "unsupervised": (("label_column", "symmetric_pairs", "teacher_scores"), "whose file has one text a line"),
+    "teacher_scores": (("label_column",), "whose file has scores in the place of a label"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--train_set_file", default="./recall/train.csv", help="pairs, one per line: query<TAB>title")
+    file_help = "pairs, one per line: query<TAB>title[<TAB>hard negative]..."
+    parser.add_argument("--train_set_file", default="./recall/train.csv", help=file_help)
     options.add_reading_args(parser, labels=True)
+    unsupervised_help = (
+        "SimCSE: the training file has one text a line, which is its own title under another dropout mask; "
+        "queries and titles take --document_prefix"
+    )
+    parser.add_argument("--unsupervised", action="store_true", help=unsupervised_help)
     parser.add_argument("--save_dir", default="./checkpoints", help="folder for checkpoints and VisualDL's logs")
     options.add_device_arg(parser, default="cpu")
     options.add_model_args(parser)
@@ -107,6 +123,19 @@ def add_loss_args(parser: argparse.ArgumentParser) -> None:
     )
     add_switch(group, "--symmetric_pairs", None, symmetric_help)
     add("--no_cross_device_negatives", action="store_true", help=local_help)
+    teacher_help = (
+        "distillation: after its texts a line of the training file has a teacher's score for the title and for each "
+        "hard negative (tools/score_pairs.py writes them)"
+    )
+    add("--teacher_scores", action="store_true", help=teacher_help)
+    distillation_help = "how a query's title and hard negatives are to be scored as by the teacher"
+    add("--distillation_loss", choices=DISTILLATION_LOSSES, default="kl", help=distillation_help)
+    weight_help = "factor of the distillation loss, which is added to that of the in-batch negatives"
+    add("--distillation_weight", type=non_negative_float, default=1.0, help=weight_help)
+    teacher_scale_help = (
+        "factor of the teacher's scores: 1 for the logits of a cross-encoder (default: --scale, for cosines)"
+    )
+    add("--teacher_scale", type=non_negative_float, help=teacher_scale_help)
 
 
 def add_resource_args(parser: argparse.ArgumentParser) -> None:
@@ -160,7 +189,7 @@ def report_unused_options(given: Mapping[str, Any]) -> None:
 
 
 def check_options(given: Mapping[str, Any], device: str) -> None:
-    """Raises InputError for options without effect, and for a device or folders that can't be used.
+    """Raises InputError for options without effect, for those that exclude each other, and as `check_starts` does.
 
     given: the options whose values differ from the defaults.
     """
@@ -171,6 +200,15 @@ def check_options(given: Mapping[str, Any], device: str) -> None:
     for name, other in REPLACED_OPTIONS.items():
         if name in given and other in given:
             raise InputError(f"--{name}: --{other} takes its place; leave one of them out")
+    for name, (others, reason) in EXCLUDED_OPTIONS.items():
+        for other in others:
+            if name in given and other in given:
+                raise InputError(f"--{other}: can't be used with --{name}, {reason}; leave one of them out")
+    check_starts(given, device)
+
+
+def check_starts(given: Mapping[str, Any], device: str) -> None:
+    """Raises InputError for a device, and for folders to start or resume from, that can't be used."""
     if "use_amp" in given and device == "cpu":
         raise InputError("--use_amp: Paddle trains in float32 on a CPU; leave it out, or use --device gpu")
     if "init_from_ckpt" in given:
@@ -179,6 +217,33 @@ def check_options(given: Mapping[str, Any], device: str) -> None:
         raise InputError(f"--from_scratch {given['from_scratch']}: no such folder")
     if given.get("resume_from", "latest") != "latest":
         find_checkpoint_folder(given["resume_from"])
+
+
+def read_training_pairs(
+    train_set_file: str,
+    batch_size: int,
+    *,
+    cross_device: bool,
+    skip_bad_lines: bool,
+    check_columns: bool,
+    label_column: bool,
+    teacher_scores: bool,
+    unsupervised: bool,
+) -> list[TextPair]:
+    """The pairs of the training file. Raises InputError for a file or a batch size that can't be used."""
+    pairs = read_text_pairs(
+        train_set_file,
+        skip_bad_lines=skip_bad_lines,
+        check_columns=check_columns,
+        label_column=label_column,
+        teacher_scores=teacher_scores,
+        unsupervised=unsupervised,
+    )
+    check_batch_size(batch_size, process_count(), pairs, train_set_file, cross_device=cross_device)
+    if teacher_scores and not any(pair.hard_negatives for pair in pairs):
+        problem = "no line has a hard negative, so there is nothing that the teacher could score higher or lower"
+        raise InputError(f"{train_set_file}: {problem}; add hard negatives, or leave out --teacher_scores")
+    return pairs
 
 
 def read_evaluation(
@@ -250,10 +315,18 @@ def prepare_folders(save_dir: Path, evaluator: "Evaluator | None") -> None:
     barrier()
 
 
-def prepare_model(model: "SemanticIndexBase", device: str, use_recompute: bool) -> None:
-    """Replaces layers by faster ones on a CPU, and turns on recomputation if asked for."""
+def prepare_model(model: "SemanticIndexBase", device: str, use_recompute: bool, unsupervised: bool) -> None:
+    """Replaces layers by faster ones on a CPU, and turns on recomputation if asked for.
+
+    Raises InputError if the model has no dropout, which an unsupervised training needs.
+    """
     from modeling.cpu_training_layers import speed_up_training
 
+    names = "hidden_dropout_prob", "attention_probs_dropout_prob"
+    dropout = model.config.dropout or any(getattr(model.ptm.config, name, 0.0) for name in names)
+    if unsupervised and not dropout:
+        problem = "there is no dropout, so both encodings of a text are the same and nothing is learned"
+        raise InputError(f"--unsupervised: {problem}; give --dropout 0.1")
     if device == "cpu":
         speed_up_training(model)
     if use_recompute:
@@ -268,6 +341,7 @@ def make_batcher(
     train_set_file: str,
     no_false_negative_mask: bool,
     symmetric_pairs: bool | None,
+    unsupervised: bool,
     chunk_texts: int | None,
 ) -> PairBatcher:
     """Tokenizes the pairs; logs that they are taken as symmetric, if the file and not an option says so."""
@@ -276,6 +350,7 @@ def make_batcher(
         pairs,
         mask_false_negatives=not no_false_negative_mask,
         symmetric_pairs=symmetric_pairs,
+        unsupervised=unsupervised,
         chunk_texts=chunk_texts,
     )
     if batcher.mask and batcher.mask.symmetric and symmetric_pairs is None:
@@ -285,6 +360,15 @@ def make_batcher(
     return batcher
 
 
+def make_distillation(
+    teacher_scores: bool, distillation_loss: str, distillation_weight: float, teacher_scale: float | None
+) -> "Distillation | None":
+    """The loss of the teacher's scores; None if the training file has none."""
+    from batch_negative.distillation import Distillation
+
+    return Distillation(distillation_loss, distillation_weight, teacher_scale) if teacher_scores else None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the training, and returns 0, or 128 + the signal that stopped it."""
     parser = build_parser()
@@ -292,8 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_options({name: value for name, value in vars(args).items() if value != parser.get_default(name)}, args.device)
     save_dir = Path(args.save_dir)
     cross_device = not args.no_cross_device_negatives
-    pairs = options.call(read_text_pairs, args, path=args.train_set_file)
-    check_batch_size(args.batch_size, process_count(), pairs, args.train_set_file, cross_device=cross_device)
+    pairs = options.call(read_training_pairs, args, cross_device=cross_device)
     index_options = options.call(IndexOptions, args)
     evaluation = options.call(read_evaluation, args, index_options=index_options) if args.evaluate else None
 
@@ -316,10 +399,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_options = options.pick(args, create_model)
     start = start_or_resume(args.resume_from, save_dir, run_config, evaluator, args.seed, model_options)
     model, completed = start.loaded.model, start.step
-    prepare_model(model, args.device, args.use_recompute)
+    prepare_model(model, args.device, args.use_recompute, args.unsupervised)
     texts_of_chunk = math.ceil(args.batch_size / args.chunk_numbers)
     chunk_texts = texts_of_chunk if args.use_gradient_cache else args.grad_cache_chunk
-    report_texts(start.loaded.tokenizer, pairs, args.train_set_file, evaluation)
+    report_texts(start.loaded.tokenizer, pairs, args.train_set_file, evaluation, unsupervised=args.unsupervised)
     batcher = options.call(make_batcher, args, tokenizer=start.loaded.tokenizer, pairs=pairs, chunk_texts=chunk_texts)
     lengths = batcher.lengths if args.group_by_length else None
     schedule = options.call(BatchSchedule, args, pair_count=len(pairs), world_size=world_size, lengths=lengths)
@@ -327,11 +410,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     optimizer, scheduler = options.call(make_optimizer, args, model=model, total_steps=steps)
     backward = cached_backward if chunk_texts else direct_backward
     trainer_options = options.pick(args, Trainer, rank=rank, cross_device=cross_device, backward=backward)
+    trainer_options["distillation"] = options.call(make_distillation, args)
     trainer = Trainer(model, batcher, optimizer, scheduler, **trainer_options)
     if start.state:
         trainer.restore(start.state)
     plan = {"batch_size": args.batch_size, "world_size": world_size, "cross_device": cross_device}
-    report_plan(schedule, batcher, completed, len(pairs), **plan)
+    report_plan(schedule, batcher, completed, pairs, **plan)
     warn_of_small_disk(save_dir, model, steps - completed, args.save_steps, args.keep_checkpoints)
     training_log = TrainingLog(save_dir / "visualdl", args.log_steps, steps, completed) if is_main_process() else None
     loop_options = options.pick(args, TrainingLoop, save_dir=save_dir, run_config=run_config)

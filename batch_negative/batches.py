@@ -23,11 +23,22 @@ SYMMETRIC_SHARE = 0.01
 LENGTH_SORT_BATCHES = 4  # batches that --group_by_length sorts together: pads to 32.6 tokens; 32 batches to 32.1
 
 
+class ScoredDocuments(NamedTuple):
+    """Which documents of a batch the teacher has scored for each of its P queries: the title, then the hard negatives.
+
+    Queries with fewer than M documents are padded.
+    """
+
+    columns: np.ndarray  # int64 [P, M], places among the documents of all ranks: the titles, then the hard negatives
+    scores: np.ndarray  # float32 [P, M]
+    is_document: np.ndarray  # bool [P, M], False for padding
+
+
 class PairBatch(NamedTuple):
     """What one rank encodes for a batch, and how its vectors are scored.
 
-    A rank's B pairs, H of them with a hard negative, have T = 2 B + H texts in the order queries, titles, hard
-    negatives. The queries of all ranks in `sizes` are scored against all their titles and hard negatives.
+    A rank's B pairs with H hard negatives in all have T = 2 B + H texts in the order queries, titles, hard negatives.
+    The queries of all ranks in `sizes` are scored against all their titles and hard negatives.
     """
 
     chunks: list[TokenIds]  # this rank's texts, longest first
@@ -36,6 +47,7 @@ class PairBatch(NamedTuple):
     rank: int  # this rank's position in sizes; 0 if it is scored alone
     # bool [sum of B, sum of B + sum of H], True where a text is no negative of the query; the diagonal is ignored
     mask: np.ndarray | None
+    teacher: ScoredDocuments | None  # None if the training file has no scores
 
     @property
     def text_counts(self) -> list[int]:
@@ -51,16 +63,16 @@ class PairBatch(NamedTuple):
 class FalseNegativeMask:
     """Which texts of a batch are no negatives of a query: its own text, and those that any pair gives as its title.
 
-    query_ids, title_ids, hard_negative_ids: int64 [N], equal for texts with equal tokens; -1: the pair has no hard
-    negative. symmetric: whether the query of a pair is a title of its title, too; None: whether SYMMETRIC_SHARE of the
-    pairs say so.
+    query_ids, title_ids: int64 [N]; hard_negative_ids: int64 [H], of all pairs; equal for texts with equal tokens.
+    symmetric: whether the query of a pair is a title of its title, too; None: whether SYMMETRIC_SHARE of the pairs say
+    so.
     """
 
     def __init__(
         self, query_ids: np.ndarray, title_ids: np.ndarray, hard_negative_ids: np.ndarray, symmetric: bool | None = None
     ) -> None:
         self._query_ids, self._title_ids, self._hard_negative_ids = query_ids, title_ids, hard_negative_ids
-        self._text_count = int(max(query_ids.max(), title_ids.max(), hard_negative_ids.max())) + 1
+        self._text_count = int(max(query_ids.max(), title_ids.max(), hard_negative_ids.max(initial=0))) + 1
         # Each (query, title) of the file as one number, sorted, so that many can be looked up at once.
         positives = np.unique(self._combined(query_ids, title_ids))
         reversed_positives = self._combined(title_ids, query_ids)
@@ -69,9 +81,10 @@ class FalseNegativeMask:
         self._positives = np.union1d(positives, reversed_positives) if self.symmetric else positives
 
     def __call__(self, query_rows: np.ndarray, title_rows: np.ndarray, hard_negative_rows: np.ndarray) -> np.ndarray:
-        """The mask, bool [len(query_rows), len(title_rows) + len(hard_negative_rows)], for rows of the training file.
+        """The mask, bool [len(query_rows), len(title_rows) + len(hard_negative_rows)].
 
-        hard_negative_rows: only rows that have one. A query's own title is True too: the loss ignores the diagonal.
+        query_rows, title_rows: pairs of the training file; hard_negative_rows: places in hard_negative_ids. A query's
+        own title is True too: the loss ignores the diagonal.
         """
         columns = np.concatenate([self._title_ids[title_rows], self._hard_negative_ids[hard_negative_rows]])[None, :]
         queries = self._query_ids[query_rows][:, None]
@@ -116,11 +129,32 @@ class TokenizedTexts:
         return np.array([id_of_tokens.setdefault(tokens, len(id_of_tokens)) for tokens in rows])
 
 
+class _ScoresOfPairs:
+    """The teacher's scores of a training file: makes a batch's from rows of the file."""
+
+    def __init__(self, pairs: Sequence[TextPair]) -> None:
+        self._scores = np.fromiter(chain.from_iterable(pair.teacher_scores for pair in pairs), dtype=np.float32)
+        self._starts = np.cumsum([0, *(len(pair.teacher_scores) for pair in pairs)])
+
+    def __call__(self, rows: np.ndarray) -> ScoredDocuments:
+        """The scores of a batch; rows: int64 [P], of all its pairs."""
+        starts, counts = self._starts[rows], np.diff(self._starts)[rows]
+        places = np.arange(max(2, counts.max()))  # a column of hard negatives, even if it is all padding
+        is_document = places < counts[:, None]
+        is_hard_negative = is_document[:, 1:]
+        columns = np.zeros(is_document.shape, dtype=np.int64)
+        columns[:, 0] = np.arange(len(rows))
+        columns[:, 1:][is_hard_negative] = len(rows) + np.arange(is_hard_negative.sum())
+        scores = np.zeros(is_document.shape, dtype=np.float32)
+        scores[is_document] = self._scores[(starts[:, None] + places)[is_document]]
+        return ScoredDocuments(columns, scores, is_document)
+
+
 class PairBatcher:
     """Makes a PairBatch from rows of the training file; tokenizes all texts once, when it is created.
 
-    symmetric_pairs: see `FalseNegativeMask`; chunk_texts: maximum number of texts in a chunk; without it a batch has
-    CHUNKS_PER_BATCH chunks of similar size.
+    symmetric_pairs: see `FalseNegativeMask`; unsupervised: each text is its own title, and is held once as such;
+    chunk_texts: maximum number of texts in a chunk; without it a batch has CHUNKS_PER_BATCH chunks of similar size.
     """
 
     def __init__(
@@ -130,36 +164,39 @@ class PairBatcher:
         *,
         mask_false_negatives: bool = True,
         symmetric_pairs: bool | None = None,
+        unsupervised: bool = False,
         chunk_texts: int | None = None,
     ) -> None:
-        self._tokenizer, self._chunk_texts = tokenizer, chunk_texts
-        self._has_hard_negative = np.array([pair.hard_negative is not None for pair in pairs])
-        queries, titles, hard_negatives = zip(*pairs, strict=True)
-        documents = [*titles, *(text for text in hard_negatives if text is not None)]
-        prefixed = [*tokenizer.prefixed(queries, QUERY), *tokenizer.prefixed(documents, DOCUMENT)]
-        self._texts = TokenizedTexts(tokenizer, prefixed)
-        self._hard_negative_numbers = 2 * len(pairs) + np.cumsum(self._has_hard_negative) - 1  # in self._texts
+        self._tokenizer, self._chunk_texts, self._count = tokenizer, chunk_texts, len(pairs)
+        queries = [] if unsupervised else [pair.query for pair in pairs]
+        documents = [pair.title for pair in pairs]
+        documents += [text for pair in pairs for text in pair.hard_negatives]
+        # Queries, titles and hard negatives, in this order; if unsupervised, the titles are the queries, too.
+        self._texts = TokenizedTexts(
+            tokenizer, [*tokenizer.prefixed(queries, QUERY), *tokenizer.prefixed(documents, DOCUMENT)]
+        )
+        self._first_title = len(queries)
+        # The hard negatives of a pair are those from its number to that of the next one.
+        self._hard_negative_starts = np.cumsum([0, *(len(pair.hard_negatives) for pair in pairs)])
+        self._scores = _ScoresOfPairs(pairs) if pairs[0].teacher_scores else None
         self.mask = None
         if mask_false_negatives:
             # The same text as a query and as a title has the same tokens only without prefixes.
-            plain = (
-                TokenizedTexts(tokenizer, [*queries, *documents]) if any(tokenizer.prefixes.values()) else self._texts
-            )
-            self.mask = self._make_mask(plain.ids(), symmetric_pairs)
+            has_prefixes = any(tokenizer.prefixes.values())
+            texts = TokenizedTexts(tokenizer, [*queries, *documents]) if has_prefixes else self._texts
+            self.mask = FalseNegativeMask(*self._parts(texts.ids()), symmetric_pairs)
 
-    def _make_mask(self, ids: np.ndarray, symmetric_pairs: bool | None) -> FalseNegativeMask:
-        count = len(self._has_hard_negative)
-        hard_negative_ids = np.full(count, -1)
-        hard_negative_ids[self._has_hard_negative] = ids[2 * count :]
-        return FalseNegativeMask(ids[:count], ids[count : 2 * count], hard_negative_ids, symmetric_pairs)
+    def _parts(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Splits an array with a row for each of the texts into the rows of queries, titles and hard negatives."""
+        titles_end = self._first_title + self._count
+        return rows[: self._count], rows[self._first_title : titles_end], rows[titles_end:]
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each pair, int64 [N]: of its query, its title and its hard negative together."""
-        count, lengths = len(self._has_hard_negative), self._texts.lengths
-        total = lengths[:count] + lengths[count : 2 * count]
-        total[self._has_hard_negative] += lengths[2 * count :]
-        return total
+        """Tokens of each pair, int64 [N]: of its query, its title and its hard negatives together."""
+        queries, titles, hard_negatives = self._parts(self._texts.lengths)
+        lengths_before = np.concatenate([[0], np.cumsum(hard_negatives)])
+        return queries + titles + np.diff(lengths_before[self._hard_negative_starts])
 
     def masked_share(self, rows: np.ndarray) -> float:
         """The share of the other titles of a batch that are no negatives of its queries. rows: int64 [B]."""
@@ -168,26 +205,29 @@ class PairBatcher:
         masked = self.mask(rows, rows, rows[:0])
         return float(masked[~np.eye(len(rows), dtype=bool)].mean())
 
+    def _hard_negatives_of(self, rows: np.ndarray) -> np.ndarray:
+        """The numbers of the hard negatives of pairs, int64 [H], in the pairs' order. rows: int64 [B]."""
+        starts = self._hard_negative_starts
+        return np.array([number for row in rows for number in range(starts[row], starts[row + 1])], dtype=np.int64)
+
     def __call__(self, rank_rows: Sequence[np.ndarray], rank: int = 0) -> PairBatch:
         """The batch of rank_rows[rank]. rank_rows: int64 [B], B may be 0, for each of the ranks scored together."""
-        hard_negative_rows = [rows[self._has_hard_negative[rows]] for rows in rank_rows]
+        hard_negatives = [self._hard_negatives_of(rows) for rows in rank_rows]
         queries = rank_rows[rank]
-        titles = queries + len(self._has_hard_negative)
-        hard_negatives = self._hard_negative_numbers[hard_negative_rows[rank]]
-        token_ids = [self._texts[number] for number in np.concatenate([queries, titles, hard_negatives])]
+        titles = self._first_title + queries
+        numbers = np.concatenate([queries, titles, self._first_title + self._count + hard_negatives[rank]])
+        token_ids = [self._texts[number] for number in numbers]
         longest_first = np.argsort([-len(text_ids) for text_ids in token_ids], kind="stable")
         chunk_count = math.ceil(len(token_ids) / self._chunk_texts) if self._chunk_texts else CHUNKS_PER_BATCH
         chunks = [chunk for chunk in np.array_split(longest_first, max(1, chunk_count)) if len(chunk)]
-        mask = None
-        if self.mask:
-            all_rows = np.concatenate(rank_rows)
-            mask = self.mask(all_rows, all_rows, np.concatenate(hard_negative_rows))
+        all_rows, all_hard_negatives = np.concatenate(rank_rows), np.concatenate(hard_negatives)
         return PairBatch(
             chunks=[self._tokenizer.pad([token_ids[position] for position in chunk]) for chunk in chunks],
             row_of_text=np.argsort(longest_first),  # the inverse permutation
-            sizes=[(len(rows), len(hard_rows)) for rows, hard_rows in zip(rank_rows, hard_negative_rows, strict=True)],
+            sizes=[(len(rows), len(negatives)) for rows, negatives in zip(rank_rows, hard_negatives, strict=True)],
             rank=rank,
-            mask=mask,
+            mask=self.mask(all_rows, all_rows, all_hard_negatives) if self.mask else None,
+            teacher=self._scores(all_rows) if self._scores else None,
         )
 
 
@@ -201,7 +241,7 @@ def check_batch_size(
         problem = f"--batch_size {batch_size} on {world_size} process(es): {train_set_file} has {len(pairs)} pairs"
         raise InputError(f"{problem}; {remedy}")
     titles = batch_size * (world_size if cross_device else 1)
-    if titles == 1 and not any(pair.hard_negative for pair in pairs):
+    if titles == 1 and not any(pair.hard_negatives for pair in pairs):
         raise InputError("--batch_size 1: leaves no other title as a negative; use 2 or more")
 
 

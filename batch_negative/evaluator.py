@@ -11,12 +11,16 @@ from base_model import SemanticIndexBase
 from common.distributed import broadcast_object
 from common.files import atomic_write, prepare_file
 from common.logs import log
-from data import TextTokenizer, ranking_by_query, write_hits
+from data import TextTokenizer, ranking_by_query, read_scored_hits, write_hits
 from encoding.encoder import Encoder
+from reporting.evaluation_report import Result, write_evaluation_report
+from reporting.page import Bilingual
 from retrieval.corpus import Corpus
 from retrieval.hybrid_search import VECTOR, hits_of, search
-from retrieval.metrics import Evaluation, evaluate, format_lines, metrics
+from retrieval.metrics import Evaluation, evaluate, format_lines, judge_hits, metrics
 from retrieval.pipeline import encode_queries, open_or_build_index
+
+BEST_REPORT_FILE = "model_best_report.html"  # in recall_result_dir
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Evaluator:
     def __post_init__(self) -> None:
         self._result_file = Path(self.recall_result_dir, self.recall_result_file)
         self._report_file = Path(self.recall_result_dir, self.evaluate_result)
+        self._best_report_file = Path(self.recall_result_dir, BEST_REPORT_FILE)
         pairs = json.dumps({query: sorted(titles) for query, titles in self.positives.items()})
         self.conditions = {  # scores can be compared only if these are equal
             "best_metric": self.best_metric,
@@ -58,9 +63,9 @@ class Evaluator:
         self._best: float | None = None
 
     def prepare_files(self) -> None:
-        """Creates the folders of both result files. Raises InputError if they couldn't be written."""
-        prepare_file(self._result_file)
-        prepare_file(self._report_file)
+        """Creates the folders of the result files. Raises InputError if they couldn't be written."""
+        for file in (self._result_file, self._report_file, self._best_report_file):
+            prepare_file(file)
 
     def __call__(self, model: SemanticIndexBase, tokenizer: TextTokenizer, step: int, epoch: int) -> Evaluation:
         """Evaluates the model on all ranks together; rank 0 writes both result files.
@@ -95,6 +100,15 @@ class Evaluator:
     def is_best(self) -> bool:
         """Whether the last evaluation is better than all before it."""
         return self.evals_without_improvement == 0
+
+    def write_report(self) -> None:
+        """Writes the report on the last evaluation, from the hits that it wrote. Raises InputError if it can't.
+
+        It isn't in the model's folder, since it holds texts of the evaluation pairs, and models are passed on.
+        """
+        judgement = judge_hits(self.positives, read_scored_hits(self._result_file), self.recall_num)
+        name = Bilingual(f"model_best, step {self.last_step}", f"model_best，第 {self.last_step} 步")
+        write_evaluation_report(self._best_report_file, Result(name, judgement), bm25=None)
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs, as JSON values."""

@@ -28,9 +28,10 @@ BEST_RESULT_FILE = "train_result.txt"  # in BEST_FOLDER: step and score, in the 
 class TrainingLoop:
     """Takes the steps of a schedule, and logs, saves and evaluates between them.
 
-    log: None on all ranks but rank 0; train_set_file, label_column: for messages; run_config: saved in checkpoints,
-    must be unchanged to resume; keep_checkpoints: number of the newest ones to keep, None for all; early_stop_patience:
-    evaluations without improvement after which the training ends, None for never.
+    log: None on all ranks but rank 0; train_set_file, label_column, teacher_scores, unsupervised: for messages, see
+    `data.pair_lines`; run_config: saved in checkpoints, must be unchanged to resume; keep_checkpoints: number of the
+    newest ones to keep, None for all; early_stop_patience: evaluations without improvement after which the training
+    ends, None for never.
     """
 
     loaded: LoadedModel
@@ -41,6 +42,8 @@ class TrainingLoop:
     _: KW_ONLY
     train_set_file: str
     label_column: bool = False
+    teacher_scores: bool = False
+    unsupervised: bool = False
     save_dir: Path
     run_config: dict[str, Any]
     save_steps: int
@@ -63,7 +66,9 @@ class TrainingLoop:
         try:
             return self._run(completed, signals)
         except NonFiniteLoss as error:
-            raise InputError(explain(error, self.train_set_file, self.label_column)) from None
+            form = {"label_column": self.label_column, "teacher_scores": self.teacher_scores}
+            explanation = explain(error, self.train_set_file, unsupervised=self.unsupervised, **form)
+            raise InputError(explanation) from None
         finally:
             if self.log:
                 self.log.close()
@@ -124,7 +129,10 @@ class TrainingLoop:
         return at_end or (step % self.eval_steps == 0 if self.eval_steps else self.schedule.ends_epoch(step))
 
     def _keep_evaluation(self, evaluator: Evaluator, step: int, epoch: int) -> None:
-        """Saves the model if it is the best so far, and adds the history to the step's checkpoint, if there is one."""
+        """Saves the model if it is the best so far, writes the report on it, and adds the history to the checkpoint.
+
+        The history goes into the step's checkpoint, if there is one.
+        """
         if not is_main_process():
             return
         if evaluator.is_best:
@@ -135,6 +143,7 @@ class TrainingLoop:
                 *self.loaded,
                 add_files=lambda folder: (folder / BEST_RESULT_FILE).write_text(result, encoding="utf-8"),
             )
+            evaluator.write_report()
         if self._saved_step == step:
             write_json(step_folder(self.save_dir, step) / EVALUATIONS_FILE, evaluator.state())
 
@@ -150,9 +159,12 @@ class TrainingLoop:
             remove_old_checkpoints(self.save_dir, step, self.keep_checkpoints, self.run_config)
 
 
-def explain(error: NonFiniteLoss, train_set_file: str, label_column: bool) -> str:
-    """The error message for a NaN or infinite loss, which names the lines of the step's pairs."""
-    pairs = pair_lines(train_set_file, skip_bad_lines=True, label_column=label_column, check_columns=False)
+def explain(error: NonFiniteLoss, train_set_file: str, **form: bool) -> str:
+    """The error message for a NaN or infinite loss, which names the lines of the step's pairs.
+
+    form: the options of `pair_lines` that say what the columns are.
+    """
+    pairs = pair_lines(train_set_file, skip_bad_lines=True, check_columns=False, **form)
     line_of_row = [line.number for line in pairs if line.row is not None]
     lines = ", ".join(str(line) for line in sorted(line_of_row[row] for row in error.rows))
     where = f"the batch has lines {lines} of {train_set_file}" if lines else "another process names the batch's lines"

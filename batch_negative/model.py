@@ -4,10 +4,9 @@ import paddle
 
 from base_model import SemanticIndexBase
 from batch_negative.batches import PairBatch
+from batch_negative.distillation import MASKED_LOGIT, Distillation
 from common.distributed import gather_rows
 from data import TokenIds
-
-MASKED_LOGIT = -1e9  # gives a probability of 0, as -inf does, but a finite gradient
 
 
 def in_batch_negatives_loss(
@@ -34,11 +33,14 @@ def in_batch_negatives_loss(
     return (paddle.logsumexp(logits, axis=1) - paddle.diagonal(logits)).mean()
 
 
-def batch_loss(vectors: paddle.Tensor, batch: PairBatch, *, margin: float, scale: float) -> paddle.Tensor:
+def batch_loss(
+    vectors: paddle.Tensor, batch: PairBatch, *, margin: float, scale: float, distillation: Distillation | None = None
+) -> paddle.Tensor:
     """The mean loss over the pairs of all ranks in `batch.sizes`, a scalar.
 
-    vectors: unit vectors [T, D] of the concatenated chunks. Every rank computes the whole loss, but only the gradient
-    of its own vectors; the sum over the ranks is the gradient that one process gets for the whole batch.
+    vectors: unit vectors [T, D] of the concatenated chunks; distillation: adds the loss of the batch's teacher scores.
+    Every rank computes the whole loss, but only the gradient of its own vectors; the sum over the ranks is the gradient
+    that one process gets for the whole batch.
     """
     own = paddle.index_select(vectors, paddle.to_tensor(batch.row_of_text))
     rows_of_ranks = gather_rows(own, batch.text_counts, batch.rank)
@@ -47,16 +49,21 @@ def batch_loss(vectors: paddle.Tensor, batch: PairBatch, *, margin: float, scale
     query_emb = paddle.concat(queries)
     title_emb = paddle.concat([*titles, *(rows for rows in hard_negatives if len(rows))])
     mask = None if batch.mask is None else paddle.to_tensor(batch.mask)
-    return in_batch_negatives_loss(query_emb, title_emb, margin=margin, scale=scale, mask=mask)
+    loss = in_batch_negatives_loss(query_emb, title_emb, margin=margin, scale=scale, mask=mask)
+    if distillation and batch.teacher:
+        loss = loss + distillation.weight * distillation(query_emb, title_emb, batch.teacher, scale)
+    return loss
 
 
 class SemanticIndexBatchNeg(SemanticIndexBase):
     """The dual encoder, one for queries and titles, trained with the other titles of the batch as negatives."""
 
-    def forward(self, batch: PairBatch, margin: float, scale: float) -> paddle.Tensor:
+    def forward(
+        self, batch: PairBatch, margin: float, scale: float, distillation: Distillation | None = None
+    ) -> paddle.Tensor:
         """The loss of a batch, a scalar."""
         vectors = paddle.concat([self.encode_chunk(chunk) for chunk in batch.chunks])
-        return batch_loss(vectors, batch, margin=margin, scale=scale)
+        return batch_loss(vectors, batch, margin=margin, scale=scale, distillation=distillation)
 
     def encode_chunk(self, tokens: TokenIds) -> paddle.Tensor:
         """Unit vectors, float32 [n, D], of the n texts of a chunk."""

@@ -23,14 +23,23 @@ MANY_MASKED = 0.1  # of the other titles of a batch; in files of distinct querie
 
 
 def report_texts(
-    tokenizer: TextTokenizer, pairs: Sequence[TextPair], train_set_file: str, evaluation: Mapping[str, Any] | None
+    tokenizer: TextTokenizer,
+    pairs: Sequence[TextPair],
+    train_set_file: str,
+    evaluation: Mapping[str, Any] | None,
+    *,
+    unsupervised: bool = False,
 ) -> None:
-    """Logs how many of the texts are cut or unknown, if they are many. Raises InputError if almost all are unknown."""
-    query_column, titles, hard_negatives = zip(*pairs, strict=True)
-    queries: dict[str, Sequence[str]] = {f"queries of {train_set_file}": query_column}
+    """Logs how many of the texts are cut or unknown, if they are many. Raises InputError if almost all are unknown.
+
+    unsupervised: each text is its own title.
+    """
+    queries: dict[str, Sequence[str]] = {}
+    if not unsupervised:
+        queries[f"queries of {train_set_file}"] = [pair.query for pair in pairs]
     documents: dict[str, Sequence[str]] = {
-        f"titles of {train_set_file}": titles,
-        f"hard negatives of {train_set_file}": [text for text in hard_negatives if text],
+        f"{'texts' if unsupervised else 'titles'} of {train_set_file}": [pair.title for pair in pairs],
+        f"hard negatives of {train_set_file}": [text for pair in pairs for text in pair.hard_negatives],
     }
     if evaluation:
         corpus: Corpus = evaluation["corpus"]
@@ -44,7 +53,7 @@ def report_plan(
     schedule: BatchSchedule,
     batcher: PairBatcher,
     completed: int,
-    pairs: int,
+    pairs: Sequence[TextPair],
     *,
     batch_size: int,
     world_size: int,
@@ -58,7 +67,9 @@ def report_plan(
     first_batch = next(schedule.steps(completed)).batches[0]
     masked = batcher.masked_share(np.concatenate(first_batch if cross_device else first_batch[:1]))
     note = f", of which {100 * masked:.0f} % are masked" if masked >= MANY_MASKED else ""
-    log(f"training on {pairs} pairs: {steps}; a query has {titles - 1} other titles as negatives{note}")
+    hard_negatives = sum(len(pair.hard_negatives) for pair in pairs)
+    data = f"{len(pairs)} pairs" + (f" with {hard_negatives} hard negatives" if hard_negatives else "")
+    log(f"training on {data}: {steps}; a query has {titles - 1} other titles as negatives{note}")
 
 
 def warn_of_small_disk(

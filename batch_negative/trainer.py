@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 
 from batch_negative.batches import PairBatcher, PlannedStep
+from batch_negative.distillation import Distillation
 from batch_negative.gradient_cache import direct_backward
 from batch_negative.model import SemanticIndexBatchNeg, batch_loss
 from batch_negative.resume import TrainingState, optimizer_arrays, restore_optimizer
@@ -66,9 +67,10 @@ class Step(NamedTuple):
 class Trainer:
     """Takes training steps.
 
-    seed: of dropout; margin, scale: see `in_batch_negatives_loss`; cross_device: whether queries are scored against the
-    titles of all ranks; backward: `direct_backward` or `cached_backward`; use_amp: matrix products in amp_dtype;
-    amp_loss_scale: the initial one, for float16. Raises InputError if the GPU lacks bfloat16.
+    seed: of dropout; margin, scale: see `in_batch_negatives_loss`; distillation: see `batch_loss`; cross_device:
+    whether queries are scored against the titles of all ranks; backward: `direct_backward` or `cached_backward`;
+    use_amp: matrix products in amp_dtype; amp_loss_scale: the initial one, for float16. Raises InputError if the GPU
+    lacks bfloat16.
     """
 
     model: SemanticIndexBatchNeg
@@ -80,6 +82,7 @@ class Trainer:
     seed: int
     margin: float
     scale: float
+    distillation: Distillation | None = None
     cross_device: bool = True
     backward: Callable[..., paddle.Tensor] = direct_backward
     use_amp: bool = False
@@ -148,7 +151,7 @@ class Trainer:
             with self._auto_cast():
                 return self.model.encode_chunk(batch.chunks[chunk])
 
-        loss_of = partial(batch_loss, batch=batch, margin=self.margin, scale=self.scale)
+        loss_of = partial(batch_loss, batch=batch, margin=self.margin, scale=self.scale, distillation=self.distillation)
         if own_pairs:
             with self._auto_cast():  # GradScaler disables itself for good if it scales outside of auto_cast
                 factor = float(self._scaler.scale(paddle.full([], share)))

@@ -113,12 +113,15 @@ def closes_quote(field: str) -> bool:
 class ColumnCheck:
     """Looks at all lines of a file, and says what in it isn't what its columns stand for.
 
-    columns: their names; the last `optional` ones may be missing. third_column: whether the third is used as a text.
+    columns: their names; the last `optional` ones may be missing; last_repeats: whether any number of further columns
+    are as the last one. third_column: whether the third and further ones are used as texts.
     """
 
-    def __init__(self, columns: Sequence[str], *, optional: int = 0, third_column: bool = True) -> None:
-        self._names, self._third_column = columns, third_column
-        self._column_counts = range(len(columns) - optional, len(columns) + 1)
+    def __init__(
+        self, columns: Sequence[str], *, optional: int = 0, last_repeats: bool = False, third_column: bool = True
+    ) -> None:
+        self._names, self._last_repeats, self._third_column = columns, last_repeats, third_column
+        self._fewest_columns = len(columns) - optional
         self._columns = [_Column() for _ in columns]
         self._counts: Counter[int] = Counter()  # of columns
         self._json = self._commas = self._carriage_returns = 0
@@ -144,6 +147,8 @@ class ColumnCheck:
         self._carriage_returns += "\r" in text
         self._commas += "," in text
         self._json += fields[0][:1] in ("{", "[") and _is_json(text)
+        if self._last_repeats and len(fields) > len(self._columns):
+            self._columns += [_Column() for _ in fields[len(self._columns) :]]
         for column, field in zip(self._columns, fields, strict=False):
             column.add(field)
 
@@ -168,14 +173,15 @@ class ColumnCheck:
         if not self._counts:
             return None
         (count, lines), total = self._counts.most_common(1)[0], self._counts.total()
-        if count in self._column_counts or lines <= total / 2:
+        most_columns = count if self._last_repeats else len(self._names)
+        if self._fewest_columns <= count <= most_columns or lines <= total / 2:
             return None
         if count == 1:
             separator = "commas" if self._commas > total / 2 else "something else"
             return f"separate the columns by a tab; most lines have {separator} instead"
-        wanted = " and ".join(self._names[: self._column_counts.start])
+        wanted = " and ".join(self._names[: self._fewest_columns])
         has_ids = self._columns[0].is_almost_all(self._columns[0].identifiers)
-        example = ",".join(str(number + has_ids) for number in range(1, self._column_counts.start + 1))
+        example = ",".join(str(number + has_ids) for number in range(1, self._fewest_columns + 1))
         return f"most have {count} columns: keep {wanted} alone, for example with cut -f{example}"
 
     def _findings_of_form(self) -> list[str]:
@@ -184,7 +190,7 @@ class ColumnCheck:
         if self._header and lines:
             found.append(f"line 1 is a header ({', '.join(self._header)}), not an entry; remove it: sed -i 1d")
         if lines > 1 and self._json >= ALMOST_ALL * lines:
-            found.append(f"its lines are JSON; write {'<TAB>'.join(self._names[: self._column_counts.start])} instead")
+            found.append(f"its lines are JSON; write {'<TAB>'.join(self._names[: self._fewest_columns])} instead")
         if self._carriage_returns > lines / 2:
             found.append("its lines end with a carriage return alone; convert it: tr '\\r' '\\n'")
         return found
@@ -203,13 +209,20 @@ class ColumnCheck:
             found.append(f"the {self._names[0]} of almost every line is a number or an id, not a text; {remedy}")
         if others and others[0].is_almost_all(others[0].identifiers) and others[0].filled >= FEWEST_LINES:
             found.append(f"the {self._names[1]} of almost every line is a number or an id; give the file of the texts")
-        third = self._columns[2] if len(self._columns) > 2 and self._third_column else None
-        is_usual = third and third.filled >= min(FEWEST_LINES, self._counts.total())  # not a rare numeric text
-        if third and is_usual and third.is_almost_all(max(third.numbers, third.labels)):
-            remedy = "take the lines with 1 alone with --label_column, or cut it off: cut -f1,2"
-            kind = "a number" if third.numbers >= third.labels else "a label"
-            found.append(f"the third column, a hard negative, is {kind} in almost every line; {remedy}")
-        return found
+        return found or self._findings_of_hard_negatives()
+
+    def _findings_of_hard_negatives(self) -> list[str]:
+        fewest_lines = min(FEWEST_LINES, self._counts.total())  # fewer may be rare numeric texts
+        for number, column in enumerate(self._columns[2:] if self._third_column else (), start=3):
+            if column.filled < fewest_lines or not column.is_almost_all(max(column.numbers, column.labels)):
+                continue
+            kind = "a number" if column.numbers >= column.labels else "a label"
+            if number == 3:
+                name, remedy = "the third column", "take the lines with 1 alone with --label_column, or cut it off"
+            else:
+                name, remedy = f"column {number}", "train on a teacher's scores with --teacher_scores, or cut it off"
+            return [f"{name}, a hard negative, is {kind} in almost every line; {remedy}: cut -f1-{number - 1}"]
+        return []
 
     def _findings_of_quotes(self) -> list[str]:
         quoted = sum(column.quoted for column in self._columns)

@@ -18,6 +18,11 @@ LATER_OPTIONS = {  # as a checkpoint that lacks them was trained
     "symmetric_pairs": None,
     "query_prefix": "",
     "document_prefix": "",
+    "unsupervised": False,
+    "teacher_scores": False,
+    "distillation_loss": "kl",
+    "distillation_weight": 1.0,
+    "teacher_scale": None,
 }
 
 

@@ -1,7 +1,7 @@
 """Recall@K, MRR and nDCG of a recall result. Imports no Paddle."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from statistics import fmean
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from typing import NamedTuple
 from common.errors import InputError
 from common.logs import log
 from common.texts import TextSet, text_key
+from data import Hit
 from retrieval.corpus import Corpus
 
 RECALL_CUTOFFS = (1, 5, 10, 20, 50)
@@ -115,6 +116,16 @@ def judge(
         judged.append(JudgedQuery(query, set(distinct_titles), kept, kept_scores, bool(documents), has_own_text))
     known = set(keys)
     return Judgement(judged, [query for key, query in spellings.items() if key not in known], recall_num)
+
+
+def judge_hits(positives: Mapping[str, set[str]], hits: Iterable[Hit], recall_num: int) -> Judgement:
+    """Judges the hits of a recall result with their scores, see `judge`. Raises InputError if there are no queries."""
+    documents: dict[str, list[str]] = {}
+    scores: dict[str, list[float]] = {}
+    for hit in hits:
+        documents.setdefault(hit.query, []).append(hit.document)
+        scores.setdefault(hit.query, []).append(hit.score)
+    return judge(positives, documents, recall_num, scores)
 
 
 def _distinct(query: str, titles: TextSet, documents: Sequence[str]) -> tuple[dict[str, int], bool]:

@@ -51,10 +51,17 @@ from retrieval.corpus import Corpus, read_corpus
 BOM = b"\xef\xbb\xbf"
 
 READERS: dict[str, Callable] = {"pairs": read_text_pairs, "corpus": Corpus, "hits": read_hits}
+FORMS: dict[str, Callable] = {
+    **READERS,
+    "scored": partial(read_text_pairs, teacher_scores=True),
+    "unsupervised": partial(read_text_pairs, unsupervised=True),
+}
 CLEAN = {
     "pairs": "深度学习\t深度学习综述\n图像分割\t医学图像分割\n".encode(),
     "corpus": "深度学习综述\n医学图像分割\n".encode(),
     "hits": "深度学习\t深度学习综述\t0.5\n图像分割\t医学图像分割\t-0.25\n".encode(),
+    "scored": "深度学习\t深度学习综述\t0.5\n图像分割\t医学图像分割\t图像检索\t0.5\t-1\n".encode(),
+    "unsupervised": "深度学习综述\n医学图像分割\n".encode(),
 }
 
 
@@ -107,10 +114,26 @@ def test_pairs_keep_order_duplicates_and_the_hard_negative(tmp_path: Path) -> No
     assert read_text_pairs(path) == [
         TextPair("问", "答"),
         TextPair("问", "答"),
-        TextPair("问", "另答", "难负例"),
-        TextPair("别问", "答", None),
-        TextPair("别问", "答", None),
+        TextPair("问", "另答", ("难负例",)),
+        TextPair("别问", "答"),
+        TextPair("别问", "答"),
     ]
+
+
+def test_pairs_with_several_hard_negatives_and_a_teachers_scores(tmp_path: Path) -> None:
+    path = written(tmp_path, "问\t答\t甲\t\t 乙 \n问\t答\n".encode())
+    assert read_text_pairs(path) == [TextPair("问", "答", ("甲", "乙")), TextPair("问", "答")]
+    path = written(tmp_path, "问\t答\t甲\t乙\t0.9\t-1e-1\t3\n问\t答\t 0.5 \n".encode())
+    assert read_text_pairs(path, teacher_scores=True) == [
+        TextPair("问", "答", ("甲", "乙"), (0.9, -0.1, 3.0)),
+        TextPair("问", "答", (), (0.5,)),
+    ]
+
+
+def test_a_text_is_its_own_title_and_held_once(tmp_path: Path) -> None:
+    pairs = read_text_pairs(written(tmp_path, "甲文\n 乙文\n甲文\n".encode()), unsupervised=True)
+    assert pairs == [TextPair("甲文", "甲文"), TextPair("乙文", "乙文"), TextPair("甲文", "甲文")]
+    assert all(pair.query is pair.title for pair in pairs)
 
 
 def test_documents_to_search_are_distinct(
@@ -146,7 +169,14 @@ def test_texts_keep_order_and_duplicates(tmp_path: Path) -> None:
 
 BAD_LINES = [
     ("pairs", "只有一列".encode(), "1 column"),
-    ("pairs", b"a\tb\tc\td", "4 column"),
+    ("scored", b"a\tb\tc\t0.5", "4 column(s), where"),
+    ("scored", b"a\tb", "2 column(s), where"),
+    ("scored", b"a", "1 column(s), where"),
+    ("scored", b"a\tb\tc\t0.5\tnan", "a score isn't a finite number"),
+    ("scored", b"a\tb\tc\t0.5\td", "a score isn't a finite number"),
+    ("scored", b"a\tb\t\t0.5\t0.1", "a hard negative is empty"),
+    ("scored", b"\tb\t0.5", "the query is empty"),
+    ("unsupervised", b"a\tb", "2 columns, where a line holds one text"),
     ("pairs", b"\ttitle", "query is empty"),
     ("pairs", b"query\t", "title is empty"),
     ("pairs", "\u3000\ttitle".encode(), "query is empty"),
@@ -174,7 +204,7 @@ def test_a_bad_line_is_named_with_file_number_and_reason(tmp_path: Path, reader:
     first, second = CLEAN[reader].splitlines(keepends=True)
     path = written(tmp_path, first + line + b"\n" + second)
     with pytest.raises(InputError) as error:
-        READERS[reader](path)
+        FORMS[reader](path)
     message = str(error.value).split("\n")
     assert len(message) == 2
     assert message[0].startswith(f"{path}: 1 bad line(s)")
@@ -321,9 +351,9 @@ def twin_pairs(raw: bytes) -> list[TextPair | None]:
     for line in twin_lines(raw):
         fields = [] if line is None else [bare(field) for field in line.split("\t")]
         if len(fields) == 2 and all(fields):
-            rows.append(TextPair(fields[0], fields[1], None))
-        elif len(fields) == 3 and all(fields[:2]):
-            rows.append(TextPair(fields[0], fields[1], fields[2] or None))
+            rows.append(TextPair(fields[0], fields[1]))
+        elif len(fields) > 2 and all(fields[:2]):
+            rows.append(TextPair(fields[0], fields[1], tuple(text for text in fields[2:] if text)))
         else:
             rows.append(None)
     return rows

@@ -144,6 +144,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("build", "__pycache__"))
     pairs = all_pairs()
     write_pairs(folder / "recall" / "train.csv", pairs * 6)  # 1,008 pairs: 16 steps of 64 an epoch, 48 in all
+    write_pairs(folder / "recall" / "train_unsupervised.csv", [(title,) for _, title in pairs])
+    write_pairs(folder / "recall" / "train_hard.csv", [(*pair, pairs[row - 1][1]) for row, pair in enumerate(pairs)])
     write_pairs(folder / "recall" / "dev.csv", pairs[:20])
     write_pairs(folder / "recall" / "test.csv", pairs[20:24])
     write_pairs(folder / "recall" / "corpus.csv", [(title,) for _, title in pairs])
@@ -301,6 +303,10 @@ def check_files(block: str, folder: Path) -> None:
         assert (folder / "checkpoints" / "large_batch" / "model_2" / "manifest.json").is_file()  # 1,008 pairs
     if "export_model.py" in block:
         assert (folder / "output" / "inference.get_pooled_embedding.onnx").is_file() == ("onnx" in block)
+    if "--unsupervised" in block:
+        assert (folder / "checkpoints" / "simcse" / "model_3" / "manifest.json").is_file()  # 168 texts
+    if "--teacher_scores" in block:
+        assert (folder / "checkpoints" / "distilled" / "model_3" / "manifest.json").is_file()  # 168 pairs
     if "deployed_vectors.npy" in block:
         assert np.load(folder / "deployed_vectors.npy").shape == (168, 256)
     if "corpus_vectors.npy" in block:

@@ -86,3 +86,59 @@ def test_needs_both_files(command: Command, files: tuple[Path, Path]) -> None:
         code, out, err = command(*options)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert "required" in err
+
+
+def test_a_report_with_bm25_and_another_result(command: Command, files: tuple[Path, Path], tmp_path: Path) -> None:
+    pairs, result = files
+    other, report, corpus = (tmp_path / name for name in ("other.txt", "report.html", "corpus.csv"))
+    write_hits(other, [Hit("查询一", "标题甲", 0.9), Hit("查询二", "标题丙", 0.7)])
+    corpus.write_text("标题甲\n标题乙\n标题丙\n标题丁\n", encoding="utf-8")
+    options = ("--similar_text_pair", pairs, "--recall_result_file", result, "--recall_num", 1)
+    code, out, _ = command(*options, "--compare", other, "--corpus_file", corpus, "--report", report)
+    assert (code, out.splitlines()[0]) == (0, "recall@1=25.0 other=75.0 difference=-50.000 p=1.0000")
+    content = report.read_text()
+    assert "Beside other.txt" in content and "BM25</th>" not in content and "Beside BM25" in content
+    assert "evaluate.py --corpus_file" not in content
+
+
+def test_runs_and_qrels_are_written_and_read(command: Command, files: tuple[Path, Path], tmp_path: Path) -> None:
+    pairs, result = files
+    folder = tmp_path / "trec"
+    code, out, _ = command("--similar_text_pair", pairs, "--recall_result_file", result, "--write_trec", folder)
+    assert {file.name for file in folder.iterdir()} == {
+        *("corpus.jsonl", "qrels.trec", "qrels.tsv", "queries.jsonl", "run.trec")
+    }
+    ids = ("--queries_file", folder / "queries.jsonl", "--corpus_file", folder / "corpus.jsonl")
+    for qrels in ("qrels.trec", "qrels.tsv"):
+        again = command("--qrels", folder / qrels, "--trec_run", folder / "run.trec", *ids)
+        assert again[:2] == (code, out)
+    mixed = command("--similar_text_pair", pairs, "--trec_run", folder / "run.trec", *ids)
+    assert mixed[:2] == (code, out)
+    mixed = command("--qrels", folder / "qrels.trec", "--recall_result_file", result, *ids)
+    assert mixed[:2] == (code, out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--corpus_file", "c"), "--corpus_file: does nothing without --report or --write_trec"),
+        (("--queries_file", "q"), "--queries_file: does nothing without --qrels or --trec_run"),
+        (("--report", "/proc/none/report.html"), "/proc/none: can't be written"),
+    ],
+)
+def test_options_that_need_others(
+    command: Command, files: tuple[Path, Path], options: tuple[str, ...], message: str
+) -> None:
+    pairs, result = files
+    code, out, err = command("--similar_text_pair", pairs, "--recall_result_file", result, *options)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_ids_need_texts(command: Command, files: tuple[Path, Path]) -> None:
+    code, _, err = command("--qrels", "q", "--recall_result_file", files[1])
+    assert (code, err) == (2, "error: --qrels: has ids alone; give their texts with --queries_file\n")
+    code, _, err = command("--similar_text_pair", files[0], "--trec_run", "r", "--queries_file", "q")
+    assert (code, err) == (2, "error: --trec_run: has ids alone; give their texts with --corpus_file\n")
+    code, _, err = command("--similar_text_pair", files[0], "--qrels", "q", "--recall_result_file", files[1])
+    assert code == 2 and "not allowed with" in err

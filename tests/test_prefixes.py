@@ -152,15 +152,20 @@ def test_empty_prefixes_leave_the_fingerprint_of_earlier_versions(folder: Path) 
 def test_a_training_prefixes_queries_titles_and_hard_negatives() -> None:
     """What is a false negative doesn't change."""
     pairs = [
-        TextPair("水稻", "论水稻", "小麦"),
+        TextPair("水稻", "论水稻", ("小麦", "玉米")),
         TextPair("论水稻", "水稻"),
-        TextPair("桥", "论桥", "水稻"),
+        TextPair("桥", "论桥", ("水稻",)),
         TextPair("桥", "桥"),
     ]
     tokenizer, rows = small_tokenizer(), np.arange(4)
     plain = PairBatcher(tokenizer, pairs)
     twin_pairs = [
-        TextPair(PREFIXES[QUERY] + q, PREFIXES[DOCUMENT] + d, n and PREFIXES[DOCUMENT] + n) for q, d, n in pairs
+        TextPair(
+            PREFIXES[QUERY] + pair.query,
+            PREFIXES[DOCUMENT] + pair.title,
+            tuple(PREFIXES[DOCUMENT] + text for text in pair.hard_negatives),
+        )
+        for pair in pairs
     ]
     twin = PairBatcher(tokenizer, twin_pairs)([rows])
     tokenizer.prefixes = PREFIXES

@@ -51,7 +51,7 @@ def tokenizer() -> TextTokenizer:
 @pytest.mark.parametrize("name", MASKS)
 def test_no_text_is_its_own_negative(name: str) -> None:
     rows, symmetric, expected = MASKS[name]
-    pairs = [TextPair(*row) for row in rows]
+    pairs = [TextPair(query, title, tuple(hard_negatives)) for query, title, *hard_negatives in rows]
     mask = PairBatcher(tokenizer(), pairs, symmetric_pairs=symmetric)([np.arange(len(pairs))]).mask
     assert mask is not None
     found = [set(np.flatnonzero(mask[row]).tolist()) - {row} for row in range(len(pairs))]

@@ -13,6 +13,7 @@ import pytest
 import recall
 import train_batch_neg
 from batch_negative.batches import PairBatcher, batched, epoch_batches
+from batch_negative.distillation import Distillation
 from batch_negative.model import SemanticIndexBatchNeg
 from batch_negative.resume import read_training_state
 from batch_negative.trainer import make_optimizer
@@ -133,13 +134,21 @@ def test_false_negative_masking_can_be_turned_off(
         ("--gradient_accumulation_steps", "2"),
         ("--group_by_length",),
         ("--no_false_negative_mask",),
+        ("--distillation_loss", "margin_mse"),
+        ("--distillation_weight", "0.5"),
+        ("--teacher_scale", "10"),
     ],
 )
 def test_an_option_reaches_the_training(model_folder: Path, tmp_path: Path, changed: tuple[str, ...]) -> None:
     pairs = [(query * (1 + row % 3), title) for row, (query, title) in enumerate(all_pairs()[:40])]
-    write_pairs(tmp_path / "train.csv", [*pairs, *((query, pairs[row - 1][1]) for row, (query, _) in enumerate(pairs))])
+    pairs += [(query, pairs[row - 1][1]) for row, (query, _) in enumerate(pairs)]
+    form = []
+    if "distillation" in changed[0] or "teacher" in changed[0]:
+        form = ["--teacher_scores"]
+        pairs = [(*pair, pairs[row - 1][1], "0.6", str(row / 80)) for row, pair in enumerate(pairs)]
+    write_pairs(tmp_path / "train.csv", pairs)
     for name, options in (("plain", ()), ("changed", changed)):
-        common = ["--max_steps", "4", *options]
+        common = ["--max_steps", "4", *form, *options]
         train_batch_neg.main(train_options(model_folder, tmp_path, tmp_path / name, *common))
     with pytest.raises(AssertionError):
         assert_same_weights(tmp_path / "plain" / "model_4", tmp_path / "changed" / "model_4", 1e-6)
@@ -265,6 +274,12 @@ def test_an_unknown_metric_is_refused(recall_data: Path, tmp_path: Path) -> None
         (("--model_name_or_path", "ernie-3.0-base-zh"), "--from_scratch takes its place"),
         (("--use_gradient_cache", "--grad_cache_chunk", "2"), "--grad_cache_chunk takes its place"),
         (("--symmetric_pairs", "--no_false_negative_mask"), "--no_false_negative_mask takes its place"),
+        (("--distillation_weight", "2"), "does nothing without --teacher_scores"),
+        (("--teacher_scale", "1"), "does nothing without --teacher_scores"),
+        (("--label_column", "--unsupervised"), "can't be used with --unsupervised, whose file has one text a line"),
+        (("--symmetric_pairs", "False", "--unsupervised"), "can't be used with --unsupervised, .*"),
+        (("--teacher_scores", "--unsupervised"), "can't be used with --unsupervised, .*"),
+        (("--label_column", "--teacher_scores"), "can't be used with --teacher_scores, .*"),
     ],
 )
 def test_an_option_without_effect_is_refused(
@@ -305,13 +320,19 @@ def test_weights_that_ask_for_a_call_are_refused(
 def odd_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """17 pairs: with two ranks of 4, the last step of an epoch has one pair, so that a rank has none.
 
-    Every third has a hard negative, and three queries share a title, so that ranks mask each other's.
+    Every third has a hard negative and every third two, and three queries share a title, so that ranks mask each
+    other's. In scored/ the file has scores of a teacher.
     """
     folder = tmp_path_factory.mktemp("odd")
     texts = all_pairs()
-    rows = [(*pair, texts[row + 20][1]) if row % 3 == 0 else pair for row, pair in enumerate(texts[:14])]
+    negatives = [tuple(title for _, title in texts[row + 20 : row + 20 + row % 3]) for row in range(14)]
+    rows = [(*pair, *titles) for pair, titles in zip(texts, negatives, strict=False)]
     rows += [(query, texts[0][1]) for query, _ in (texts[0], texts[5], texts[6])]
     write_pairs(folder / "train.csv", rows)
+    scored = [
+        (*texts, *(str((row + place) % 7 / 7) for place in range(len(texts) - 1))) for row, texts in enumerate(rows)
+    ]
+    write_pairs(folder / "scored" / "train.csv", scored)
     return folder
 
 
@@ -322,7 +343,7 @@ def odd_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ((), True),
         (("--no_cross_device_negatives",), False),
         (("--grad_cache_chunk", "3"), True),
-        (("--grad_cache_chunk", "3", "--gradient_accumulation_steps", "2"), True),
+        (("--grad_cache_chunk", "3", "--gradient_accumulation_steps", "2", "--teacher_scores"), True),
     ],
 )
 def test_two_ranks_train_as_one_process(
@@ -335,13 +356,16 @@ def test_two_ranks_train_as_one_process(
     common = ["--epochs", "2", "--batch_size", "4", "--dropout", "0", "--weight_decay", "1", "--seed", "7"]
     rate = 5e-4
     common += ["--learning_rate", str(rate)]
-    script_options = train_options(folder, odd_data, tmp_path / "two", *common, *options)
+    is_distilled = "--teacher_scores" in options
+    data = odd_data / "scored" if is_distilled else odd_data
+    script_options = train_options(folder, data, tmp_path / "two", *common, *options)
     done = run_script("train_batch_neg.py", *script_options, ranks=2, log_dir=tmp_path / "log")
     assert done.returncode == 0, done.stdout + done.stderr
     line = f"on each of 2 process(es); a query has {7 if cross_device else 3} other titles as negatives"
     assert line in done.stdout + done.stderr
 
-    pairs = read_text_pairs(odd_data / "train.csv")
+    pairs = read_text_pairs(data / "train.csv", teacher_scores=is_distilled)
+    distillation = Distillation("kl", 1.0, None) if is_distilled else None
     set_seed(7)
     model, tokenizer = create_model(
         SemanticIndexBatchNeg,
@@ -366,7 +390,8 @@ def test_two_ranks_train_as_one_process(
             else:
                 parts = [half for halves in batches for half in halves if len(half)]
             count = sum(map(len, parts))
-            sum(model(collate([part]), 0.2, 30.0) * (len(part) / count) for part in parts).backward()
+            losses = [model(collate([part]), 0.2, 30.0, distillation) for part in parts]
+            sum(loss * (len(part) / count) for loss, part in zip(losses, parts, strict=True)).backward()
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
                     sizes = np.abs(parameter.grad.numpy())

@@ -202,7 +202,7 @@ def test_a_line_of_which_nothing_is_visible_is_empty(tmp_path: Path, text: str) 
     )
     with pytest.raises(InputError, match=f"{pairs}:2: the query is empty\n{pairs}:3: the title is empty"):
         read_text_pairs(pairs)
-    assert read_text_pairs(pairs, skip_bad_lines=True)[-1].hard_negative is None
+    assert read_text_pairs(pairs, skip_bad_lines=True)[-1].hard_negatives == ()
     texts = write_pairs(tmp_path / "texts.csv", [("水稻",), (text,), ("产量",)])
     for read in (read_texts, read_corpus):
         with pytest.raises(InputError, match=f"{texts}:2: the line is empty"):

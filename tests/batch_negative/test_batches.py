@@ -70,7 +70,8 @@ def test_ranks_get_pairs_of_similar_length(world_size: int) -> None:
 
 def test_a_pair_s_length_is_that_of_its_texts() -> None:
     tokenizer = small_tokenizer(64)
-    expected = [sum(map(len, tokenizer.tokenize([text for text in pair if text]))) for pair in PAIRS]
+    texts = [[pair.query, pair.title, *pair.hard_negatives] for pair in PAIRS]
+    expected = [sum(map(len, tokenizer.tokenize(texts_of_pair))) for texts_of_pair in texts]
     assert PairBatcher(tokenizer, PAIRS).lengths.tolist() == expected
 
 
@@ -100,14 +101,20 @@ def random_pairs(rng: random.Random, count: int) -> list[TextPair]:
     """Pairs over so few texts that queries, titles and hard negatives repeat and a text serves as all three."""
     texts = [f"text {number}" for number in range(12)]
     return [
-        TextPair(rng.choice(texts[:8]), rng.choice(texts[4:]), rng.choice([None, None, *texts])) for _ in range(count)
+        TextPair(rng.choice(texts[:8]), rng.choice(texts[4:]), tuple(rng.choices(texts, k=rng.choice([0, 0, 1, 3]))))
+        for _ in range(count)
     ]
 
 
 def ids_of(pairs: list[TextPair]) -> list[np.ndarray]:
-    """The ids of queries, titles and hard negatives: equal for equal texts, -1 for none."""
-    texts = sorted({text for pair in pairs for text in pair if text})
-    return [np.array([texts.index(pair[part]) if pair[part] else -1 for pair in pairs]) for part in range(3)]
+    """The ids of queries, titles and hard negatives: equal for equal texts."""
+    columns = [
+        [pair.query for pair in pairs],
+        [pair.title for pair in pairs],
+        [text for pair in pairs for text in pair.hard_negatives],
+    ]
+    texts = sorted({text for column in columns for text in column})
+    return [np.array([texts.index(text) for text in column], dtype=np.int64) for column in columns]
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -116,11 +123,12 @@ def test_false_negative_mask_equals_a_double_loop(seed: int, symmetric: bool) ->
     rng = random.Random(seed)
     pairs = random_pairs(rng, rng.randrange(1, 40))
     mask = FalseNegativeMask(*ids_of(pairs), symmetric)
-    queries, titles, with_negative = (
-        np.array(rng.choices(range(len(pairs)), k=rng.randrange(1, 12)), dtype=np.int64) for _ in range(3)
+    hard_negatives = [text for pair in pairs for text in pair.hard_negatives]
+    queries, titles, negatives = (
+        np.array(rng.choices(range(count), k=rng.randrange(1, 12) if count else 0), dtype=np.int64)
+        for count in (len(pairs), len(pairs), len(hard_negatives))
     )
-    negatives = np.array([row for row in with_negative if pairs[row].hard_negative is not None], dtype=np.int64)
-    columns = [pairs[row].title for row in titles] + [pairs[row].hard_negative for row in negatives]
+    columns = [pairs[row].title for row in titles] + [hard_negatives[number] for number in negatives]
     expected = np.zeros((len(queries), len(columns)), dtype=bool)
     for i, query_row in enumerate(queries):
         query = pairs[query_row].query
@@ -135,8 +143,8 @@ def test_false_negative_mask_equals_a_double_loop(seed: int, symmetric: bool) ->
 
 PAIRS = [
     TextPair("深度", "学习综述"),
-    TextPair("图像", "医学图像", "图像分割方法"),
-    TextPair("深度", "学习", "学习综述"),  # its hard negative is another title of its query
+    TextPair("图像", "医学图像", ("图像分割方法", "综述")),
+    TextPair("深度", "学习", ("学习综述",)),  # its hard negative is another title of its query
     TextPair("方法", "综述"),
 ]
 
@@ -151,12 +159,16 @@ def test_pair_batcher_gathers_texts_and_mask() -> None:
     tokenizer = small_tokenizer()
     rows = np.array([2, 1, 0], dtype=np.int64)
     batch = PairBatcher(tokenizer, PAIRS)([rows])
-    assert (batch.sizes, batch.rank) == ([(3, 2)], 0)
+    assert (batch.sizes, batch.rank) == ([(3, 3)], 0)
     queries, titles = ["深度", "图像", "深度"], ["学习", "医学图像", "学习综述"]
-    assert batch_ids(batch) == tokenizer.tokenize([*queries, *titles, "学习综述", "图像分割方法"])
+    assert batch_ids(batch) == tokenizer.tokenize([*queries, *titles, "学习综述", "图像分割方法", "综述"])
     np.testing.assert_array_equal(
         batch.mask,
-        [[True, False, True, True, False], [False, True, False, False, False], [True, False, True, True, False]],
+        [
+            [True, False, True, True, False, False],
+            [False, True, False, False, False, False],
+            [True, False, True, True, False, False],
+        ],
     )
 
 
@@ -171,9 +183,12 @@ def test_pair_batcher_without_hard_negatives_and_without_mask() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 100])
 def test_chunks_hold_every_text_once_with_little_padding(count: int) -> None:
     tokenizer, texts = small_tokenizer(64), random_texts(3 * count, seed=count)
-    pairs = [TextPair(*texts[3 * row : 3 * row + 2], texts[3 * row + 2] if row % 2 else None) for row in range(count)]
+    pairs = [
+        TextPair(*texts[3 * row : 3 * row + 2], tuple(texts[3 * row + 2 : 3 * row + 2 + row % 2]))
+        for row in range(count)
+    ]
     batch = PairBatcher(tokenizer, pairs)([np.arange(count)])
-    negatives = [pair.hard_negative for pair in pairs if pair.hard_negative]
+    negatives = [text for pair in pairs for text in pair.hard_negatives]
     expected = tokenizer.tokenize([pair.query for pair in pairs] + [pair.title for pair in pairs] + negatives)
     assert batch_ids(batch) == expected
     assert sorted(batch.row_of_text) == list(range(len(expected)))

@@ -151,3 +151,24 @@ def test_metrics_are_those_at_recall_num(model_folder: Path, recall_data: Path, 
     assert train_batch_neg.main(train_options(model_folder, recall_data, tmp_path, "--max_steps", "1", *options)) == 0
     report = (tmp_path / "results" / "evaluate_result.txt").read_text()
     assert re.findall("([a-z]+@[0-9]+)=", report) == ["recall@1", "recall@5", "mrr@7", "ndcg@7"]
+
+
+def test_the_best_model_s_report_is_that_of_its_hits(
+    model_folder: Path, recall_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names the step and isn't written again for a worse one."""
+    scores = iter((0.5, 0.4))
+    plain = evaluator_module.evaluate
+
+    def scored(*arguments: Any) -> Evaluation:
+        evaluation = plain(*arguments)
+        return evaluation._replace(recall={**evaluation.recall, 5: next(scores)})
+
+    monkeypatch.setattr(evaluator_module, "evaluate", scored)
+    options = evaluation_options(recall_data, tmp_path / "results", "--max_steps", "2", "--eval_steps", "1")
+    assert train_batch_neg.main(train_options(model_folder, recall_data, tmp_path, *options, "--recall_num", "10")) == 0
+    report = (tmp_path / "results" / "model_best_report.html").read_text()
+    assert "model_best, step 1<" in report and "model_best, step 2<" not in report
+    assert "40 queries with 40 right answers; the first 10 documents" in report
+    names = {"recall_result_init.txt", "evaluate_result.txt", "model_best_report.html"}
+    assert {path.name for path in (tmp_path / "results").iterdir()} == names

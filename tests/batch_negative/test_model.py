@@ -99,7 +99,8 @@ def test_a_batch_in_chunks_equals_encoding_each_text_alone(still_model_folder: P
     """The model's loss and its gradients."""
     texts = all_pairs()
     pairs = [
-        TextPair(query, title, texts[row + 20][1] if row % 3 else None) for row, (query, title) in enumerate(texts[:9])
+        TextPair(query, title, tuple(text for _, text in texts[row + 20 : row + 20 + row % 3]))
+        for row, (query, title) in enumerate(texts[:9])
     ]
     pairs.append(TextPair(pairs[0].query, pairs[4].title))  # one query with two titles
     model, tokenizer = create_model(SemanticIndexBatchNeg, from_scratch=str(still_model_folder), dropout=0.0)
@@ -113,7 +114,7 @@ def test_a_batch_in_chunks_equals_encoding_each_text_alone(still_model_folder: P
     def vectors(texts: list[str]) -> paddle.Tensor:
         return paddle.concat([model.get_pooled_embedding(*map(paddle.to_tensor, tokenizer([text]))) for text in texts])
 
-    columns = [pair.title for pair in pairs] + [pair.hard_negative for pair in pairs if pair.hard_negative]
+    columns = [pair.title for pair in pairs] + [text for pair in pairs for text in pair.hard_negatives]
     paired = {(pair.query, pair.title) for pair in pairs}
     mask = paddle.to_tensor([[(pair.query, text) in paired for text in columns] for pair in pairs])
     queries = vectors([pair.query for pair in pairs])

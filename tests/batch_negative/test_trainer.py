@@ -23,7 +23,7 @@ from modeling.checkpoint import create_model
 from modeling.cpu_training_layers import speed_up_training
 
 PAIRS = [
-    TextPair(query, title, all_pairs()[row + 20][1] if row % 3 == 0 else None)
+    TextPair(query, title, tuple(title for _, title in all_pairs()[row + 20 : row + 20 + row % 3]))
     for row, (query, title) in enumerate(all_pairs()[:11])
 ]
 PAIRS += [TextPair(PAIRS[0].query, PAIRS[4].title), TextPair(PAIRS[3].query, PAIRS[3].title)]

@@ -9,14 +9,18 @@ import pytest
 from ir_measures import RR, Qrel, R, ScoredDoc, nDCG
 
 from common.errors import InputError
+from data import Hit
 from retrieval.corpus import read_corpus
 from retrieval.metrics import (
     evaluate,
     format_lines,
+    judge,
+    judge_hits,
     metric_names,
     metrics,
     mrr_at_k,
     ndcg_at_k,
+    query_metrics,
     recall_at_k,
     report_missing_positives,
 )
@@ -42,6 +46,25 @@ def test_equals_ir_measures(recall_num: int, seed: int) -> None:
     expected = ir_measures.calc_aggregate(measures, qrels, run)
     found = [*evaluation.recall.values(), evaluation.mrr, evaluation.ndcg]
     assert found == pytest.approx([expected[measure] for measure in measures], abs=1e-9)
+
+
+def test_each_query_s_metrics_equal_ir_measures() -> None:
+    positives, hits = random_case(2)
+    judgement = judge(positives, hits, 20)
+    qrels = [Qrel(query, title, 1) for query, titles in positives.items() for title in titles]
+    run = [ScoredDoc(query, title, -rank) for query, titles in hits.items() for rank, title in enumerate(titles)]
+    measures = [R @ 1, R @ 5, R @ 10, R @ 20, RR @ 20, nDCG @ 20]
+    expected = {(each.query_id, each.measure): each.value for each in ir_measures.iter_calc(measures, qrels, run)}
+    for judged, values in zip(judgement.queries, query_metrics(judgement), strict=True):
+        assert values == pytest.approx([expected[judged.query, measure] for measure in measures], abs=1e-9)
+
+
+def test_scores_stay_with_their_documents() -> None:
+    """Where repeated documents and the query's own text are left out."""
+    hits = [Hit("q", document, score) for score, document in enumerate(["a", "Q", "a", "b", "c"])]
+    (judged,) = judge_hits({"q": {"B"}}, hits, 3).queries
+    assert (judged.documents, judged.scores) == (["a", "B", "c"], [0, 3, 4])
+    assert (judged.first_rank, judged.has_own_text) == (2, True)
 
 
 def test_metrics_of_one_query_by_hand() -> None:
