@@ -35,10 +35,10 @@ from retrieval.milvus_collection import CollectionInfo
 from retrieval.milvus_index import MilvusIndex
 from retrieval.milvus_server import MilvusServer
 
-milvus_index.RANGE_ROWS, milvus_index.BATCH_BYTES, milvus_index.CALL_SECONDS = 1000, 20_000, 5
+milvus_index.RANGE_ROWS, milvus_index.BATCH_BYTES = 1000, 20_000
 
 def main():
-    server = MilvusServer({uri!r}, token_file={token_file!r})
+    server = MilvusServer({uri!r}, token_file={token_file!r}, call_seconds=10)
     documents = [f"document {{row}}" for row in range({rows})]
     index = MilvusIndex.create(server, {alias!r}, CollectionInfo("m", "c", "fp32", True, {dim}), IndexOptions(), {rows})
     print("loading", flush=True)
