@@ -21,11 +21,11 @@ from common.options import add_encoder_args, call, pick
 from common.paddle_setup import set_up_paddle
 from common.texts import DOCUMENT, QUERY
 from data import TextPair, read_text_pairs
+from mining.hard_negatives import KnownPositives, MiningRules, text_ids
+from mining.teachers import TeacherScores
 from modeling.checkpoint_files import check_checkpoint, lowercases
 from retrieval.corpus import Corpus, read_corpus
-from retrieval.hard_negatives import KnownPositives, MiningRules, text_ids
 from retrieval.saved_index import has_index
-from retrieval.teachers import TeacherScores
 
 if TYPE_CHECKING:
     from encoding.encoder import Encoder
@@ -142,7 +142,7 @@ def run_metadata(
     index_dir: str | None,
 ) -> dict[str, Any]:
     """All that decides on the result, as JSON values. teacher: a fingerprint."""
-    from retrieval.mining import sha256_of_pairs
+    from mining.miner import sha256_of_pairs
 
     return {
         "train_set_file": sha256_of_pairs(pairs),
@@ -176,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from common.device import set_device
     from common.distributed import init_ranks
     from encoding.encoder import load_encoder
-    from retrieval.mining import MinedBlocks, Miner, encode_for_teacher, index_on_all_ranks, write_training_file
+    from mining.blocks import PairBlocks
+    from mining.miner import Miner, encode_for_teacher, index_on_all_ranks, write_training_file
 
     set_device(args.device)
     init_ranks()
@@ -194,11 +195,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     fingerprint = other.fingerprint if other else args.teacher_score_file and sha256(args.teacher_score_file)
     run_of = {"encoder": encoder, "teacher": fingerprint, "pairs": pairs, "positives": positives, "rules": rules}
     work = Path(f"{args.output}{WORK_SUFFIX}")
-    blocks = MinedBlocks(work, len(pairs), call(run_metadata, args, **run_of, corpus=corpus, options=options))
+    metadata = call(run_metadata, args, **run_of, corpus=corpus, options=options)
+    blocks = PairBlocks(work, len(pairs), metadata, "mining")
     opened = pick(args, index_on_all_ranks, corpus=corpus, options=options, folder=work)
     with index_on_all_ranks(encoder, queries, rules.to_rank, **opened) as index:
         teacher = encode_for_teacher(other, index, work) if other else scores
-        blocks.mine_missing(Miner(pairs, positives, rules, encoder, index, teacher))
+        miner = Miner(pairs, positives, rules, encoder, index, teacher)
+        blocks.compute_missing(blocks.rows, lambda rows: miner(rows)._asdict())
     if is_main_process():
         print(write_training_file(args.output, pairs, blocks, rules.negatives))
         print(f"wrote {args.output}")

@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from common.distributed import init_ranks
     from encoding.encoder import compare_with_fp32, load_encoder
     from encoding.token_statistics import report_tokens
-    from retrieval.pair_scores import ScoredBlocks, texts_of
+    from mining.blocks import PairBlocks
+    from mining.pair_scores import cosines, texts_of, write_training_file
 
     set_device(args.device)
     init_ranks()
@@ -90,10 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         log(f"{encoder.precision}: {compare_with_fp32(encoder, documents, queries)}")
     model = {"params_path": encoder.fingerprint, "precision": encoder.precision}
     work = Path(f"{args.output}{WORK_SUFFIX}")
-    blocks = ScoredBlocks(work, training_file.pairs, {"train_set_file": sha256(args.train_set_file), **model})
-    blocks.score_missing(encoder, training_file)
+    metadata = {"train_set_file": sha256(args.train_set_file), **model}
+    blocks = PairBlocks(work, training_file.pairs, metadata, "scoring")
+    blocks.compute_missing(blocks.split(training_file()), lambda block: {"scores": cosines(encoder, block)})
     if is_main_process():
-        blocks.write_training_file(args.output, training_file)
+        write_training_file(args.output, training_file(), blocks)
         remove_folder(work)
         print(f"wrote {args.output}: the scores of {training_file.pairs} pairs")
     return 0

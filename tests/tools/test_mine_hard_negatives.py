@@ -11,7 +11,7 @@ from common.texts import text_key
 from data import TextPair, read_text_pairs
 from encoding.encoder import Encoder, load_encoder
 from helpers import ROOT, run_script, run_without_paddle, write_pairs
-from retrieval import mining
+from mining import blocks, miner
 from retrieval.corpus import read_corpus
 from retrieval.near_duplicates import jaccard, terms_of
 from tools import mine_hard_negatives
@@ -35,7 +35,7 @@ def encoder(checkpoint: Path) -> Encoder:
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mining, "BLOCK_PAIRS", 16)
+    monkeypatch.setattr(blocks, "BLOCK_PAIRS", 16)
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_random_negatives_do_not_depend_on_the_blocks(
 ) -> None:
     found = []
     for block_pairs, seed in ((16, "1"), (40, "1"), (40, "2")):
-        monkeypatch.setattr(mining, "BLOCK_PAIRS", block_pairs)
+        monkeypatch.setattr(blocks, "BLOCK_PAIRS", block_pairs)
         assert mine_hard_negatives.main([*arguments, "--random_share", "0.7", "--seed", seed]) == 0
         found.append(lines_of(tmp_path / "hard.csv"))
     assert found[0] == found[1] != found[2]
@@ -211,21 +211,21 @@ def test_an_interrupted_run_goes_on(
     """With the finished blocks and vectors of the first one, and only with the same options."""
     assert mine_hard_negatives.main([*arguments, "--output", str(tmp_path / "whole.csv")]) == 0
     work, mined = tmp_path / "hard.csv.mining", []
-    mine = mining.Miner.__call__
+    mine = miner.Miner.__call__
 
-    def stop_in_the_last(self: mining.Miner, rows: range) -> mining.Mined:
+    def stop_in_the_last(self: miner.Miner, rows: range) -> miner.Mined:
         mined.append(rows.start)
         if len(mined) == 3:
             raise KeyboardInterrupt
         return mine(self, rows)
 
-    monkeypatch.setattr(mining.Miner, "__call__", stop_in_the_last)
+    monkeypatch.setattr(miner.Miner, "__call__", stop_in_the_last)
     with pytest.raises(KeyboardInterrupt):
         mine_hard_negatives.main(arguments)
     assert not (tmp_path / "hard.csv").exists()
     kept = ["block_000000.json", "block_000001.json", "index", "mining.json", "vectors"]
     assert sorted(path.name for path in work.iterdir()) == kept
-    with pytest.raises(InputError, match=r"hard.csv.mining: an interrupted run has mined there with another negatives"):
+    with pytest.raises(InputError, match=r"hard.csv.mining: an interrupted run of mining had another negatives"):
         mine_hard_negatives.main([*arguments, "--negatives", "2"])
     encoded.clear()
     assert mine_hard_negatives.main(arguments) == 0
@@ -237,10 +237,10 @@ def test_an_interrupted_run_goes_on(
 
 
 def test_a_block_that_is_not_as_it_was_written_is_refused(tmp_path: Path) -> None:
-    blocks = mining.MinedBlocks(tmp_path / "work", 20, {})
-    blocks.write(1, mining.Mined([["a"], [], ["b", "c"]], mining.Counter(x=2)))
+    done = blocks.PairBlocks(tmp_path / "work", 20, {}, "mining")
+    done.compute_missing(done.rows, lambda _: {"negatives": [["a"], [], ["b", "c"]], "left_out": {"x": 2}})
     with pytest.raises(InputError, match=r"block_000001\.json: isn't as it was written; remove it and run again"):
-        blocks.read(1)
+        miner.read_mined(done, 1)
 
 
 @pytest.mark.parametrize(
@@ -276,17 +276,17 @@ def test_two_ranks_share_the_blocks_and_write_the_same(arguments: list[str], tmp
     program.write_text(
         f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
         "from common.cli import run\nfrom common.paddle_setup import set_up_paddle\nset_up_paddle()\n"
-        "from retrieval import mining\nfrom tools import mine_hard_negatives\nmining.BLOCK_PAIRS = 16\n"
-        "write = mining.MinedBlocks.write\n"
-        "def report(self, number, mined):\n"
-        "    write(self, number, mined)\n"
-        "    print('rank', os.environ['PADDLE_TRAINER_ID'], 'block', number)\n"
-        "mining.MinedBlocks.write = report\n"
-        "barrier = mining.barrier\n"
+        "from mining import blocks\nfrom tools import mine_hard_negatives\nblocks.BLOCK_PAIRS = 16\n"
+        "write = blocks.write_json\n"
+        "def report(file, content):\n"
+        "    write(file, content)\n"
+        "    print('rank', os.environ['PADDLE_TRAINER_ID'], file.name)\n"
+        "blocks.write_json = report\n"
+        "barrier = blocks.barrier\n"
         "def late_barrier():\n"
         "    barrier()\n"
         "    time.sleep(0.3 * int(os.environ['PADDLE_TRAINER_ID']))\n"
-        "mining.barrier = late_barrier\n"
+        "blocks.barrier = late_barrier\n"
         "run(mine_hard_negatives.main)\n",
         encoding="utf-8",
     )
@@ -296,7 +296,8 @@ def test_two_ranks_share_the_blocks_and_write_the_same(arguments: list[str], tmp
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "hard.csv").read_bytes() == (tmp_path / "alone.csv").read_bytes()
     reports = [(tmp_path / "log" / f"workerlog.{rank}").read_text(encoding="utf-8") for rank in (0, 1)]
-    assert "rank 0 block 0" in reports[0] and "rank 0 block 2" in reports[0] and "rank 1 block 1" in reports[1]
+    assert "rank 0 block_000000.json" in reports[0]
+    assert "rank 0 block_000002.json" in reports[0] and "rank 1 block_000001.json" in reports[1]
     assert not (tmp_path / "hard.csv.mining").exists()
 
 

@@ -11,7 +11,7 @@ from common.texts import DOCUMENT, QUERY
 from data import TextPair, read_text_pairs
 from encoding.encoder import Encoder, load_encoder
 from helpers import all_pairs, run_script, run_without_paddle, write_pairs
-from retrieval import pair_scores
+from mining import blocks
 from tools import score_pairs
 
 NEGATIVES = [title for _, title in all_pairs()[60:66]]
@@ -22,7 +22,7 @@ ROWS += [(ROWS[3][0], ROWS[1][1], NEGATIVES[0]), (ROWS[3][0], NEGATIVES[0])]
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair_scores, "BLOCK_PAIRS", 4)
+    monkeypatch.setattr(blocks, "BLOCK_PAIRS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +83,13 @@ def test_an_interrupted_run_goes_on(
         patched.setattr(Encoder, "encode", spy)
         with pytest.raises(KeyboardInterrupt):
             score_pairs.main(options)
-    blocks = [ROWS[:4], ROWS[4:8], ROWS[8:]]
-    texts_of = [{row[0] for row in block} | {(text,) for row in block for text in row[1:]} for block in blocks]
+    block_rows = [ROWS[:4], ROWS[4:8], ROWS[8:]]
+    texts_of = [{row[0] for row in block} | {(text,) for row in block for text in row[1:]} for block in block_rows]
     assert len(encoded) == len(texts_of[0]) + len(texts_of[1]) > 20
     assert not (tmp_path / "scored.csv").exists()
 
     other = write_pairs(tmp_path / "other.csv", ROWS[1:])
-    with pytest.raises(InputError, match=r"scored.csv.scoring: an interrupted run has scored there with another train"):
+    with pytest.raises(InputError, match=r"scored.csv.scoring: an interrupted run of scoring had another train"):
         score_pairs.main(arguments(checkpoint, other, tmp_path / "scored.csv"))
     other.unlink()
     block = tmp_path / "scored.csv.scoring" / "block_000001.json"

@@ -9,7 +9,7 @@ import pytest
 from common.errors import InputError
 from common.texts import text_key
 from helpers import write_pairs
-from retrieval.teachers import TeacherScores
+from mining.teachers import TeacherScores
 
 DOCUMENTS = ["a", "b B", "c", "d", "e"]
 

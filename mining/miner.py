@@ -1,31 +1,28 @@
-"""Mines the hard negatives of a training file, a block of its pairs at a time, which the ranks divide among them."""
+"""Mines the hard negatives of a training file."""
 
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ann_util import IndexOptions
-from common.distributed import barrier, init_ranks
-from common.errors import InputError
-from common.files import atomic_write, clear_leftovers, make_folder, read_json, write_json, write_or_compare
-from common.logs import is_main_process, log, progress_bar
+from common.distributed import barrier
+from common.files import atomic_write
 from common.texts import DOCUMENT, QUERY
 from data import TextPair
 from encoding.encoder import Encoder
+from mining.blocks import PairBlocks
+from mining.hard_negatives import REASONS, KnownPositives, MiningRules, PairHits, choose_negatives, score_limits
+from mining.teachers import Teacher, TeacherEncoder
 from retrieval.corpus import Corpus
-from retrieval.hard_negatives import REASONS, KnownPositives, MiningRules, PairHits, choose_negatives, score_limits
 from retrieval.pipeline import encode_corpus, encode_queries, open_or_build_index, sample_of
 from retrieval.saved_index import LocalDocumentIndex, load_index
-from retrieval.teachers import Teacher, TeacherEncoder
 
-BLOCK_PAIRS = 1024  # an interruption costs the block: less than a minute of encoding with a 12-layer ERNIE on 2 cores
-METADATA_FILE = "mining.json"
 INDEX_FOLDER, VECTORS_FOLDER, TEACHER_FOLDER = "index", "vectors", "teacher_vectors"
 
 
@@ -90,60 +87,16 @@ def sha256_of_pairs(pairs: Sequence[TextPair]) -> str:
     return digest.hexdigest()
 
 
-class MinedBlocks:
-    """What was mined for the blocks of a training file, in a folder, so that an interrupted run can be resumed.
-
-    metadata: all that decides on the result, as JSON values. Raises InputError if the folder is another one's.
-    """
-
-    def __init__(self, folder: Path, pair_count: int, metadata: Mapping[str, Any]) -> None:
-        self.folder = folder
-        if is_main_process():
-            make_folder(folder)
-            clear_leftovers(folder)
-        barrier()
-        if difference := write_or_compare(folder / METADATA_FILE, {**metadata, "block_pairs": BLOCK_PAIRS}):
-            problem = f"an interrupted run has mined there with another {difference}"
-            raise InputError(f"{folder}: {problem}; give the same again, or remove the folder to start anew")
-        starts = range(0, pair_count, BLOCK_PAIRS)
-        self.rows = [range(start, min(start + BLOCK_PAIRS, pair_count)) for start in starts]  # of each block
-
-    def missing(self) -> list[int]:
-        """Numbers of the blocks that haven't been written yet."""
-        return [number for number in range(len(self.rows)) if not self._file(number).is_file()]
-
-    def write(self, number: int, mined: Mined) -> None:
-        """Writes a block. Raises InputError if it can't be written."""
-        write_json(self._file(number), mined._asdict())
-
-    def read(self, number: int) -> Mined:
-        """Reads a block. Raises InputError if it isn't as it was written."""
-        content = read_json(self._file(number))
-        try:
-            mined = Mined(content["negatives"], Counter(content["left_out"]))
-        except (KeyError, TypeError):
-            mined = Mined([], Counter())
-        if len(mined.negatives) != len(self.rows[number]):
-            raise InputError(f"{self._file(number)}: isn't as it was written; remove it and run again")
-        return mined
-
-    def mine_missing(self, mine: Callable[[range], Mined]) -> None:
-        """Mines the blocks that are missing; each rank a share of them. Raises InputError as `Miner` does."""
-        rank, world_size = init_ranks()
-        missing = self.missing()
-        if len(missing) < len(self.rows):
-            log(f"{self.folder}: goes on; {len(self.rows) - len(missing)} of {len(self.rows)} blocks are done")
-        numbers = [number for number in missing if number % world_size == rank]
-        with progress_bar(sum(len(self.rows[number]) for number in numbers), "mining", "pair") as progress:
-            for number in numbers:
-                self.write(number, mine(self.rows[number]))
-                progress.update(len(self.rows[number]))
-        barrier()
-        if rank == 0 and self.missing():  # rank 0 alone needs all, and may have removed the folder already
-            raise InputError(f"{self.folder}: lacks blocks of other processes; all machines must see the same folder")
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"block_{number:06d}.json"
+def read_mined(blocks: PairBlocks, number: int) -> Mined:
+    """What was mined for a block. Raises InputError if it isn't as it was written."""
+    content = blocks.read(number)
+    try:
+        mined = Mined(content["negatives"], Counter(content["left_out"]))
+    except (KeyError, TypeError):
+        mined = Mined([], Counter())
+    if len(mined.negatives) != len(blocks.rows[number]):
+        raise blocks.damaged(number)
+    return mined
 
 
 @contextlib.contextmanager
@@ -204,7 +157,7 @@ class MiningSummary(NamedTuple):
         return "\n".join(lines)
 
 
-def write_training_file(path: str | Path, pairs: Sequence[TextPair], blocks: MinedBlocks, wanted: int) -> MiningSummary:
+def write_training_file(path: str | Path, pairs: Sequence[TextPair], blocks: PairBlocks, wanted: int) -> MiningSummary:
     """Writes `query<TAB>title[<TAB>hard negative]...` for each pair, in order. wanted: hard negatives of a pair.
 
     Raises InputError if the file can't be written.
@@ -212,7 +165,7 @@ def write_training_file(path: str | Path, pairs: Sequence[TextPair], blocks: Min
     counts, left_out = Counter[int](), Counter[str]()
     with atomic_write(path) as file:
         for number, rows in enumerate(blocks.rows):
-            mined = blocks.read(number)
+            mined = read_mined(blocks, number)
             left_out.update(mined.left_out)
             for row, negatives in zip(rows, mined.negatives, strict=True):
                 counts[len(negatives)] += 1

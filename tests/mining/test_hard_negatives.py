@@ -10,7 +10,7 @@ import pytest
 from common.errors import InputError
 from common.texts import text_key
 from data import TextPair
-from retrieval.hard_negatives import (
+from mining.hard_negatives import (
     EARLY_RANK,
     NEAR_DUPLICATE,
     OWN_TEXT,
