@@ -129,10 +129,13 @@ def add_reading_args(parser: argparse.ArgumentParser, *, labels: bool = False) -
     unchecked_help = "take columns as they are, also if they look like labels, ids, a header or quoted fields"
     add("--no_column_check", dest="check_columns", action="store_false", help=unchecked_help)
     if labels:
-        labels_help = (
-            "files of pairs have query<TAB>title<TAB>label: keep the lines with label 1, leave out those with 0"
-        )
-        add("--label_column", action="store_true", help=labels_help)
+        add_label_arg(parser)
+
+
+def add_label_arg(parser: argparse._ActionsContainer) -> None:
+    """Adds `--label_column`."""
+    labels_help = "files of pairs have query<TAB>title<TAB>label: keep the lines with label 1, leave out those with 0"
+    parser.add_argument("--label_column", action="store_true", help=labels_help)
 
 
 def add_evaluation_file_args(

@@ -35,8 +35,7 @@ def token_statistics(tokenizer: TextTokenizer, texts: Sequence[str], role: str |
 
     role: see `TextTokenizer.prefixed`; a prefix counts for the length alone.
     """
-    rows = np.sort(np.random.default_rng(0).choice(len(texts), min(len(texts), SAMPLE), replace=False)).tolist()
-    sample = [texts[row] for row in rows]
+    sample = [texts[row] for row in sample_rows(len(texts)).tolist()]
     lengths, unknown = tokenizer.count(sample)
     shares = _unknown_shares(lengths, unknown)
     prefixed_lengths = lengths + tokenizer.prefix_length(role)
@@ -48,6 +47,11 @@ def token_statistics(tokenizer: TextTokenizer, texts: Sequence[str], role: str |
         mostly_unknown=int((shares >= MOSTLY_UNKNOWN).sum()),
         example=sample[int(shares.argmax())],
     )
+
+
+def sample_rows(count: int) -> np.ndarray:
+    """Rows of `count` texts that stand for all, in order, the same in each call: int64 [at most SAMPLE]."""
+    return np.sort(np.random.default_rng(0).choice(count, min(count, SAMPLE), replace=False))
 
 
 def count_unseen(tokenizer: TextTokenizer, texts: Sequence[str], role: str | None = None) -> tuple[int, int]:

@@ -21,6 +21,7 @@ FLOORS = (  # a module may import its own package and all floors below, but noth
     {"retrieval"},
     {"mining", "reporting"},
     {"batch_negative", "serving"},
+    {"data_check"},
     {*SCRIPTS, "deploy", "tools"},
 )
 FLOOR_OF = {package: number for number, packages in enumerate(FLOORS) for package in packages}

@@ -22,7 +22,7 @@ from milvus_helpers import Milvus
 from modeling.checkpoint import create_model, save_checkpoint
 
 Completed = subprocess.CompletedProcess[str]
-PACKAGES = ("common", "modeling", "encoding", "retrieval", "reporting", "batch_negative", "serving")
+PACKAGES = ("common", "modeling", "encoding", "retrieval", "reporting", "batch_negative", "serving", "data_check")
 PAGES = (ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if not path.stem.endswith("_cn")))
 README_LINES = 200
 NOT_RUN = {
