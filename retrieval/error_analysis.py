@@ -4,7 +4,7 @@ Imports no Paddle.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -13,8 +13,10 @@ import numpy as np
 from retrieval.metrics import JudgedQuery, Judgement
 from retrieval.near_duplicates import NEAR_DUPLICATE, jaccard, terms_of
 
-POSITIVE_COUNTS = (1, 2, 3, 6, 11)  # lower ends of the groups
-OVERLAPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # lower ends of the groups; the first holds 0 alone
+# Groups: label -> the least value.
+POSITIVE_COUNTS = {"1": 1, "2": 2, "3–5": 3, "6–10": 6, "> 10": 11}
+ABOVE_0 = math.nextafter(0, 1)
+OVERLAPS = {"0 %": 0.0, "1–24 %": ABOVE_0, "25–49 %": 0.25, "50–74 %": 0.5, "75–99 %": 0.75, "100 %": 1.0}
 SUSPECTED_RANKS = 10  # hits of a query that are compared with its titles
 HISTOGRAM_BINS = 40
 CURVE_POINTS = 50
@@ -54,27 +56,23 @@ def by_query_length(judged: Sequence[JudgedQuery]) -> list[Group]:
     starts = [int(lengths.min()), *(int(edge) for edge in edges if edge > lengths.min())]
     ends = [start - 1 for start in starts[1:]] + [int(lengths.max())]
     labels = [f"{start}–{end}" if start < end else str(start) for start, end in zip(starts, ends, strict=True)]
-    return _groups(lengths, starts, labels)
+    return _groups(lengths, dict(zip(labels, starts, strict=True)))
 
 
 def by_positive_count(judged: Sequence[JudgedQuery]) -> list[Group]:
     """Groups by the number of a query's titles, see POSITIVE_COUNTS."""
-    counts = np.array([len(each.titles) for each in judged])
-    return _groups(counts, POSITIVE_COUNTS, ["1", "2", "3–5", "6–10", "> 10"])
+    return _groups(np.array([len(each.titles) for each in judged]), POSITIVE_COUNTS)
 
 
 def by_overlap(judged: Sequence[JudgedQuery]) -> list[Group]:
     """Groups by `overlap`, see OVERLAPS."""
-    overlaps = np.array([overlap(each) for each in judged])
-    just_above_0 = math.nextafter(0, 1)
-    labels = ["0 %", "1–24 %", "25–49 %", "50–74 %", "75–99 %", "100 %"]
-    return _groups(overlaps, [0, just_above_0, *OVERLAPS[1:]], labels)
+    return _groups(np.array([overlap(each) for each in judged]), OVERLAPS)
 
 
-def _groups(values: np.ndarray, starts: Sequence[float], labels: Sequence[str]) -> list[Group]:
-    """The groups that aren't empty. starts: their lower ends, which ascend."""
-    numbers = np.searchsorted(starts, values, side="right") - 1
-    groups = [Group(label, np.flatnonzero(numbers == number)) for number, label in enumerate(labels)]
+def _groups(values: np.ndarray, starts: Mapping[str, float]) -> list[Group]:
+    """The groups that aren't empty. starts: label -> the least value of the group, ascending."""
+    numbers = np.searchsorted(list(starts.values()), values, side="right") - 1
+    groups = [Group(label, np.flatnonzero(numbers == number)) for number, label in enumerate(starts)]
     return [group for group in groups if len(group.rows)]
 
 
