@@ -1,6 +1,12 @@
 #!/bin/sh
-# Runs the whole pipeline on a small generated dataset, offline and on the CPU. Writes only to quickstart/.
+# Runs the whole pipeline on a small generated dataset, offline and on the CPU: bash scripts/quickstart.sh [--full]
+# Writes only to quickstart/. --full: also scripts/best_model.sh, which takes about ten minutes.
 set -eu
+full=
+case ${1-} in
+--full) full=1 ;;
+?*) echo "error: $1: no such option; --full is the only one" >&2 && exit 2 ;;
+esac
 cd "$(dirname -- "$0")/.."
 sh scripts/setup.sh
 python=.venv/bin/python
@@ -69,6 +75,12 @@ head -n 5 "$work/results/after_training.txt"
 say "evaluation on $(wc -l <"$data/test.csv" | tr -d ' ') test pairs (evaluate.py), in percent"
 printf '%-18s%9s%9s%9s%9s%9s\n' '' Recall@1 @5 @10 @20 @50
 for name in bm25 before_training after_training; do evaluate "$name"; done
+
+if [ -n "$full" ]; then
+    say "all steps on the way to the best model (scripts/best_model.sh)"
+    sh scripts/best_model.sh cpu --data "$data" --output "$work/best_model" --from_scratch "$work/tiny_ernie" --pooling mean \
+        --max_seq_length 64 --batch_size 64 --epochs 2 --learning_rate 1e-3 --warmup_proportion 0.1 --margin 0 --scale 20
+fi
 
 say "written"
 echo "  $data/                 train.csv, dev.csv, test.csv, corpus.csv"

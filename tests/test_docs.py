@@ -22,7 +22,8 @@ from milvus_helpers import Milvus
 from modeling.checkpoint import create_model, save_checkpoint
 
 Completed = subprocess.CompletedProcess[str]
-PACKAGES = ("common", "modeling", "encoding", "retrieval", "reporting", "batch_negative", "serving", "data_check")
+PACKAGES = ("common", "modeling", "encoding", "retrieval", "mining", "reporting")
+PACKAGES += ("batch_negative", "serving", "data_check")
 PAGES = (ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if not path.stem.endswith("_cn")))
 README_LINES = 200
 NOT_RUN = {
@@ -291,26 +292,30 @@ def test_other_commands(trained: Path, request: pytest.FixtureRequest, block: st
         assert "model_2" in succeed(on_the_cpu(block), trained).stderr  # it goes on from its last checkpoint
 
 
+WRITTEN = {  # what is in a block of commands -> files that it writes
+    "pretrain.py": ["checkpoints/pretrained/model_6/manifest.json"],  # 336 pairs of 168 texts
+    "best_model.sh": ["best_model/data.html", "best_model/report.html", "best_model/index/manifest.json"],
+    "--resume_from": ["checkpoints/large_batch/model_2/manifest.json"],  # 1,008 pairs
+    "--unsupervised": ["checkpoints/simcse/model_3/manifest.json"],  # 168 texts
+    "--teacher_scores": ["checkpoints/distilled/model_3/manifest.json"],  # 168 pairs
+}
+VECTORS = "deployed_vectors.npy", "corpus_vectors.npy"
+
+
 def check_files(block: str, folder: Path) -> None:
     """What a block of commands must have written."""
+    for file in (file for mark, files in WRITTEN.items() if mark in block for file in files):
+        assert (folder / file).is_file(), file
+    for file in (file for file in VECTORS if file in block):
+        assert np.load(folder / file).shape == (168, 256)
     if "recall.py" in block or "run_build_index" in block:
         check_recall_result(folder)
         assert (folder / "recall_log" / "workerlog.0").is_file() == ("--log_dir" in block)
     if "mine_hard_negatives.py" in block:
         train, mined = (read(folder / "recall" / name).splitlines() for name in ("train.csv", "train_hard.csv"))
         assert ["\t".join(line.split("\t")[:2]) for line in mined] == train
-    if "--resume_from" in block:
-        assert (folder / "checkpoints" / "large_batch" / "model_2" / "manifest.json").is_file()  # 1,008 pairs
     if "export_model.py" in block:
         assert (folder / "output" / "inference.get_pooled_embedding.onnx").is_file() == ("onnx" in block)
-    if "--unsupervised" in block:
-        assert (folder / "checkpoints" / "simcse" / "model_3" / "manifest.json").is_file()  # 168 texts
-    if "--teacher_scores" in block:
-        assert (folder / "checkpoints" / "distilled" / "model_3" / "manifest.json").is_file()  # 168 pairs
-    if "deployed_vectors.npy" in block:
-        assert np.load(folder / "deployed_vectors.npy").shape == (168, 256)
-    if "corpus_vectors.npy" in block:
-        assert np.load(folder / "corpus_vectors.npy").shape == (168, 256)
 
 
 def check_output(block: str, stdout: str) -> None:

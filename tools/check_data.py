@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import INPUT_ERROR_EXIT_CODE, ArgumentParser, number_in_range, run
 from common.errors import InputError
+from common.files import prepare_file
 from common.options import add_label_arg, call
 from common.paddle_setup import set_up_paddle
 from data_check.check import DataCheck, check_data
@@ -88,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluated = [path for path in (getattr(args, name) for name in EVALUATED) if path]
     if not (args.train_set_file or evaluated or args.corpus_file):
         raise InputError("there is nothing to check; give --train_set_file, --dev, --test or --corpus_file")
+    if args.report:
+        prepare_file(args.report)
     tokenizer = None
     if args.params_path:
         set_up_paddle()
