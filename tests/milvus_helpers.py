@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,13 +56,18 @@ def unpack_server(folder: Path) -> Path:
 
 @contextmanager
 def running_milvus(
-    program: Path, folder: Path, authorization: bool = False, port: int = 0, session_seconds: int = 60
+    program: Path,
+    folder: Path,
+    authorization: bool = False,
+    port: int = 0,
+    session_seconds: int = 60,
+    settings: Mapping[str, object] | None = None,
 ) -> Iterator[Milvus]:
     """Starts a server on free ports with its data in a folder, in which an earlier one may have left some.
 
     Its ports are open on all interfaces: its config can't change that. authorization: whether it wants PASSWORD. port:
     that of an earlier server; 0: any free one. session_seconds: how long it lives without the CPU, and
-    how long the next one in the folder waits after it was killed.
+    how long the next one in the folder waits after it was killed. settings: others of Milvus's own.
     """
     from milvus import MilvusServerConfig
 
@@ -74,7 +79,7 @@ def running_milvus(
     config.update(**dict(zip(ports, free_ports(len(ports)), strict=True)), etcd_port=client_port)
     config.extra_configs |= {f"{part}.ip": "127.0.0.1" for part in COORDINATORS}
     config.extra_configs |= {"etcd.endpoints": f"127.0.0.1:{client_port}", "common.gracefulStopTimeout": 1}
-    config.extra_configs["common.session.ttl"] = session_seconds
+    config.extra_configs |= {"common.session.ttl": session_seconds, **(settings or {})}
     config.set("authorization_enabled", authorization)
     config.resolve()
     if port:  # connections of an earlier server may still keep others from binding it

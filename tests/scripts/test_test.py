@@ -9,6 +9,7 @@ import pytest
 from helpers import ROOT, Completed
 
 pytestmark = pytest.mark.process
+PYTEST = "python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile"
 SAY = '#!/bin/sh\necho "$(basename "$0") $*"\n'
 
 
@@ -48,7 +49,7 @@ def test_all_tests(copy: Path) -> None:
         "python -m ruff check --quiet .",
         "python -m ruff format --check --quiet .",
         "python -m mypy --no-error-summary",
-        "python -m pytest -k recall or data",
+        f"{PYTEST} -k recall or data",
         "fast: ",
     ]
 
@@ -68,7 +69,7 @@ def test_without_debian_s_packages(copy: Path, has_packages: bool, has_chromium:
         marks.append("not browser")
     done = run(copy)
     assert done.stderr.splitlines() == expected
-    call = "python -m pytest" + (f" -m {' and '.join(marks)}" if marks else "")
+    call = PYTEST + (f" -m {' and '.join(marks)}" if marks else "")
     assert call in [line.rstrip() for line in done.stdout.splitlines()]
 
 
@@ -85,7 +86,7 @@ def test_fast_tests_build_and_install_nothing_more(copy: Path, arguments: tuple[
     setup, *linters, pytest_call, fast = done.stdout.splitlines()
     assert (setup, fast) == ("setup.sh --fast-tests", "fast: 1")
     assert not [line for line in linters if not line.startswith(("python -m ruff ", "python -m mypy "))]
-    assert pytest_call == "python -m pytest -m not process and not server and not browser and not cpp -k recall"
+    assert pytest_call == f"{PYTEST} -m not process and not server and not browser and not cpp -k recall"
 
 
 def test_fast_tests_without_extras_leave_their_tests_out(copy: Path) -> None:
