@@ -73,6 +73,7 @@ lock_env() {
 
 # Creates the environment $env, which will take $1 GB.
 make_env() {
+    [ ! -h "$env" ] || fail "$env is a link to an environment of other packages; remove the link and run this again"
     say "making $env with Python $version ($python)"
     rm -f "$env/setup/base" "$env/setup/hnswlib"
     for extra in $all_extras; do rm -f "$env/setup/$extra"; done

@@ -146,7 +146,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = all_pairs()
     write_pairs(folder / "recall" / "train.csv", pairs * 6)  # 1,008 pairs: 16 steps of 64 an epoch, 48 in all
     write_pairs(folder / "recall" / "train_unsupervised.csv", [(title,) for _, title in pairs])
-    write_pairs(folder / "recall" / "train_hard.csv", [(*pair, pairs[row - 1][1]) for row, pair in enumerate(pairs)])
+    write_hard_negatives(folder)
     write_pairs(folder / "recall" / "dev.csv", pairs[:20])
     write_pairs(folder / "recall" / "test.csv", pairs[20:24])
     write_pairs(folder / "recall" / "corpus.csv", [(title,) for _, title in pairs])
@@ -156,6 +156,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ernie, folder / "bge-small-zh-v1.5")
     save_checkpoint(folder / "simcse" / "model_20000", model, tokenizer)
     return folder
+
+
+def write_hard_negatives(folder: Path) -> None:
+    pairs = all_pairs()
+    write_pairs(folder / "recall" / "train_hard.csv", [(*pair, pairs[row - 1][1]) for row, pair in enumerate(pairs)])
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +289,8 @@ def test_other_commands(trained: Path, request: pytest.FixtureRequest, block: st
         succeed("sh scripts/run_build_index.sh cpu", trained)
     if "--model_dir" in block or "export_to_serving.py" in block:
         request.getfixturevalue("exported")
+    if "score_pairs.py" in block:  # the commands of another page mine none with a tiny model
+        write_hard_negatives(trained)
     shutil.rmtree(trained / "recall_log", ignore_errors=True)
     done = succeed(on_the_cpu(block), trained)
     check_files(block, trained)

@@ -287,6 +287,20 @@ def test_changed_lock_and_gpu_build_make_the_environment_anew(ready: Repo) -> No
     assert not list(ready.path.glob(".venv/lib/*/site-packages/paddlepaddle_gpu-1.0.dist-info"))
 
 
+def test_an_environment_behind_a_link_is_not_made_anew(ready: Repo, tmp_path: Path) -> None:
+    """It may be another copy's."""
+    other = ready.copy(tmp_path / "other")
+    shutil.rmtree(other.path / ".venv")
+    (other.path / ".venv").symlink_to(ready.path / ".venv")
+    assert other.run().returncode == 0
+    lock = other.path / "requirements.lock"
+    lock.write_text(lock.read_text() + "# changed\n")
+    before = files_of(ready.path / ".venv/lib")
+    assert refuses(other.run(), ".venv is a link to an environment of other packages; remove the link")
+    assert files_of(ready.path / ".venv/lib") == before
+    assert ready.run().stdout == "setup: .venv is ready\n"
+
+
 def test_without_compiler_only_the_hnsw_index_is_left_out(ready: Repo) -> None:
     pip = [ready.path / ".venv/bin/python", "-m", "pip", "uninstall", "-qy", "hnswlib"]
     subprocess.run(pip, check=True, capture_output=True)
