@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from serving.search import ServedIndex
 
 CONFIG_FILE = Path(__file__).with_name("config_nlp.yml")
+WAKE_SECONDS = 0.5
 STOP_SECONDS = 25.0  # for requests in progress; Kubernetes kills after 30, Docker Compose after 10
 
 
@@ -106,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"ready: gRPC on {name}:{rpc_port}, HTTP on http://{name}:{gateway.server_port}{PREDICTION_PATH}"
             )
             with signals.raised():
-                while True:
-                    time.sleep(3600)
+                while True:  # the handler of a signal that another thread got runs when this one wakes
+                    time.sleep(WAKE_SECONDS)
         except Stopped:
             service_log("stopping: answering the requests in progress")
         finished = service.stop(STOP_SECONDS)

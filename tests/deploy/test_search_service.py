@@ -2,9 +2,11 @@
 
 import base64
 import contextlib
+import ctypes
 import http.client
 import itertools
 import json
+import re
 import signal
 import stat
 import threading
@@ -261,6 +263,34 @@ def test_every_answer_is_of_the_version_that_it_names(
         assert answer["index"]["documents"] == len(documents)
         assert all(documents[hit["id"]] == hit["document"] for hit in answer["results"][0]["hits"])
     assert "isn't as it was written" in "".join(service.log)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGHUP, signal.SIGTERM], ids=["SIGHUP", "SIGTERM"])
+def test_a_signal_is_heard_whichever_thread_gets_it(
+    exported: Path, checkpoint: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
+    """The kernel may choose any thread that doesn't block the signal."""
+    for name, documents in (("index", TITLES[:20]), ("newer", TITLES[20:50])):
+        build_index(checkpoint, tmp_path / name, documents)
+    newer = index_version(tmp_path / "newer")
+    with running_service(exported, "--index_dir", str(tmp_path / "index"), "--threads", "1") as service:
+        (tmp_path / "index").rename(tmp_path / "older")
+        (tmp_path / "newer").rename(tmp_path / "index")
+        send_to_another_thread(service.process.pid, sent)
+        if sent == signal.SIGTERM:
+            assert service.process.wait(30) == 0
+        else:
+            until(lambda: json.loads(get(service, "/health")[1])["index"]["version"] == newer)
+
+
+def send_to_another_thread(pid: int, sent: signal.Signals) -> None:
+    """Sends a signal to a thread of a process other than its main thread, one that doesn't block it."""
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        blocked = int(re.search(r"SigBlk:\s+(\w+)", status.read_text()).group(1), 16)
+        if int(status.parent.name) != pid and not blocked >> (sent - 1) & 1:
+            assert ctypes.CDLL(None).tgkill(pid, int(status.parent.name), int(sent)) == 0
+            return
+    raise AssertionError("all other threads block the signal")
 
 
 def swap(current: Path, places: Sequence[Path], number: int) -> None:
