@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 TOKEN_VARIABLE = "MILVUS_TOKEN"
 LACKS_TYPE = "this version lacks the index type; give another --milvus_index_type"
 NO_ANSWER = "doesn't answer; see whether it runs, and whether the address and the port are right"
+CERTIFICATE = ", and whether --milvus_ca_file holds the authority of its certificate"
 CONNECTION_SECONDS, CALL_SECONDS = 10, 30  # with a float, pymilvus repeats a failed call for minutes
 # Codes of errors: Milvus's pkg/merr of versions 2.3 to 2.6, and pymilvus's ErrorCode.
 NO_CONNECTION, NO_COLLECTION, NO_DATABASE = 2, 100, 800
@@ -72,6 +73,8 @@ def check_address(uri: str) -> None:
 def connect(server: MilvusServer) -> "MilvusClient":
     """A client. Raises InputError that says what to change, MilvusUnavailable if nothing answers."""
     token, certificate = server.token(), {"server_pem_path": server.ca_file} if server.ca_file else {}
+    if server.ca_file:  # which pymilvus takes for a server that doesn't answer if it can't be read
+        open_for_reading(server.ca_file).close()
     client_class = _import_client(server.is_embedded)
     if server.is_embedded:
         make_folder(Path(server.uri).absolute().parent)
@@ -109,9 +112,9 @@ def milvus_errors(server: MilvusServer, collection: str = "") -> Iterator[None]:
         code = getattr(error, "code", lambda: None)()
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
             raise _refused(server) from None
-        raise MilvusUnavailable(f"{server}: {NO_ANSWER}") from None
+        raise _no_answer(server) from None
     except (grpc.FutureTimeoutError, OSError):
-        raise MilvusUnavailable(f"{server}: {NO_ANSWER}") from None
+        raise _no_answer(server) from None
 
 
 def _explained(server: MilvusServer, collection: str, code: Any, message: str) -> InputError:
@@ -133,8 +136,13 @@ def _explained(server: MilvusServer, collection: str, code: Any, message: str) -
     if "quota" in known or "no space" in known or "disk full" in known:
         return MilvusUnavailable(f"{server}: its disk or its quota is full; make room, then run this again")
     if code in UNAVAILABLE or "unavailable" in known or any(word in known for word in ("retry", "deadline", "timeout")):
-        return MilvusUnavailable(f"{server}: {NO_ANSWER}")
+        return _no_answer(server)
     return InputError(f"{server}: failed with code {code} ({_one_line(message)})")
+
+
+def _no_answer(server: MilvusServer) -> MilvusUnavailable:
+    """Over https, a certificate that isn't trusted looks the same."""
+    return MilvusUnavailable(f"{server}: {NO_ANSWER}{CERTIFICATE if server.uri.startswith('https') else ''}")
 
 
 def _refused(server: MilvusServer) -> InputError:

@@ -191,7 +191,7 @@ def test_a_server_that_goes_away_and_a_collection_that_is_dropped(own: Milvus) -
 @pytest.mark.server
 @pytest.mark.process
 def test_a_certificate_of_ones_own(milvus_program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(milvus_server, "CONNECTION_SECONDS", 5)
+    monkeypatch.setattr(milvus_server, "CONNECTION_SECONDS", 2)
     certificate, key = tmp_path / "server.pem", tmp_path / "server.key"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
@@ -199,9 +199,16 @@ def test_a_certificate_of_ones_own(milvus_program: Path, tmp_path: Path, monkeyp
     settings = {"common.security.tlsMode": 1, "tls.serverPemPath": str(certificate), "tls.serverKeyPath": str(key)}
     with running_milvus(milvus_program, tmp_path / "milvus", settings=settings) as milvus:
         uri = milvus.uri.replace("http://127.0.0.1", "https://localhost")
-        server = MilvusServer(uri, ca_file=str(certificate))
-        assert connect(server).list_collections() == []
-        for other in (MilvusServer(uri), MilvusServer(milvus.uri), MilvusServer(uri, ca_file=str(key))):
-            with pytest.raises(InputError, match="doesn't answer") as raised:
-                connect(other)
+        certified = "--milvus_ca_file holds the authority of its certificate"
+        missing = str(tmp_path / "missing.pem")
+        # The good one comes last: pymilvus would use its connection for the others, too.
+        for server, message in (
+            (MilvusServer(uri), certified),
+            (MilvusServer(uri, ca_file=str(key)), certified),
+            (MilvusServer(uri, ca_file=missing), "missing.pem: no such file"),
+            (MilvusServer(milvus.uri), "doesn't answer"),
+        ):
+            with pytest.raises(InputError, match=message) as raised:
+                connect(server)
             assert "\n" not in str(raised.value)
+        assert connect(MilvusServer(uri, ca_file=str(certificate))).list_collections() == []
