@@ -16,7 +16,7 @@ from common.files import write_json
 from common.paddle_setup import set_up_paddle
 from retrieval.corpus import read_corpus
 from retrieval.documents import Documents
-from retrieval.saved_index import DocumentIndex, save_index
+from retrieval.saved_index import LocalDocumentIndex, save_index
 
 if __name__ == "__main__":
     set_up_paddle()
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with_model = resident_bytes()
         start = time.perf_counter()
         index = build_index(IndexOptions(), embeddings)
-        save_index(args.index_dir, DocumentIndex(index, Documents(corpus), encoder.fingerprint, corpus.sha256))
+        save_index(args.index_dir, LocalDocumentIndex(index, Documents(corpus), encoder.fingerprint, corpus.sha256))
     seconds = time.perf_counter() - start
     index_bytes = sum(path.stat().st_size for path in Path(args.index_dir).glob(HNSW_FILE))
     write_json(

@@ -34,7 +34,7 @@ from common.errors import InputError
 from encoding.exported_files import read_card
 from retrieval.corpus import Corpus
 from retrieval.documents import Documents
-from retrieval.saved_index import DocumentIndex, load_index, save_index
+from retrieval.saved_index import LocalDocumentIndex, load_index, save_index
 from serving.http_routes import DEFAULT_TOP_K
 
 HNSWLIB, ENCODE_ONLY, SEARCH, ONE_CLIENT = "hnswlib", "encode_only", "search", "search_one_client"
@@ -61,10 +61,10 @@ def make_index(folder: Path, model_dir: Path, titles: Sequence[str], documents: 
         vectors = np.random.default_rng(0).standard_normal((documents, card.embedding_size), np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         index = build_index(IndexOptions(hnsw_m=hnsw_m), vectors)
-        save_index(folder, DocumentIndex(index, Documents(corpus), card.fingerprint, corpus.sha256, "fp32"))
+        save_index(folder, LocalDocumentIndex(index, Documents(corpus), card.fingerprint, corpus.sha256, "fp32"))
 
 
-def open_index(folder: Path, model_dir: Path, documents: int | None) -> DocumentIndex:
+def open_index(folder: Path, model_dir: Path, documents: int | None) -> LocalDocumentIndex:
     """The saved index in a folder. Raises InputError for one of another model or kind, or of another size if given."""
     saved = load_index(folder, read_card(model_dir).fingerprint)
     if not isinstance(saved.index, HnswIndex) or saved.lexical is not None:
@@ -95,7 +95,7 @@ class Expected(NamedTuple):
     documents: Mapping[int, str]  # by id
 
 
-def expected_hits(saved: DocumentIndex, vectors: np.ndarray) -> Expected:
+def expected_hits(saved: LocalDocumentIndex, vectors: np.ndarray) -> Expected:
     """The best hits of vectors [N, D], as many as the service returns by default."""
     ids, scores = saved.index.search(vectors, DEFAULT_TOP_K)
     return Expected(ids, scores, {row: saved.documents[row] for row in np.unique(ids).tolist()})

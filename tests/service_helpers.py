@@ -22,7 +22,7 @@ from helpers import small_tokenizer, write_pairs
 from retrieval.corpus import Corpus
 from retrieval.documents import Documents
 from retrieval.lexical_index import LexicalIndex
-from retrieval.saved_index import DocumentIndex, save_index
+from retrieval.saved_index import LocalDocumentIndex, save_index
 from serving.adapter import PipelineService, Request, Response, ServiceOptions
 from serving.api_keys import ApiKeys
 from serving.encoder_process import EncoderStopped
@@ -82,7 +82,7 @@ def write_index(
         corpus = Corpus(write_pairs(Path(temporary, "corpus.csv"), [(document,) for document in documents]))
         index = build_index(IndexOptions(ann), text_vectors(documents))
         lexical = LexicalIndex.build(documents, len(documents)) if has_words else None
-        save_index(folder, DocumentIndex(index, Documents(corpus), model, corpus.sha256, lexical=lexical))
+        save_index(folder, LocalDocumentIndex(index, Documents(corpus), model, corpus.sha256, lexical=lexical))
 
 
 @contextlib.contextmanager

@@ -24,7 +24,14 @@ from retrieval.corpus import Corpus, read_corpus
 from retrieval.documents import DocumentFinder, Documents
 from retrieval.journal import JOURNAL_FILE
 from retrieval.live_index import Added, LiveIndex
-from retrieval.saved_index import DocumentIndex, index_version, load_index, load_with_version, locked_index, save_index
+from retrieval.saved_index import (
+    LocalDocumentIndex,
+    index_version,
+    load_index,
+    load_with_version,
+    locked_index,
+    save_index,
+)
 
 DIM = 8
 
@@ -49,7 +56,7 @@ def new_index(folder: Path, count: int = 20, ann: str = "hnswlib") -> Path:
     texts = texts_from(0, count)
     corpus = read_corpus(write_pairs(folder / "corpus.csv", [(text,) for text in texts]))
     index = build_index(IndexOptions(ann, hnsw_ef=500, target_recall=0), vectors_of(texts))
-    save_index(folder / "index", DocumentIndex(index, Documents(corpus), "model", corpus.sha256))
+    save_index(folder / "index", LocalDocumentIndex(index, Documents(corpus), "model", corpus.sha256))
     return folder / "index"
 
 
@@ -78,7 +85,7 @@ class Twin:
     def delete(self, ids: list[int]) -> int:
         return sum(self.texts.pop(row, None) is not None for row in dict.fromkeys(ids))
 
-    def is_that_of(self, found: DocumentIndex) -> bool:
+    def is_that_of(self, found: LocalDocumentIndex) -> bool:
         """Whether ids and documents are the same, and searches find what a sort of all finds."""
         documents = [self.texts.get(row, "") for row in range(self.size)]
         rows = np.array(list(self.texts), np.int64)

@@ -18,7 +18,7 @@ from helpers import file_size_limit, flip_a_bit, unit_vectors, write_pairs
 from retrieval.corpus import Corpus, read_corpus
 from retrieval.lexical_index import DEFAULT_FUSION, Fusion, LexicalIndex
 from retrieval.saved_index import (
-    DocumentIndex,
+    LocalDocumentIndex,
     has_index,
     has_lexical_index,
     load_index,
@@ -35,10 +35,10 @@ def corpus_of(folder: Path, count: int) -> Corpus:
     return read_corpus(write_pairs(folder / "corpus.csv", [(f"文{row}",) for row in range(count)]))
 
 
-def saved_index(folder: Path, count: int, ann: str = "hnswlib", has_words: bool = False) -> DocumentIndex:
+def saved_index(folder: Path, count: int, ann: str = "hnswlib", has_words: bool = False) -> LocalDocumentIndex:
     """One of random vectors, saved as `index` in the folder."""
     corpus = corpus_of(folder, count)
-    saved = DocumentIndex(build_index(IndexOptions(ann), unit_vectors(count, DIM)), corpus, "model", corpus.sha256)
+    saved = LocalDocumentIndex(build_index(IndexOptions(ann), unit_vectors(count, DIM)), corpus, "model", corpus.sha256)
     lexical = LexicalIndex.build(corpus, count) if has_words else None
     return save_index(folder / "index", replace(saved, lexical=lexical))
 
@@ -247,7 +247,7 @@ def test_vectors_of_another_precision_are_named(tmp_path: Path, capsys: pytest.C
         ("fp32", None, ""),
         (None, "bf16", ""),
     ):
-        save_index(tmp_path / "index", DocumentIndex(index, corpus, "model", corpus.sha256, saved))
+        save_index(tmp_path / "index", LocalDocumentIndex(index, corpus, "model", corpus.sha256, saved))
         capsys.readouterr()
         assert load_index(tmp_path / "index", "model", corpus, precision).precision == saved
         assert capsys.readouterr().err == line
