@@ -38,6 +38,16 @@ def requests(window: webdriver.Chrome) -> list[str]:
     return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
 
 
+def check_policy(window: webdriver.Chrome) -> None:
+    """The page runs no script that was added to it and reaches no other host, and the console says so of both."""
+    added = "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.hacked = 1'}))"
+    window.execute_script(added)
+    assert window.execute_script("return window.hacked") is None
+    asked = window.execute_async_script("fetch('http://127.0.0.2:1/').then(arguments[0], e => arguments[0](String(e)))")
+    assert "TypeError" in asked
+    assert len([line for line in complaints(window) if "Content Security Policy" in line]) >= 2
+
+
 def set_scheme(window: webdriver.Chrome, scheme: str) -> None:
     """Sets the system's colours: light or dark."""
     feature = {"name": "prefers-color-scheme", "value": scheme}

@@ -124,7 +124,7 @@ def find_positives(
     texts = [text for pair in pairs for text in (pair.query, pair.title)]
     ids = text_ids(texts, lowercase)
     query_ids, title_ids = ids[::2], ids[1::2]
-    mask = FalseNegativeMask(query_ids, title_ids, np.full(len(pairs), -1), symmetric_pairs)
+    mask = FalseNegativeMask(query_ids, title_ids, np.empty(0, np.int64), symmetric_pairs)
     if mask.symmetric and symmetric_pairs is None:
         share = f"{100 * mask.reversed_share:.0f} % of the pairs are given in both directions"
         log(f"{train_set_file}: {share}, so all are taken as similar in both")

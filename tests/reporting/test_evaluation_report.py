@@ -2,13 +2,12 @@
 
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from selenium import webdriver
 
-from browser_helpers import at, complaints, new_window, requests, set_scheme, set_width, texts
+from browser_helpers import at, complaints, requests, set_scheme, set_width, texts
 from data import Hit
 from helpers import all_pairs
 from reporting.evaluation_report import Result, bm25_result, write_evaluation_report
@@ -49,13 +48,6 @@ def report(ours: Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_evaluation_report(path, ours, bm25_result(POSITIVES, CORPUS, 20), result("other.txt", 2, 0.3))
     return path
-
-
-@pytest.fixture(scope="module")
-def window() -> Iterator[webdriver.Chrome]:
-    window = new_window("en")
-    yield window
-    window.quit()
 
 
 @pytest.mark.browser

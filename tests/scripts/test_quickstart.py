@@ -71,13 +71,12 @@ def test_every_engine_finds_the_same(quickstart: Quickstart, milvus: Milvus, tmp
     server += ["--milvus_collection", "quickstart"]
     engines = {"exact": ["--ann", "exact"], "hnswlib": ["--ann", "hnswlib"], "server": server}
     engines["embedded"] = ["--ann", "milvus", "--index_dir", str(tmp_path / "index")]
-    found = {}
+    found, positives = {}, positives_by_query(read_text_pairs(pairs))
     for name, options in engines.items():
         arguments = ["--device", "cpu", "--params_path", str(checkpoint), "--similar_text_pair", str(pairs)]
         arguments += ["--corpus_file", str(corpus), "--embedding_dir", str(tmp_path / "vectors")]
         arguments += ["--recall_result_dir", str(tmp_path), "--recall_num", "50", "--batch_size", "64"]
         assert recall.main([*arguments, *options]) == 0
-        positives = positives_by_query(read_text_pairs(pairs))
         found[name] = list(metrics(evaluate(positives, read_hits(tmp_path / "recall_result.txt"), 50)).values())
     assert found["exact"][0] > 0.3
     for name, values in found.items():
