@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -294,3 +295,16 @@ def latest_folder(save_dir: Path) -> Path | None:
 
     latest = latest_checkpoint(save_dir)
     return latest and latest[0]
+
+
+def leads_somewhere(page: Path, link: str) -> bool:
+    """Whether the file of a link exists and, after `#`, the heading."""
+    name, _, anchor = link.partition("#")
+    file = page.parent / name if name else page
+    return file.exists() and (not anchor or anchor in anchors(file))
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's names of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
