@@ -140,6 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=number_in_range(2), default=64, help="pairs per step")
     add("--learning_rate", type=number_in_range(0.0, float), default=5e-5, help="highest learning rate")
     add("--max_seq_length", type=number_in_range(3), default=64, help="tokens of a text, in training and in recall")
+    add("--quick", action="store_true", help="one seed of 20 steps")
     return parser
 
 
@@ -147,10 +148,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints a table, and the JSON object."""
     args = build_parser().parse_args(argv)
     check_benchmarks_python()
+    seeds, steps = (1, 20) if args.quick else (args.seeds, args.steps)
     machine = describe_machine()
-    task = Task(args.model, args.data, args.steps, args.batch_size, args.learning_rate, args.max_seq_length)
+    task = Task(args.model, args.data, steps, args.batch_size, args.learning_rate, args.max_seq_length)
     results = {START: [result_of(task, START, 0, args.output)], PEER: [], SAME_LOSS: [], DEFAULTS: [], CACHE: []}
-    for seed in range(args.seeds):  # in turn, so that an interrupted run has as many of each
+    for seed in range(seeds):  # in turn, so that an interrupted run has as many of each
         for method in (PEER, SAME_LOSS, DEFAULTS, CACHE):
             results[method].append(result_of(task, method, seed, args.output))
     result = summary(results)

@@ -81,6 +81,8 @@ def test_the_means_over_the_seeds(
     assert bench_finetune.main([*options, "--seeds", "2", "--steps", "7"]) == 0
     assert commands == []
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["means"] == result["means"]
+    assert bench_finetune.main([*options[:-1], str(tmp_path / "quick"), "--quick"]) == 0
+    assert [words[words.index("--seed") + 1] for words in commands if "--seed" in words] == ["0"] * 4
     with pytest.raises(InputError, match="is of another task; give another --output"):
         bench_finetune.main([*options, "--seeds", "2", "--steps", "8"])
 
