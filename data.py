@@ -253,8 +253,7 @@ def positives_by_query(pairs: Iterable[TextPair]) -> dict[str, set[str]]:
     queries = TextSet()
     titles: dict[str, TextSet] = {}
     for pair in pairs:
-        queries.add(pair.query)
-        titles.setdefault(queries.find(pair.query) or pair.query, TextSet()).add(pair.title)
+        titles.setdefault(queries.setdefault(pair.query), TextSet()).add(pair.title)
     return {query: set(texts) for query, texts in titles.items()}
 
 

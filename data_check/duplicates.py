@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from common.logs import progress_bar
-from common.texts import text_key
+from common.texts import TextHashes
 from data_check.files import Column
 from data_check.sketches import BANDS, NO_TERM, similarities
 from retrieval.near_duplicates import NEAR_DUPLICATE
@@ -26,7 +26,7 @@ class TextGroups:
     def __init__(self, columns: Sequence[Column]) -> None:
         self._columns = columns
         self._starts = np.cumsum([0, *map(len, columns)])
-        self.ids = self._same_texts()
+        self.ids = TextHashes.join(column.hashes.texts for column in columns).ids(self.text)
         self.groups = self._leaders()[self.ids]
 
     def rows(self, column: Column) -> slice:
@@ -55,20 +55,6 @@ class TextGroups:
     def _place(self, row: int) -> tuple[Column, int]:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._columns[number], row - int(self._starts[number])
-
-    def _same_texts(self) -> np.ndarray:
-        """`ids`: texts with equal `rough_key` that differ are compared by `text_key`, which takes much longer."""
-        exact = np.concatenate([column.hashes.exact for column in self._columns])
-        rough = np.concatenate([column.hashes.rough for column in self._columns])
-        _, first, variant = np.unique(exact, return_index=True, return_inverse=True)
-        _, kinds, counts = np.unique(rough[first], return_inverse=True, return_counts=True)
-        id_of_variant = first.copy()
-        id_of_key: dict[tuple[int, str], int] = {}
-        several = np.flatnonzero(counts[kinds] > 1)
-        for number in several[np.argsort(first[several])].tolist():
-            key = (int(kinds[number]), text_key(self.text(int(first[number]))))
-            id_of_variant[number] = id_of_key.setdefault(key, int(first[number]))
-        return id_of_variant[variant]
 
     def _leaders(self) -> np.ndarray:
         """The leader of each row whose text no earlier one has; of the other rows itself."""

@@ -16,7 +16,7 @@ from common.errors import InputError
 from common.files import open_for_reading
 from common.lines import LineDecoder, split_lines
 from common.logs import progress_bar
-from common.texts import DOCUMENT, QUERY, rough_key
+from common.texts import DOCUMENT, QUERY, TextHashes
 from data import PAIR_COLUMNS, parse_labelled_pair, parse_pair, parse_scored_pair, parse_text
 from data_check.characters import has_other_separator, problems_of
 from data_check.rules import (
@@ -44,21 +44,19 @@ Texts = tuple[str, ...]  # of a line: the query, the title and the hard negative
 class Hashes(NamedTuple):
     """What is kept of N texts."""
 
-    exact: np.ndarray  # int64 [N], equal for texts that are equal character by character
-    rough: np.ndarray  # int64 [N], equal for texts with equal `rough_key`
+    texts: TextHashes
     bands: np.ndarray  # uint32 [BANDS, N], see `Terms.bands`
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> "Hashes":
-        """The hashes of texts, which no other process has: Python hashes texts differently in each."""
-        exact = np.fromiter(map(hash, texts), np.int64, len(texts))
-        rough = np.fromiter((hash(rough_key(text)) for text in texts), np.int64, len(texts))
-        return cls(exact, rough, bands_of(texts))
+        """The hashes of texts."""
+        return cls(TextHashes.of(texts), bands_of(texts))
 
     @classmethod
     def join(cls, parts: "Sequence[Hashes]") -> "Hashes":
         """The hashes of all texts after each other."""
-        return cls(*(np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True)))
+        texts, bands = zip(*parts, strict=True)
+        return cls(TextHashes.join(texts), np.concatenate(bands, axis=1))
 
 
 class _MappedGoodLines(MappedLines):
