@@ -302,6 +302,15 @@ def max_position_tokens(config: Mapping[str, Any]) -> int:
     return config["max_position_embeddings"] - unused
 
 
+def check_max_seq_length(max_seq_length: int | None, config: Mapping[str, Any], source: str | Path) -> int:
+    """The `max_position_tokens` of a backbone's config. Raises InputError if max_seq_length is more; source: for it."""
+    longest = max_position_tokens(config)
+    if max_seq_length and max_seq_length > longest:
+        limit = f"the position table of {source} has {longest} rows"
+        raise InputError(f"--max_seq_length {max_seq_length}: {limit}; use at most that many tokens")
+    return longest
+
+
 class TextTokenizer:
     """Turns texts into padded token ids, in all scripts and services.
 

@@ -1,12 +1,14 @@
 """The rules about texts beside each other: a file that breaks each, and clean files that break none."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data import TextTokenizer
+from common.errors import InputError
+from data import VOCABULARY_FILE, TextTokenizer
 from data_check.check import DataCheck, check_data
 from data_check.files import read_corpus_file, read_pair_file
 from data_check.model_tokenizer import load_model_tokenizer
@@ -163,3 +165,18 @@ def test_tokens_that_a_model_does_not_see(tmp_path: Path, model_folder: Path, mo
     assert unknown.examples == [f"1: {tmp_path / 'train.csv'}:2: 'gene'"]
     assert [(advice.given, advice.suggested) for advice in result.lengths] == [(8, 6), (8, 42)]
     assert counted == ["水稻产量", "gene", "水稻" * 20, "水稻"]  # each once, as it takes the longest
+
+
+def test_lengths_fit_into_the_position_table(checkpoint: Path, model_folder: Path) -> None:
+    for path in (checkpoint, model_folder):
+        message = f"^--max_seq_length 41: the position table of {path} has 40 rows; use at most that many tokens$"
+        with pytest.raises(InputError, match=message):
+            load_model_tokenizer(str(path), 41)
+        assert load_model_tokenizer(str(path), 40).max_seq_length == 40
+    assert load_model_tokenizer(str(model_folder)).max_seq_length == 40
+
+
+def test_a_folder_without_a_config_has_no_position_table(tmp_path: Path, model_folder: Path) -> None:
+    """As the original scripts write it."""
+    shutil.copy(model_folder / VOCABULARY_FILE, tmp_path)
+    assert load_model_tokenizer(str(tmp_path), 600).max_seq_length == 600
