@@ -63,7 +63,7 @@ class Sketches(NamedTuple):
     @classmethod
     def of(cls, texts: Sequence[str]) -> "Sketches":
         """The sketches of any number of texts."""
-        terms = [Terms(texts[part]) for part in windows(map(len, texts))]
+        terms = (Terms(texts[part]) for part in windows(map(len, texts)))  # one after the other, since they are large
         return cls.join([cls(each.bands(), each.filters()) for each in terms])
 
     @classmethod
