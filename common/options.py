@@ -30,13 +30,18 @@ def call(function: Callable[..., Any], args: argparse.Namespace, **given: Any) -
 
 
 def add_encoder_args(
-    parser: argparse.ArgumentParser, device: str | None, params_path: str | None = None, *, labels: bool = False
+    parser: argparse.ArgumentParser,
+    device: str | None,
+    params_path: str | None = None,
+    *,
+    required: bool = True,
+    labels: bool = False,
 ) -> None:
     """Adds the options of scripts that encode texts with a checkpoint.
 
-    device, params_path: defaults of these options; labels: see `add_reading_args`.
+    device, params_path: defaults of these options; required: see `add_checkpoint_args`; labels: see `add_reading_args`.
     """
-    add_checkpoint_args(parser, params_path)
+    add_checkpoint_args(parser, params_path, required=required)
     add_reading_args(parser, labels=labels)
     add_encoding_args(parser)
     engine_help = (
@@ -48,10 +53,12 @@ def add_encoder_args(
     add_device_arg(parser, device)
 
 
-def add_checkpoint_args(parser: argparse.ArgumentParser, params_path: str | None = None) -> None:
-    """Adds the options of scripts that use a trained model; without a default, `--params_path` is required."""
+def add_checkpoint_args(
+    parser: argparse.ArgumentParser, params_path: str | None = None, *, required: bool = True
+) -> None:
+    """Adds the options of scripts that use a trained model. required: whether `--params_path` is, without a default."""
     path_help = "checkpoint: its folder, or the weights file in it"
-    parser.add_argument("--params_path", required=params_path is None, default=params_path, help=path_help)
+    parser.add_argument("--params_path", required=required and params_path is None, default=params_path, help=path_help)
     size_help = "length of a vector (default: the checkpoint's; another value is an error)"
     parser.add_argument("--output_emb_size", type=number_in_range(0), help=size_help)
     backbone_help = "backbone of a checkpoint without a config.json, such as those of the original scripts"

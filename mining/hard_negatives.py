@@ -118,7 +118,7 @@ class PairHits(NamedTuple):
     """The hits of a pair's query, best first, and what their scores are compared with."""
 
     ids: Sequence[int]  # of documents
-    scores: Sequence[float]  # by the model, or by its teacher: then they needn't go down
+    scores: Sequence[float]  # by the search, or by a teacher: then they needn't go down
     limit: float  # the highest score of a negative
 
 
@@ -129,8 +129,8 @@ def choose_negatives(
     rules: MiningRules,
     row: int,
     left_out: Counter[str],
-) -> list[str]:
-    """The hard negatives of a pair: the first hits, then those at random, fewer than wanted if the hits are used up.
+) -> list[int]:
+    """The places of a pair's hard negatives in its hits: the first, then those at random; fewer if hits are used up.
 
     documents: by id; row: of the pair, which together with the seed decides on what is random. Counts in left_out why
     hits that were looked at are none.
@@ -152,4 +152,4 @@ def choose_negatives(
     if rng:
         others = filter(is_negative, rng.permutation(list(places)).tolist())
         chosen += islice(others, rules.negatives - len(chosen))
-    return [documents[hits.ids[place]] for place in chosen]
+    return chosen

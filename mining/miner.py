@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ import numpy as np
 from ann_util import IndexOptions
 from common.distributed import barrier
 from common.files import atomic_write
-from common.texts import DOCUMENT, QUERY
 from data import TextPair
 from encoding.encoder import Encoder
 from mining.blocks import PairBlocks
 from mining.hard_negatives import REASONS, KnownPositives, MiningRules, PairHits, choose_negatives, score_limits
+from mining.searchers import Found, Searcher
 from mining.teachers import Teacher, TeacherEncoder
 from retrieval.corpus import Corpus
+from retrieval.documents import Documents
 from retrieval.pipeline import encode_corpus, encode_queries, open_or_build_index, sample_of
 from retrieval.saved_index import LocalDocumentIndex, load_index
 
@@ -30,6 +32,7 @@ class Mined(NamedTuple):
     """What was mined for some pairs."""
 
     negatives: list[list[str]]  # of each pair, best first, those at random last
+    scores: list[list[float]]  # of each pair: its title's, then its negatives'
     left_out: Counter[str]  # why hits were none, see `hard_negatives.REASONS`
 
 
@@ -37,46 +40,44 @@ class Mined(NamedTuple):
 class Miner:
     """Mines the hard negatives of pairs: `rules` say which hits of a pair's query are taken.
 
-    teacher: its scores are compared with the positive's, in place of the cosines of the encoder that searches.
+    teacher: its scores take the place of the searcher's, which then only finds the hits.
     """
 
     pairs: Sequence[TextPair]
     positives: KnownPositives
     rules: MiningRules
-    encoder: Encoder
-    document_index: LocalDocumentIndex
+    searcher: Searcher
     teacher: Teacher | None = None
 
     def __call__(self, rows: range) -> Mined:
-        """Mines for the pairs in these rows. Raises InputError as `VectorIndex.search` does."""
+        """Mines for the pairs in these rows. Raises InputError as the searcher does."""
         queries = list(dict.fromkeys(self.pairs[row].query for row in rows))
         number_of_query = {query: number for number, query in enumerate(queries)}
         query_of_row = np.array([number_of_query[self.pairs[row].query] for row in rows])
-        ids, scores, limits = self._search(queries, [self.pairs[row].title for row in rows], query_of_row)
+        found = self._search(queries, [self.pairs[row].title for row in rows], query_of_row)
+        limits = score_limits(found.title_scores, self.rules.max_relative_score)
+        documents = self.searcher.documents
         positives = {}
-        mined = Mined([], Counter())
-        for row, number, limit in zip(rows, query_of_row.tolist(), limits.tolist(), strict=True):
+        mined = Mined([], [], Counter())
+        for place, (row, number) in enumerate(zip(rows, query_of_row.tolist(), strict=True)):
             if number not in positives:
                 positives[number] = self.positives.of(row)
-            hits = PairHits(ids[number].tolist(), scores[number].tolist(), limit)
-            chosen = choose_negatives(
-                hits, self.document_index.documents, positives[number], self.rules, row, mined.left_out
-            )
-            mined.negatives.append(chosen)
+            count = np.count_nonzero(found.ids[number] >= 0)
+            ids, scores = found.ids[number, :count].tolist(), found.scores[number, :count].tolist()
+            hits = PairHits(ids, scores, float(limits[place]))
+            chosen = choose_negatives(hits, documents, positives[number], self.rules, row, mined.left_out)
+            mined.negatives.append([documents[ids[each]] for each in chosen])
+            mined.scores.append([float(found.title_scores[place]), *(scores[each] for each in chosen)])
         return mined
 
-    def _search(
-        self, queries: Sequence[str], titles: Sequence[str], query_of_title: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The ids and scores of each query's hits, [Q, k] each, and each title's `score_limits`, float32 [T]."""
-        query_vectors = self.encoder.encode(queries, role=QUERY)
-        ids, scores = self.document_index.index.search(query_vectors, self.rules.to_rank)
-        if self.teacher:
-            title_scores, scores = self.teacher(queries, titles, query_of_title, ids, self.document_index.documents)
-        else:
-            title_vectors = self.encoder.encode(titles, role=DOCUMENT)
-            title_scores = np.einsum("td,td->t", query_vectors[query_of_title], title_vectors)
-        return ids, scores, score_limits(title_scores, self.rules.max_relative_score)
+    def _search(self, queries: Sequence[str], titles: Sequence[str], query_of_title: np.ndarray) -> Found:
+        """The hits, with the scores that count."""
+        found = self.searcher(queries, titles, query_of_title, self.rules.to_rank)
+        if not self.teacher:
+            return found
+        ids = np.maximum(found.ids, 0)
+        title_scores, scores = self.teacher(queries, titles, query_of_title, ids, self.searcher.documents)
+        return Found(found.ids, scores, title_scores)
 
 
 def sha256_of_pairs(pairs: Sequence[TextPair]) -> str:
@@ -91,10 +92,11 @@ def read_mined(blocks: PairBlocks, number: int) -> Mined:
     """What was mined for a block. Raises InputError if it isn't as it was written."""
     content = blocks.read(number)
     try:
-        mined = Mined(content["negatives"], Counter(content["left_out"]))
+        mined = Mined(content["negatives"], content["scores"], Counter(content["left_out"]))
+        complete = len(mined.negatives) == len(mined.scores) == len(blocks.rows[number])
     except (KeyError, TypeError):
-        mined = Mined([], Counter())
-    if len(mined.negatives) != len(blocks.rows[number]):
+        complete = False
+    if not complete:
         raise blocks.damaged(number)
     return mined
 
@@ -132,12 +134,12 @@ def index_on_all_ranks(
         yield own or load_index(index_dir, encoder.fingerprint, corpus)
 
 
-def encode_for_teacher(teacher: Encoder, document_index: LocalDocumentIndex, folder: Path) -> TeacherEncoder:
-    """Encodes the documents of an index with another encoder, on all ranks; the vectors are kept in `folder`.
+def encode_for_teacher(teacher: Encoder, documents: Corpus | Documents, folder: Path) -> TeacherEncoder:
+    """Encodes the documents that are searched with another encoder, on all ranks; the vectors are kept in `folder`.
 
     Raises InputError as `encode_corpus` does.
     """
-    return TeacherEncoder(teacher, encode_corpus(teacher, document_index.documents, folder / TEACHER_FOLDER))
+    return TeacherEncoder(teacher, encode_corpus(teacher, documents, folder / TEACHER_FOLDER))
 
 
 class MiningSummary(NamedTuple):
@@ -157,18 +159,23 @@ class MiningSummary(NamedTuple):
         return "\n".join(lines)
 
 
-def write_training_file(path: str | Path, pairs: Sequence[TextPair], blocks: PairBlocks, wanted: int) -> MiningSummary:
-    """Writes `query<TAB>title[<TAB>hard negative]...` for each pair, in order. wanted: hard negatives of a pair.
+def write_training_file(
+    path: str | Path, pairs: Sequence[TextPair], blocks: PairBlocks, wanted: int, write_scores: bool
+) -> MiningSummary:
+    """Writes `query<TAB>title[<TAB>hard negative]...` for each pair, in order, and with write_scores then the scores.
 
-    Raises InputError if the file can't be written.
+    wanted: hard negatives of a pair. Raises InputError if the file can't be written.
     """
     counts, left_out = Counter[int](), Counter[str]()
     with atomic_write(path) as file:
         for number, rows in enumerate(blocks.rows):
             mined = read_mined(blocks, number)
             left_out.update(mined.left_out)
-            for row, negatives in zip(rows, mined.negatives, strict=True):
+            for row, negatives, scores in zip(rows, mined.negatives, mined.scores, strict=True):
                 counts[len(negatives)] += 1
-                file.write("\t".join([pairs[row].query, pairs[row].title, *negatives]) + "\n")
+                columns = [pairs[row].query, pairs[row].title, *negatives]
+                if write_scores:  # a title without one has no hard negatives, so that its score doesn't matter
+                    columns += (f"{0.0 if math.isnan(score) else score:.6f}" for score in scores)
+                file.write("\t".join(columns) + "\n")
     found = sum(count * pairs_with for count, pairs_with in counts.items())
     return MiningSummary(len(pairs), counts[wanted], counts[0], found, left_out)

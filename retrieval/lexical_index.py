@@ -137,10 +137,8 @@ class LexicalIndex:
         the others' do, so they differ a little from those of an index that is built of all.
         """
         for document in documents:
-            counts = Counter(split_terms(document))
-            norm = np.float32(K1 * (1 - B + B * counts.total() / (self._mean_length or 1)))  # as bm25s rounds it
-            for term, count in counts.items():
-                self._added.setdefault(term, []).append((self._size, np.float32(count) / (norm + np.float32(count))))
+            for term, weight in self._weights(document).items():
+                self._added.setdefault(term, []).append((self._size, weight))
             self._size += 1
 
     def delete(self, ids: Iterable[int]) -> None:
@@ -163,6 +161,17 @@ class LexicalIndex:
                 progress.update()
         return ids, scores
 
+    def score(self, query: str, document: str) -> float:
+        """The score of any document, by the frequencies and the mean length of those that the index was built from."""
+        weights = self._weights(document)
+        return float(sum(self._idf(term) * weights[term] for term in split_terms(query) if term in weights))
+
+    def _weights(self, document: str) -> dict[str, np.float32]:
+        """What each term of a document adds to its score, before the term's inverse document frequency."""
+        counts = Counter(split_terms(document))
+        norm = np.float32(K1 * (1 - B + B * counts.total() / (self._mean_length or 1)))  # as bm25s rounds it
+        return {term: np.float32(count) / (norm + np.float32(count)) for term, count in counts.items()}
+
     def _all_scores(self, terms: Sequence[str]) -> np.ndarray:
         """The score of every document, float32 [N]."""
         scores = np.zeros(self._size, np.float32)
@@ -175,7 +184,7 @@ class LexicalIndex:
         return scores
 
     def _idf(self, term: str) -> np.float32:
-        """Inverse document frequency in Lucene's form; a term that is in added documents alone counts as in one."""
+        """Inverse document frequency in Lucene's form; a term that it wasn't built with counts as in one document."""
         number = self._term_ids.get(term)
         frequency = 1 if number is None else int(self._offsets[number + 1] - self._offsets[number])
         return np.float32(math.log(1 + (self._built - frequency + 0.5) / (frequency + 0.5)))

@@ -304,7 +304,8 @@ WRITTEN = {  # what is in a block of commands -> files that it writes
     "best_model.sh": ["best_model/data.html", "best_model/report.html", "best_model/index/manifest.json"],
     "--resume_from": ["checkpoints/large_batch/model_2/manifest.json"],  # 1,008 pairs
     "--unsupervised": ["checkpoints/simcse/model_3/manifest.json"],  # 168 texts
-    "--teacher_scores": ["checkpoints/distilled/model_3/manifest.json"],  # 168 pairs
+    "score_pairs.py": ["checkpoints/distilled/model_3/manifest.json"],  # 168 pairs
+    "--write_scores": ["checkpoints/words/model_16/manifest.json"],  # 1,008 pairs
 }
 VECTORS = "deployed_vectors.npy", "corpus_vectors.npy"
 
@@ -319,7 +320,8 @@ def check_files(block: str, folder: Path) -> None:
         check_recall_result(folder)
         assert (folder / "recall_log" / "workerlog.0").is_file() == ("--log_dir" in block)
     if "mine_hard_negatives.py" in block:
-        train, mined = (read(folder / "recall" / name).splitlines() for name in ("train.csv", "train_hard.csv"))
+        output = "train_words.csv" if "--lexical" in block else "train_hard.csv"
+        train, mined = (read(folder / "recall" / name).splitlines() for name in ("train.csv", output))
         assert ["\t".join(line.split("\t")[:2]) for line in mined] == train
     if "export_model.py" in block:
         assert (folder / "output" / "inference.get_pooled_embedding.onnx").is_file() == ("onnx" in block)

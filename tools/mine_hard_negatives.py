@@ -1,9 +1,10 @@
-"""Mines hard negatives: searches the corpus with a trained model for hits that look right, but aren't."""
+"""Mines hard negatives: searches the corpus with a trained model, or by words, for hits that look right, but aren't."""
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,16 @@ from common.cli import ArgumentParser, add_switch, non_negative_float, number_in
 from common.errors import InputError
 from common.files import is_within, make_folder, prepare_file, remove_folder, sha256
 from common.logs import is_main_process, log
-from common.options import add_encoder_args, call, pick
+from common.options import add_encoder_args, call
 from common.paddle_setup import set_up_paddle
 from common.texts import DOCUMENT, QUERY, text_ids
 from data import TextPair, read_text_pairs
 from mining.hard_negatives import KnownPositives, MiningRules
+from mining.searchers import LexicalSearcher, Searcher, VectorSearcher
 from mining.teachers import TeacherScores
 from modeling.checkpoint_files import check_checkpoint, lowercases
 from retrieval.corpus import Corpus, read_corpus
+from retrieval.lexical_index import LEXICAL_CHOICES, LexicalIndex
 from retrieval.saved_index import has_index
 
 if TYPE_CHECKING:
@@ -36,13 +39,17 @@ WORK_SUFFIX = ".mining"  # of the folder beside the output that keeps what is do
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = ArgumentParser(description=__doc__)
-    add_encoder_args(parser, "gpu", labels=True)
+    add_encoder_args(parser, "gpu", required=False, labels=True)
     add = parser.add_argument
+    lexical_help = "search by words instead of with --params_path: before there is a model, or to learn from it"
+    add("--lexical", choices=LEXICAL_CHOICES, help=lexical_help)
     add("--train_set_file", required=True, help="training pairs; other columns than query and title are left out")
     add("--corpus_file", help="documents, one per line, of which the hard negatives are taken")
     add("--output", required=True, help="the training file to write, query<TAB>title[<TAB>hard negative]...")
+    scores_help = "write the scores of title and hard negatives, too, for train_batch_neg.py --teacher_scores"
+    add("--write_scores", action="store_true", help=scores_help)
     add_rule_args(parser)
-    group = parser.add_argument_group("teacher, whose scores count for --max_relative_score")
+    group = parser.add_argument_group("teacher, whose scores count instead of those of the search")
     path_help = "checkpoint of another, better model, which encodes the documents, too"
     group.add_argument("--teacher_params_path", help=path_help)
     file_help = "lines query<TAB>document<TAB>score, such as a cross-encoder's; hits without a score are left out"
@@ -73,6 +80,25 @@ def add_rule_args(parser: argparse.ArgumentParser) -> None:
     add_switch(group, "--symmetric_pairs", None, symmetric_help)
 
 
+def check_searcher(
+    params_path: str | None,
+    lexical: str | None,
+    corpus_file: str | None,
+    index_dir: str | None,
+    embedding_dir: str | None,
+) -> None:
+    """Raises InputError unless the options say what searches what."""
+    if bool(params_path) == bool(lexical):
+        raise InputError("--params_path, --lexical: give one of them, the model that searches or bm25")
+    if lexical and not corpus_file:
+        raise InputError(f"--corpus_file is needed with --lexical {lexical}: its words are indexed")
+    for option, folder in (("--index_dir", index_dir), ("--embedding_dir", embedding_dir)):
+        if lexical and folder:
+            raise InputError(f"{option} {folder}: --lexical {lexical} makes no vectors to keep; leave it out")
+    if not corpus_file and not (index_dir and has_index(index_dir)):
+        raise InputError("--corpus_file is needed: there is no saved index in --index_dir to search")
+
+
 def check_inputs(
     rules: MiningRules,
     train_set_file: str,
@@ -85,8 +111,6 @@ def check_inputs(
 ) -> None:
     """Raises InputError if options are missing or don't fit together, or if the output can't be written."""
     rules.check()
-    if not corpus_file and not (index_dir and has_index(index_dir)):
-        raise InputError("--corpus_file is needed: there is no saved index in --index_dir to search")
     if teacher_params_path and teacher_score_file:
         raise InputError("--teacher_params_path and --teacher_score_file: only one of them can decide; give one")
     for read in (train_set_file, corpus_file, teacher_score_file):
@@ -131,8 +155,39 @@ def find_positives(
     return KnownPositives(pairs, query_ids, title_ids, mask.symmetric, lowercase)
 
 
+@contextlib.contextmanager
+def open_searcher(
+    encoder: "Encoder | None",
+    queries: Sequence[str],
+    to_rank: int,
+    corpus: Corpus | None,
+    options: IndexOptions,
+    work: Path,
+    index_dir: str | None,
+    embedding_dir: str | None,
+) -> Iterator[Searcher]:
+    """Yields what searches, on every rank: the encoder, or without one, BM25. Arguments: see `index_on_all_ranks`."""
+    if encoder is None:
+        assert corpus is not None  # see `check_searcher`
+        yield LexicalSearcher(LexicalIndex.build(corpus, len(corpus)), corpus)
+        return
+    from mining.miner import index_on_all_ranks
+
+    with index_on_all_ranks(
+        encoder,
+        queries,
+        to_rank,
+        corpus=corpus,
+        options=options,
+        folder=work,
+        index_dir=index_dir,
+        embedding_dir=embedding_dir,
+    ) as document_index:
+        yield VectorSearcher(encoder, document_index)
+
+
 def run_metadata(
-    encoder: "Encoder",
+    encoder: "Encoder | None",
     teacher: str | None,
     pairs: Sequence[TextPair],
     positives: KnownPositives,
@@ -147,8 +202,8 @@ def run_metadata(
     return {
         "train_set_file": sha256_of_pairs(pairs),
         "symmetric_pairs": positives.symmetric,
-        "params_path": encoder.fingerprint,
-        "precision": encoder.precision,
+        "params_path": encoder and encoder.fingerprint,
+        "precision": encoder and encoder.precision,
         "corpus_file": corpus and corpus.sha256,
         "index_dir": index_dir and os.path.realpath(index_dir),
         "teacher": teacher,
@@ -161,15 +216,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Mines, writes the training file, and prints how many hits were taken and why others weren't."""
     args = build_parser().parse_args(argv)
     rules, options = call(MiningRules, args), call(IndexOptions, args)
+    call(check_searcher, args)
     call(check_inputs, args, rules=rules)
-    lowercase = lowercases(check_checkpoint(args.params_path).parent, args.model_name_or_path)
+    lowercase = not args.params_path or lowercases(check_checkpoint(args.params_path).parent, args.model_name_or_path)
     if args.teacher_params_path:
         check_checkpoint(args.teacher_params_path)
     pairs = call(read_text_pairs, args, path=args.train_set_file)
     corpus = call(read_corpus, args, path=args.corpus_file, lowercase=lowercase) if args.corpus_file else None
     scores = call(read_scores, args, lowercase=lowercase)
     positives = call(find_positives, args, pairs=pairs, lowercase=lowercase)
-    if not (args.index_dir and has_index(args.index_dir)):
+    if args.params_path and not (args.index_dir and has_index(args.index_dir)):
         check_index_args(options, len(corpus or ()))
 
     set_up_paddle()
@@ -177,12 +233,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from common.distributed import init_ranks
     from encoding.encoder import load_encoder
     from mining.blocks import PairBlocks
-    from mining.miner import Miner, encode_for_teacher, index_on_all_ranks, write_training_file
+    from mining.miner import Miner, encode_for_teacher, write_training_file
 
     set_device(args.device)
     init_ranks()
     text_count = 2 * len(pairs) + len(corpus or ())
-    encoder = load_encoder(**pick(args, load_encoder, text_count=text_count))
+    encoder = call(load_encoder, args, text_count=text_count) if args.params_path else None
     other = args.teacher_params_path and load_encoder(
         args.teacher_params_path,
         batch_size=args.batch_size,
@@ -191,19 +247,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         precision=args.precision,
     )
     queries = [pair.query for pair in pairs]
-    report_texts(encoder, queries, corpus)
+    if encoder:
+        report_texts(encoder, queries, corpus)
     fingerprint = other.fingerprint if other else args.teacher_score_file and sha256(args.teacher_score_file)
     run_of = {"encoder": encoder, "teacher": fingerprint, "pairs": pairs, "positives": positives, "rules": rules}
     work = Path(f"{args.output}{WORK_SUFFIX}")
     metadata = call(run_metadata, args, **run_of, corpus=corpus, options=options)
     blocks = PairBlocks(work, len(pairs), metadata, "mining")
-    opened = pick(args, index_on_all_ranks, corpus=corpus, options=options, folder=work)
-    with index_on_all_ranks(encoder, queries, rules.to_rank, **opened) as index:
-        teacher = encode_for_teacher(other, index, work) if other else scores
-        miner = Miner(pairs, positives, rules, encoder, index, teacher)
+    with call(
+        open_searcher, args, encoder=encoder, queries=queries, corpus=corpus, options=options, work=work
+    ) as found:
+        teacher = encode_for_teacher(other, found.documents, work) if other else scores
+        miner = Miner(pairs, positives, rules, found, teacher)
         blocks.compute_missing(blocks.rows, lambda rows: miner(rows)._asdict())
     if is_main_process():
-        print(write_training_file(args.output, pairs, blocks, rules.negatives))
+        print(write_training_file(args.output, pairs, blocks, rules.negatives, args.write_scores))
         print(f"wrote {args.output}")
         remove_folder(work)
     return 0

@@ -115,7 +115,8 @@ def test_the_first_hits_that_no_rule_leaves_out(seed: int) -> None:
     rules = MiningRules(negatives=rng.randrange(1, 5), from_rank=rng.randrange(1, 6))
     left_out: Counter[str] = Counter()
     positives = QueryPositives(query, titles)
-    found = choose_negatives(PairHits(ids, scores, limit), documents, positives, rules, 0, left_out)
+    places = choose_negatives(PairHits(ids, scores, limit), documents, positives, rules, 0, left_out)
+    found = [documents[ids[place]] for place in places]
 
     expected: list[str] = []
     reasons: Counter[str] = Counter()
@@ -137,8 +138,7 @@ def draw(rules: MiningRules, row: int, hits: int = 20) -> list[int]:
     documents = [f"{chr(0x4E00 + 50 * number)}{chr(0x6000 + 50 * number)}" for number in range(hits)]
     scores = [1.0 if place % 3 == 0 else 0.1 for place in range(hits)]
     positives = QueryPositives("水稻", ["玉米"])
-    chosen = choose_negatives(PairHits(range(hits), scores, 0.5), documents, positives, rules, row, Counter())
-    return [documents.index(document) for document in chosen]
+    return choose_negatives(PairHits(range(hits), scores, 0.5), documents, positives, rules, row, Counter())
 
 
 def test_a_share_is_drawn_from_all_ranks() -> None:

@@ -101,6 +101,15 @@ def test_scores_are_those_of_the_formula() -> None:
                 assert found_scores[place] > found_scores[place + 1] or hits[place] < row
 
 
+def test_a_document_has_the_same_score_alone() -> None:
+    documents = random_documents(60)
+    index = built(documents)
+    for query in random_documents(40, seed=1):
+        expected = bm25_scores(query, documents)
+        np.testing.assert_allclose([index.score(query, document) for document in documents], expected, rtol=1e-5)
+    assert index.score("unknown words", "other unknown words") > index.score("unknown words", "other words") > 0
+
+
 def test_a_term_counts_as_often_as_the_query_has_it() -> None:
     index = built(["rice", "soil", "soil rice"])
     once, twice = index.search(["rice", "rice rice"], 1)[1].ravel()

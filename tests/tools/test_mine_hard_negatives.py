@@ -1,5 +1,6 @@
 """Mining hard negatives with the script, against a slow, obvious twin."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from encoding.encoder import Encoder, load_encoder
 from helpers import ROOT, run_script, run_without_paddle, write_pairs
 from mining import blocks, miner
 from retrieval.corpus import read_corpus
+from retrieval.lexical_index import LexicalIndex
 from retrieval.near_duplicates import jaccard, terms_of
 from tools import mine_hard_negatives
 
 Lines = list[list[str]]
+WORDS = ["--params_path", "", "--lexical", "bm25"]
 OTHER_PAIRS = [("水稻的产量", "论水稻品质研究水稻,品质"), ("水稻的品质", "论水稻品质研究水稻,品质")]
 
 
@@ -116,6 +119,58 @@ def test_mining_equals_its_twin(
     assert out[1] == "left out 80 hits of a rank before --from_rank"
     assert out[-1] == f"wrote {tmp_path / 'hard.csv'}"
     assert [path.name for path in tmp_path.iterdir()] == ["hard.csv"]
+
+
+def test_mining_by_words_equals_its_twin(arguments: list[str], tmp_path: Path) -> None:
+    """With an index of each title beside the documents, and the scores of title and hard negatives."""
+    pairs, documents = inputs(arguments)
+    by_words = [*arguments[2:], "--lexical", "bm25", "--max_relative_score", "0.8", "--to_rank", "12", "--write_scores"]
+    assert mine_hard_negatives.main(by_words) == 0
+    index = LexicalIndex.build(documents, len(documents))
+    expected, complete = [], 0
+    for pair in pairs:
+        titles = [other.title for other in pairs if text_key(other.query) == text_key(pair.query)]
+        near = [terms_of(text) for text in (pair.query, *titles)]
+        (ids,), (scores,) = index.search([pair.query], 12)
+        title_score = np.float32(index.score(pair.query, pair.title))
+        kept = [
+            (documents[row], score)
+            for row, score in zip(ids, scores, strict=True)
+            if row >= 0
+            and score <= 0.8 * title_score
+            and all(jaccard(terms_of(documents[row]), terms) < 0.8 for terms in near)
+        ][:3]
+        texts = [pair.query, pair.title, *(text for text, _ in kept)]
+        expected.append([*texts, f"{title_score:.6f}", *(f"{score:.6f}" for _, score in kept)])
+        complete += len(kept) == 3
+    assert lines_of(tmp_path / "hard.csv") == expected
+    assert 0 < complete < len(pairs)  # else the test says little
+    scored = read_text_pairs(tmp_path / "hard.csv", teacher_scores=True)
+    assert [len(pair.teacher_scores) for pair in scored] == [1 + len(pair.hard_negatives) for pair in scored]
+
+
+def test_a_query_without_hits_gets_no_negatives(arguments: list[str], tmp_path: Path) -> None:
+    """Nor does one with fewer hits get documents that share no word with it; another model judges the others."""
+    pairs = write_pairs(tmp_path / "pairs.csv", [("水稻", "水稻品质"), ("桥梁", "隧道")])
+    corpus = write_pairs(tmp_path / "texts.csv", [("水稻产量",), ("玉米品质",)])
+    files = [
+        "--train_set_file",
+        str(pairs),
+        "--corpus_file",
+        str(corpus),
+        "--max_relative_score",
+        "10",
+        "--write_scores",
+    ]
+    teacher = ["--teacher_params_path", arguments[1]]
+    for judge in ([], teacher):
+        assert mine_hard_negatives.main([*arguments[2:], *files, "--lexical", "bm25", "--write_scores", *judge]) == 0
+        first, second = lines_of(tmp_path / "hard.csv")
+        assert first[:3] == ["水稻", "水稻品质", "水稻产量"] and len(first) == 5
+        assert second[:2] == ["桥梁", "隧道"] and len(second) == 3
+    encoder = load_encoder(arguments[1])
+    query, *texts = encoder.encode(first[:3])
+    np.testing.assert_allclose([float(score) for score in first[3:]], [text @ query for text in texts], atol=1e-5)
 
 
 def test_a_saved_index_needs_no_corpus(arguments: list[str], tmp_path: Path) -> None:
@@ -238,7 +293,8 @@ def test_an_interrupted_run_goes_on(
 
 def test_a_block_that_is_not_as_it_was_written_is_refused(tmp_path: Path) -> None:
     done = blocks.PairBlocks(tmp_path / "work", 20, {}, "mining")
-    done.compute_missing(done.rows, lambda _: {"negatives": [["a"], [], ["b", "c"]], "left_out": {"x": 2}})
+    mined = miner.Mined([["a"], [], ["b", "c"]], [[0.9, 0.5], [0.9], [0.9, 0.5, 0.4]], Counter(x=2))
+    done.compute_missing(done.rows, lambda _: mined._asdict())
     with pytest.raises(InputError, match=r"block_000001\.json: isn't as it was written; remove it and run again"):
         miner.read_mined(done, 1)
 
@@ -254,6 +310,16 @@ def test_a_block_that_is_not_as_it_was_written_is_refused(tmp_path: Path) -> Non
         (["--teacher_params_path", "{folder}/missing"], "missing: no such checkpoint"),
         (["--teacher_score_file", "{folder}/missing"], "missing: no such file"),
         (["--corpus_file", "", "--index_dir", "{folder}/none"], "--corpus_file is needed: there is no saved index"),
+        (["--lexical", "bm25"], "--params_path, --lexical: give one of them"),
+        (["--params_path", ""], "--params_path, --lexical: give one of them"),
+        (
+            ["--params_path", "", "--lexical", "bm25", "--corpus_file", ""],
+            "--corpus_file is needed with --lexical bm25",
+        ),
+        (
+            ["--params_path", "", "--lexical", "bm25", "--index_dir", "i"],
+            "--index_dir i: --lexical bm25 makes no vectors",
+        ),
     ],
 )
 def test_bad_options_are_refused(
