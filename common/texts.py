@@ -75,6 +75,7 @@ class TextSet:
     def __init__(self, texts: Iterable[str] = (), lowercase: bool = True) -> None:
         self._lowercase = lowercase
         self._texts: dict[str, list[str]] = {}  # by rough key: keys are compared only where these are equal
+        self._keys: dict[str, str] = {}  # of the texts that another one was compared with
         for text in texts:
             self.add(text)
 
@@ -91,7 +92,13 @@ class TextSet:
         if text in candidates:
             return text
         key = text_key(text, self._lowercase) if candidates else ""
-        return next((found for found in candidates if text_key(found, self._lowercase) == key), None)
+        return next((found for found in candidates if self._key(found) == key), None)
+
+    def _key(self, kept: str) -> str:
+        """The key of a text of the set."""
+        if kept not in self._keys:
+            self._keys[kept] = text_key(kept, self._lowercase)
+        return self._keys[kept]
 
     def add(self, text: str) -> bool:
         """Adds a text, unless there is one with the same key; returns whether it did."""
@@ -116,6 +123,7 @@ class TextSet:
         found = self.find(text)
         if found is not None:
             self._texts[rough_key(found)].remove(found)
+            self._keys.pop(found, None)
 
 
 class TextHashes(NamedTuple):

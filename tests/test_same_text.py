@@ -1,5 +1,6 @@
 """Texts with the same words are one text: never each other's negatives, one document, the right answer."""
 
+import itertools
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import common.texts
 import evaluate
 import recall
 import train_batch_neg
@@ -214,6 +216,21 @@ def test_ids_are_equal_for_the_same_texts_alone(lowercase: bool) -> None:
     keys = [text_key(text, lowercase) for text in texts]
     assert text_ids(texts, lowercase).tolist() == [keys.index(key) for key in keys]
     assert text_ids([]).tolist() == []
+
+
+def test_a_key_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where many texts have the same letters."""
+    texts = ["水稻" + "".join(marks) for marks in itertools.product("。，！？", repeat=3)]
+    asked: list[str] = []
+
+    def counted(text: str, lowercase: bool = True) -> str:
+        asked.append(text)
+        return text_key(text, lowercase)
+
+    monkeypatch.setattr(common.texts, "text_key", counted)
+    assert list(TextSet(texts)) == texts
+    assert len(asked) < 2 * len(texts)
+    assert text_ids([*texts, *texts]).tolist() == [*range(64), *range(64)]
 
 
 def test_ids_need_few_of_the_texts() -> None:
