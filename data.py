@@ -253,8 +253,7 @@ def positives_by_query(pairs: Iterable[TextPair]) -> dict[str, set[str]]:
     queries = TextSet()
     titles: dict[str, TextSet] = {}
     for pair in pairs:
-        queries.add(pair.query)
-        titles.setdefault(queries.find(pair.query) or pair.query, TextSet()).add(pair.title)
+        titles.setdefault(queries.setdefault(pair.query), TextSet()).add(pair.title)
     return {query: set(texts) for query, texts in titles.items()}
 
 
@@ -301,6 +300,15 @@ def max_position_tokens(config: Mapping[str, Any]) -> int:
     # RoBERTa numbers its positions from pad_token_id + 1 on.
     unused = config["pad_token_id"] + 1 if config["model_type"] == "roberta" else 0
     return config["max_position_embeddings"] - unused
+
+
+def check_max_seq_length(max_seq_length: int | None, config: Mapping[str, Any], source: str | Path) -> int:
+    """The `max_position_tokens` of a backbone's config. Raises InputError if max_seq_length is more; source: for it."""
+    longest = max_position_tokens(config)
+    if max_seq_length and max_seq_length > longest:
+        limit = f"the position table of {source} has {longest} rows"
+        raise InputError(f"--max_seq_length {max_seq_length}: {limit}; use at most that many tokens")
+    return longest
 
 
 class TextTokenizer:

@@ -2,9 +2,11 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from typing import NamedTuple
 
+import numpy as np
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
@@ -73,6 +75,7 @@ class TextSet:
     def __init__(self, texts: Iterable[str] = (), lowercase: bool = True) -> None:
         self._lowercase = lowercase
         self._texts: dict[str, list[str]] = {}  # by rough key: keys are compared only where these are equal
+        self._keys: dict[str, str] = {}  # of the texts that another one was compared with
         for text in texts:
             self.add(text)
 
@@ -89,17 +92,82 @@ class TextSet:
         if text in candidates:
             return text
         key = text_key(text, self._lowercase) if candidates else ""
-        return next((found for found in candidates if text_key(found, self._lowercase) == key), None)
+        return next((found for found in candidates if self._key(found) == key), None)
+
+    def _key(self, kept: str) -> str:
+        """The key of a text of the set."""
+        if kept not in self._keys:
+            self._keys[kept] = text_key(kept, self._lowercase)
+        return self._keys[kept]
 
     def add(self, text: str) -> bool:
         """Adds a text, unless there is one with the same key; returns whether it did."""
         if self.find(text) is not None:
             return False
-        self._texts.setdefault(rough_key(text), []).append(text)
+        self._append(text)
         return True
+
+    def setdefault(self, text: str) -> str:
+        """The text of the set with the same key; if there is none, adds this one."""
+        found = self.find(text)
+        if found is None:
+            self._append(text)
+            return text
+        return found
+
+    def _append(self, text: str) -> None:
+        self._texts.setdefault(rough_key(text), []).append(text)
 
     def discard(self, text: str) -> None:
         """Removes the text with the same key, if there is one."""
         found = self.find(text)
         if found is not None:
             self._texts[rough_key(found)].remove(found)
+            self._keys.pop(found, None)
+
+
+class TextHashes(NamedTuple):
+    """Hashes of N texts, which no other process has: Python hashes texts differently in each."""
+
+    exact: np.ndarray  # int64 [N], equal for texts that are equal character by character
+    rough: np.ndarray  # int64 [N], equal for texts with equal `rough_key`
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> "TextHashes":
+        """The hashes of texts."""
+        exact = np.fromiter(map(hash, texts), np.int64, len(texts))
+        return cls(exact, np.fromiter((hash(rough_key(text)) for text in texts), np.int64, len(texts)))
+
+    @classmethod
+    def join(cls, parts: "Iterable[TextHashes]") -> "TextHashes":
+        """The hashes of all texts after each other."""
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def ids(self, text: Callable[[int], str], lowercase: bool = True) -> np.ndarray:
+        """The first row with the same `text_key`, for each text, int64 [N].
+
+        text: the text of a row, which is asked for only if another one has the same rough hash and isn't equal.
+        """
+        order = np.argsort(self.rough, kind="stable")
+        in_order = self.rough[order]
+        is_first = np.ones(len(order), bool)
+        is_first[1:] = in_order[1:] != in_order[:-1]
+        starts = np.flatnonzero(is_first)
+        ids = np.empty(len(order), np.int64)
+        ids[order] = np.repeat(order[starts], np.diff(starts, append=len(order)))
+        kept = TextSet(lowercase=lowercase)
+        row_of_kept: dict[str, int] = {}
+        id_of_exact: dict[int, int] = {}
+        different = np.flatnonzero(self.exact != self.exact[ids])
+        firsts, exacts = ids[different].tolist(), self.exact[different].tolist()
+        for row, first, exact in zip(different.tolist(), firsts, exacts, strict=True):
+            if exact not in id_of_exact:
+                row_of_kept.setdefault(kept.setdefault(text(first)), first)
+                id_of_exact[exact] = row_of_kept.setdefault(kept.setdefault(text(row)), row)
+            ids[row] = id_of_exact[exact]
+        return ids
+
+
+def text_ids(texts: Sequence[str], lowercase: bool = True) -> np.ndarray:
+    """The first row with the same `text_key`, for each text, int64 [N]. lowercase: see `text_key`."""
+    return TextHashes.of(texts).ids(texts.__getitem__, lowercase)

@@ -5,14 +5,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from common.logs import progress_bar
-from common.texts import text_key
+from common.texts import TextHashes
 from data_check.files import Column
-from data_check.sketches import BANDS, NO_TERM, similarities
+from data_check.sketches import NO_TERM, BloomFilters, similarities
 from retrieval.near_duplicates import NEAR_DUPLICATE
 
 COMPARED = 4  # texts of a bucket, the first ones, that each later one of it is compared with
 PAIRS_AT_ONCE = 4096
-SHIFT = 32  # bits: a pair of rows as one number
+SHIFT, ROW = 32, (1 << 32) - 1  # two rows as one number
 
 
 class TextGroups:
@@ -26,7 +26,7 @@ class TextGroups:
     def __init__(self, columns: Sequence[Column]) -> None:
         self._columns = columns
         self._starts = np.cumsum([0, *map(len, columns)])
-        self.ids = self._same_texts()
+        self.ids = TextHashes.join(column.hashes for column in columns).ids(self.text)
         self.groups = self._leaders()[self.ids]
 
     def rows(self, column: Column) -> slice:
@@ -56,35 +56,20 @@ class TextGroups:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._columns[number], row - int(self._starts[number])
 
-    def _same_texts(self) -> np.ndarray:
-        """`ids`: texts with equal `rough_key` that differ are compared by `text_key`, which takes much longer."""
-        exact = np.concatenate([column.hashes.exact for column in self._columns])
-        rough = np.concatenate([column.hashes.rough for column in self._columns])
-        _, first, variant = np.unique(exact, return_index=True, return_inverse=True)
-        _, kinds, counts = np.unique(rough[first], return_inverse=True, return_counts=True)
-        id_of_variant = first.copy()
-        id_of_key: dict[tuple[int, str], int] = {}
-        several = np.flatnonzero(counts[kinds] > 1)
-        for number in several[np.argsort(first[several])].tolist():
-            key = (int(kinds[number]), text_key(self.text(int(first[number]))))
-            id_of_variant[number] = id_of_key.setdefault(key, int(first[number]))
-        return id_of_variant[variant]
-
     def _leaders(self) -> np.ndarray:
         """The leader of each row whose text no earlier one has; of the other rows itself."""
         leaders = np.arange(len(self.ids))
         distinct = np.flatnonzero(self.ids == leaders)
-        bands = (
-            np.concatenate([column.hashes.bands[number] for column in self._columns])[distinct]
-            for number in range(BANDS)
-        )
+        sketches = [column.sketches for column in self._columns]
+        bands = (np.concatenate(parts)[distinct] for parts in zip(*(each.bands for each in sketches), strict=True))
         pairs = distinct[_candidates(bands)]
+        filters = BloomFilters.join([each.filters for each in sketches])
         with progress_bar(len(pairs), "near-duplicates", "pair") as progress:
             for start in range(0, len(pairs), PAIRS_AT_ONCE):
                 block = pairs[start : start + PAIRS_AT_ONCE]
                 progress.update(len(block))
-                is_open = (leaders[block] == block).all(1)  # of those that have a leader, nothing is asked any more
-                for row, other in self._near(block[is_open]):
+                block = block[(leaders[block] == block).all(1)]  # of what has a leader, nothing is asked any more
+                for row, other in self._near(block[filters.may_be_near(*block.T)]):
                     if leaders[row] == row and leaders[other] == other:
                         leaders[row] = other
         return leaders
@@ -105,11 +90,12 @@ def _candidates(bands: Iterable[np.ndarray]) -> np.ndarray:
     """
     found = []
     for band in bands:
-        rows, order = np.arange(len(band)), np.argsort(band, kind="stable")
-        starts = np.searchsorted(band, band, sorter=order)
+        in_order = np.sort(band.astype(np.uint64) << SHIFT | np.arange(len(band), dtype=np.uint64))
+        buckets, rows = in_order >> SHIFT, (in_order & ROW).astype(np.int64)
+        later = 1 + np.flatnonzero((buckets[1:] == buckets[:-1]) & (buckets[1:] != NO_TERM))
+        starts = np.searchsorted(buckets, buckets[later])
         for position in range(COMPARED):
-            others = order[np.minimum(starts + position, len(order) - 1)]
-            is_pair = (band[others] == band) & (others < rows) & (band != NO_TERM)
-            found.append(rows[is_pair] << SHIFT | others[is_pair])
+            is_pair = starts + position < later
+            found.append(rows[later[is_pair]] << SHIFT | rows[starts[is_pair] + position])
     pairs = np.unique(np.concatenate(found))
-    return np.stack([pairs >> SHIFT, pairs & ((1 << SHIFT) - 1)], axis=1)
+    return np.stack([pairs >> SHIFT, pairs & ROW], axis=1)

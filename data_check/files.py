@@ -16,7 +16,7 @@ from common.errors import InputError
 from common.files import open_for_reading
 from common.lines import LineDecoder, split_lines
 from common.logs import progress_bar
-from common.texts import DOCUMENT, QUERY, rough_key
+from common.texts import DOCUMENT, QUERY, TextHashes
 from data import PAIR_COLUMNS, parse_labelled_pair, parse_pair, parse_scored_pair, parse_text
 from data_check.characters import has_other_separator, problems_of
 from data_check.rules import (
@@ -32,33 +32,13 @@ from data_check.rules import (
     Rule,
     shortened,
 )
-from data_check.sketches import bands_of
+from data_check.sketches import BANDS, BLOOM_WORDS, BloomFilters, Sketches
 from retrieval.corpus import MappedLines
 
 BLOCK = 8192  # texts that are hashed at a time
 QUERIES, TITLES, HARD_NEGATIVES, DOCUMENTS = "queries", "titles", "hard negatives", "documents"  # columns
 ROLES = {QUERIES: QUERY, TITLES: DOCUMENT, HARD_NEGATIVES: DOCUMENT, DOCUMENTS: DOCUMENT}
 Texts = tuple[str, ...]  # of a line: the query, the title and the hard negatives, or the document
-
-
-class Hashes(NamedTuple):
-    """What is kept of N texts."""
-
-    exact: np.ndarray  # int64 [N], equal for texts that are equal character by character
-    rough: np.ndarray  # int64 [N], equal for texts with equal `rough_key`
-    bands: np.ndarray  # uint32 [BANDS, N], see `Terms.bands`
-
-    @classmethod
-    def of(cls, texts: Sequence[str]) -> "Hashes":
-        """The hashes of texts, which no other process has: Python hashes texts differently in each."""
-        exact = np.fromiter(map(hash, texts), np.int64, len(texts))
-        rough = np.fromiter((hash(rough_key(text)) for text in texts), np.int64, len(texts))
-        return cls(exact, rough, bands_of(texts))
-
-    @classmethod
-    def join(cls, parts: "Sequence[Hashes]") -> "Hashes":
-        """The hashes of all texts after each other."""
-        return cls(*(np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True)))
 
 
 class _MappedGoodLines(MappedLines):
@@ -81,12 +61,19 @@ class GoodLines(NamedTuple):
 class Column(Sequence[str]):
     """The texts of a column, which are read from the disk when they are asked for.
 
-    rows: int64 [N], the good line that each text is in; fields: int64 [N], which of the line's texts it is.
+    places: int32 [N, 2], the good line that each text is in, and which of the line's texts it is.
     """
 
-    def __init__(self, name: str, source: GoodLines, rows: np.ndarray, fields: np.ndarray, hashes: Hashes) -> None:
-        self.name, self.rows, self.hashes = name, rows, hashes
-        self._source, self._fields = source, fields
+    def __init__(
+        self, name: str, source: GoodLines, places: np.ndarray, hashes: TextHashes, sketches: Sketches
+    ) -> None:
+        self.name, self.hashes, self.sketches = name, hashes, sketches
+        self._source, self._places = source, places
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The good line that each text is in, int32 [N]."""
+        return self._places[:, 0]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -98,9 +85,10 @@ class Column(Sequence[str]):
     def __getitem__(self, row: int | slice) -> str | list[str]:
         if isinstance(row, slice):
             return [self[number] for number in range(*row.indices(len(self)))]
-        texts = self._source.parse(self._source.lines[int(self.rows[row])])
+        line, field = self._places[row].tolist()
+        texts = self._source.parse(self._source.lines[line])
         assert texts  # a good line has some
-        return texts[self._fields[row]]
+        return texts[field]
 
     def example(self, row: int) -> str:
         """A text with its file and line, shortened."""
@@ -116,31 +104,41 @@ class Column(Sequence[str]):
 
 
 class _ColumnHashes:
-    """Collects the hashes of a column's texts, a block at a time."""
+    """Collects the hashes and sketches of a column's texts, a block at a time.
+
+    In arrays that grow where they are: blocks that are joined at the end take twice the memory.
+    """
 
     def __init__(self) -> None:
         self._texts: list[str] = []
-        self._places: list[tuple[int, int]] = []
-        self._hashes: list[Hashes] = []
-        self._arrays: list[np.ndarray] = []
+        self._places, self._exact, self._rough = array("i"), array("q"), array("q")
+        self._bands, self._bits, self._counts = array("I"), array("Q"), array("I")
 
     def add(self, text: str, row: int, field: int) -> None:
         """Adds a text; row, field: see Column."""
         self._texts.append(text)
-        self._places.append((row, field))
+        self._places.append(row)
+        self._places.append(field)
         if len(self._texts) == BLOCK:
             self._flush()
 
     def _flush(self) -> None:
-        self._hashes.append(Hashes.of(self._texts))
-        self._arrays.append(np.array(self._places, np.int64).reshape(-1, 2))
-        self._texts, self._places = [], []
+        hashes, sketches = TextHashes.of(self._texts), Sketches.of(self._texts)
+        self._exact.frombytes(hashes.exact.tobytes())
+        self._rough.frombytes(hashes.rough.tobytes())
+        self._bands.frombytes(sketches.bands.T.tobytes())
+        self._bits.frombytes(sketches.filters.bits.T.tobytes())
+        self._counts.frombytes(sketches.filters.counts.tobytes())
+        self._texts = []
 
     def column(self, name: str, source: GoodLines) -> Column:
         """The column of all texts."""
         self._flush()
-        rows, fields = np.concatenate(self._arrays).T
-        return Column(name, source, rows, fields, Hashes.join(self._hashes))
+        exact, rough, counts = map(np.asarray, (self._exact, self._rough, self._counts))
+        bands = np.asarray(self._bands).reshape(-1, BANDS).T
+        filters = BloomFilters(np.asarray(self._bits).reshape(-1, BLOOM_WORDS).T, counts)
+        places = np.asarray(self._places).reshape(-1, 2)
+        return Column(name, source, places, TextHashes(exact, rough), Sketches(bands, filters))
 
 
 class DataFile(NamedTuple):

@@ -24,6 +24,8 @@ from data_check.rules import (
     shortened,
 )
 
+SHIFT = 32  # bits: two ids as one number
+
 
 def pair_findings(file: DataFile, texts: TextGroups) -> list[Finding]:
     """Repeated pairs, queries that are their own titles, queries with many titles and titles with many queries."""
@@ -31,7 +33,7 @@ def pair_findings(file: DataFile, texts: TextGroups) -> list[Finding]:
         return []
     queries, titles = file.columns[QUERIES], file.columns[TITLES]
     query_ids, title_ids = texts.ids_of(queries), texts.ids_of(titles)
-    _, first = np.unique(np.stack([query_ids, title_ids]), axis=1, return_index=True)
+    _, first = np.unique(_joined(query_ids, title_ids), return_index=True)
     is_repeated = np.ones(len(queries), bool)
     is_repeated[first] = False
     findings = [
@@ -55,7 +57,7 @@ def _pair_finding(rule: Rule, file: DataFile, is_broken: np.ndarray) -> Finding:
 
 def _many(rule: Rule, file: DataFile, ids: np.ndarray, other_ids: np.ndarray, column: Column) -> Finding:
     """The pairs whose text in a column has more than MANY distinct ones in the other; those with most are examples."""
-    distinct = np.unique(np.stack([ids, other_ids]), axis=1)[0]
+    distinct = np.unique(_joined(ids, other_ids)) >> SHIFT
     of_pair, first, text_of_pair = np.unique(ids, return_index=True, return_inverse=True)
     counts = np.bincount(np.searchsorted(of_pair, distinct), minlength=len(of_pair))
     most = np.argsort(-counts, kind="stable")[:EXAMPLES]
@@ -73,7 +75,7 @@ def _false_hard_negatives(file: DataFile, texts: TextGroups) -> Finding:
 
 def _joined(ids: np.ndarray, other_ids: np.ndarray) -> np.ndarray:
     """Two ids as one number."""
-    return ids << 32 | other_ids
+    return ids << SHIFT | other_ids
 
 
 def _finding(rule: Rule, column: Column, is_broken: np.ndarray) -> Finding:

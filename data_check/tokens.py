@@ -7,7 +7,7 @@ import numpy as np
 from data import TextTokenizer
 from data_check.files import ROLES, Column
 from data_check.rules import CUT, EXAMPLES, UNKNOWN, Finding
-from encoding.token_statistics import sample_rows, token_statistics
+from encoding.token_statistics import sample_rows, statistics_of_counts
 
 
 class LengthAdvice(NamedTuple):
@@ -23,8 +23,8 @@ def token_findings(column: Column, tokenizer: TextTokenizer) -> tuple[list[Findi
     """The share of a sample of texts that is cut, the share of its tokens that is unknown, and the length to take."""
     rows = sample_rows(len(column)).tolist()
     sample = [column[row] for row in rows]
-    statistics = token_statistics(tokenizer, sample, ROLES[column.name])
     lengths, unknown = tokenizer.count(sample)
+    statistics = statistics_of_counts(tokenizer, sample, lengths, unknown, ROLES[column.name])
     longest = np.argsort(-lengths, kind="stable")[: min(EXAMPLES, statistics.cut)].tolist()
     strangest = np.argsort(-unknown / lengths, kind="stable")[:EXAMPLES].tolist()
     cut = [f"{lengths[number]}: {column.example(rows[number])}" for number in longest]

@@ -8,7 +8,7 @@ from common.files import read_json, resolve_interrupted_replace
 from common.logs import log
 from common.manifest import MANIFEST_FILE, check_manifest
 from common.texts import ROLES
-from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, TextTokenizer, max_position_tokens
+from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, TextTokenizer, check_max_seq_length
 
 GRAPH_NAME = "inference.get_pooled_embedding"  # file name without suffix, as in the original
 GRAPH_SUFFIXES = (".json", ".pdmodel")  # of Paddle 3, of Paddle 2
@@ -46,10 +46,7 @@ def check_exported(model_dir: str | Path, max_seq_length: int | None = None) -> 
     folder = find_exported(model_dir)
     # A damaged graph or weights would end the process inside Paddle's C++.
     check_manifest(folder, remedy=EXPORT_AGAIN)
-    longest = max_position_tokens(read_json(folder / BACKBONE_CONFIG_FILE))
-    if max_seq_length and max_seq_length > longest:
-        limit = f"the position table of {folder} has {longest} rows"
-        raise InputError(f"--max_seq_length {max_seq_length}: {limit}; use at most that many tokens")
+    check_max_seq_length(max_seq_length, read_json(folder / BACKBONE_CONFIG_FILE), folder)
     return folder
 
 

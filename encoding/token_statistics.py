@@ -36,7 +36,13 @@ def token_statistics(tokenizer: TextTokenizer, texts: Sequence[str], role: str |
     role: see `TextTokenizer.prefixed`; a prefix counts for the length alone.
     """
     sample = [texts[row] for row in sample_rows(len(texts)).tolist()]
-    lengths, unknown = tokenizer.count(sample)
+    return statistics_of_counts(tokenizer, sample, *tokenizer.count(sample), role)
+
+
+def statistics_of_counts(
+    tokenizer: TextTokenizer, sample: Sequence[str], lengths: np.ndarray, unknown: np.ndarray, role: str | None = None
+) -> TokenStatistics:
+    """The statistics of all texts of a sample. lengths, unknown: int64 [N] each, what the tokenizer counts of them."""
     shares = _unknown_shares(lengths, unknown)
     prefixed_lengths = lengths + tokenizer.prefix_length(role)
     return TokenStatistics(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import InputError
-from common.texts import TextSet, rough_key, text_key
+from common.texts import TextSet
 from data import TextPair
 from retrieval.near_duplicates import are_near_duplicates, terms_of
 
@@ -49,21 +49,6 @@ def score_limits(positive_scores: np.ndarray, max_relative_score: float) -> np.n
     A share of a score below 0 would be above it; there the limit is as far below. float32 [N] each.
     """
     return positive_scores - (1 - max_relative_score) * np.abs(positive_scores)
-
-
-def text_ids(texts: Sequence[str], lowercase: bool = True) -> np.ndarray:
-    """The first row with the same `text_key`, for each text, int64 [N]."""
-    hashes = np.fromiter((hash(rough_key(text)) for text in texts), np.int64, len(texts))
-    _, number, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    ids = np.arange(len(texts))
-    row_of_text: dict[str, int] = {}
-    row_of_key: dict[str, int] = {}
-    for row in np.flatnonzero(counts[number] > 1).tolist():  # only these may be equal; a key takes 25 times as long
-        text = texts[row]
-        if text not in row_of_text:
-            row_of_text[text] = row_of_key.setdefault(text_key(text, lowercase), row)
-        ids[row] = row_of_text[text]
-    return ids
 
 
 class _RowsById:

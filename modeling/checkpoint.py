@@ -19,7 +19,14 @@ from common.files import atomic_folder, write_json
 from common.logs import log
 from common.manifest import check_manifest, read_manifest, write_manifest
 from common.options import DEFAULT_MODEL
-from data import BACKBONE_CONFIG_FILE, MODEL_CONFIG_FILE, VOCABULARY_FILE, TextTokenizer, max_position_tokens
+from data import (
+    BACKBONE_CONFIG_FILE,
+    MODEL_CONFIG_FILE,
+    VOCABULARY_FILE,
+    TextTokenizer,
+    check_max_seq_length,
+    max_position_tokens,
+)
 from modeling.backbone import Backbone, build_backbone, find_backbone, load_tokenizer, pretrained_weights
 from modeling.checkpoint_files import WEIGHTS_FILES, check_checkpoint, report_other_weights
 from modeling.hub import model_folder
@@ -246,10 +253,7 @@ def _load_tokenizer(
     Texts are cut at max_seq_length or, if it is None, at default_length or a shorter position table. Raises InputError,
     also if max_seq_length exceeds the position table.
     """
-    longest = max_position_tokens(backbone.config.to_dict())
-    if max_seq_length and max_seq_length > longest:
-        limit = f"the position table of {backbone.source} has {longest} rows"
-        raise InputError(f"--max_seq_length {max_seq_length}: {limit}; use at most that many tokens")
+    longest = check_max_seq_length(max_seq_length, backbone.config.to_dict(), backbone.source)
     source = file.parent if file and has_tokenizer(file.parent) else backbone.source
     is_pytorch = has_pytorch_names(weights, backbone.config.model_type)
     return load_tokenizer(source, max_seq_length or min(default_length, longest), is_pytorch=is_pytorch)

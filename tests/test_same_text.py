@@ -1,5 +1,6 @@
 """Texts with the same words are one text: never each other's negatives, one document, the right answer."""
 
+import itertools
 import json
 import re
 import shutil
@@ -9,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import common.texts
 import evaluate
 import recall
 import train_batch_neg
 from batch_negative.batches import PairBatcher
-from common.texts import TextSet, has_visible_text, rough_key, text_key
+from common.texts import TextHashes, TextSet, has_visible_text, rough_key, text_ids, text_key
 from data import Hit, TextPair, TextTokenizer, positives_by_query, read_hits, write_hits
 from examples.vocabulary import build_vocabulary
 from helpers import VARIED_TEXTS, all_pairs, evaluation_options, random_texts, train_options, write_pairs
@@ -155,7 +157,7 @@ def test_keys_equal_where_tokens_do() -> None:
     for lowercase in (True, False):
         config = {"do_lower_case": lowercase}
         tokens = TextTokenizer(build_vocabulary([*texts, *map(str.lower, texts)]), 64, config).tokenize(texts)
-        ids = [tuple(text_ids) for text_ids in tokens]
+        ids = [tuple(token_ids) for token_ids in tokens]
         keys = [text_key(text, lowercase) for text in texts]
         assert len(set(zip(ids, keys, strict=True))) == len(set(keys))  # a key has one row of tokens
         assert len({(rough_key(text), text_key(text)) for text in texts}) == len({text_key(text) for text in texts})
@@ -202,6 +204,48 @@ def test_a_set_of_texts_is_that_of_their_keys() -> None:
     assert found.find("cafe") is None
     assert len(found) == len(first_of) - 1
     assert found.find("水") is None
+    assert [found.setdefault(text) for text in ("水", " 水", "水 ")] == ["水"] * 3
+    assert len(found) == len(first_of)
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_ids_are_equal_for_the_same_texts_alone(lowercase: bool) -> None:
+    words = ["apple", "Apple", "pear", "fig", "ｆｉｇ", "a-b", "a - b", "水稻", "水 稻", "…", "..."]
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(words, size=rng.integers(1, 4))) for _ in range(500)]
+    keys = [text_key(text, lowercase) for text in texts]
+    assert text_ids(texts, lowercase).tolist() == [keys.index(key) for key in keys]
+    assert text_ids([]).tolist() == []
+
+
+def test_a_key_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where many texts have the same letters."""
+    texts = ["水稻" + "".join(marks) for marks in itertools.product("。，！？", repeat=3)]
+    asked: list[str] = []
+
+    def counted(text: str, lowercase: bool = True) -> str:
+        asked.append(text)
+        return text_key(text, lowercase)
+
+    monkeypatch.setattr(common.texts, "text_key", counted)
+    assert list(TextSet(texts)) == texts
+    assert len(asked) < 2 * len(texts)
+    assert text_ids([*texts, *texts]).tolist() == [*range(64), *range(64)]
+
+
+def test_ids_need_few_of_the_texts() -> None:
+    """Those whose rough hash isn't theirs alone, also if it is by chance."""
+    texts = ["水", "B", "水", "b", "C", "b", "D", "c++", "D"]
+    hashes = TextHashes.join([TextHashes.of(texts[:4]), TextHashes.of(texts[4:])])
+    hashes.rough[7] = hashes.rough[6]
+    asked: list[int] = []
+
+    def text(row: int) -> str:
+        asked.append(row)
+        return texts[row]
+
+    assert hashes.ids(text).tolist() == [0, 1, 0, 1, 4, 1, 6, 7, 6]
+    assert sorted(set(asked)) == [1, 3, 6, 7]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from common.files import is_within, make_folder, prepare_file, remove_folder, sh
 from common.logs import is_main_process, log
 from common.options import add_encoder_args, call
 from common.paddle_setup import set_up_paddle
-from common.texts import DOCUMENT, QUERY
+from common.texts import DOCUMENT, QUERY, text_ids
 from data import TextPair, read_text_pairs
-from mining.hard_negatives import KnownPositives, MiningRules, text_ids
+from mining.hard_negatives import KnownPositives, MiningRules
 from mining.searchers import LexicalSearcher, Searcher, VectorSearcher
 from mining.teachers import TeacherScores
 from modeling.checkpoint_files import check_checkpoint, lowercases

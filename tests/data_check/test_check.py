@@ -1,9 +1,14 @@
 """The rules about texts beside each other: a file that breaks each, and clean files that break none."""
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from common.errors import InputError
+from data import VOCABULARY_FILE, TextTokenizer
 from data_check.check import DataCheck, check_data
 from data_check.files import read_corpus_file, read_pair_file
 from data_check.model_tokenizer import load_model_tokenizer
@@ -140,8 +145,15 @@ def test_any_of_the_files_is_enough(tmp_path: Path) -> None:
     assert [finding.rule.name for finding in check_data(empty, [], None).broken] == ["form", "columns"]
 
 
-def test_tokens_that_a_model_does_not_see(tmp_path: Path, model_folder: Path) -> None:
+def test_tokens_that_a_model_does_not_see(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_model_tokenizer(str(model_folder), 8)
+    counted: list[str] = []
+
+    def count(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        counted.extend(texts)
+        return TextTokenizer.count(tokenizer, texts)
+
+    monkeypatch.setattr(tokenizer, "count", count)
     file = read_pair_file(str(write_pairs(tmp_path / "train.csv", [("水稻产量", "水稻" * 20), ("gene", "水稻")])))
     result = check_data(file, [], None, tokenizer)
     cut = {finding.where: finding for finding in result.findings if finding.rule.name == "cut" and finding.count}
@@ -152,4 +164,19 @@ def test_tokens_that_a_model_does_not_see(tmp_path: Path, model_folder: Path) ->
     assert (unknown.count, unknown.total) == (1, 5)
     assert unknown.examples == [f"1: {tmp_path / 'train.csv'}:2: 'gene'"]
     assert [(advice.given, advice.suggested) for advice in result.lengths] == [(8, 6), (8, 42)]
-    assert load_model_tokenizer(str(model_folder)).max_seq_length == 512
+    assert counted == ["水稻产量", "gene", "水稻" * 20, "水稻"]  # each once, as it takes the longest
+
+
+def test_lengths_fit_into_the_position_table(checkpoint: Path, model_folder: Path) -> None:
+    for path in (checkpoint, model_folder):
+        message = f"^--max_seq_length 41: the position table of {path} has 40 rows; use at most that many tokens$"
+        with pytest.raises(InputError, match=message):
+            load_model_tokenizer(str(path), 41)
+        assert load_model_tokenizer(str(path), 40).max_seq_length == 40
+    assert load_model_tokenizer(str(model_folder)).max_seq_length == 40
+
+
+def test_a_folder_without_a_config_has_no_position_table(tmp_path: Path, model_folder: Path) -> None:
+    """As the original scripts write it."""
+    shutil.copy(model_folder / VOCABULARY_FILE, tmp_path)
+    assert load_model_tokenizer(str(tmp_path), 600).max_seq_length == 600

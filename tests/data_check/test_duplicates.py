@@ -4,10 +4,12 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from common.texts import TextSet
-from data_check.duplicates import TextGroups
+from data_check.duplicates import COMPARED, TextGroups, _candidates
 from data_check.files import Column, read_corpus_file
+from data_check.sketches import NO_TERM, BloomFilters
 from helpers import all_pairs
 from retrieval.near_duplicates import are_near_duplicates, terms_of
 
@@ -50,6 +52,37 @@ def test_near_duplicates_are_found_and_nothing_else(tmp_path: Path) -> None:
     apart = sum(are_near_duplicates(terms[a], terms[b]) for a in leaders for b in leaders if a < b)
     assert apart <= 1  # 3 % of the pairs at the bound are missed
     assert len(leaders) < len(texts) - 30
+
+
+def test_filters_change_no_leader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(2)
+    parts = [text for pair in all_pairs()[:40] for text in (pair[1][:8], pair[1][8:])]
+    texts = ["".join(rng.choices(parts, k=3)) for _ in range(300)]
+    column = column_of(tmp_path / "a", [*texts, *(text[1:] for text in texts[:100])])
+    groups = TextGroups([column]).groups
+    compared: list[bool] = []
+
+    def keep_all(filters: BloomFilters, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+        compared.extend(may_be_near(filters, rows, others))
+        return np.ones(len(rows), bool)
+
+    may_be_near = BloomFilters.may_be_near
+    monkeypatch.setattr(BloomFilters, "may_be_near", keep_all)
+    np.testing.assert_array_equal(TextGroups([column]).groups, groups)
+    assert not all(compared)
+    assert (groups != np.arange(400)).sum() > 10
+
+
+def test_candidates_are_the_first_texts_of_each_bucket() -> None:
+    bands = np.random.default_rng(0).integers(12, size=(3, 200), dtype=np.uint32)
+    bands[1, ::3] = NO_TERM
+    expected = set()
+    for band in bands.tolist():
+        for row, value in enumerate(band):
+            others = [other for other in range(len(band)) if band[other] == value][:COMPARED]
+            expected |= {(row, other) for other in others if other < row and value != NO_TERM}
+    assert [*map(tuple, _candidates(bands).tolist())] == sorted(expected)
+    assert _candidates(bands[:, :0]).shape == (0, 2)
 
 
 def test_thousands_of_alike_texts_take_few_comparisons(tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.errors import InputError
+from common.texts import TextHashes
+from data_check import files
 from data_check.files import DataFile, read_corpus_file, read_pair_file
+from data_check.sketches import Sketches
 from helpers import all_pairs
 
 CLEAN = [f"{query}\t{title}".encode() for query, title in all_pairs()[:20]]
@@ -77,6 +81,18 @@ def test_the_other_lines_are_read(tmp_path: Path) -> None:
     assert file.columns["hard negatives"].example(1) == f"{path}:5: 'h 3'"
     assert file.columns["titles"][1:] == ["t 2", "t 3"]
     assert str(file.columns["titles"]) == f"{path}, titles"
+
+
+def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BLOCK", 7)
+    column = read(tmp_path / "train.csv", CLEAN).columns["titles"]
+    titles = [title for _, title in all_pairs()[:20]]
+    assert list(column) == titles
+    sketches = Sketches.of(titles)
+    expected = (*TextHashes.of(titles), sketches.bands, *sketches.filters)
+    found = (*column.hashes, column.sketches.bands, *column.sketches.filters)
+    for array, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(array, other)
 
 
 def test_labels_choose_the_pairs(tmp_path: Path) -> None:

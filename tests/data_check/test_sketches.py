@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from data_check import sketches
-from data_check.sketches import NO_TERM, Terms, bands_of, similarities, windows
+from data_check.sketches import NO_TERM, Sketches, Terms, similarities, windows
 from helpers import VARIED_TEXTS, all_pairs
-from retrieval.near_duplicates import jaccard, terms_of
+from retrieval.near_duplicates import NEAR_DUPLICATE, jaccard, terms_of
 
 # Characters whose terms `Terms` counts differently: ½ becomes two words, and ﾟ no term.
 TEXTS = [text.replace("½", "").replace("ﾟ", "") for text in VARIED_TEXTS] + [
@@ -34,10 +34,13 @@ def test_similarities_are_those_of_the_terms() -> None:
 
 def test_windows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     others = TEXTS[1:] + TEXTS[:1]
-    expected = bands_of(TEXTS), similarities(TEXTS, others)
+    expected = Sketches.of(TEXTS), similarities(TEXTS, others)
     monkeypatch.setattr(sketches, "WINDOW_CHARACTERS", 50)
     assert [*windows([20, 20, 20, 100, 0, 5])] == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, None)]
-    np.testing.assert_array_equal(bands_of(TEXTS), expected[0])
+    found = Sketches.of(TEXTS)
+    np.testing.assert_array_equal(found.bands, expected[0].bands)
+    np.testing.assert_array_equal(found.filters.bits, expected[0].filters.bits)
+    np.testing.assert_array_equal(found.filters.counts, expected[0].filters.counts)
     np.testing.assert_array_equal(similarities(TEXTS, others), expected[1])
 
 
@@ -66,6 +69,31 @@ def test_near_texts_share_a_band_and_others_do_not() -> None:
     assert (bands[:, 0] == bands[:, 1]).any()
     assert not (bands[:, 0] == bands[:, 2]).any()
     assert (bands[:, 0] == bands[:, 3]).all()
+
+
+def test_filters_leave_out_no_near_duplicates() -> None:
+    """But most of the others, also where a share of their terms would be enough to be candidates."""
+    rng = random.Random(1)
+    texts = [text for text in TEXTS if len(text) < 60]
+    texts = [*texts, *(changed(rng, text) for text in texts), "a b c d", "a b c d e", "", "…"]
+    filters = Sketches.of(texts).filters
+    rows, others = np.array([(row, other) for row in range(len(texts)) for other in range(row)]).T
+    terms = list(map(terms_of, texts))
+    expected = np.array([jaccard(terms[row], terms[other]) for row, other in zip(rows, others, strict=True)])
+    found = filters.may_be_near(rows, others)
+    assert found[expected >= NEAR_DUPLICATE].all()
+    assert (expected == NEAR_DUPLICATE).any()
+    assert found[expected < 0.5].mean() < 0.05
+    assert (expected >= NEAR_DUPLICATE).sum() > 100
+
+
+def test_a_filter_holds_the_terms_of_its_text() -> None:
+    filters = Sketches.of(["水稻 产量 yield", "", "水", "水稻", "yield"]).filters
+    assert filters.counts.tolist() == [4 + 3 + 1, 0, 1, 3, 1]  # 稻产 is a pair, too: spaces don't part them
+    np.testing.assert_array_equal(filters.bits[:, 2:] & filters.bits[:, :1], filters.bits[:, 2:])
+    bits = [sum(int(word).bit_count() for word in words) for words in filters.bits.T]
+    assert bits[1:] == [0, 1, 3, 1]
+    assert bits[0] <= 8
 
 
 def test_texts_without_terms_are_in_no_band() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.errors import InputError
-from common.texts import text_key
+from common.texts import text_ids, text_key
 from data import TextPair
 from mining.hard_negatives import (
     EARLY_RANK,
@@ -23,7 +23,6 @@ from mining.hard_negatives import (
     QueryPositives,
     choose_negatives,
     score_limits,
-    text_ids,
 )
 from retrieval.near_duplicates import jaccard, terms_of
 
@@ -42,14 +41,6 @@ def known(pairs: list[TextPair], symmetric: bool, lowercase: bool = True) -> Kno
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What isn't taken
-
-
-@pytest.mark.parametrize("lowercase", [True, False])
-def test_ids_are_equal_for_the_same_texts_alone(lowercase: bool) -> None:
-    texts = random_texts(random.Random(0), 300)
-    keys = [text_key(text, lowercase) for text in texts]
-    assert text_ids(texts, lowercase).tolist() == [keys.index(key) for key in keys]
-    assert text_ids([]).tolist() == []
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
