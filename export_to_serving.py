@@ -84,6 +84,7 @@ def convert(
             if file.is_file() and file not in (graph, weights) and file.name not in (*MODEL_FILES, MANIFEST_FILE):
                 shutil.copyfile(file, server / file.name)
     set_up_paddle()
+    from encoding.engines import copy_calibrated
     from encoding.static_graph import StaticEncoder
 
     encoder = StaticEncoder(server)
@@ -92,6 +93,7 @@ def convert(
     config = serving_config(encoder.output_name, embedding_size, feed_aliases, fetch_alias or encoder.output_name)
     write_serving_config(server, SERVER_CONFIG, config)
     if (source / MANIFEST_FILE).is_file():
+        copy_calibrated(source, server)
         write_manifest(server)
     return config
 

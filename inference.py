@@ -38,20 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = args.text or SAMPLE_TEXTS[:1]
     if args.text_file:
         texts = call(read_texts, args, path=args.text_file)
+    calibration_texts = call(read_texts, args, path=args.calibration_file) if args.calibration_file else None
     if args.output:
         prepare_file(args.output)
 
     set_up_paddle()
     from common.device import set_device
-    from encoding.encoder import compare_with_fp32, load_encoder
+    from encoding.encoder import load_encoder
+    from encoding.text_encoder import TextSample, compare_with_fp32
     from encoding.token_statistics import report_tokens
 
     set_device(args.device)
-    encoder = load_encoder(**pick(args, load_encoder, text_count=len(texts)))
+    sample = TextSample(texts, roles=(args.role, args.role))
+    given_texts = {"text_count": len(texts), "sample": sample, "calibration_texts": calibration_texts}
+    encoder = load_encoder(**pick(args, load_encoder, **given_texts))
     report_tokens(encoder.tokenizer, {"texts": texts}, args.role)
     vectors = encoder.encode(texts, "texts" if args.output else None, args.role)
     if encoder.embed_fp32:
-        log(f"{encoder.precision}: {compare_with_fp32(encoder, texts, texts, (args.role, args.role))}")
+        log(f"{encoder.precision}: {encoder.fidelity or compare_with_fp32(encoder, sample)}")
     print(list(vectors.shape))
     if args.output:
         write_vectors(args.output, vectors)

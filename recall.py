@@ -31,7 +31,8 @@ from common.logs import is_main_process, log
 from common.options import add_encoder_args, add_evaluation_file_args, pick
 from common.paddle_setup import set_up_paddle
 from common.texts import DOCUMENT, QUERY
-from data import parse_text, positives_by_query, read_text_pairs, write_hits
+from data import parse_text, positives_by_query, read_text_pairs, read_texts, write_hits
+from encoding.text_encoder import TextSample
 from modeling.checkpoint_files import check_checkpoint, lowercases
 from retrieval.corpus import Corpus, read_corpus
 from retrieval.hybrid_search import (
@@ -51,7 +52,7 @@ from retrieval.milvus_place import MILVUS, MilvusOptions, MilvusPlace, add_milvu
 from retrieval.saved_index import INDEX_FILE, DocumentIndex, has_index, has_lexical_index, save_fusion
 
 if TYPE_CHECKING:
-    from encoding.encoder import Encoder, Fidelity
+    from encoding.text_encoder import Encoder, Fidelity
 
 TUNING_LINES = 10
 OF_NEW_COLLECTION = "milvus_index_type", "milvus_shards", "milvus_bulk_dir", "milvus_bulk_path"
@@ -161,13 +162,17 @@ def read_inputs(
     similar_text_pair_file: str | None,
     corpus_file: str | None,
     add_corpus: str | None,
+    calibration_file: str | None,
     *,
     lowercase: bool,
     skip_bad_lines: bool,
     check_columns: bool,
     label_column: bool,
-) -> tuple[dict[str, set[str]], Corpus | None, Corpus | None]:
-    """The queries with their titles, the corpus, and the documents to add. Raises InputError as the readers do."""
+) -> tuple[dict[str, set[str]], Corpus | None, Corpus | None, list[str] | None]:
+    """The queries with their titles, the corpus, the documents to add, and the texts to calibrate on, if any.
+
+    Raises InputError as the readers do.
+    """
     reading = {"skip_bad_lines": skip_bad_lines, "check_columns": check_columns}
     pair_file = similar_text_pair_file
     pairs = read_text_pairs(pair_file, **reading, label_column=label_column) if pair_file else ()
@@ -176,7 +181,15 @@ def read_inputs(
     added = read_corpus(add_corpus, **reading, lowercase=lowercase) if add_corpus else None
     if corpus:
         report_missing_positives(corpus, positives)
-    return positives, corpus, added
+    return positives, corpus, added, read_texts(calibration_file, **reading) if calibration_file else None
+
+
+def texts_in_hand(
+    queries: Sequence[str], corpus: Corpus | None, added: Corpus | None, is_saved: bool
+) -> dict[str, Any]:
+    """What `load_encoder` wants to know of the texts: how many it will encode, and a sample for calibrating."""
+    text_count = len(queries) + len(added or ()) + (0 if is_saved else len(corpus or ()))
+    return {"text_count": text_count, "sample": TextSample(corpus or (), queries)}
 
 
 def report_texts(encoder: "Encoder", queries: Sequence[str], corpora: Sequence[Corpus | None]) -> None:
@@ -305,11 +318,10 @@ def fidelity_of(encoder: "Encoder", document_index: DocumentIndex, queries: Sequ
 
     Without queries the documents are searched for themselves.
     """
-    from encoding.encoder import SAMPLE_DOCUMENTS, compare_with_fp32
-    from retrieval.pipeline import SAMPLE
+    from encoding.text_encoder import SAMPLE_DOCUMENTS, compare_with_fp32
 
     sample = [document_index.documents[row] for row in document_index.index.sample_ids(SAMPLE_DOCUMENTS)]
-    return compare_with_fp32(encoder, sample, queries or sample[:SAMPLE])
+    return compare_with_fp32(encoder, TextSample(sample, queries))
 
 
 def opener(
@@ -341,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result_dir = args.recall_result_dir if uses_result_dir else None
     if not place:
         check_folders(args.index_dir, {"--embedding_dir": args.embedding_dir, "--recall_result_dir": result_dir})
-    positives, corpus, added = read_inputs(**pick(args, read_inputs, lowercase=lowercase))
+    positives, corpus, added, calibration_texts = read_inputs(**pick(args, read_inputs, lowercase=lowercase))
     options, given = IndexOptions(**pick(args, IndexOptions)), given_options(parser, argv)
     report_unused_options(where if is_saved else None, mode, given)
     if not is_saved and place is None:
@@ -356,8 +368,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_device(args.device)
     init_ranks()
     queries = list(positives)
-    text_count = len(queries) + len(added or ()) + (0 if is_saved else len(corpus or ()))
-    encoder = load_encoder(**pick(args, load_encoder, text_count=text_count))
+    in_hand = texts_in_hand(queries, corpus, added, is_saved)
+    encoder = load_encoder(**pick(args, load_encoder, **in_hand, calibration_texts=calibration_texts))
     report_texts(encoder, [*queries, *(args.query or ())], [None if is_saved else corpus, added])
     gets_words = args.lexical is not None and not has_words
     is_changed = not is_saved or added is not None or args.target_recall is not None or gets_words
@@ -382,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if queries:
             print(recall_pairs(document_index, queries, query_vectors, args.recall_num, mode, result_file))
         if encoder.embed_fp32:
-            print(f"{encoder.precision}: {fidelity_of(encoder, document_index, queries)}")
+            print(f"{encoder.precision}: {encoder.fidelity or fidelity_of(encoder, document_index, queries)}")
         for query in chain(args.query or (), typed_queries(sys.stdin) if args.interactive else ()):
             print("\n".join(answer(encoder, document_index, query, args.recall_num, mode)), flush=True)
     return 0

@@ -12,7 +12,7 @@ from common.distributed import broadcast_object
 from common.files import atomic_write, prepare_file
 from common.logs import log
 from data import TextTokenizer, ranking_by_query, read_scored_hits, write_hits
-from encoding.encoder import Encoder
+from encoding.text_encoder import Encoder
 from reporting.evaluation_report import Result, write_evaluation_report
 from reporting.page import Bilingual
 from retrieval.corpus import Corpus

@@ -56,7 +56,8 @@ from benchmarks.search_over_http import DEFAULT_DOCUMENTS, make_index, measure_s
 from benchmarks.service_clients import CLIENTS, CPP_CLIENTS, read_metrics, running_cpp_service, running_service
 from common.device import set_seed
 from data import encode_texts
-from encoding.static_graph import Exported, load_exported
+from encoding.exported_model import load_exported
+from encoding.text_encoder import Encoder
 from export_model import main as export
 from export_to_serving import main as export_to_serving
 from modeling.checkpoint import create_model, save_checkpoint
@@ -67,7 +68,7 @@ DIRECT = "direct"
 
 
 def measure_ways(
-    served: Served, model: Exported, serving_bin: Path | None, folder: Path, rounds: int, seconds: float
+    served: Served, model: Encoder, serving_bin: Path | None, folder: Path, rounds: int, seconds: float
 ) -> tuple[dict[str, list[Measured]], dict[str, float]]:
     """(what each way did, ratios): direct, and all clients of the services.
 
@@ -89,7 +90,7 @@ def measure_ways(
             ways |= {way: Way(partial(client, cpp_service), check, None) for way, client in CPP_CLIENTS.items()}
 
         def encode(batch: Sequence[str]) -> None:
-            model.encoder.embed(*model.tokenizer(batch))
+            model.embed(*model.tokenizer(batch))
 
         batches = batched(cycle(texts), clients)
         turns = {way: partial(measure_service, ways[way], texts, clients, seconds) for way in ways}
@@ -154,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"--batch_size {args.batch_size}: is more than the {len(texts)} texts")
         model_dir = args.model_dir or exported_model(inputs.model, inputs.folder)
         model = load_exported(model_dir, threads=args.threads)
-        vectors = encode_texts(model.encoder.embed, texts, model.tokenizer, args.batch_size)
+        vectors = encode_texts(model.embed, texts, model.tokenizer, args.batch_size)
         options = ["--batch_size", str(args.batch_size), "--threads", str(args.threads)]
         served = Served(model_dir, options, texts, vectors, args.batch_size)
         if args.search:

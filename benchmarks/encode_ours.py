@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from common.device import set_device
 from common.distributed import encode_on_all_ranks, init_ranks
-from common.options import ENGINES, STATIC_FROM_TEXTS, add_precision_arg
+from common.options import ENGINES, STATIC_FROM_TEXTS, add_precision_args
 from encoding.encoder import load_encoder
 
 
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add_encoder_args(parser)
     parser.add_argument("--engine", choices=ENGINES, default="auto", help="see recall.py")
-    add_precision_arg(parser)
+    add_precision_args(parser)
     return parser
 
 

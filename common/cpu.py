@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -73,6 +74,13 @@ def read_cpuinfo() -> str:
 def cpu_flags(cpuinfo: str) -> set[str]:
     """The names of the CPU's features, such as avx2, in the text of /proc/cpuinfo."""
     return {flag for line in cpuinfo.splitlines() if line.startswith("flags") for flag in line.split()}
+
+
+def cpu_name() -> str:
+    """The processor's name in /proc/cpuinfo, else the machine's architecture."""
+    fields = dict(line.partition(":")[::2] for line in read_cpuinfo().splitlines())
+    names = {name.strip(): value.strip() for name, value in fields.items()}
+    return names.get("model name") or platform.machine()
 
 
 def has_bf16() -> bool:

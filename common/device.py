@@ -48,11 +48,13 @@ def set_device(device: str | None) -> None:
 
 
 def check_precision(precision: str, device: str) -> None:
-    """Raises InputError if this machine's `device`, "cpu" or "gpu", can't compute in `precision`, a key of DTYPES."""
+    """Raises InputError if this machine's `device`, "cpu" or "gpu", can't compute in `precision`, one of PRECISIONS."""
     if device == "cpu" and precision == "fp16":
         raise InputError("--precision fp16: a CPU doesn't compute in it; use fp32, or bf16 if it has avx512_bf16")
     if device == "cpu" and precision == "bf16" and not has_bf16():
         raise InputError("--precision bf16: this CPU lacks avx512_bf16; use fp32")
+    if device == "gpu" and precision == "int8":
+        raise InputError("--precision int8: only a CPU computes in it; use --device cpu, or fp16")
     if device == "gpu" and precision == "bf16":
         major, minor = paddle.device.cuda.get_device_capability()
         if major < BF16_COMPUTE_CAPABILITY:

@@ -1,14 +1,18 @@
 """Log lines and progress bars on stderr."""
 
+import contextlib
+import ctypes
 import io
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where stderr isn't a terminal
 SECONDS_BEFORE_BAR = 1.0  # on a terminal
+STDOUT, STDERR = 1, 2  # file descriptors
 
 
 def is_main_process() -> bool:
@@ -29,6 +33,22 @@ def log(message: str) -> None:
     """Prints a line on stderr, on rank 0 only."""
     if is_main_process():
         print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Inside this block stderr takes what is printed on stdout, which is for results, also by libraries in C++."""
+    flush_all = ctypes.CDLL(None).fflush
+    sys.stdout.flush()
+    stdout = os.dup(STDOUT)
+    try:
+        os.dup2(STDERR, STDOUT)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        flush_all(None)
+        os.dup2(stdout, STDOUT)
+        os.close(stdout)
 
 
 class LineProgress(tqdm):

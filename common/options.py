@@ -13,9 +13,12 @@ DEFAULT_EMBEDDING_SIZE = 256
 POOLINGS = ("cls", "first_token", "mean")  # see base_model.ModelConfig
 DEFAULT_POOLING = "cls"
 DEFAULT_DROPOUT = 0.1
-ENGINES = ("auto", "dygraph", "static")
+STATIC, OPENVINO = "static", "openvino"
+ENGINES = ("auto", "dygraph", STATIC, OPENVINO)
+EXPORT_ENGINES = ("auto", STATIC, OPENVINO)  # of exported models
 STATIC_FROM_TEXTS = 2000  # compiling takes seconds, which pay off from about this many texts on
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+MIN_OVERLAP = 0.98  # share of fp32's top 10; what bf16 had on the literature data (docs/results.md)
 
 
 def pick(args: argparse.Namespace, function: Callable[..., Any], **given: Any) -> dict[str, Any]:
@@ -45,11 +48,12 @@ def add_encoder_args(
     add_reading_args(parser, labels=labels)
     add_encoding_args(parser)
     engine_help = (
-        "dygraph, or the static graph of Paddle Inference, compiled once and kept in the checkpoint's folder; "
-        f"auto: static on a CPU from {STATIC_FROM_TEXTS} texts on, or with bf16"
+        "dygraph, the static graph of Paddle Inference, or OpenVINO; a graph is compiled once and kept in the "
+        f"checkpoint's folder. auto: on a CPU from {STATIC_FROM_TEXTS} texts on, or with another precision than fp32, "
+        "the faster of static and openvino, if that is installed"
     )
     parser.add_argument("--engine", choices=ENGINES, default="auto", help=engine_help)
-    add_precision_arg(parser)
+    add_precision_args(parser)
     add_device_arg(parser, device)
 
 
@@ -117,10 +121,18 @@ def add_encoding_args(
     parser.add_argument("--max_seq_length", type=number_in_range(3), help=length_help)
 
 
-def add_precision_arg(parser: argparse.ArgumentParser) -> None:
-    """Adds `--precision`."""
-    precision_help = "precision of the computation; vectors are stored as float32"
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=precision_help)
+def add_precision_args(parser: argparse.ArgumentParser) -> None:
+    """Adds `--precision` and what int8 needs."""
+    add = parser.add_argument
+    precision_help = "precision of the computation, int8 on a CPU with OpenVINO alone; vectors are stored as float32"
+    add("--precision", choices=PRECISIONS, default="fp32", help=precision_help)
+    calibration_help = (
+        "int8: calibrate on texts of this file, one per line (default: on a sample of the texts in hand, once; the "
+        "calibrated graph is kept beside the model)"
+    )
+    add("--calibration_file", metavar="FILE", help=calibration_help)
+    overlap_help = "int8: go on only if it finds this share of fp32's top 10 on a sample"
+    add("--min_overlap", type=proportion, default=MIN_OVERLAP, help=f"{overlap_help} (default: {MIN_OVERLAP})")
 
 
 def add_device_arg(parser: argparse.ArgumentParser, default: str | None) -> None:

@@ -14,6 +14,7 @@ from common.errors import InputError
 from common.files import sha256, write_json
 from common.manifest import write_manifest
 from data import Embed, TextTokenizer, TokenIds
+from encoding.engines import copy_calibrated
 from encoding.exported_files import INPUT_NAMES, MODEL_CARD_FILE
 from encoding.onnx_graph import OnnxEncoder, export_onnx, onnx_packages
 from encoding.static_graph import StaticEncoder, export_static
@@ -26,7 +27,7 @@ CHECKED_BATCH_SIZES = (1, 2, 7)
 
 
 def export_model(loaded: LoadedCheckpoint, folder: Path, form: str = "paddle") -> dict[str, float]:
-    """Writes what `static_graph.load_exported` reads into an existing folder.
+    """Writes what `exported_model.load_exported` reads into an existing folder.
 
     form: "onnx" also writes the graph in ONNX, "safetensors" the weights in that format. Returns the largest difference
     of each graph, "paddle" and "onnx", from the model. Raises InputError if one exceeds LARGEST_DIFFERENCE.
@@ -44,6 +45,7 @@ def export_model(loaded: LoadedCheckpoint, folder: Path, form: str = "paddle") -
     write_model_files(folder, model, tokenizer)
     if form == "safetensors":
         write_safetensors(folder / SAFETENSORS_FILE, {name: w.numpy() for name, w in model.state_dict().items()})
+    copy_calibrated(loaded.weights.parent, folder, loaded.fingerprint)
     interface = {
         "inputs": dict.fromkeys(INPUT_NAMES, "int64 [batch, length]"),
         "outputs": {encoder.output_name: "float32 [batch, embedding_size], unit vectors"},

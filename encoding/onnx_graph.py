@@ -9,6 +9,7 @@ import numpy as np
 
 from common.cpu import cpu_threads
 from common.errors import InputError
+from common.logs import stdout_to_stderr
 from encoding.exported_files import GRAPH_NAME, INPUT_NAMES, WEIGHTS_SUFFIX, graph_file
 
 ONNX_SUFFIX = ".onnx"
@@ -26,15 +27,24 @@ def onnx_packages() -> tuple[ModuleType, ModuleType]:
 
 def export_onnx(folder: Path) -> None:
     """Converts the graph that `static_graph.export_static` wrote into the folder. Raises InputError if that fails."""
-    paddle2onnx, _ = onnx_packages()
+    onnx_packages()
+    (folder / (GRAPH_NAME + ONNX_SUFFIX)).write_bytes(convert_to_onnx(folder))
+
+
+def convert_to_onnx(folder: Path) -> bytes:
+    """The graph that `static_graph.export_static` wrote into the folder, in ONNX, with its weights.
+
+    Raises InputError if paddle2onnx, which PaddleNLP brings, can't convert it.
+    """
+    paddle2onnx = importlib.import_module("paddle2onnx")
     logging.getLogger("paddle2onnx").setLevel(logging.ERROR)
     graph, weights = graph_file(folder), folder / (GRAPH_NAME + WEIGHTS_SUFFIX)
     try:
-        # The default optimize_tool folds constants with Polygraphy, which installs packages from the network.
-        onnx = paddle2onnx.export(str(graph), str(weights), opset_version=OPSET, optimize_tool=None)
+        with stdout_to_stderr():
+            # The default optimize_tool folds constants with Polygraphy, which installs packages from the network.
+            return paddle2onnx.export(str(graph), str(weights), opset_version=OPSET, optimize_tool=None)
     except UnboundLocalError:  # a bug of its error handling; it has logged the error before
         raise InputError(f"{graph}: paddle2onnx can't convert it (see above)") from None
-    (folder / (GRAPH_NAME + ONNX_SUFFIX)).write_bytes(onnx)
 
 
 class OnnxEncoder:

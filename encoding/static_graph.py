@@ -6,9 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import paddle
@@ -18,17 +16,7 @@ from paddle.static import InputSpec
 from common.cpu import cpu_threads, release_freed_memory
 from common.device import check_precision
 from common.errors import InputError
-from common.files import scratch_folder
-from data import TextTokenizer
-from encoding.exported_files import (
-    GRAPH_NAME,
-    GRAPH_SUFFIXES,
-    INPUT_NAMES,
-    WEIGHTS_SUFFIX,
-    check_exported,
-    exported_tokenizer,
-    graph_file,
-)
+from encoding.exported_files import GRAPH_NAME, GRAPH_SUFFIXES, INPUT_NAMES, WEIGHTS_SUFFIX, graph_file
 
 SHAPES_KEPT = 64  # shapes of batches in oneDNN's cache
 # Left out on a GPU: if a batch has as many texts as tokens, their kernel (multihead_matmul_kernel.cu of Paddle 3.3)
@@ -233,41 +221,3 @@ class StaticEncoder:
         else:
             self._predictor.run()
         return self._output.copy_to_cpu()
-
-
-class Exported(NamedTuple):
-    """An exported model, for `data.encode_texts(encoder.embed, texts, tokenizer, ...)`."""
-
-    encoder: StaticEncoder
-    tokenizer: TextTokenizer
-
-
-def load_exported(
-    model_dir: str | Path,
-    *,
-    device: str = "cpu",
-    precision: str = "fp32",
-    threads: int | None = None,
-    onednn: bool = True,
-    tensorrt_batch_size: int | None = None,
-    max_seq_length: int | None = None,
-) -> Exported:
-    """Loads an exported folder. device, precision, threads, onednn: as for StaticEncoder.
-
-    tensorrt_batch_size: runs the graph in TensorRT, on at most this many texts at a time, all padded to max_seq_length.
-    max_seq_length: replaces the exported one, which is logged. Raises InputError, also if a file differs from the
-    manifest.
-    """
-    folder = check_exported(model_dir, max_seq_length)
-    tokenizer = exported_tokenizer(folder, max_seq_length)
-    load = partial(StaticEncoder, device=device, precision=precision, threads=threads, onednn=onednn)
-    if not tensorrt_batch_size:
-        return Exported(load(folder), tokenizer)
-    check_tensorrt(device)
-    check_precision(precision, device)
-    tokenizer.pad_to_max_seq_len = True
-    with scratch_folder() as target:
-        convert_to_tensorrt(
-            folder, target, precision=precision, batch_size=tensorrt_batch_size, length=tokenizer.max_seq_length
-        )
-        return Exported(load(target), tokenizer)

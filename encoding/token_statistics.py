@@ -55,9 +55,9 @@ def statistics_of_counts(
     )
 
 
-def sample_rows(count: int) -> np.ndarray:
-    """Rows of `count` texts that stand for all, in order, the same in each call: int64 [at most SAMPLE]."""
-    return np.sort(np.random.default_rng(0).choice(count, min(count, SAMPLE), replace=False))
+def sample_rows(count: int, size: int = SAMPLE) -> np.ndarray:
+    """Rows of `count` texts that stand for all, in order, the same in each call: int64 [at most `size`]."""
+    return np.sort(np.random.default_rng(0).choice(count, min(count, size), replace=False))
 
 
 def count_unseen(tokenizer: TextTokenizer, texts: Sequence[str], role: str | None = None) -> tuple[int, int]:

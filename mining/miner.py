@@ -15,7 +15,7 @@ from ann_util import IndexOptions
 from common.distributed import barrier
 from common.files import atomic_write
 from data import TextPair
-from encoding.encoder import Encoder
+from encoding.text_encoder import Encoder
 from mining.blocks import PairBlocks
 from mining.hard_negatives import REASONS, KnownPositives, MiningRules, PairHits, choose_negatives, score_limits
 from mining.searchers import Found, Searcher

@@ -8,7 +8,7 @@ import numpy as np
 from common.files import atomic_write
 from common.texts import DOCUMENT, QUERY
 from data import TextPair
-from encoding.encoder import Encoder
+from encoding.text_encoder import Encoder
 from mining.blocks import PairBlocks
 
 

@@ -14,7 +14,7 @@ from data import parse_hit
 from retrieval.embedding_store import Embeddings
 
 if TYPE_CHECKING:
-    from encoding.encoder import Encoder
+    from encoding.text_encoder import Encoder
 
 
 class Teacher(Protocol):

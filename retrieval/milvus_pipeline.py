@@ -15,7 +15,7 @@ from common.errors import InputError
 from common.files import make_folder
 from common.logs import is_main_process, log
 from common.texts import DOCUMENT
-from encoding.encoder import Encoder
+from encoding.text_encoder import Encoder
 from retrieval.corpus import Corpus
 from retrieval.milvus_bulk import import_corpus
 from retrieval.milvus_collection import CollectionInfo

@@ -26,7 +26,7 @@ from common.errors import InputError
 from common.logs import is_main_process, log, progress_bar
 from common.texts import DOCUMENT, QUERY, TextSet
 from data import encode_texts
-from encoding.encoder import Encoder
+from encoding.text_encoder import Encoder
 from retrieval.corpus import Corpus
 from retrieval.documents import Documents
 from retrieval.embedding_store import SHARD_ROWS, Embeddings, EmbeddingsMetadata, temporary_folder

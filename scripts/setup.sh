@@ -8,13 +8,13 @@ set -eu
 cd "$(dirname -- "$0")/.."
 export PIP_PROGRESS_BAR=off PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
 without_wheels='jieba seqeval' # and hnswlib, which needs a compiler
-all_extras='milvus onnx serving tests'
+all_extras='milvus onnx openvino serving tests'
 unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_REQUIRE_HASHES # with these pip installs elsewhere, or fails
 
 usage() {
     cat <<'EOF'
-usage: sh scripts/setup.sh [--cpu | --gpu [CUDA]] [--milvus] [--onnx] [--serving] [--tests | --fast-tests]
-                           [--benchmarks]
+usage: sh scripts/setup.sh [--cpu | --gpu [CUDA]] [--milvus] [--onnx] [--openvino] [--serving]
+                           [--tests | --fast-tests] [--benchmarks]
 
 Creates .venv in the repository root and installs requirements.lock into it. If there is nothing to do, it returns at
 once; after an interruption it starts over. .venv belongs to this script: packages that you add to it may be lost.
@@ -23,8 +23,9 @@ once; after an interruption it starts over. .venv belongs to this script: packag
   --cpu          back to the CPU build (by default .venv keeps its build; a new .venv has the CPU build)
   --milvus       also what recall.py --ann milvus needs: a client, and Milvus Lite for an embedded one
   --onnx         also what export_model.py --format onnx needs
+  --openvino     also what --engine openvino and --precision int8 need
   --serving      also Paddle Serving, which deploy/python/web_service.py needs
-  --tests        also what the tests need, including the three above; as root also Debian's or Ubuntu's Chromium
+  --tests        also what the tests need, including the four above; as root also Debian's or Ubuntu's Chromium
   --fast-tests   also what sh scripts/test.sh --fast needs
   --benchmarks   also .venv-benchmarks, with PyTorch, sentence-transformers and others for the benchmarks; needs Python
                  3.11 or 3.12 and another 3 GB
@@ -285,7 +286,7 @@ while [ $# -gt 0 ]; do
         case ${2:-} in cu*) device=$2 && shift ;; esac
         ;;
     --gpu=*) device=${1#--gpu=} ;;
-    --milvus | --onnx | --serving) extras="$extras ${1#--}" ;;
+    --milvus | --onnx | --openvino | --serving) extras="$extras ${1#--}" ;;
     --tests) extras=$all_extras browser=1 ;;
     --fast-tests) extras="$extras tests" ;;
     --benchmarks) benchmarks=1 ;;

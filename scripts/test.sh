@@ -2,7 +2,7 @@
 # Sets up .venv if need be, then lints and runs the tests: sh scripts/test.sh [--fast] [PYTEST OPTIONS...]
 #
 #   --fast   only tests that start no process and no service; it builds nothing, and installs neither what the C++ server
-#            needs nor the extras of setup.sh --onnx and --serving
+#            needs nor the extras of setup.sh
 #
 # All other arguments go to pytest: sh scripts/test.sh -k recall
 #
@@ -30,6 +30,10 @@ if [ -n "$fast" ]; then
     if [ ! -e .venv/setup/milvus ]; then
         marks="$marks and not milvus"
         left_out="$left_out, of Milvus"
+    fi
+    if [ ! -e .venv/setup/openvino ]; then
+        marks="$marks and not openvino"
+        left_out="$left_out, of OpenVINO"
     fi
     if [ ! -e .venv/setup/serving ]; then
         for path in $serving_tests; do set -- "--ignore=tests/$path" "$@"; done

@@ -19,13 +19,15 @@ import numpy as np
 
 from common.environment import remove_temporary_home
 from common.errors import InputError
+from common.logs import log
+from common.options import STATIC_FROM_TEXTS
 
 ROOT = Path(__file__).resolve().parents[1]
 STOP_SECONDS = 5.0
 
 
 class EncoderOptions(NamedTuple):
-    """The options of `load_exported`, and the batch size."""
+    """The options of `load_exported`, and the file of its calibration texts."""
 
     model_dir: str
     device: str
@@ -33,6 +35,9 @@ class EncoderOptions(NamedTuple):
     threads: int | None
     max_seq_length: int | None
     batch_size: int
+    engine: str = ""
+    calibration_file: str = ""
+    min_overlap: float = 0.0
 
 
 class EncoderStopped(Exception):
@@ -125,12 +130,17 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
     try:
         set_up_paddle()
         from common.device import choose_device
-        from data import encode_texts
-        from encoding.static_graph import load_exported
+        from data import read_texts
+        from encoding.exported_model import load_exported
 
-        given = {name: value for name, value in options._asdict().items() if name != "batch_size"}
-        encoder, tokenizer = load_exported(**{**given, "device": choose_device(options.device)})
-        encode_texts(encoder.embed, ["warm up"] * options.batch_size, tokenizer, options.batch_size)
+        given = {name: value for name, value in options._asdict().items() if name != "calibration_file"}
+        texts = read_texts(options.calibration_file) if options.calibration_file else None
+        device = choose_device(options.device)
+        many = STATIC_FROM_TEXTS  # so that the engine "auto" measures
+        encoder = load_exported(**{**given, "device": device}, text_count=many, calibration_texts=texts)
+        if encoder.fidelity:
+            log(f"{encoder.precision}: {encoder.fidelity}")
+        encoder.encode(["warm up"] * options.batch_size)
     except InputError as error:
         connection.send(str(error))
         return
@@ -141,7 +151,7 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
     while True:
         texts = connection.recv()
         try:
-            vectors = encode_texts(encoder.embed, texts, tokenizer, options.batch_size)
+            vectors = encoder.encode(texts)
         except Exception as error:
             connection.send(f"{type(error).__name__} in encoding {len(texts)} texts")
             if options.device == "gpu":  # after a CUDA error this process may not be able to use it any more

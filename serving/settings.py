@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from common.cli import number_in_range, positive_int
+from common.cli import number_in_range, positive_int, proportion
 from common.errors import InputError
 from common.files import open_for_reading
 from common.logs import log
-from common.options import PRECISIONS
+from common.options import EXPORT_ENGINES, MIN_OVERLAP, PRECISIONS
 from retrieval.milvus_collection import DEFAULT_COLLECTION
 from retrieval.milvus_place import MILVUS, MilvusOptions, MilvusPlace, find_place
 from retrieval.milvus_server import TOKEN_VARIABLE
@@ -51,6 +51,7 @@ PATHS = (
     "model_dir",
     "index_dir",
     "api_key_file",
+    "calibration_file",
     "milvus_token_file",
     "milvus_ca_file",
 )  # in config_nlp.yml relative to it
@@ -111,7 +112,22 @@ SETTINGS = {
     ),
     "cors": Setting("cors", _origin, "origin whose web pages may call, or *; none: no other page may", default=""),
     "device": Setting(f"{LOCAL}.device", _choice("cpu", "gpu"), "cpu or gpu"),
-    "precision": Setting(f"{LOCAL}.precision", _choice(*PRECISIONS), "fp32, bf16 or fp16 to compute in"),
+    "precision": Setting(f"{LOCAL}.precision", _choice(*PRECISIONS), "fp32, bf16, fp16 or int8 to compute in"),
+    "engine": Setting(
+        f"{LOCAL}.engine",
+        _choice("", *EXPORT_ENGINES),
+        "static, openvino, or auto for the faster one; none: static, and openvino for int8",
+        default="",
+    ),
+    "calibration_file": Setting(
+        f"{LOCAL}.calibration_file",
+        str,
+        "file of texts, one per line, to calibrate int8 on; none: the exported model's calibration",
+        default="",
+    ),
+    "min_overlap": Setting(
+        f"{LOCAL}.min_overlap", proportion, "share of fp32's top 10 that int8 has to find", default=MIN_OVERLAP
+    ),
     "workers": Setting(f"{OPERATOR}.concurrency", positive_int, "encoders; each is a process with the whole model"),
     "threads": Setting(f"{LOCAL}.thread_num", THREADS, "CPU threads of an encoder; 0: an equal share of all cores"),
     "max_seq_length": Setting(

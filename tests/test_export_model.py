@@ -12,7 +12,7 @@ from common.errors import InputError
 from common.files import read_json, sha256, write_json
 from encoding import export as export_module
 from encoding.exported_files import GRAPH_NAME
-from encoding.static_graph import load_exported
+from encoding.exported_model import load_exported
 from helpers import ROOT, new_model, run_script
 from modeling.checkpoint import save_checkpoint
 

@@ -13,7 +13,7 @@ from common.errors import InputError
 from common.files import read_json
 from common.manifest import write_manifest
 from encoding.exported_files import GRAPH_NAME
-from encoding.static_graph import load_exported
+from encoding.exported_model import load_exported
 from helpers import ROOT, run_script
 
 GRAPH = f"{GRAPH_NAME}.json"
@@ -73,7 +73,7 @@ def test_the_documents_command(exported: Path, tmp_path: Path) -> None:
 def test_the_converted_model_gives_the_same_vectors(exported: Path, tmp_path: Path) -> None:
     convert(exported, tmp_path)
     tokens = load_exported(exported).tokenizer(["水稻的产量", "论小麦品质研究小麦,品质"])
-    vectors = [load_exported(folder).encoder.embed(*tokens) for folder in (exported, tmp_path / "serving_server")]
+    vectors = [load_exported(folder).embed(*tokens) for folder in (exported, tmp_path / "serving_server")]
     np.testing.assert_array_equal(*vectors)
 
 

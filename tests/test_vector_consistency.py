@@ -21,8 +21,9 @@ from benchmarks.service_clients import (
 )
 from data import Embed, TextTokenizer, encode_texts
 from encoding.encoder import load_encoder
+from encoding.exported_model import load_exported
 from encoding.onnx_graph import OnnxEncoder
-from encoding.static_graph import StaticEncoder, load_exported
+from encoding.static_graph import StaticEncoder
 from helpers import ROOT, all_pairs, cpp_environment, make_model_folder, run_script
 from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
 
@@ -100,7 +101,7 @@ def predict(model_dir: Path, folder: Path, texts: Sequence[str]) -> np.ndarray:
 
 @pytest.mark.server
 def test_one_text_has_one_vector(forms: Path, expected: np.ndarray, tmp_path: Path) -> None:
-    """From a checkpoint, the static graph, ONNX, predict.py, and Pipeline Serving over gRPC and HTTP."""
+    """From a checkpoint, the static graph, OpenVINO, ONNX, predict.py, and Pipeline Serving over gRPC and HTTP."""
     model, tokenizer, *_ = load_checkpoint(forms / "checkpoint")
     exported = load_exported(forms / "output")
     with (
@@ -112,7 +113,9 @@ def test_one_text_has_one_vector(forms: Path, expected: np.ndarray, tmp_path: Pa
             "load_encoder": load_encoder(forms / "checkpoint").encode,
             "load_encoder, static": load_encoder(forms / "checkpoint", engine="static").encode,
             **in_process("dygraph", model.embed, tokenizer),
-            **in_process("static graph", exported.encoder.embed, exported.tokenizer),
+            **in_process("static graph", exported.embed, exported.tokenizer),
+            "load_encoder, openvino": load_encoder(forms / "checkpoint", engine="openvino").encode,
+            **in_process("openvino", load_exported(forms / "output", engine="openvino").embed, exported.tokenizer),
             **in_process("static, no oneDNN", StaticEncoder(forms / "output", onednn=False).embed, exported.tokenizer),
             **in_process("onnx", OnnxEncoder(forms / "output").embed, exported.tokenizer),
             "predict.py": partial(predict, forms / "output", tmp_path),

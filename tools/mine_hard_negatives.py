@@ -21,7 +21,7 @@ from common.logs import is_main_process, log
 from common.options import add_encoder_args, call
 from common.paddle_setup import set_up_paddle
 from common.texts import DOCUMENT, QUERY, text_ids
-from data import TextPair, read_text_pairs
+from data import TextPair, read_text_pairs, read_texts
 from mining.hard_negatives import KnownPositives, MiningRules
 from mining.searchers import LexicalSearcher, Searcher, VectorSearcher
 from mining.teachers import TeacherScores
@@ -31,7 +31,7 @@ from retrieval.lexical_index import LEXICAL_CHOICES, LexicalIndex
 from retrieval.saved_index import has_index
 
 if TYPE_CHECKING:
-    from encoding.encoder import Encoder
+    from encoding.text_encoder import Encoder
 
 WORK_SUFFIX = ".mining"  # of the folder beside the output that keeps what is done, until the output is complete
 
@@ -227,26 +227,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     positives = call(find_positives, args, pairs=pairs, lowercase=lowercase)
     if args.params_path and not (args.index_dir and has_index(args.index_dir)):
         check_index_args(options, len(corpus or ()))
+    calibration_texts = call(read_texts, args, path=args.calibration_file) if args.calibration_file else None
 
     set_up_paddle()
     from common.device import set_device
     from common.distributed import init_ranks
     from encoding.encoder import load_encoder
+    from encoding.text_encoder import TextSample
     from mining.blocks import PairBlocks
     from mining.miner import Miner, encode_for_teacher, write_training_file
 
     set_device(args.device)
     init_ranks()
-    text_count = 2 * len(pairs) + len(corpus or ())
-    encoder = call(load_encoder, args, text_count=text_count) if args.params_path else None
+    queries = [pair.query for pair in pairs]
+    sample = TextSample(corpus or [pair.title for pair in pairs], queries)
+    given_texts: dict[str, Any] = {"sample": sample, "calibration_texts": calibration_texts}
+    given_texts["text_count"] = 2 * len(pairs) + len(corpus or ())
+    encoder = call(load_encoder, args, **given_texts) if args.params_path else None
     other = args.teacher_params_path and load_encoder(
         args.teacher_params_path,
         batch_size=args.batch_size,
-        text_count=text_count,
         engine=args.engine,
         precision=args.precision,
+        min_overlap=args.min_overlap,
+        **given_texts,
     )
-    queries = [pair.query for pair in pairs]
     if encoder:
         report_texts(encoder, queries, corpus)
     fingerprint = other.fingerprint if other else args.teacher_score_file and sha256(args.teacher_score_file)

@@ -17,7 +17,7 @@ from common.logs import is_main_process, log
 from common.options import add_encoder_args, call, pick
 from common.paddle_setup import set_up_paddle
 from common.texts import DOCUMENT, QUERY
-from data import TextPair, pair_lines
+from data import TextPair, pair_lines, read_texts
 from modeling.checkpoint_files import check_checkpoint
 
 WORK_SUFFIX = ".scoring"  # of the folder beside the output that keeps what is done, until the output is complete
@@ -71,24 +71,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_checkpoint(args.params_path)
     training_file = call(check_file, args)
+    calibration_texts = call(read_texts, args, path=args.calibration_file) if args.calibration_file else None
 
     set_up_paddle()
     from common.device import set_device
     from common.distributed import init_ranks
-    from encoding.encoder import compare_with_fp32, load_encoder
+    from encoding.encoder import load_encoder
+    from encoding.text_encoder import TextSample, compare_with_fp32
     from encoding.token_statistics import report_tokens
     from mining.blocks import PairBlocks
     from mining.pair_scores import cosines, texts_of, write_training_file
 
     set_device(args.device)
     init_ranks()
-    encoder = load_encoder(**pick(args, load_encoder, text_count=2 * training_file.pairs))
-    sample = list(islice(training_file(), SAMPLE))
-    queries, documents = [pair.query for pair in sample], [text for pair in sample for text in texts_of(pair)]
+    pairs = list(islice(training_file(), SAMPLE))
+    queries, documents = [pair.query for pair in pairs], [text for pair in pairs for text in texts_of(pair)]
+    sample = TextSample(documents, queries)
+    given_texts = {"text_count": 2 * training_file.pairs, "sample": sample, "calibration_texts": calibration_texts}
+    encoder = load_encoder(**pick(args, load_encoder, **given_texts))
     report_tokens(encoder.tokenizer, {"queries": queries}, QUERY)
     report_tokens(encoder.tokenizer, {"titles and hard negatives": documents}, DOCUMENT)
     if encoder.embed_fp32:
-        log(f"{encoder.precision}: {compare_with_fp32(encoder, documents, queries)}")
+        log(f"{encoder.precision}: {encoder.fidelity or compare_with_fp32(encoder, sample)}")
     model = {"params_path": encoder.fingerprint, "precision": encoder.precision}
     work = Path(f"{args.output}{WORK_SUFFIX}")
     metadata = {"train_set_file": sha256(args.train_set_file), **model}

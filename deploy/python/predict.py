@@ -1,4 +1,4 @@
-"""Vectors of texts and similarities of pairs from an exported model, through Paddle Inference."""
+"""Vectors of texts and similarities of pairs from an exported model, through Paddle Inference or OpenVINO."""
 
 import argparse
 import math
@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,11 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import ArgumentParser, add_switch, positive_int, run, text_argument
 from common.errors import InputError
 from common.files import prepare_file, write_json
-from common.logs import log, progress_bar
+from common.logs import log
 from common.options import (
+    EXPORT_ENGINES,
+    STATIC_FROM_TEXTS,
     add_device_arg,
     add_encoding_args,
-    add_precision_arg,
+    add_precision_args,
     add_reading_args,
     add_role_arg,
     call,
@@ -28,11 +30,11 @@ from common.options import (
 )
 from common.paddle_setup import set_up_paddle
 from common.texts import DOCUMENT, QUERY
-from data import SAMPLE_TEXTS, TextPair, encode_texts, pair_lines, read_texts, write_vectors
+from data import SAMPLE_TEXTS, TextPair, pair_lines, read_texts, write_vectors
 from encoding.exported_files import find_exported
 
 if TYPE_CHECKING:
-    from encoding.static_graph import Exported
+    from encoding.text_encoder import Encoder, TextSample
 
 SAMPLE_PAIRS = (
     TextPair("中西方语言与文化的差异", "中西方文化差异以及语言体现中西方文化,差异,语言体现"),
@@ -44,23 +46,16 @@ PERCENTILES = (50, 90, 95, 99)
 BENCHMARK_FILE = "benchmark.json"
 
 
-def encode(model: "Exported", texts: Sequence[str], role: str | None, batch_size: int) -> np.ndarray:
-    """The vectors of the texts of a role, float32 [N, D], in order."""
-    prefixed = model.tokenizer.prefixed(texts, role)
-    with progress_bar(len(texts), "texts", "text") as progress:
-        return encode_texts(model.encoder.embed, prefixed, model.tokenizer, batch_size, progress=progress)
-
-
-def measure(model: "Exported", texts: Sequence[str], batch_size: int) -> dict[str, float]:
+def measure(model: "Encoder", texts: Sequence[str], batch_size: int) -> dict[str, float]:
     """Latency of batches in ms, with tokenizing, and throughput; the texts are repeated to fill a batch."""
     endless = cycle(texts)
     seconds: list[float] = []
     for _ in range(WARM_UP_BATCHES):
-        model.encoder.embed(*model.tokenizer(list(islice(endless, batch_size))))
+        model.embed(*model.tokenizer(list(islice(endless, batch_size))))
     while len(seconds) < BENCHMARK_BATCHES or sum(seconds) < BENCHMARK_SECONDS:
         batch = list(islice(endless, batch_size))
         start = time.perf_counter()
-        model.encoder.embed(*model.tokenizer(batch))
+        model.embed(*model.tokenizer(batch))
         seconds.append(time.perf_counter() - start)
     latencies = {f"p{percent}_ms": 1000 * float(np.percentile(seconds, percent)) for percent in PERCENTILES}
     return {"batch_size": batch_size, **latencies, "texts_per_s": len(seconds) * batch_size / sum(seconds)}
@@ -79,7 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_reading_args(parser)
     add_encoding_args(parser, batch_size=15, length="the exported model's")
     add_device_arg(parser, default=None)
-    add_precision_arg(parser)
+    add_precision_args(parser)
+    engine_help = (
+        "static: Paddle Inference; auto: the faster of static and openvino, if that is installed, on a CPU from "
+        f"{STATIC_FROM_TEXTS} texts on (default: static, and openvino for int8)"
+    )
+    parser.add_argument("--engine", choices=EXPORT_ENGINES, default="", help=engine_help)
     parser.add_argument("--cpu_threads", type=positive_int, help="threads on the CPU (default: all cores)")
     add_switch(parser, "--enable_mkldnn", True, "compute with oneDNN on the CPU")
     add_switch(parser, "--use_tensorrt", False, "compute with TensorRT on the GPU")
@@ -114,6 +114,38 @@ def report_unused_options(
         log("--device gpu: --cpu_threads and --enable_mkldnn have no effect on it")
 
 
+def sample_of(texts: Sequence[str], pairs: Sequence[TextPair], role: str | None) -> "TextSample":
+    """The texts in hand, for calibrating. role: of the texts."""
+    from encoding.text_encoder import TextSample
+
+    queries = [pair.query for pair in pairs]
+    return TextSample(texts, queries, (role, QUERY)) if texts else TextSample([pair.title for pair in pairs], queries)
+
+
+def print_results(
+    model: "Encoder", texts: Sequence[str], pairs: Sequence[TextPair | None], role: str | None, output: str | None
+) -> None:
+    """Prints the shape of the texts' vectors, and prints them or writes them to `output`; then the pairs' cosines."""
+    from encoding.token_statistics import report_tokens
+
+    queries, titles = [pair.query for pair in pairs if pair], [pair.title for pair in pairs if pair]
+    for name, column, its_role in (("texts", texts, role), ("queries", queries, QUERY), ("titles", titles, DOCUMENT)):
+        report_tokens(model.tokenizer, {name: column}, its_role)
+    if texts:
+        vectors = model.encode(texts, "texts", role)
+        print(vectors.shape)
+        if output:
+            write_vectors(output, vectors)
+            print(f"wrote {output}")
+        else:
+            print(vectors)
+    if pairs:
+        query_vectors = model.encode(queries, "queries", QUERY)
+        title_vectors = model.encode(titles, "titles", DOCUMENT)
+        cosines = iter((query_vectors * title_vectors).sum(axis=1).tolist())
+        print([math.nan if pair is None else next(cosines) for pair in pairs])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints shape and vectors, then the list of similarities, in the document's form; or the benchmark's figures."""
     args = build_parser().parse_args(argv)
@@ -122,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         why = "with --benchmark" if args.benchmark else "without --text or --text_file"
         raise InputError(f"--output {args.output}: {why} there are no vectors to write; leave it out")
     good_pairs = [pair for pair in pairs if pair is not None]
+    calibration_texts = call(read_texts, args, path=args.calibration_file) if args.calibration_file else None
 
     find_exported(args.model_dir)
     log_file = Path(args.save_log_path) / BENCHMARK_FILE if args.benchmark and args.save_log_path else None
@@ -131,35 +164,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     set_up_paddle()
     from common.device import choose_device
-    from encoding.static_graph import load_exported
-    from encoding.token_statistics import report_tokens
+    from encoding.exported_model import load_exported
 
-    given = {"device": choose_device(args.device), "threads": args.cpu_threads, "onednn": args.enable_mkldnn}
+    given: dict[str, Any] = {
+        "device": choose_device(args.device),
+        "threads": args.cpu_threads,
+        "onednn": args.enable_mkldnn,
+    }
+    given |= {"sample": sample_of(texts, good_pairs, args.role), "calibration_texts": calibration_texts}
+    given["text_count"] = len(texts) + 2 * len(good_pairs)
     call(report_unused_options, args, device=given["device"])
     tensorrt_batch_size = args.batch_size if args.use_tensorrt else None
     model = load_exported(**pick(args, load_exported, tensorrt_batch_size=tensorrt_batch_size, **given))
+    if model.fidelity:
+        log(f"{model.precision}: {model.fidelity}")
     if args.benchmark:
         figures = measure(model, texts or [text for pair in good_pairs for text in pair[:2]], args.batch_size)
         print("\n".join(f"{name}={round(value, 2)}" for name, value in figures.items()))
         if log_file:
             write_json(log_file, figures)
         return 0
-    queries, titles = [pair.query for pair in good_pairs], [pair.title for pair in good_pairs]
-    for name, column, role in (("texts", texts, args.role), ("queries", queries, QUERY), ("titles", titles, DOCUMENT)):
-        report_tokens(model.tokenizer, {name: column}, role)
-    if texts:
-        vectors = encode(model, texts, args.role, args.batch_size)
-        print(vectors.shape)
-        if args.output:
-            write_vectors(args.output, vectors)
-            print(f"wrote {args.output}")
-        else:
-            print(vectors)
-    if pairs:
-        query_vectors = encode(model, queries, QUERY, args.batch_size)
-        title_vectors = encode(model, titles, DOCUMENT, args.batch_size)
-        cosines = iter((query_vectors * title_vectors).sum(axis=1).tolist())
-        print([math.nan if pair is None else next(cosines) for pair in pairs])
+    print_results(model, texts, pairs, args.role, args.output)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Lines on stderr and progress."""
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 from tqdm import tqdm
 
 from common.logs import LineProgress, log, process_count, progress_bar
+from helpers import ROOT
 
 
 def test_only_rank_0_logs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,3 +90,20 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch: pytest.MonkeyP
     with progress_bar(3, "encode", "text") as bar:
         assert type(bar) is tqdm
         assert bar.total == 3
+
+
+@pytest.mark.process
+def test_stdout_is_kept_for_results() -> None:
+    """Also from what C writes, which has a buffer of its own, and after an error."""
+    program = (
+        "import contextlib, ctypes\n"
+        "from common.logs import stdout_to_stderr\n"
+        "print('first')\n"
+        "with contextlib.suppress(ValueError), stdout_to_stderr():\n"
+        "    print('python')\n"
+        "    ctypes.CDLL(None).puts(b'c')\n"
+        "    raise ValueError\n"
+        "print('last')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "first\nlast\n" and sorted(done.stderr.split()) == ["c", "python"]

@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import InputError
 from data import encode_texts
-from encoding import static_graph
+from encoding import engines, static_graph
 from helpers import ROOT, about_texts_alone, has_gpu, run_script, write_pairs
 from modeling.checkpoint import load_checkpoint
 
@@ -121,9 +121,7 @@ def test_benchmark_counts_texts(deploy_predict: ModuleType, monkeypatch: pytest.
     now = iter(np.arange(1000) * 0.1)
     batches = []
     monkeypatch.setattr(deploy_predict.time, "perf_counter", lambda: next(now))
-    model = SimpleNamespace(
-        tokenizer=lambda texts: batches.append(texts) or (texts, texts), encoder=SimpleNamespace(embed=lambda *_: None)
-    )
+    model = SimpleNamespace(tokenizer=lambda texts: batches.append(texts) or (texts, texts), embed=lambda *_: None)
     figures = deploy_predict.measure(model, ["a", "b", "c"], 4)
     assert figures["texts_per_s"] == pytest.approx(40) and figures["p50_ms"] == pytest.approx(100)
     assert batches[:2] == [["a", "b", "c", "a"], ["b", "c", "a", "b"]]
@@ -139,7 +137,6 @@ def test_benchmark_counts_texts(deploy_predict: ModuleType, monkeypatch: pytest.
         (["--cpu_threads", "0"], "argument --cpu_threads: 0 is out of range"),
         (["--max_seq_length", "2"], "argument --max_seq_length: 2 is out of range"),
         (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
-        (["--precision", "int8"], "argument --precision: invalid choice: 'int8'"),  # version 1 offered it
     ],
 )
 def test_wrong_options_are_one_line(
@@ -177,7 +174,8 @@ def test_what_the_machine_or_model_lacks_is_refused(
 
 
 def test_bf16_needs_onednn(exported: Path, deploy_predict: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static_graph, "check_precision", lambda precision, device: None)
+    for module in (engines, static_graph):
+        monkeypatch.setattr(module, "check_precision", lambda precision, device: None)
     options = ["--device", "cpu", "--precision", "bf16", "--enable_mkldnn", "False"]
     with pytest.raises(InputError, match="--precision bf16: needs oneDNN on a CPU; leave out --enable_mkldnn False"):
         deploy_predict.main(["--model_dir", str(exported), *options])

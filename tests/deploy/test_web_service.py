@@ -35,7 +35,7 @@ from benchmarks.service_clients import (
     running_service,
 )
 from data import encode_texts
-from encoding.static_graph import load_exported
+from encoding.exported_model import load_exported
 from helpers import ROOT, all_pairs, children, run_script
 from service_helpers import SECRET, as_json, get, post, read_all, until
 from serving import encoder_process
@@ -103,7 +103,7 @@ def test_every_answer_under_load_is_the_right_one(service: Service, serving_serv
     """16 concurrent clients over both protocols, one to five texts per request; some are computed together."""
     exported = load_exported(serving_server)
     texts = [*TITLES, *TEXTS]
-    expected = encode_texts(exported.encoder.embed, texts, exported.tokenizer, 32)
+    expected = encode_texts(exported.embed, texts, exported.tokenizer, 32)
 
     def work(seed: int) -> int:
         order = random.Random(seed)
@@ -445,7 +445,7 @@ def test_sigterm_answers_what_is_in_flight_and_leaves_no_process(serving_server:
     """Clients that continue get right answers, then errors; no answer is wrong or cut off."""
     exported = load_exported(serving_server)
     texts = TITLES[:64]
-    expected = encode_texts(exported.encoder.embed, texts, exported.tokenizer, 32)
+    expected = encode_texts(exported.embed, texts, exported.tokenizer, 32)
     with running_service(serving_server, "--threads", "1") as service:
         processes = [service.process.pid, *children(service.process.pid)]
         assert len(processes) == 2

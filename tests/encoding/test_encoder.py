@@ -12,8 +12,10 @@ from common.errors import InputError
 from common.manifest import write_manifest
 from common.options import STATIC_FROM_TEXTS
 from encoding import encoder as encoder_module
-from encoding.encoder import STATIC_FOLDER, Encoder, compare_with_fp32, load_encoder
+from encoding import engines
+from encoding.encoder import STATIC_FOLDER, load_encoder
 from encoding.exported_files import GRAPH_NAME, WEIGHTS_SUFFIX
+from encoding.text_encoder import Encoder, TextSample, compare_with_fp32
 from modeling.checkpoint import load_checkpoint
 from retrieval.corpus import read_corpus
 
@@ -132,8 +134,8 @@ def test_a_precision_that_a_cpu_or_an_engine_lacks_is_refused(
 ) -> None:
     with pytest.raises(InputError, match="--precision fp16: a CPU doesn't compute in it"):
         load_encoder(checkpoint, precision="fp16")
-    monkeypatch.setattr(encoder_module, "check_precision", lambda *_: None)
-    with pytest.raises(InputError, match="--precision bf16: on a CPU only the static engine has it"):
+    monkeypatch.setattr(engines, "check_precision", lambda *_: None)
+    with pytest.raises(InputError, match="--precision bf16: on a CPU only compiled graphs have it"):
         load_encoder(checkpoint, precision="bf16", engine="dygraph")
 
 
@@ -146,11 +148,11 @@ def test_a_precision_is_compared_with_fp32(checkpoint: Path, recall_data: Path) 
         vectors = np.round(exact.embed(*tokens), 1)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    same = compare_with_fp32(exact._replace(embed_fp32=exact.embed), texts, texts[:50])
+    same = compare_with_fp32(exact._replace(embed_fp32=exact.embed), TextSample(texts, texts[:50]))
     assert same.recall_vs_fp32 == 1
     assert same.lowest_cosine == pytest.approx(1, abs=1e-5)
     encoder = exact._replace(embed=rounded, embed_fp32=exact.embed)
-    coarse = compare_with_fp32(encoder, texts, texts[:50])
+    coarse = compare_with_fp32(encoder, TextSample(texts, texts[:50]))
     worst = (encoder.encode(texts) * exact.encode(texts)).sum(axis=1).min()
     assert 0.5 < worst < 0.999
     assert coarse.lowest_cosine == pytest.approx(worst, abs=1e-6)

@@ -11,7 +11,8 @@ from common import __version__
 from common.errors import InputError
 from common.files import read_json, sha256
 from encoding import export
-from encoding.static_graph import StaticEncoder, export_static, load_exported
+from encoding.exported_model import load_exported
+from encoding.static_graph import StaticEncoder, export_static
 from modeling.checkpoint import load_checkpoint
 
 

@@ -17,9 +17,10 @@ from paddle import nn
 
 from common.cpu import has_bf16
 from common.errors import InputError
-from encoding import static_graph
+from encoding import exported_model, static_graph
 from encoding.exported_files import GRAPH_NAME, WEIGHTS_SUFFIX, graph_file
-from encoding.static_graph import StaticEncoder, _is_running, convert_to_tensorrt, export_static, load_exported
+from encoding.exported_model import load_exported
+from encoding.static_graph import StaticEncoder, _is_running, convert_to_tensorrt, export_static
 from helpers import has_gpu
 from modeling.checkpoint import load_checkpoint
 
@@ -66,8 +67,8 @@ def test_checking_for_nan_as_paddle_does_cannot_fail_in_onednn(exported: Path) -
     """FLAGS_check_nan_inf=1 in the environment does the same."""
     paddle.set_flags({"FLAGS_check_nan_inf": True})
     try:
-        encoder, tokenizer = load_exported(exported)
-        assert np.isfinite(encoder.embed(*tokenizer(TEXTS))).all()
+        encoder = load_exported(exported)
+        assert np.isfinite(encoder.embed(*encoder.tokenizer(TEXTS))).all()
     finally:
         paddle.set_flags({"FLAGS_check_nan_inf": False})
 
@@ -147,9 +148,7 @@ def test_an_exported_folder_is_loaded_with_its_tokenizer(exported: Path, checkpo
     model, tokenizer, _, _ = load_checkpoint(checkpoint)
     loaded = load_exported(exported, threads=1)
     assert loaded.tokenizer.max_seq_length == 24
-    np.testing.assert_allclose(
-        loaded.encoder.embed(*loaded.tokenizer(TEXTS)), model.embed(*tokenizer(TEXTS)), atol=1e-5
-    )
+    np.testing.assert_allclose(loaded.embed(*loaded.tokenizer(TEXTS)), model.embed(*tokenizer(TEXTS)), atol=1e-5)
     assert load_exported(exported, max_seq_length=40).tokenizer.max_seq_length == 40
 
 
@@ -157,7 +156,7 @@ def test_a_changed_file_is_refused_before_paddle_reads_it(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A damaged graph would end the process."""
-    monkeypatch.setattr(static_graph, "StaticEncoder", None)
+    monkeypatch.setattr(exported_model, "StaticEncoder", None)
     copy = shutil.copytree(exported, tmp_path / "output")
     (copy / f"{GRAPH_NAME}.json").write_text("{}")
     with pytest.raises(InputError, match=rf"{GRAPH_NAME}\.json.*export_model\.py"):

@@ -22,7 +22,7 @@ from common.errors import InputError
 from common.files import read_json, write_json
 from data import TextTokenizer
 from encoding.encoder import load_encoder
-from encoding.static_graph import load_exported
+from encoding.exported_model import load_exported
 from helpers import ROOT, V1, assert_close, assert_same_bits, make_model_folder, new_model
 from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
 from modeling.checkpoint_files import find_weights, lowercases
@@ -134,7 +134,7 @@ def test_training_export_and_resuming_go_on_from_it(name: str, recall_data: Path
     assert export_model.main(["--params_path", str(checkpoint), "--output_path", str(output)]) == 0
     loaded, exported = load_checkpoint(checkpoint), load_exported(output)
     expected = loaded.model.embed(*loaded.tokenizer(TEXTS))
-    assert_close(exported.encoder.embed(*exported.tokenizer(TEXTS)), expected, "export")
+    assert_close(exported.embed(*exported.tokenizer(TEXTS)), expected, "export")
     for engine in ("dygraph", "static"):
         assert_close(load_encoder(checkpoint, engine=engine).encode(TEXTS), expected, engine)
 

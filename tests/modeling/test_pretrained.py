@@ -17,8 +17,8 @@ from benchmarks.service_clients import http_client, running_service
 from data import encode_texts
 from encoding import export
 from encoding.encoder import load_encoder
+from encoding.exported_model import load_exported
 from encoding.onnx_graph import OnnxEncoder
-from encoding.static_graph import load_exported
 from helpers import ROOT, run_script
 from modeling.checkpoint import create_model, load_checkpoint, save_checkpoint
 from pretrained import SAMPLE, make_texts, model_folder
@@ -108,7 +108,7 @@ def test_the_exported_graphs_give_them(checkpoint: Path, texts: list[str]) -> No
     """Paddle's and ONNX."""
     output = exported(checkpoint, "onnx")
     paddle_graph = load_exported(output)
-    for embed in (paddle_graph.encoder.embed, OnnxEncoder(output).embed):
+    for embed in (paddle_graph.embed, OnnxEncoder(output).embed):
         assert_sentence_transformers(encode_texts(embed, texts[SAMPLE], paddle_graph.tokenizer, BATCH_SIZE))
 
 

@@ -17,7 +17,7 @@ import export_model
 import train_batch_neg
 from base_model import ModelConfig, SemanticIndexBase
 from common.errors import InputError
-from encoding.static_graph import load_exported
+from encoding.exported_model import load_exported
 from helpers import ROOT, assert_close, write_pairs
 from modeling.checkpoint import create_model, load_checkpoint
 from modeling.sentence_transformers_folder import read_sentence_transformers_folder
@@ -90,7 +90,7 @@ def test_the_vectors_are_those_of_the_modules(
     assert_close(vectors_of(load_checkpoint(folder).model), expected, "checkpoint")
     assert export_model.main(["--params_path", str(folder), "--output_path", str(tmp_path / "output")]) == 0
     outputs = load_file(BERT / "expected.safetensors")
-    encoder = load_exported(tmp_path / "output").encoder
+    encoder = load_exported(tmp_path / "output")
     assert_close(encoder.embed(outputs["input_ids"], outputs["token_type_ids"]), expected, "export")
 
 

@@ -5,6 +5,8 @@ import pytest
 
 from helpers import ROOT
 
+EXTRAS = [f"deploy/{name}" for name in ("milvus", "onnx", "openvino", "serving")]
+
 
 def pins(path: Path) -> dict[tuple[str, str], str]:
     """(name, marker) -> version, of every pin in a requirements or lock file."""
@@ -12,7 +14,7 @@ def pins(path: Path) -> dict[tuple[str, str], str]:
     return {(name.replace("_", "-").lower(), (marker or "").strip()): version for name, version, marker in lines}
 
 
-@pytest.mark.parametrize("folder", [".", "tests", "benchmarks", "deploy/milvus", "deploy/onnx", "deploy/serving"])
+@pytest.mark.parametrize("folder", [".", "tests", "benchmarks", *EXTRAS])
 def test_lock_holds_every_direct_pin(folder: str) -> None:
     requirements = ROOT / folder / "requirements.txt"
     direct, lock = pins(requirements), pins(requirements.with_suffix(".lock"))
@@ -23,7 +25,7 @@ def test_lock_holds_every_direct_pin(folder: str) -> None:
     )
 
 
-@pytest.mark.parametrize("folder", [".", "tests", "benchmarks", "deploy/milvus", "deploy/onnx", "deploy/serving"])
+@pytest.mark.parametrize("folder", [".", "tests", "benchmarks", *EXTRAS])
 def test_lock_names_no_place(folder: str) -> None:
     lines = (ROOT / folder / "requirements.lock").read_text().splitlines()
     entries = [line for line in lines if not line.lstrip().startswith("#")]
@@ -31,7 +33,7 @@ def test_lock_names_no_place(folder: str) -> None:
     assert not [line for line in lines if "file:" in line or "--find-links" in line]
 
 
-@pytest.mark.parametrize("folder", ["tests", "deploy/milvus", "deploy/onnx", "deploy/serving"])
+@pytest.mark.parametrize("folder", ["tests", *EXTRAS])
 def test_extra_locks_agree_with_the_main_lock(folder: str) -> None:
     main, extra = pins(ROOT / "requirements.lock"), pins(ROOT / folder / "requirements.lock")
     shared = {name for name, _ in main} & {name for name, _ in extra}

@@ -55,7 +55,15 @@ class Repo:
         self.stamp = path / ".venv/setup/base"
 
     def write(self) -> "Repo":
-        for folder in ("wheels", "tests", "benchmarks", "deploy/milvus", "deploy/onnx", "deploy/serving"):
+        for folder in (
+            "wheels",
+            "tests",
+            "benchmarks",
+            "deploy/milvus",
+            "deploy/onnx",
+            "deploy/openvino",
+            "deploy/serving",
+        ):
             (self.path / folder).mkdir(parents=True)
         shutil.copytree(ROOT / "scripts", self.path / "scripts")
         names = ("paddlepaddle", "paddlenlp", "jieba", "seqeval", "hnswlib")
@@ -64,6 +72,7 @@ class Repo:
         (self.path / "tests/requirements.lock").write_text(write_wheel(self.wheels, "pytest", "1.0"))
         (self.path / "deploy/milvus/requirements.lock").write_text(write_wheel(self.wheels, "pymilvus", "1.0"))
         (self.path / "deploy/onnx/requirements.lock").write_text(write_wheel(self.wheels, "onnxruntime", "1.0"))
+        (self.path / "deploy/openvino/requirements.lock").write_text(write_wheel(self.wheels, "openvino", "1.0"))
         run_server = {SERVER_FILE: RUN_SERVER.format("os.system(command)")}
         server = write_wheel(self.wheels, "paddle-serving-server", "1.0", others=run_server)
         client = write_wheel(self.wheels, "paddle-serving-client", "1.0", "cp39-none-any")
@@ -224,10 +233,14 @@ def test_unfinished_setup_starts_over(fresh: Repo) -> None:
 @pytest.mark.parametrize(
     ("option", "added"),
     [
-        ("--tests", {"pytest", "pymilvus", "onnxruntime", "paddle_serving_server", "paddle_serving_client"}),
+        (
+            "--tests",
+            {"pytest", "pymilvus", "onnxruntime", "openvino", "paddle_serving_server", "paddle_serving_client"},
+        ),
         ("--fast-tests", {"pytest"}),
         ("--milvus", {"pymilvus"}),
         ("--onnx", {"onnxruntime"}),
+        ("--openvino", {"openvino"}),
         ("--serving", {"paddle_serving_server", "paddle_serving_client"}),  # the latter's wheel is for Python 3.9
     ],
 )
@@ -236,7 +249,7 @@ def test_extras_are_added_and_a_plain_run_keeps_them(ready: Repo, option: str, a
     before = files_of(ready.path)
     for args in ([], [option]):
         assert ready.run(*args).stdout == "setup: .venv is ready\n"
-    modules = ("pytest", "pymilvus", "onnxruntime", "paddle_serving_server", "paddle_serving_client")
+    modules = ("pytest", "pymilvus", "onnxruntime", "openvino", "paddle_serving_server", "paddle_serving_client")
     assert {name for name in modules if ready.installed(name) == "1.0"} == added
     assert files_of(ready.path) == before
 

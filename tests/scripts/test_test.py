@@ -77,7 +77,7 @@ def test_without_debian_s_packages(copy: Path, has_packages: bool, has_chromium:
 def test_fast_tests_build_and_install_nothing_more(copy: Path, arguments: tuple[str, ...]) -> None:
     """One line says what is left out."""
     (copy / ".venv/setup").mkdir()
-    for extra in ("milvus", "onnx", "serving"):
+    for extra in ("milvus", "onnx", "openvino", "serving"):
         (copy / ".venv/setup" / extra).touch()
     done = run(copy, *arguments)
     assert done.stderr == (
@@ -91,8 +91,11 @@ def test_fast_tests_build_and_install_nothing_more(copy: Path, arguments: tuple[
 
 def test_fast_tests_without_extras_leave_their_tests_out(copy: Path) -> None:
     done = run(copy, "--fast")
-    assert "of the C++ server, of ONNX, of Milvus, of Paddle Serving; sh scripts/test.sh runs them\n" in done.stderr
-    assert "not cpp and not onnx and not milvus" in done.stdout
+    assert (
+        "of the C++ server, of ONNX, of Milvus, of OpenVINO, of Paddle Serving; sh scripts/test.sh runs them\n"
+        in done.stderr
+    )
+    assert "not cpp and not onnx and not milvus and not openvino" in done.stdout
     ignored = [word.removeprefix("--ignore=") for word in done.stdout.split() if word.startswith("--ignore=")]
     assert "tests/serving" in ignored
     assert [path for path in ignored if not (ROOT / path).exists()] == []

@@ -13,7 +13,8 @@ import pytest
 
 from common import device
 from common.errors import InputError
-from encoding import static_graph
+from encoding import exported_model
+from encoding.text_encoder import Encoder
 from helpers import children
 from serving import encoder_process
 from serving.encoder_process import EncoderOptions, EncoderProcess, EncoderStopped, serve
@@ -23,7 +24,7 @@ def test_an_encoder_reports_why_it_cannot_load_or_compute(monkeypatch: pytest.Mo
     """CUDA's errors are OSErrors; after one on a GPU the process ends, since it may not be able to use CUDA again."""
 
     def sent(load: Callable[..., Any]) -> list[Any]:
-        monkeypatch.setattr(static_graph, "load_exported", load)
+        monkeypatch.setattr(exported_model, "load_exported", load)
         answers: list[Any] = []
         connection = SimpleNamespace(send=answers.append, recv=lambda: ["a"])
         serve(connection, EncoderOptions("model", "gpu", "fp32", None, None, 1))
@@ -34,14 +35,16 @@ def test_an_encoder_reports_why_it_cannot_load_or_compute(monkeypatch: pytest.Mo
             raise OSError("(External) CUDA error(700)")
         return np.zeros((len(input_ids), 2), np.float32)
 
-    tokenizer = SimpleNamespace(max_seq_length=8, lengths=lambda ids: list(map(len, ids)))
+    tokenizer = SimpleNamespace(
+        max_seq_length=8, prefixed=lambda texts, _: texts, lengths=lambda ids: list(map(len, ids))
+    )
     tokenizer.tokenize = lambda texts: [[int(text == "a")] for text in texts]
     tokenizer.pad = lambda ids: (np.array(ids), np.array(ids))
     monkeypatch.setattr(device, "choose_device", str)
     assert sent(MagicMock(side_effect=OSError("(External) CUDA error(803)"))) == [
         "model: OSError: (External) CUDA error(803)"
     ]
-    exported = static_graph.Exported(SimpleNamespace(embed=embed), tokenizer)
+    exported = Encoder(embed, tokenizer, 2, 1)
     assert sent(lambda *_, **__: exported) == [None, "OSError in encoding 1 texts"]
 
 
