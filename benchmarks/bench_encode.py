@@ -9,6 +9,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -41,15 +42,19 @@ from common.files import atomic_write
 FOLDER = Path(__file__).parent
 REFERENCE, OURS, DYGRAPH, TWO_RANKS = "reference", "ours", "ours, --engine dygraph", "ours, two ranks"
 ONNX_RUNTIME, OPENVINO, OURS_BF16, OPENVINO_BF16 = "ONNX Runtime", "OpenVINO", "ours, bf16", "OpenVINO, bf16"
-BF16 = (OURS_BF16, OPENVINO_BF16)
+OURS_INT8, OPENVINO_INT8 = "ours, int8", "OpenVINO, int8"
 RATIOS = {  # name -> the row that should be faster, and the other
     "bf16_vs_reference": (OURS_BF16, REFERENCE),
     "bf16_vs_openvino_bf16": (OURS_BF16, OPENVINO_BF16),
     "fp32_vs_onnxruntime": (OURS, ONNX_RUNTIME),
     "two_ranks_vs_one_process": (TWO_RANKS, OURS),
+    "int8_vs_bf16": (OURS_INT8, OURS_BF16),
+    "int8_vs_fp32": (OURS_INT8, OURS),
+    "int8_vs_openvino_int8": (OURS_INT8, OPENVINO_INT8),
 }
 LARGEST_DIFFERENCE = 1e-4  # of a unit vector's components from ours in fp32
-LOWEST_BF16_COSINE = 0.99  # with ours in fp32
+# With ours in fp32; random weights are harder to quantize than trained ones.
+LOWEST_COSINES = {OURS_BF16: 0.99, OPENVINO_BF16: 0.99, OURS_INT8: 0.95, OPENVINO_INT8: 0.95}
 # The others are warmed up with all texts, since they prepare each shape of a batch when they first see it. A pass of
 # the reference takes long.
 REFERENCE_OPTIONS = ("--warm_up", "32", "--passes", "1")
@@ -73,22 +78,28 @@ FULL = Sizes(BASE_ERNIE | SPREAD, 512, 1, 3)
 QUICK = Sizes(MEDIUM_ERNIE | SPREAD, 512, 2, 1)
 
 
-def make_encoder(inputs: CorpusInputs) -> tuple[Path, Path]:
-    """The folders of a checkpoint of random weights, and of its export."""
+def has_openvino() -> bool:
+    """Whether `setup.sh --openvino` has installed what int8 needs."""
+    return find_spec("openvino") is not None and find_spec("nncf") is not None
+
+
+def make_encoder(inputs: CorpusInputs, calibration_file: Path | None) -> tuple[Path, Path]:
+    """The folders of a checkpoint of random weights, and of its export; both also in int8 with a calibration file."""
     checkpoint, exported = inputs.folder / "checkpoint", inputs.folder / "exported"
     options = ["--model", inputs.model, "--checkpoint", checkpoint, "--exported", exported]
+    options += ["--calibration_file", calibration_file] if calibration_file else []
     run_checked([sys.executable, FOLDER / "make_encoder.py", *options])
     return checkpoint, exported
 
 
 def encoder_commands(
-    inputs: CorpusInputs, sizes: Sizes, batch_size: int, with_bf16: bool
+    inputs: CorpusInputs, sizes: Sizes, batch_size: int, with_bf16: bool, with_int8: bool
 ) -> dict[str, list[str | Path]]:
     """The command of each encoder, for the same texts."""
-    checkpoint, exported = make_encoder(inputs)
     corpus_file = inputs.folder / "texts.csv"
     with atomic_write(corpus_file) as file:
         file.writelines(f"{text}\n" for text in sample_of(inputs.corpus, sizes.texts))
+    checkpoint, exported = make_encoder(inputs, corpus_file if with_int8 else None)
     common = ["--corpus_file", corpus_file, "--batch_size", str(batch_size)]
     warm = [*common, "--warm_up", str(sizes.texts), "--passes", str(sizes.passes)]
     launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", inputs.folder / "log"]
@@ -108,6 +119,9 @@ def encoder_commands(
     if with_bf16:
         commands[OURS_BF16] = [*commands[OURS], "--precision", "bf16"]
         commands[OPENVINO_BF16] = [*commands[OPENVINO], "--precision", "bf16"]
+    if with_int8:
+        commands[OURS_INT8] = [*commands[OURS], "--precision", "int8"]
+        commands[OPENVINO_INT8] = [*commands[OPENVINO], "--precision", "int8"]
     return commands
 
 
@@ -119,7 +133,8 @@ def largest_differences(encodings: Mapping[str, Sequence[Encoding]]) -> dict[str
         vectors = np.array([encoding.vectors for encoding in rounds])
         differences[name] = float(np.abs(vectors - expected).max())
         cosine = float((vectors * expected).sum(axis=-1).min())
-        is_same = cosine >= LOWEST_BF16_COSINE if name in BF16 else differences[name] <= LARGEST_DIFFERENCE
+        lowest = LOWEST_COSINES.get(name)
+        is_same = cosine >= lowest if lowest else differences[name] <= LARGEST_DIFFERENCE
         if not is_same:  # NaN too
             distance = f"{differences[name]:.2g} (cosines down to {cosine:.4f})"
             raise InputError(f"{name}: its vectors differ from ours by {distance}, so its speed can't be compared")
@@ -176,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with benchmark_corpus(args.corpus_file, args.model, sizes.model) as inputs:
         if len(inputs.corpus) < sizes.texts:
             raise InputError(f"{args.corpus_file}: has {len(inputs.corpus)} texts, fewer than --texts {sizes.texts}")
-        commands = encoder_commands(inputs, sizes, args.batch_size, has_bf16())
+        commands = encoder_commands(inputs, sizes, args.batch_size, has_bf16(), has_openvino())
         encodings = interleaved(commands, sizes.rounds, inputs.folder, Encoding)
     result = summary(encodings, sizes)
     print(f"{'':48}{'texts/s':>10}{'peak MiB':>10}{'difference':>12}")

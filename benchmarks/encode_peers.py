@@ -32,7 +32,7 @@ LAYER_NAMES = {  # of an encoder layer: ERNIE's in PaddleNLP -> BERT's in transf
     "linear2": "output.dense",
     "norm2": "output.LayerNorm",
 }
-OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # int8: of what isn't quantized
 
 
 def onnx_file(folder: Path) -> Path:
@@ -40,6 +40,13 @@ def onnx_file(folder: Path) -> Path:
     for file in folder.glob("*.onnx"):
         return file
     raise InputError(f"{folder}: has no ONNX graph; export the model with export_model.py --format onnx")
+
+
+def int8_file(folder: Path) -> Path:
+    """The graph that NNCF quantized, of an exported model. Raises InputError if there is none."""
+    for file in folder.glob("openvino/*-int8/*.xml"):
+        return file
+    raise InputError(f"{folder}: has no graph in int8; export a model that recall.py --precision int8 has calibrated")
 
 
 def onnxruntime_embed(folder: Path, _: TextTokenizer, __: str) -> Embed:
@@ -66,7 +73,8 @@ def openvino_embed(folder: Path, _: TextTokenizer, precision: str) -> Embed:
         "INFERENCE_NUM_THREADS": cpu_count(),
         "INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[precision],
     }
-    compiled = openvino.Core().compile_model(str(onnx_file(folder)), "CPU", settings)
+    file = int8_file(folder) if precision == "int8" else onnx_file(folder)
+    compiled = openvino.Core().compile_model(str(file), "CPU", settings)
     taken = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if taken != OPENVINO_PRECISIONS[precision]:
         raise InputError(f"OpenVINO computes in {taken} on this machine, not in {precision}")

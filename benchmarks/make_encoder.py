@@ -17,6 +17,9 @@ if __name__ == "__main__":
 import export_model
 from base_model import SemanticIndexBase
 from common.device import set_device, set_seed
+from data import read_texts
+from encoding.encoder import load_encoder
+from encoding.text_encoder import TextSample
 from modeling.checkpoint import create_model, save_checkpoint
 
 
@@ -26,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder with a config.json and a vocab.txt")
     parser.add_argument("--checkpoint", required=True, help="folder to write the checkpoint to")
     parser.add_argument("--exported", required=True, help="folder to export it to")
+    parser.add_argument("--calibration_file", help="texts, one per line; both folders then have the graph in int8, too")
     parser.add_argument("--seed", type=number_in_range(0), default=0, help="seed of the weights")
     return parser
 
@@ -43,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_seq_length=MAX_SEQ_LENGTH,
     )
     save_checkpoint(args.checkpoint, *loaded)
+    if args.calibration_file:
+        load_encoder(args.checkpoint, precision="int8", sample=TextSample(read_texts(args.calibration_file)))
     return export_model.main(["--params_path", args.checkpoint, "--output_path", args.exported, "--format", "onnx"])
 
 

@@ -94,6 +94,8 @@ SECONDS = {  # of a pass, by row
     harness.SLEEPING: 4.5,
     bench_encode.OURS_BF16: 1.0,
     bench_encode.OPENVINO_BF16: 1.5,
+    bench_encode.OURS_INT8: 0.5,
+    bench_encode.OPENVINO_INT8: 0.4,
 }
 
 
@@ -110,10 +112,12 @@ def encodings_of(names: Sequence[str], **vectors: list[list[float]]) -> dict[str
 
 
 @pytest.mark.parametrize(
-    ("with_bf16", "ratios"), [(True, [40.0, 1.5, 1.5, 0.8]), (False, [None, None, 1.5, 0.8])], ids=["bf16", "no bf16"]
+    ("has_all", "ratios"),
+    [(True, [40.0, 1.5, 1.5, 0.8, 2.0, 4.0, 0.8]), (False, [None, None, 1.5, 0.8, None, None, None])],
+    ids=["bf16 and int8", "neither"],
 )
 def test_the_encoding_benchmark(
-    with_bf16: bool,
+    has_all: bool,
     ratios: list[float | None],
     folder: Path,
     corpus_file: Path,
@@ -134,21 +138,23 @@ def test_the_encoding_benchmark(
         return encodings_of(list(commands))
 
     monkeypatch.setattr(bench_encode, "interleaved", interleaved)
-    monkeypatch.setattr(bench_encode, "has_bf16", lambda: with_bf16)
+    monkeypatch.setattr(bench_encode, "has_bf16", lambda: has_all)
+    monkeypatch.setattr(bench_encode, "has_openvino", lambda: has_all)
     monkeypatch.setattr(bench_encode, "check_benchmarks_python", lambda: None)
     options = ["--model", str(folder), "--corpus_file", str(corpus_file), "--texts", "20", "--rounds", "2"]
-    monkeypatch.setattr(bench_encode, "make_encoder", lambda inputs: (inputs.folder / "c", inputs.folder / "e"))
+    monkeypatch.setattr(bench_encode, "make_encoder", lambda inputs, _: (inputs.folder / "c", inputs.folder / "e"))
     assert bench_encode.main(options) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     names = ["bf16_vs_reference", "bf16_vs_openvino_bf16", "fp32_vs_onnxruntime", "two_ranks_vs_one_process"]
+    names += ["int8_vs_bf16", "int8_vs_fp32", "int8_vs_openvino_int8"]
     assert [result[name] for name in names] == ratios
     assert result["texts_per_second"]["ours"] == 10
     assert result["seconds_of_passes"]["ours"] == [[3, 2], [2]]
     assert result["peak_mib"]["ours"] == 3
     assert result["machine"]["cores"] >= 1
     assert result["versions"] == {"a": "1"}
-    assert len(processes) == (10 if with_bf16 else 8)
-    assert sum("bf16" in command for command in processes) == (2 if with_bf16 else 0)
+    assert len(processes) == (12 if has_all else 8)
+    assert sum("bf16" in command for command in processes) == (2 if has_all else 0)
     assert len(texts) == 20 and set(texts) <= set(corpus_file.read_text(encoding="utf-8").splitlines())
 
 
@@ -182,4 +188,4 @@ def test_the_made_texts_have_vectors_that_a_comparison_tells_apart() -> None:
         model, tokenizer = create_model(SemanticIndexBase, from_scratch=str(inputs.model))
         vectors = model.embed(*tokenizer(harness.sample_of(inputs.corpus, harness.SAMPLE)))
     cosines = (vectors @ vectors.T)[~np.eye(harness.SAMPLE, dtype=bool)]
-    assert cosines.max() < bench_encode.LOWEST_BF16_COSINE
+    assert cosines.max() < bench_encode.LOWEST_COSINES[bench_encode.OURS_BF16]
