@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 lea
 
 import numpy as np
 
-from ann_util import ANN_CHOICES, IndexOptions, add_index_args, check_index_args
+from ann_util import ANN_CHOICES, RESCORED, IndexOptions, add_index_args, check_index_args
 from common.cli import (
     ArgumentParser,
     given_options,
@@ -72,8 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--recall_num", type=positive_int, default=10, help="documents recalled per query")
     vectors_help = "keep the corpus's vectors in this folder, so that an interrupted run can be resumed"
     add("--embedding_dir", help=vectors_help)
-    add_vector_dtype_arg(parser, "type of the vectors in --embedding_dir and, with --ann exact, in the index")
-    add_index_args(parser, (*ANN_CHOICES, MILVUS))
+    dtype_help = f"type of the vectors in --embedding_dir and the index of --ann exact; with {RESCORED}, of candidates"
+    add_vector_dtype_arg(parser, dtype_help)
+    add_index_args(parser, (*ANN_CHOICES, RESCORED, MILVUS))
     add("--index_dir", help="save the index in this folder, or search the one there, which needs no --corpus_file")
     add("--add_corpus", metavar="FILE", help="add the documents of this file, one per line, to the saved index")
     add_lexical_args(parser)
@@ -130,7 +131,9 @@ def check_new_index(
     options: IndexOptions, place: MilvusPlace | None, embedding_dir: str | None, corpus_size: int
 ) -> None:
     """Raises InputError if an index can't be built, or if nothing of it would be kept in the type of the vectors."""
-    if options.vector_dtype != FLOAT32 and (place or options.ann != "exact") and not embedding_dir:
+    if options.ann == RESCORED and options.vector_dtype == FLOAT32:
+        raise InputError(f"--ann {RESCORED}: give the --vector_dtype that candidates are found with, float16 or int8")
+    if options.vector_dtype != FLOAT32 and (place or options.ann == "hnswlib") and not embedding_dir:
         problem = f"--vector_dtype {options.vector_dtype}: --ann {options.ann} keeps its vectors in float32"
         instead = ", an --milvus_index_type that takes less room" if place else ""
         raise InputError(f"{problem}; use --ann exact{instead}, or give an --embedding_dir, which then is smaller")

@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from ann_util import (
+    RESCORED,
     ApproximateIndex,
     HnswIndex,
     IndexOptions,
@@ -133,7 +134,8 @@ def new_index(
     """Encodes the corpus on all ranks, see `encoded_corpus`; yields its index on rank 0, and None on the others."""
     if is_main_process():
         report_small_memory(options, len(corpus), encoder.embedding_size)
-    with encoded_corpus(encoder, corpus, parent, embedding_dir, options.vector_dtype) as embeddings:
+    vector_dtype = FLOAT32 if options.ann == RESCORED else options.vector_dtype
+    with encoded_corpus(encoder, corpus, parent, embedding_dir, vector_dtype) as embeddings:
         if is_main_process():
             index = build_index(options, embeddings)
             about = encoder.fingerprint, corpus.sha256, encoder.precision

@@ -134,6 +134,25 @@ def test_vectors_of_less_room_find_the_same(
 
 
 @pytest.mark.usefixtures("small_shards")
+def test_a_rescored_index_finds_what_float32_does(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Its shards are in float32, so that those that are there are used."""
+    kept = ["--embedding_dir", str(tmp_path / "vectors")]
+    assert recall.main(options(checkpoint, recall_data, tmp_path, "--ann", "exact", *kept)) == 0
+    expected = result(tmp_path)
+    kept += ["--ann", "rescored", "--index_dir", str(tmp_path / "index")]
+    with pytest.raises(InputError, match="--ann rescored: give the --vector_dtype"):
+        recall.main(options(checkpoint, recall_data, tmp_path, *kept))
+    for _ in range(2):
+        assert recall.main(options(checkpoint, recall_data, tmp_path, *kept, "--vector_dtype", "int8")) == 0
+        out, err = capsys.readouterr()
+        assert "the index in int8, rescored in float32, found 100.00 % of exact search's top" in out
+        assert "more exact" not in err
+        assert same_hits(result(tmp_path), expected)
+
+
+@pytest.mark.usefixtures("small_shards")
 def test_more_exact_vectors_that_are_there_are_used(
     checkpoint: Path, recall_data: Path, tmp_path: Path, encoded: list[str], capsys: Capture
 ) -> None:

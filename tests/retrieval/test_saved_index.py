@@ -47,7 +47,8 @@ def saved_index(
 
 
 @pytest.mark.parametrize(
-    ("ann", "vector_dtype"), [("hnswlib", "float32"), ("exact", "float32"), ("exact", "float16"), ("exact", "int8")]
+    ("ann", "vector_dtype"),
+    [("hnswlib", "float32"), ("exact", "float32"), ("exact", "float16"), ("exact", "int8"), ("rescored", "int8")],
 )
 def test_a_saved_index_answers_as_before(tmp_path: Path, ann: str, vector_dtype: str) -> None:
     """Also after documents were added to it; its documents are those in its folder."""
