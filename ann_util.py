@@ -15,14 +15,17 @@ from common.cpu import cpu_count, memory_limit
 from common.errors import InputError
 from common.files import atomic_write
 from common.logs import log, progress_bar
+from common.vector_dtypes import FLOAT32, to_dtype, to_float32
 
 ANN_CHOICES = ("hnswlib", "exact")
-HNSW_FILE, VECTORS_FILE = "hnsw.bin", "vectors.npy"
-CORPUS_BLOCK = 16384  # vectors of the corpus that are read or compared at a time
-QUERY_BLOCK = 256  # queries compared with such a block at a time: the similarities take 16 MB
+RESCORED = "rescored"  # for scripts with --vector_dtype, see `RescoredIndex`
+HNSW_FILE, VECTORS_FILE, ROUNDED_FILE = "hnsw.bin", "vectors.npy", "rounded_vectors.npy"
+CORPUS_BLOCK = 8192  # vectors of the corpus that are read or compared at a time
+QUERY_BLOCK = 256  # queries compared with such a block at a time: the similarities take 8 MB
 HNSW_ELEMENT_BYTES = 64  # of a vector besides itself and its links: its label, a pointer and a mutex
 HNSW_BLOCK = 1024  # vectors or queries per call of hnswlib, which takes about a second and delays Ctrl-C
 HNSW_GROWTH = 8  # a full index grows by 1/8 or more, since each growth takes time in proportion to all vectors
+RESCORED_PER_HIT, MORE_RESCORED = 2, 10  # candidates; with int8 they leave out 1 of 30,000 of float32's top 10
 SMALL_BATCH = 1024  # vectors: batches that together have no more are joined, since each costs a matrix product
 DEFAULT_TARGET_RECALL = 0.995  # on a sample of the queries; gives 0.99 on all of them
 MAX_EF = 1 << 14  # with a larger ef, HNSW is no faster than exact search
@@ -38,6 +41,7 @@ class IndexOptions(NamedTuple):
     hnsw_ef: int = 100
     hnsw_max_elements: int | None = None
     target_recall: float | None = None
+    vector_dtype: str = FLOAT32  # see `add_vector_dtype_arg`
 
 
 def add_index_args(parser: argparse._ActionsContainer, ann_choices: Sequence[str] = ANN_CHOICES) -> None:
@@ -73,9 +77,8 @@ def check_index_args(options: IndexOptions, corpus_size: int) -> None:
     Logs options that have no effect on this kind of index.
     """
     if options.ann != "hnswlib":
-        unused = [
-            name for name, value in IndexOptions(options.ann)._asdict().items() if getattr(options, name) != value
-        ]
+        defaults = IndexOptions(options.ann, vector_dtype=options.vector_dtype)._asdict()
+        unused = [name for name, value in defaults.items() if getattr(options, name) != value]
         if unused:
             log(f"--ann {options.ann}: {', '.join(f'--{name}' for name in unused)} have no effect on it")
         return
@@ -266,20 +269,27 @@ class LocalIndex(VectorIndex):
 class ExactIndex(LocalIndex):
     """Compares each query with each vector; equal similarities are ordered by id.
 
-    Keeps the vectors without a copy, unless they are few: they may be a memory map, and must not change afterwards.
+    vector_dtype: what the vectors are kept in, one of VECTOR_DTYPES. Vectors of that type, and with float32 those of
+    any type, are kept without a copy, unless they are few: they may be a memory map, and must not change afterwards.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, vector_dtype: str = FLOAT32) -> None:
         super().__init__(dim)
+        self.vector_dtype = vector_dtype
         self._batches: list[np.ndarray] = []
 
     def __str__(self) -> str:
-        return "the exact index"
+        return "the exact index" if self.vector_dtype == FLOAT32 else f"the exact index in {self.vector_dtype}"
 
     def _add(self, vectors: np.ndarray, documents: Sequence[str]) -> None:
+        parts = [vectors]
         if self._batches and len(self._batches[-1]) + len(vectors) <= SMALL_BATCH:
-            vectors = np.concatenate([self._batches.pop()[:], vectors[:]], dtype=np.float32)
-        self._batches.append(vectors)
+            parts = [self._batches.pop(), vectors]
+        elif self.vector_dtype in (FLOAT32, vectors.dtype):
+            self._batches.append(vectors)
+            return
+        blocks = (to_dtype(block, self.vector_dtype) for part in parts for block in _blocks(part, CORPUS_BLOCK))
+        self._batches.append(np.concatenate(list(blocks)))
 
     def _delete(self, ids: Sequence[int]) -> None:
         """Nothing to do: `_live_blocks` leaves the rows out."""
@@ -297,20 +307,98 @@ class ExactIndex(LocalIndex):
             yield start + rows, block if len(rows) == len(block) else block[rows]
             start += len(block)
 
-    def save(self, folder: Path) -> None:
+    def inner_products(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Those of each query with its rows, float32 [Q, k]; reads no other rows of a memory map in float32.
+
+        queries: float32 [Q, dim]; rows: ids, int64 [Q, k].
+        """
+        products, start = np.empty(rows.shape, np.float32), 0
+        for block in self._blocks():
+            places = np.nonzero((rows >= start) & (rows < start + len(block)))
+            products[places] = np.einsum("nd,nd->n", queries[places[0]], block[rows[places] - start])
+            start += len(block)
+        return products
+
+    def save(self, folder: Path, name: str = VECTORS_FILE) -> None:
         """Writes the vectors as a .npy file."""
-        with atomic_write(folder / VECTORS_FILE, "wb") as file:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (len(self), self.dim)}
+        with atomic_write(folder / name, "wb") as file:
+            descr = np.dtype(self.vector_dtype).str
+            header = {"descr": descr, "fortran_order": False, "shape": (len(self), self.dim)}
             np.lib.format.write_array_header_1_0(file, header)
             for block in self._blocks():
-                file.write(np.ascontiguousarray(block))
+                file.write(np.ascontiguousarray(to_dtype(block, self.vector_dtype)))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Includes the type of the vectors."""
+        return {**super().settings, "vector_dtype": self.vector_dtype}
 
     @classmethod
-    def load(cls, folder: Path, settings: Mapping[str, Any]) -> "ExactIndex":
+    def load(cls, folder: Path, settings: Mapping[str, Any], name: str = VECTORS_FILE) -> "ExactIndex":
         """Maps the vectors into memory."""
-        index = cls(settings["dimension"])
-        index.add(np.load(folder / VECTORS_FILE, mmap_mode="r", allow_pickle=False))
+        index = cls(settings["dimension"], settings.get("vector_dtype", FLOAT32))  # version 2.0.0 had no other
+        index.add(np.load(folder / name, mmap_mode="r", allow_pickle=False))
         index.delete(settings.get("deleted", ()))
+        return index
+
+
+class RescoredIndex(LocalIndex):
+    """Finds candidates with rounded vectors, and chooses the best of them with those in float32.
+
+    Both are kept. A search reads all of the rounded ones, a quarter of the bytes in int8, and the candidates' rows of
+    the others, which stay on the disk if they are a memory map. vector_dtype: what the vectors are rounded to.
+    """
+
+    def __init__(self, dim: int, vector_dtype: str) -> None:
+        super().__init__(dim)
+        self._rounded, self._exact = ExactIndex(dim, vector_dtype), ExactIndex(dim)
+
+    def __str__(self) -> str:
+        return f"the index in {self._rounded.vector_dtype}, rescored in {FLOAT32},"
+
+    def add(self, vectors: Any, documents: Sequence[str] = ()) -> None:
+        """`VectorIndex.add`; the documents aren't kept."""
+        super().add(vectors, documents)
+        self._share_is_live()
+
+    def _share_is_live(self) -> None:
+        """Both parts leave out what is deleted, which changes the array in place."""
+        self._rounded._is_live = self._exact._is_live = self._is_live
+
+    def _add(self, vectors: np.ndarray, documents: Sequence[str]) -> None:
+        self._rounded._add(vectors, documents)
+        self._exact._add(vectors, documents)
+
+    def _delete(self, ids: Sequence[int]) -> None:
+        """Nothing to do: the parts leave the rows out."""
+
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, _ = self._rounded.search_exactly(queries, RESCORED_PER_HIT * k + MORE_RESCORED)
+        similarities = self._exact.inner_products(queries, ids)
+        order = np.lexsort((ids, -similarities))[:, :k]
+        return np.take_along_axis(ids, order, axis=1), np.take_along_axis(similarities, order, axis=1)
+
+    def _live_blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return self._exact._live_blocks()
+
+    def save(self, folder: Path) -> None:
+        """Writes a .npy file of each type."""
+        self._rounded.save(folder, ROUNDED_FILE)
+        self._exact.save(folder)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Includes the type of the rounded vectors."""
+        return {**super().settings, "vector_dtype": self._rounded.vector_dtype}
+
+    @classmethod
+    def load(cls, folder: Path, settings: Mapping[str, Any]) -> "RescoredIndex":
+        """Maps both files into memory."""
+        index = cls(settings["dimension"], settings["vector_dtype"])
+        index._rounded = ExactIndex.load(folder, settings, ROUNDED_FILE)
+        index._exact = ExactIndex.load(folder, {**settings, "vector_dtype": FLOAT32})
+        index._is_live = index._exact._is_live
+        index._share_is_live()
         return index
 
 
@@ -450,7 +538,9 @@ def build_index(options: IndexOptions, vectors: Any) -> LocalIndex:
     rows, dim = vectors.shape
     check_index_args(options, rows)
     if options.ann == "exact":
-        index: LocalIndex = ExactIndex(dim)
+        index: LocalIndex = ExactIndex(dim, options.vector_dtype)
+    elif options.ann == RESCORED:
+        index = RescoredIndex(dim, options.vector_dtype)
     else:
         ef = options.hnsw_ef
         index = HnswIndex(dim, options.hnsw_max_elements or max(1, rows), options.hnsw_m, ef_construction=ef, ef=ef)
@@ -484,7 +574,7 @@ def recall_vs_exact(found: np.ndarray, exact: np.ndarray) -> float:
 def _blocks(vectors: np.ndarray, rows: int) -> Iterator[np.ndarray]:
     """Blocks of up to `rows` vectors, in float32."""
     for start in range(0, len(vectors), rows):
-        yield np.asarray(vectors[start : start + rows], dtype=np.float32)
+        yield to_float32(vectors[start : start + rows])
 
 
 def _with_progress(blocks: Iterable[np.ndarray], rows: int, desc: str, unit: str) -> Iterator[np.ndarray]:

@@ -8,10 +8,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 leaves it out
 
 from common.cli import ArgumentParser, run, text_argument
+from common.errors import InputError
 from common.files import prepare_file
 from common.logs import log
-from common.options import add_encoder_args, add_role_arg, call, pick
+from common.options import add_encoder_args, add_role_arg, add_vector_dtype_arg, call, pick
 from common.paddle_setup import set_up_paddle
+from common.vector_dtypes import FLOAT32, to_dtype
 from data import SAMPLE_TEXTS, read_texts, write_vectors
 from modeling.checkpoint_files import check_checkpoint
 
@@ -27,7 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--text", action="append", type=text_argument, help=text_help)
     group.add_argument("--text_file", help="file with one text per line")
     add_role_arg(parser)
-    parser.add_argument("--output", help="write the vectors, float32 [N, D], to this .npy file and don't print them")
+    parser.add_argument("--output", help="write the vectors, [N, D], to this .npy file and don't print them")
+    add_vector_dtype_arg(parser, "type of the vectors in --output")
     return parser
 
 
@@ -35,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the shape of the vectors, and prints them in the original's form or writes them to --output."""
     args = build_parser().parse_args(argv)
     check_checkpoint(args.params_path)
+    if args.vector_dtype != FLOAT32 and not args.output:
+        raise InputError(f"--vector_dtype {args.vector_dtype}: give the --output file that is to have it")
     texts = args.text or SAMPLE_TEXTS[:1]
     if args.text_file:
         texts = call(read_texts, args, path=args.text_file)
@@ -58,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log(f"{encoder.precision}: {encoder.fidelity or compare_with_fp32(encoder, sample)}")
     print(list(vectors.shape))
     if args.output:
-        write_vectors(args.output, vectors)
+        write_vectors(args.output, to_dtype(vectors, args.vector_dtype))
         print(f"wrote {args.output}")
     else:
         print(vectors)

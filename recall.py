@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 lea
 
 import numpy as np
 
-from ann_util import ANN_CHOICES, IndexOptions, add_index_args, check_index_args
+from ann_util import ANN_CHOICES, RESCORED, IndexOptions, add_index_args, check_index_args
 from common.cli import (
     ArgumentParser,
     given_options,
@@ -28,9 +28,10 @@ from common.cli import (
 from common.errors import InputError
 from common.files import is_within, make_folder, prepare_file, read_json, resolve_interrupted_replace
 from common.logs import is_main_process, log
-from common.options import add_encoder_args, add_evaluation_file_args, pick
+from common.options import add_encoder_args, add_evaluation_file_args, add_vector_dtype_arg, pick
 from common.paddle_setup import set_up_paddle
 from common.texts import DOCUMENT, QUERY
+from common.vector_dtypes import FLOAT32
 from data import parse_text, positives_by_query, read_text_pairs, read_texts, write_hits
 from encoding.text_encoder import TextSample
 from modeling.checkpoint_files import check_checkpoint, lowercases
@@ -72,7 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--recall_num", type=positive_int, default=10, help="documents recalled per query")
     vectors_help = "keep the corpus's vectors in this folder, so that an interrupted run can be resumed"
     add("--embedding_dir", help=vectors_help)
-    add_index_args(parser, (*ANN_CHOICES, MILVUS))
+    dtype_help = f"type of the vectors in --embedding_dir and the index of --ann exact; with {RESCORED}, of candidates"
+    add_vector_dtype_arg(parser, dtype_help)
+    add_index_args(parser, (*ANN_CHOICES, RESCORED, MILVUS))
     add("--index_dir", help="save the index in this folder, or search the one there, which needs no --corpus_file")
     add("--add_corpus", metavar="FILE", help="add the documents of this file, one per line, to the saved index")
     add_lexical_args(parser)
@@ -123,6 +126,20 @@ def check_inputs(
         raise InputError("--add_corpus: give the --index_dir that the documents are added to")
     if not (similar_text_pair_file or query or interactive or index_dir or place):
         raise InputError("nothing to search for: give --similar_text_pair_file, --query or --interactive")
+
+
+def check_new_index(
+    options: IndexOptions, place: MilvusPlace | None, embedding_dir: str | None, corpus_size: int
+) -> None:
+    """Raises InputError if an index can't be built, or if nothing of it would be kept in the type of the vectors."""
+    if options.ann == RESCORED and options.vector_dtype == FLOAT32:
+        raise InputError(f"--ann {RESCORED}: give the --vector_dtype that candidates are found with, float16 or int8")
+    if options.vector_dtype != FLOAT32 and (place or options.ann == "hnswlib") and not embedding_dir:
+        problem = f"--vector_dtype {options.vector_dtype}: --ann {options.ann} keeps its vectors in float32"
+        instead = ", an --milvus_index_type that takes less room" if place else ""
+        raise InputError(f"{problem}; use --ann exact{instead}, or give an --embedding_dir, which then is smaller")
+    if place is None:
+        check_index_args(options, corpus_size)
 
 
 def has_corpus(place: MilvusPlace | None, index_dir: str | None, rebuild: bool) -> bool:
@@ -220,7 +237,8 @@ def report_unused_options(saved: MilvusPlace | str | None, mode: str, given: Map
         if isinstance(saved, MilvusPlace):
             used.add("ann")
         elif (file := resolve_interrupted_replace(saved) / INDEX_FILE).is_file():
-            used |= {"ann"} if read_json(file).get("ann") == given.get("ann") else set()
+            built = {"vector_dtype": FLOAT32, **read_json(file)}
+            used |= {name for name in ("ann", "vector_dtype") if built.get(name) == given.get(name)}
         of_new_index = [name for name in OPTIONS_OF_NEW_INDEX if name not in used]
         if unused := _named(of_new_index, given):
             log(f"{saved}: is searched as it was built; options of a new index have no effect: {unused}")
@@ -356,8 +374,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     positives, corpus, added, calibration_texts = read_inputs(**pick(args, read_inputs, lowercase=lowercase))
     options, given = IndexOptions(**pick(args, IndexOptions)), given_options(parser, argv)
     report_unused_options(where if is_saved else None, mode, given)
-    if not is_saved and place is None:
-        check_index_args(options, len(corpus or ()))
+    if not is_saved:
+        check_new_index(options, place, args.embedding_dir, len(corpus or ()))
 
     set_up_paddle()
     from common.device import set_device

@@ -15,8 +15,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ann_util import ANN_CHOICES
 from benchmarks.harness import describe_machine, run_checked, run_process
 from common.cli import ArgumentParser, number_in_range, run
+from common.options import add_vector_dtype_arg
 
 FULL_DOCUMENTS, QUICK_DOCUMENTS = [10_000, 100_000, 300_000, 1_000_000], [10_000, 20_000]
 VOCABULARY_DOCUMENTS = 6000  # from which the tiny ERNIE's vocabulary is built
@@ -46,11 +48,12 @@ def first_lines(corpus: Path, count: int) -> Path:
     return part
 
 
-def measure_size(corpus: Path, checkpoint: Path, documents: int) -> dict[str, Any]:
+def measure_size(corpus: Path, checkpoint: Path, documents: int, ann: str, vector_dtype: str) -> dict[str, Any]:
     """Seconds and megabytes of both stages."""
     with tempfile.TemporaryDirectory(dir=corpus.parent) as name:
         options = ["--params_path", checkpoint, "--corpus_file", first_lines(corpus, documents)]
         options += ["--embedding_dir", f"{name}/vectors", "--index_dir", f"{name}/index"]
+        options += ["--ann", ann, "--vector_dtype", vector_dtype]
         command = [sys.executable, Path(__file__).parent / "measure_scale.py", *options]
         encode, index = (
             run_process([*command, "--stage", stage], Path(name) / "report.json", dict) for stage in ("encode", "index")
@@ -59,6 +62,7 @@ def measure_size(corpus: Path, checkpoint: Path, documents: int) -> dict[str, An
         "encode_seconds": round(encode["seconds"], 1),
         "documents_per_second": round(documents / encode["seconds"], 1),
         "encode_mb": round(encode["bytes"] / MB, 1),
+        "vectors_file_mb": round(encode["vector_bytes"] / MB, 1),
         "index_seconds": round(index["seconds"], 1),
         "index_mb": round(index["bytes"] / MB, 1),
         "index_file_mb": round(index["index_bytes"] / MB, 1),
@@ -71,6 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--documents", type=number_in_range(1), nargs="+", help=f"corpus sizes (default: {FULL_DOCUMENTS})"
     )
+    parser.add_argument("--ann", choices=ANN_CHOICES, default=ANN_CHOICES[0], help="kind of index")
+    add_vector_dtype_arg(parser, "type of the vectors on disk and, with --ann exact, in the index")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_DOCUMENTS} documents")
     return parser
 
@@ -84,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         corpus, checkpoint = make_inputs(Path(name), max(sizes[-1], VOCABULARY_DOCUMENTS))
         for documents in sizes:
-            measured[str(documents)] = measure_size(corpus, checkpoint, documents)
+            measured[str(documents)] = measure_size(corpus, checkpoint, documents, args.ann, args.vector_dtype)
             print(f"{documents:>9} {json.dumps(measured[str(documents)])}", flush=True)
     largest = measured[str(sizes[-1])]
     result = {

@@ -1,5 +1,7 @@
 """Building and searching an HNSW index: ours beside bare hnswlib and faiss, and Milvus on demand, at equal recall.
 
+Exact search with each type of vectors, and faiss's HNSW over 8 bits, show what less room costs.
+
 The last line is a JSON object with the ratios of the worst size: build and query rate over bare hnswlib's, and the
 share of exact search's hits that recall.py finds at its default setting.
 """
@@ -19,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ann_util import ExactIndex
 from benchmarks.harness import BENCHMARKS_PYTHON, check_benchmarks_python, describe_machine, run_process
-from benchmarks.measure_search import ENGINES, MILVUS, TUNED_ON
+from benchmarks.measure_search import ENGINES, FAISS_ENGINES, MILVUS, TUNED_ON
 from common.cli import ArgumentParser, number_in_range, run
 from common.errors import InputError
+from common.vector_dtypes import to_float32
 
 FOLDER = Path(__file__).parent
 DIM, CLUSTERS, SPREAD = 256, 2000, 0.7  # of made vectors, which lie around centres as texts around topics
@@ -59,7 +62,7 @@ def read_vectors(path: str) -> np.ndarray:
     """Vectors of a .npy file, or of all in a folder such as recall.py's --embedding_dir. Raises InputError."""
     files = sorted(Path(path).glob("*.npy")) if Path(path).is_dir() else [Path(path)]
     try:
-        return np.concatenate([np.load(file, allow_pickle=False) for file in files])
+        return np.concatenate([to_float32(np.load(file, allow_pickle=False)) for file in files])
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no vectors that can be read ({error})") from None
 
@@ -88,7 +91,7 @@ def measure_size(
         files = [part for argument in inputs for part in (f"--{argument}", Path(name) / f"{argument}.npy")]
         for number in range(1, rounds + 1):
             for engine in engines:
-                python = BENCHMARKS_PYTHON if engine == "faiss" else sys.executable
+                python = BENCHMARKS_PYTHON if engine in FAISS_ENGINES else sys.executable
                 command = [python, FOLDER / "measure_search.py", "--engine", engine, *files]
                 command += ["--target_recall", str(target_recall)]
                 command += ["--milvus", milvus] if milvus and engine == MILVUS else []
@@ -167,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes[str(rows)] = measure_size(vectors, queries, args.rounds, args.target_recall, args.milvus)
         for engine, figures in sizes[str(rows)].items():
             if isinstance(figures, dict):
-                print(f"{rows:>9} {engine:8} {json.dumps(figures)}")
+                print(f"{rows:>9} {engine:13} {json.dumps(figures)}")
     print(json.dumps({**worst_ratios(sizes), "sizes": sizes, "machine": machine}))
     return 0
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ann_util import HNSW_FILE, IndexOptions, build_index
+from ann_util import ANN_CHOICES, HNSW_FILE, VECTORS_FILE, IndexOptions, build_index
 from benchmarks.harness import peak_memory
 from common.cli import ArgumentParser, run
 from common.files import write_json
+from common.options import add_vector_dtype_arg
 from common.paddle_setup import set_up_paddle
 from retrieval.corpus import read_corpus
 from retrieval.documents import Documents
@@ -40,6 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--corpus_file", required=True, help="documents, one per line")
     parser.add_argument("--embedding_dir", required=True, help="folder of the vectors, which `encode` fills")
     parser.add_argument("--index_dir", required=True, help="folder of the index, which `index` writes")
+    parser.add_argument("--ann", choices=ANN_CHOICES, default=ANN_CHOICES[0], help="kind of index")
+    add_vector_dtype_arg(parser, "type of the vectors on disk and, with --ann exact, in the index")
     parser.add_argument("--report", required=True, help="JSON file to write")
     return parser
 
@@ -53,17 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     with_model = resident_bytes()
     start = time.perf_counter()
     corpus = read_corpus(args.corpus_file)
-    embeddings = encode_corpus(encoder, corpus, args.embedding_dir)
+    embeddings = encode_corpus(encoder, corpus, Path(args.embedding_dir), args.vector_dtype)
     if args.stage == "index":
         with_model = resident_bytes()
         start = time.perf_counter()
-        index = build_index(IndexOptions(), embeddings)
+        index = build_index(IndexOptions(args.ann, vector_dtype=args.vector_dtype), embeddings)
         save_index(args.index_dir, LocalDocumentIndex(index, Documents(corpus), encoder.fingerprint, corpus.sha256))
     seconds = time.perf_counter() - start
-    index_bytes = sum(path.stat().st_size for path in Path(args.index_dir).glob(HNSW_FILE))
-    write_json(
-        Path(args.report), {"seconds": seconds, "bytes": max(0, peak_memory() - with_model), "index_bytes": index_bytes}
-    )
+    files = [path for path in Path(args.index_dir).glob("*") if path.name in (HNSW_FILE, VECTORS_FILE)]
+    sizes = {
+        "vector_bytes": sum(path.stat().st_size for path in Path(args.embedding_dir).glob("*.npy")),
+        "index_bytes": sum(path.stat().st_size for path in files),
+    }
+    write_json(Path(args.report), {"seconds": seconds, "bytes": max(0, peak_memory() - with_model), **sizes})
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Builds one index over given vectors and searches it: ours, bare hnswlib, faiss or Milvus, each in its own process."""
+"""Builds one index over given vectors and searches it: one of ours, of hnswlib, faiss or Milvus, in its own process."""
 
 import argparse
 import sys
@@ -13,16 +13,20 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ann_util import DEFAULT_TARGET_RECALL, HnswIndex, IndexOptions, build_index, recall_vs_exact, smallest_ef
+from ann_util import DEFAULT_TARGET_RECALL, RESCORED, HnswIndex, IndexOptions, build_index, recall_vs_exact, smallest_ef
 from benchmarks.harness import peak_memory
 from common.cli import ArgumentParser, number_in_range, run
 from common.cpu import cpu_count
 from common.files import write_json
+from common.vector_dtypes import INT8, VECTOR_DTYPES
 from retrieval.milvus_collection import CollectionInfo
 from retrieval.milvus_index import MilvusIndex
 from retrieval.milvus_server import MilvusServer, connect
 
-ENGINES = ("ours", "hnswlib", "faiss")
+EXACT = {f"exact_{vector_dtype}": IndexOptions("exact", vector_dtype=vector_dtype) for vector_dtype in VECTOR_DTYPES}
+EXACT["rescored_int8"] = IndexOptions(RESCORED, vector_dtype=INT8)
+FAISS_ENGINES = ("faiss", "faiss_sq8")
+ENGINES = ("ours", "hnswlib", *FAISS_ENGINES, *EXACT)
 MILVUS = "milvus"
 REPEATS = 5  # of the timed search
 TUNED_ON = 200  # queries that our default ef is tuned on; it is measured on the others
@@ -30,18 +34,33 @@ OPTIONS = IndexOptions()  # all engines get the links and the ef that are our de
 
 
 class Engine(ABC):
-    """An HNSW index over unit vectors [N, D]."""
+    """An index over unit vectors [N, D]."""
+
+    has_ef = True
 
     @abstractmethod
     def __init__(self, vectors: np.ndarray) -> None: ...
 
-    @abstractmethod
-    def set_ef(self, ef: int) -> None:
+    def set_ef(self, ef: int) -> None:  # noqa: B027 - exact search has none
         """Candidates kept while searching."""
 
     @abstractmethod
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """Cosines of the k hits, float32 [Q, k], best first."""
+        """Cosines of the k hits, float32 [Q, k], best first; of rounded vectors in an index of those."""
+
+    def float32_cosines(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Cosines of the k hits with the vectors before rounding, float32 [Q, k]."""
+        return self.search(queries, k)
+
+    def highest_recall(self, queries: np.ndarray, exact: np.ndarray) -> float:
+        """The share of exact search's hits (cosines [Q, k]) that rounding the vectors leaves to be found."""
+        return 1.0
+
+
+def cosines_of(ids: np.ndarray, queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """The cosine of each query with its rows, float32 [Q, k]; that with a row of -1, which is none, is -1."""
+    rows = zip(queries, ids, strict=True)
+    return np.stack([np.where(row >= 0, vectors[row] @ query, np.float32(-1)) for query, row in rows])
 
 
 class Ours(Engine):
@@ -105,6 +124,57 @@ class Faiss(Engine):
         return self.index.search(queries, k)[0]
 
 
+class FaissSq8(Engine):
+    """faiss's HNSW over components in 8 bits, with the range of each dimension, on all cores."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        import faiss
+
+        faiss.omp_set_num_threads(cpu_count())
+        bits, metric = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+        self.vectors, self.index = vectors, faiss.IndexHNSWSQ(vectors.shape[1], bits, OPTIONS.hnsw_m, metric)
+        self.index.hnsw.efConstruction = OPTIONS.hnsw_ef
+        self.index.train(vectors)
+        self.index.add(vectors)
+
+    def set_ef(self, ef: int) -> None:
+        """Sets the candidates of a search."""
+        self.index.hnsw.efSearch = ef
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Cosines of the hits, float32 [Q, k]."""
+        return self.index.search(queries, k)[0]
+
+    def float32_cosines(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Those of the given vectors."""
+        return cosines_of(self.index.search(queries, k)[1], queries, self.vectors)
+
+    def highest_recall(self, queries: np.ndarray, exact: np.ndarray) -> float:
+        """That of comparing each query with each code."""
+        import faiss
+
+        ids = faiss.downcast_index(self.index.storage).search(queries, exact.shape[1])[1]
+        return recall_vs_exact(cosines_of(ids, queries, self.vectors), exact)
+
+
+class Exact(Engine):
+    """What recall.py does with --ann exact or rescored; vectors in float32 are the given ones, without a copy."""
+
+    has_ef = False
+
+    def __init__(self, vectors: np.ndarray, options: IndexOptions) -> None:
+        self.vectors = vectors
+        self.index = build_index(options, vectors)
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Cosines of the hits, float32 [Q, k]."""
+        return self.index.search(queries, k)[1]
+
+    def float32_cosines(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Those of the given vectors."""
+        return cosines_of(self.index.search(queries, k)[0], queries, self.vectors)
+
+
 class Milvus(Engine):
     """What recall.py --ann milvus does, with a document for each vector. The server builds the index."""
 
@@ -145,7 +215,8 @@ def measure(
 ) -> dict:
     """Seconds of building, and of a search with the smallest ef that finds this share of exact search's hits.
 
-    exact: their cosines [Q, k]. added_bytes: by how much the process's largest resident memory grew meanwhile.
+    An index of rounded vectors has to find this share of those that rounding leaves to be found. exact: the cosines of
+    exact search's hits [Q, k]. added_bytes: by how much the process's largest resident memory grew meanwhile.
     """
     memory, start = peak_memory(), time.perf_counter()
     engine = make(vectors)
@@ -164,10 +235,11 @@ def measure_searches(engine: Engine, queries: np.ndarray, exact: np.ndarray, tar
 
     def found(ef: int) -> float:
         engine.set_ef(ef)
-        return recall_vs_exact(engine.search(queries, k), exact)
+        return recall_vs_exact(engine.float32_cosines(queries, k), exact)
 
-    ef = smallest_ef(lambda ef: found(ef) >= target_recall, k)
-    measured = {"ef": ef, "recall_vs_exact": found(ef)}
+    target_recall *= engine.highest_recall(queries, exact)
+    ef = smallest_ef(lambda ef: found(ef) >= target_recall, k) if engine.has_ef else k
+    measured = {"ef": ef if engine.has_ef else None, "recall_vs_exact": found(ef)}
     measured["search_seconds"] = [seconds_of(lambda: engine.search(queries, k)) for _ in range(REPEATS)]
     if isinstance(engine, Ours):
         measured["default_recall"] = engine.default_recall(queries, exact)
@@ -192,7 +264,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and reports."""
     args = build_parser().parse_args(argv)
-    engines = {"ours": Ours, "hnswlib": Hnswlib, "faiss": Faiss, MILVUS: partial(Milvus, uri=args.milvus)}
+    engines = {"ours": Ours, "hnswlib": Hnswlib, "faiss": Faiss, "faiss_sq8": FaissSq8}
+    engines |= {name: partial(Exact, options=options) for name, options in EXACT.items()}
+    engines[MILVUS] = partial(Milvus, uri=args.milvus)
     vectors, queries, exact = (np.load(path) for path in (args.vectors, args.queries, args.exact))
     write_json(Path(args.report), measure(engines[args.engine], vectors, queries, exact, args.target_recall))
     return 0

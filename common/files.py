@@ -134,15 +134,18 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
         file.write("\n")
 
 
-def write_or_compare(path: str | Path, content: Mapping[str, Any]) -> str | None:
+def write_or_compare(
+    path: str | Path, content: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> str | None:
     """Writes a JSON object if the file isn't there; several processes may do so at once, with the same content.
 
+    defaults: entries that a file of an earlier version lacks.
     Returns the first entry of `content` that the file has otherwise, as `name (its value, not the new one)`, or None.
     Raises InputError if the file can't be read or written.
     """
     if not Path(path).exists():
         write_json(path, content)
-    saved = read_json(path)
+    saved = {**(defaults or {}), **read_json(path)}
     for name, value in content.items():
         if saved.get(name) != value:
             return f"{name} ({saved.get(name)}, not {value})"

@@ -7,6 +7,7 @@ from typing import Any
 
 from common.cli import number_in_range, positive_int, proportion
 from common.texts import ROLES
+from common.vector_dtypes import FLOAT32, VECTOR_DTYPES
 
 DEFAULT_MODEL = "ernie-1.0"
 DEFAULT_EMBEDDING_SIZE = 256
@@ -124,7 +125,7 @@ def add_encoding_args(
 def add_precision_args(parser: argparse.ArgumentParser) -> None:
     """Adds `--precision` and what int8 needs."""
     add = parser.add_argument
-    precision_help = "precision of the computation, int8 on a CPU with OpenVINO alone; vectors are stored as float32"
+    precision_help = "precision of the computation, int8 on a CPU with OpenVINO alone"
     add("--precision", choices=PRECISIONS, default="fp32", help=precision_help)
     calibration_help = (
         "int8: calibrate on texts of this file, one per line (default: on a sample of the texts in hand, once; the "
@@ -133,6 +134,12 @@ def add_precision_args(parser: argparse.ArgumentParser) -> None:
     add("--calibration_file", metavar="FILE", help=calibration_help)
     overlap_help = "int8: go on only if it finds this share of fp32's top 10 on a sample"
     add("--min_overlap", type=proportion, default=MIN_OVERLAP, help=f"{overlap_help} (default: {MIN_OVERLAP})")
+
+
+def add_vector_dtype_arg(parser: argparse._ActionsContainer, what: str) -> None:
+    """Adds `--vector_dtype`. what: the files whose vectors have this type, for the help."""
+    dtype_help = f"{what}: float16 takes half the room of float32, int8 a quarter"
+    parser.add_argument("--vector_dtype", choices=VECTOR_DTYPES, default=FLOAT32, help=dtype_help)
 
 
 def add_device_arg(parser: argparse.ArgumentParser, default: str | None) -> None:

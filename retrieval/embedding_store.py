@@ -21,6 +21,7 @@ from common.files import (
     write_json,
     write_or_compare,
 )
+from common.vector_dtypes import FLOAT32, to_dtype, to_float32
 from data import write_vectors
 
 SHARD_ROWS = 8192  # documents per shard, which a kill can cost: 1 to 3 minutes with a 12-layer ERNIE on 2 cores
@@ -58,14 +59,21 @@ class EmbeddingsMetadata(NamedTuple):
     documents: int
     dimension: int
     shard_rows: int = SHARD_ROWS
+    vector_dtype: str = FLOAT32  # one of VECTOR_DTYPES
+
+
+def stored_vector_dtype(folder: Path) -> str | None:
+    """The type of the vectors that a folder holds; None if it holds none yet. Raises InputError."""
+    file = folder / METADATA_FILE
+    return read_json(file).get("vector_dtype", FLOAT32) if file.exists() else None
 
 
 class Embeddings:
-    """The unit vectors of a corpus in a folder, float32 [N, D]; read like an array, by slices of rows.
+    """The unit vectors of a corpus in a folder, [N, D]; read like an array, by slices of rows, which are float32.
 
     A shard is a .npy file, and a JSON file with the number of its first document, the count of its documents and the
     SHA-256 of the .npy file. The JSON file is written last: a shard without it counts as missing. Raises InputError if
-    the folder holds the vectors of another model, precision or corpus.
+    the folder holds the vectors of another model, precision or corpus, or another type of vectors.
     """
 
     ndim = 2
@@ -74,7 +82,9 @@ class Embeddings:
         self.folder, self.metadata = Path(folder), metadata
         self.shape = (metadata.documents, metadata.dimension)
         self._checked: set[int] = set()  # numbers of the shards whose hash has been compared
-        if difference := write_or_compare(self.folder / METADATA_FILE, metadata._asdict()):
+        self.dtype = np.dtype(metadata.vector_dtype)  # on disk
+        file, defaults = self.folder / METADATA_FILE, {"vector_dtype": FLOAT32}
+        if difference := write_or_compare(file, metadata._asdict(), defaults):
             remedy = "give another folder, or remove this one to encode anew"
             raise InputError(f"{self.folder}: holds the vectors of another {difference}; {remedy}")
 
@@ -95,7 +105,7 @@ class Embeddings:
         """Writes a shard, float32 [n, D]. Raises InputError for a vector whose norm isn't 1, or on a full disk."""
         rows, file = self.shards[number], self._file(number, "npy")
         check_unit_vectors(vectors, self.shape[1], "corpus", rows.start)
-        write_vectors(file, vectors)
+        write_vectors(file, to_dtype(vectors, self.metadata.vector_dtype))
         content = {"first_document": rows.start, "documents": len(vectors), "sha256": sha256(file)}
         write_json(self._file(number, "json"), content)
 
@@ -104,7 +114,7 @@ class Embeddings:
         size = self.metadata.shard_rows
         start, stop, _ = rows.indices(len(self))
         parts = [
-            self._read(number)[max(0, start - number * size) : stop - number * size]
+            to_float32(self._read(number)[max(0, start - number * size) : stop - number * size])
             for number in range(start // size, -(-stop // size))
         ]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, self.shape[1]), np.float32), *parts])
@@ -117,7 +127,7 @@ class Embeddings:
         numbers, products = rows // self.metadata.shard_rows, np.empty(rows.shape, np.float32)
         for number in np.unique(numbers).tolist():  # one shard in memory at a time
             places = np.nonzero(numbers == number)
-            vectors = self._read(number)[rows[places] - number * self.metadata.shard_rows]
+            vectors = to_float32(self._read(number)[rows[places] - number * self.metadata.shard_rows])
             products[places] = np.einsum("nd,nd->n", queries[places[0]], vectors)
         return products
 

@@ -52,7 +52,7 @@ def open_or_build_collection(
     folder = new.bulk_folder()
     if folder and is_main_process():  # before hours of encoding
         make_folder(folder.path)
-    with encoded_corpus(encoder, corpus, parent, embedding_dir) as embeddings:
+    with encoded_corpus(encoder, corpus, parent, embedding_dir, options.vector_dtype) as embeddings:
         if not is_main_process():
             yield None
             return

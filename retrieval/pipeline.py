@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from ann_util import (
+    RESCORED,
     ApproximateIndex,
     HnswIndex,
     IndexOptions,
@@ -25,11 +26,12 @@ from common.distributed import barrier, broadcast_object, encode_on_all_ranks, i
 from common.errors import InputError
 from common.logs import is_main_process, log, progress_bar
 from common.texts import DOCUMENT, QUERY, TextSet
+from common.vector_dtypes import FLOAT32, VECTOR_DTYPES
 from data import encode_texts
 from encoding.text_encoder import Encoder
 from retrieval.corpus import Corpus
 from retrieval.documents import Documents
-from retrieval.embedding_store import SHARD_ROWS, Embeddings, EmbeddingsMetadata, temporary_folder
+from retrieval.embedding_store import SHARD_ROWS, Embeddings, EmbeddingsMetadata, stored_vector_dtype, temporary_folder
 from retrieval.lexical_index import Fusion, LexicalIndex
 from retrieval.saved_index import LocalDocumentIndex, has_index, has_lexical_index, load_index, locked_index, save_index
 
@@ -53,14 +55,20 @@ def pair_cosines(encoder: Encoder, queries: Sequence[str], titles: Sequence[str]
     return encode_on_all_ranks(len(queries), 1, cosines)[:, 0]
 
 
-def encode_corpus(encoder: Encoder, corpus: Corpus | Documents, folder: Path) -> Embeddings:
+def encode_corpus(
+    encoder: Encoder, corpus: Corpus | Documents, folder: Path, vector_dtype: str = FLOAT32
+) -> Embeddings:
     """The vectors of all documents, on disk. Existing shards are reused; the ranks divide the missing ones.
 
-    Raises InputError for a vector whose norm isn't 1, and if the folder has other vectors or isn't shared by all ranks.
+    vector_dtype: one of VECTOR_DTYPES; a folder with more exact vectors keeps their type. Raises InputError for a
+    vector whose norm isn't 1, and if the folder has other or less exact vectors or isn't shared by all ranks.
     """
-    dim = encoder.embedding_size
+    dim, stored = encoder.embedding_size, stored_vector_dtype(folder)
+    if stored in VECTOR_DTYPES[: VECTOR_DTYPES.index(vector_dtype)]:
+        log(f"{folder}: keeps its vectors in {stored}, which is more exact than --vector_dtype {vector_dtype}")
+        vector_dtype = stored
     metadata = EmbeddingsMetadata(encoder.fingerprint, encoder.precision, corpus.sha256, len(corpus), dim)
-    embeddings = Embeddings(folder, metadata)
+    embeddings = Embeddings(folder, metadata._replace(vector_dtype=vector_dtype))
     rank, world_size = init_ranks()
     own_shards = [number for number in embeddings.missing() if number % world_size == rank]
     shards = embeddings.shards
@@ -126,7 +134,8 @@ def new_index(
     """Encodes the corpus on all ranks, see `encoded_corpus`; yields its index on rank 0, and None on the others."""
     if is_main_process():
         report_small_memory(options, len(corpus), encoder.embedding_size)
-    with encoded_corpus(encoder, corpus, parent, embedding_dir) as embeddings:
+    vector_dtype = FLOAT32 if options.ann == RESCORED else options.vector_dtype
+    with encoded_corpus(encoder, corpus, parent, embedding_dir, vector_dtype) as embeddings:
         if is_main_process():
             index = build_index(options, embeddings)
             about = encoder.fingerprint, corpus.sha256, encoder.precision
@@ -137,17 +146,22 @@ def new_index(
 
 @contextlib.contextmanager
 def encoded_corpus(
-    encoder: Encoder, corpus: Corpus, parent: str | Path, embedding_dir: str | Path | None = None
+    encoder: Encoder,
+    corpus: Corpus,
+    parent: str | Path,
+    embedding_dir: str | Path | None = None,
+    vector_dtype: str = FLOAT32,
 ) -> Iterator[Embeddings]:
     """The vectors of the corpus, which all ranks encode.
 
     They are kept in embedding_dir or, without it, in a temporary folder in `parent` until the block ends.
+    vector_dtype: see `encode_corpus`.
     """
     with contextlib.ExitStack() as stack:
         if not embedding_dir:
             folder = stack.enter_context(temporary_folder(Path(parent))) if is_main_process() else None
             embedding_dir = broadcast_object(folder)
-        yield encode_corpus(encoder, corpus, Path(embedding_dir))
+        yield encode_corpus(encoder, corpus, Path(embedding_dir), vector_dtype)
 
 
 def update_index(

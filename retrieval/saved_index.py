@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ann_util import HNSW_BLOCK, ExactIndex, HnswIndex, LocalIndex, VectorIndex
+from ann_util import HNSW_BLOCK, RESCORED, ExactIndex, HnswIndex, LocalIndex, RescoredIndex, VectorIndex
 from common.errors import InputError
 from common.files import (
     atomic_folder,
@@ -35,7 +35,7 @@ from retrieval.lexical_index import DEFAULT_FUSION, FUSION_FILE, Fusion, Lexical
 
 INDEX_FILE = "index.json"
 DOCUMENTS_FILE = "documents.txt"
-INDEX_CLASSES: dict[str, type[LocalIndex]] = {"hnswlib": HnswIndex, "exact": ExactIndex}
+INDEX_CLASSES: dict[str, type[LocalIndex]] = {"hnswlib": HnswIndex, "exact": ExactIndex, RESCORED: RescoredIndex}
 VERSION_LENGTH = 12  # hexadecimal digits
 REMEDY = "remove the folder and build the index again"
 READ_ATTEMPTS = 5  # of an index that others replace meanwhile

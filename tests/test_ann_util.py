@@ -15,6 +15,8 @@ from ann_util import (
     ExactIndex,
     HnswIndex,
     IndexOptions,
+    LocalIndex,
+    RescoredIndex,
     VectorIndex,
     add_index_args,
     build_index,
@@ -26,6 +28,7 @@ from ann_util import (
 from common import logs
 from common.cpu import cpu_count
 from common.errors import InputError
+from common.vector_dtypes import to_dtype, to_float32
 from helpers import ROOT, file_size_limit, unit_vectors
 
 DIM = 16
@@ -86,6 +89,71 @@ def test_vectors_may_be_a_memory_map_of_another_precision(ann: str, tmp_path: Pa
     ids, similarities = build_index(IndexOptions(ann), mapped).search(vectors, 1)
     np.testing.assert_array_equal(ids[:, 0], np.arange(60))
     assert similarities.dtype == np.float32
+
+
+@pytest.mark.parametrize("vector_dtype", ["float16", "int8"])
+def test_an_exact_index_of_less_room_is_that_of_the_rounded_vectors(
+    vector_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However its vectors come, and after it was saved, which rounds none of them again."""
+    monkeypatch.setattr(ann_util, "CORPUS_BLOCK", 70)
+    monkeypatch.setattr(ann_util, "SMALL_BATCH", 20)
+    vectors, queries = random_vectors(300, 30), random_vectors(9, 31)
+    stored = to_dtype(vectors, vector_dtype)
+    expected_ids, expected = full_sort(to_float32(stored), queries, 40)
+    index = ExactIndex(DIM, vector_dtype)
+    for part in (vectors[:150], stored[150:260], vectors[260:264], stored[264:270], vectors[270:]):
+        index.add(part)
+    assert [len(batch) for batch in index._batches] == [150, 110, 10, 30]
+    assert {batch.dtype.name for batch in index._batches} == {vector_dtype}
+    assert np.shares_memory(index._batches[1], stored)
+    for _ in range(2):
+        ids, similarities = index.search(queries, 40)
+        np.testing.assert_array_equal(ids, expected_ids)
+        np.testing.assert_allclose(similarities, expected, atol=1e-6)
+        index.save(tmp_path)
+        np.testing.assert_array_equal(np.load(tmp_path / "vectors.npy"), stored)
+        index = ExactIndex.load(tmp_path, index.settings)
+        assert str(index) == f"the exact index in {vector_dtype}"
+
+
+@pytest.mark.parametrize("vector_dtype", ["float16", "int8"])
+def test_a_rescored_index_answers_as_exact_search(
+    vector_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the cosines of float32, whatever was added and deleted, in memory and from its folder."""
+    monkeypatch.setattr(ann_util, "CORPUS_BLOCK", 70)
+    monkeypatch.setattr(ann_util, "SMALL_BATCH", 20)
+    vectors, queries = random_vectors(300, 32), random_vectors(9, 33)
+    index: LocalIndex = build_index(IndexOptions("rescored", vector_dtype=vector_dtype), vectors[:200])
+    expected = build_index(IndexOptions("exact"), vectors[:200])
+    for start in (200, 210, 215, 300):
+        for k in (1, 10, 400):
+            for found, exact in zip(index.search(queries, k), expected.search(queries, k), strict=True):
+                np.testing.assert_allclose(found, exact, atol=1e-6)
+        index.save(tmp_path)
+        index = RescoredIndex.load(tmp_path, index.settings)
+        for one in (index, expected):
+            assert one.delete(range(start - 60, start - 20)) == 40 or start < 300
+            if start < 300:
+                one.add(vectors[start : {200: 210, 210: 215, 215: 300}[start]])
+    assert np.load(tmp_path / "rounded_vectors.npy").dtype == vector_dtype
+    np.testing.assert_array_equal(np.load(tmp_path / "vectors.npy"), vectors)
+
+
+def test_a_rescored_index_looks_among_the_candidates_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If there are as many as hits, they are those of the rounded vectors."""
+    vectors, queries = random_vectors(3000, 34), random_vectors(20, 35)
+    index = build_index(IndexOptions("rescored", vector_dtype="int8"), vectors)
+    exact = full_sort(vectors, queries, 50)[0]
+    np.testing.assert_array_equal(index.search(queries, 50)[0], exact)
+    np.testing.assert_array_equal(index.search_exactly(queries, 50)[0], exact)
+    monkeypatch.setattr(ann_util, "RESCORED_PER_HIT", 1)
+    monkeypatch.setattr(ann_util, "MORE_RESCORED", 0)
+    ids = index.search(queries, 50)[0]
+    rounded = full_sort(to_float32(to_dtype(vectors, "int8")), queries, 50)[0]
+    assert not np.array_equal(ids, exact)
+    np.testing.assert_array_equal(np.sort(ids), np.sort(rounded))
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])

@@ -7,6 +7,7 @@ import pytest
 
 import inference
 from common.errors import InputError
+from common.vector_dtypes import to_dtype
 from data import SAMPLE_TEXTS, read_texts
 from encoding.encoder import Encoder, load_encoder
 from helpers import file_size_limit
@@ -43,6 +44,16 @@ def test_vectors_of_a_file_are_in_the_order_of_its_lines(checkpoint: Path, recal
     assert inference.main([*options, "--output", str(output)]) == 0
     expected = load_encoder(checkpoint).encode(read_texts(recall_data / "corpus.csv"))
     np.testing.assert_allclose(np.load(output), expected, rtol=0, atol=1e-6)
+
+
+def test_vectors_are_written_in_less_room(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "vectors.npy"
+    options = ["--params_path", str(checkpoint), "--device", "cpu", "--vector_dtype", "int8"]
+    assert inference.main([*options, "--output", str(output)]) == 0
+    expected = load_encoder(checkpoint).encode(SAMPLE_TEXTS[:1])
+    np.testing.assert_array_equal(np.load(output), to_dtype(expected, "int8"))
+    with pytest.raises(InputError, match="--vector_dtype int8: give the --output file"):
+        inference.main(options)
 
 
 @pytest.mark.parametrize("missing", [1, 1000, 10_000])

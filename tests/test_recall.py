@@ -60,7 +60,7 @@ def without(arguments: list[str], option: str) -> list[str]:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of 16 rows instead of thousands."""
-    monkeypatch.setattr(EmbeddingsMetadata.__new__, "__defaults__", (16,))
+    monkeypatch.setattr(EmbeddingsMetadata.__new__, "__defaults__", (16, "float32"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,6 +104,79 @@ def test_a_saved_index_is_searched_without_encoding(
         assert result(tmp_path) == first
         assert output.endswith(capsys.readouterr().out)  # all but the line about writing the index
     assert not encoded
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("vector_dtype", ["float16", "int8"])
+def test_vectors_of_less_room_find_the_same(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, encoded: list[str], vector_dtype: str, capsys: Capture
+) -> None:
+    """The ten best of nearly all queries; shards and index of this type are used again."""
+    arguments = options(checkpoint, recall_data, tmp_path, "--ann", "exact")
+    assert recall.main(arguments) == 0
+    expected = [line.split("\t")[:2] for line in result(tmp_path).splitlines()]
+    vectors, index = tmp_path / "vectors", tmp_path / "index"
+    kept = [*arguments, "--vector_dtype", vector_dtype, "--embedding_dir", str(vectors), "--index_dir", str(index)]
+    for again in (False, True):
+        encoded.clear()
+        capsys.readouterr()
+        assert recall.main(kept) == 0
+        assert encoded == ([] if again else list(read_corpus(recall_data / "corpus.csv")))
+        found = [line.split("\t")[:2] for line in result(tmp_path).splitlines()]
+        assert sum(hit in expected for hit in found) > 0.97 * len(expected) == 0.97 * len(found)
+        out, err = capsys.readouterr()
+        assert f"the exact index in {vector_dtype} found 100.00 %" in out
+        assert "have no effect: --embedding_dir\n" in err if again else "no effect" not in err
+    for file in (*vectors.glob("*.npy"), index / "vectors.npy"):
+        assert np.load(file).dtype == vector_dtype
+    with pytest.raises(InputError, match=rf"another vector_dtype \({vector_dtype}, not float32\)"):
+        recall.main([*arguments, "--embedding_dir", str(vectors)])
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_rescored_index_finds_what_float32_does(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Its shards are in float32, so that those that are there are used."""
+    kept = ["--embedding_dir", str(tmp_path / "vectors")]
+    assert recall.main(options(checkpoint, recall_data, tmp_path, "--ann", "exact", *kept)) == 0
+    expected = result(tmp_path)
+    kept += ["--ann", "rescored", "--index_dir", str(tmp_path / "index")]
+    with pytest.raises(InputError, match="--ann rescored: give the --vector_dtype"):
+        recall.main(options(checkpoint, recall_data, tmp_path, *kept))
+    for _ in range(2):
+        assert recall.main(options(checkpoint, recall_data, tmp_path, *kept, "--vector_dtype", "int8")) == 0
+        out, err = capsys.readouterr()
+        assert "the index in int8, rescored in float32, found 100.00 % of exact search's top" in out
+        assert "more exact" not in err
+        assert same_hits(result(tmp_path), expected)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_more_exact_vectors_that_are_there_are_used(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, encoded: list[str], capsys: Capture
+) -> None:
+    """An index in int8 is made of those in float32, without encoding."""
+    kept = options(checkpoint, recall_data, tmp_path, "--ann", "exact", "--embedding_dir", str(tmp_path / "vectors"))
+    assert recall.main(kept) == 0
+    encoded.clear()
+    assert recall.main([*kept, "--vector_dtype", "int8", "--index_dir", str(tmp_path / "index")]) == 0
+    assert not encoded
+    assert f"{tmp_path / 'vectors'}: keeps its vectors in float32, which is more exact than" in capsys.readouterr().err
+    assert np.load(tmp_path / "vectors" / "embeddings_000000.npy").dtype == np.float32
+    assert np.load(tmp_path / "index" / "vectors.npy").dtype == np.int8
+
+
+@pytest.mark.parametrize("more", [[], ["--index_dir", "index"]])
+def test_a_type_of_vectors_that_nothing_would_have_is_refused(
+    checkpoint: Path, recall_data: Path, tmp_path: Path, more: list[str]
+) -> None:
+    arguments = options(checkpoint, recall_data, tmp_path, "--vector_dtype", "int8", *more)
+    with pytest.raises(InputError, match="--ann hnswlib keeps its vectors in float32; use --ann exact, or give"):
+        recall.main(arguments)
+    milvus = ["--ann", "milvus", "--index_dir", str(tmp_path / "milvus")]
+    with pytest.raises(InputError, match=r"--ann milvus keeps .* use --ann exact, an --milvus_index_type that takes"):
+        recall.main(options(checkpoint, recall_data, tmp_path, "--vector_dtype", "int8", *milvus))
 
 
 @pytest.mark.parametrize("ann", ["exact", "hnswlib"])
@@ -588,7 +661,7 @@ import time
 import recall
 from common.cli import run
 from retrieval.embedding_store import EmbeddingsMetadata, Embeddings
-EmbeddingsMetadata.__new__.__defaults__ = (16,)
+EmbeddingsMetadata.__new__.__defaults__ = (16, "float32")
 write = Embeddings.write
 def slow_write(self, number, vectors):
     write(self, number, vectors)
@@ -612,7 +685,7 @@ def test_a_killed_run_is_resumed(checkpoint: Path, recall_data: Path, tmp_path: 
     assert lines == ["0\n", "1\n", "2\n", "3\n"]
     assert not any((tmp_path / "out").iterdir())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EmbeddingsMetadata.__new__, "__defaults__", (16,))
+        patch.setattr(EmbeddingsMetadata.__new__, "__defaults__", (16, "float32"))
         assert recall.main(arguments) == 0
         again = len(encoded)
         assert recall.main(expected) == 0

@@ -11,9 +11,16 @@ import pytest
 
 from ann_util import IndexOptions, build_index
 from common.errors import InputError
-from common.files import read_json
+from common.files import read_json, write_json
+from common.vector_dtypes import to_dtype, to_float32
 from helpers import ROOT, file_size_limit, flip_a_bit, unit_vectors
-from retrieval.embedding_store import METADATA_FILE, Embeddings, EmbeddingsMetadata, temporary_folder
+from retrieval.embedding_store import (
+    METADATA_FILE,
+    Embeddings,
+    EmbeddingsMetadata,
+    stored_vector_dtype,
+    temporary_folder,
+)
 
 DIM = 8
 
@@ -23,9 +30,9 @@ def metadata(documents: int, **changes: object) -> EmbeddingsMetadata:
     return EmbeddingsMetadata("model", "fp32", "corpus", documents, DIM, 10)._replace(**changes)
 
 
-def written(folder: Path, vectors: np.ndarray) -> Embeddings:
+def written(folder: Path, vectors: np.ndarray, **changes: object) -> Embeddings:
     """All of the vectors on disk."""
-    stored = Embeddings(folder, metadata(len(vectors)))
+    stored = Embeddings(folder, metadata(len(vectors), **changes))
     for number, rows in enumerate(stored.shards):
         stored.write(number, vectors[rows])
     return stored
@@ -44,6 +51,34 @@ def test_embeddings_read_like_an_array(tmp_path: Path, count: int) -> None:
     for start in range(0, count + 2, 3):
         for stop in range(0, count + 2, 4):
             np.testing.assert_array_equal(stored[start:stop], vectors[start:stop])
+
+
+@pytest.mark.parametrize(("vector_dtype", "size"), [("float16", 2), ("int8", 1)])
+def test_embeddings_of_less_room_read_like_a_float32_array(tmp_path: Path, vector_dtype: str, size: int) -> None:
+    vectors, queries = unit_vectors(25, DIM), unit_vectors(2, DIM, seed=1)
+    stored = written(tmp_path, vectors, vector_dtype=vector_dtype)
+    expected = to_float32(to_dtype(vectors, vector_dtype))
+    assert stored.dtype == vector_dtype and not np.array_equal(expected, vectors)
+    for rows in (slice(3, 7), slice(0, 25), slice(8, 21), slice(5, 5)):
+        assert stored[rows].dtype == np.float32
+        np.testing.assert_array_equal(stored[rows], expected[rows])
+    rows = np.array([[0, 24], [11, 3]])
+    products = np.einsum("qd,qkd->qk", queries, expected[rows])
+    np.testing.assert_allclose(stored.inner_products(queries, rows), products, atol=1e-6)
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.npy")) == 3 * 128 + vectors.size * size
+
+
+def test_embeddings_of_version_2_0_are_float32(tmp_path: Path) -> None:
+    """Their description has no type."""
+    vectors = unit_vectors(12, DIM)
+    written(tmp_path, vectors)
+    content = read_json(tmp_path / METADATA_FILE)
+    del content["vector_dtype"]
+    write_json(tmp_path / METADATA_FILE, content)
+    assert stored_vector_dtype(tmp_path) == "float32" and stored_vector_dtype(tmp_path / "new") is None
+    np.testing.assert_array_equal(Embeddings(tmp_path, metadata(12))[:], vectors)
+    with pytest.raises(InputError, match=r"another vector_dtype \(float32, not int8\)"):
+        Embeddings(tmp_path, metadata(12, vector_dtype="int8"))
 
 
 def test_inner_products_of_rows_in_any_shard(tmp_path: Path) -> None:
@@ -72,7 +107,10 @@ def test_a_shard_without_its_json_file_counts_as_missing(tmp_path: Path) -> None
     assert Embeddings(tmp_path, metadata(35)).missing() == [0, 1, 3]
 
 
-@pytest.mark.parametrize(("name", "value"), [("model", "m"), ("corpus", "c"), ("dimension", 9), ("precision", "bf16")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model", "m"), ("corpus", "c"), ("dimension", 9), ("precision", "bf16"), ("vector_dtype", "int8")],
+)
 def test_embeddings_of_something_else_are_refused(tmp_path: Path, name: str, value: object) -> None:
     """The message names what differs."""
     written(tmp_path, unit_vectors(35, DIM))
@@ -158,5 +196,5 @@ def test_a_store_describes_its_vectors(tmp_path: Path) -> None:
     written(tmp_path, unit_vectors(12, DIM))
     assert read_json(tmp_path / METADATA_FILE) == {
         **{"model": "model", "precision": "fp32", "corpus": "corpus"},
-        **{"documents": 12, "dimension": DIM, "shard_rows": 10},
+        **{"documents": 12, "dimension": DIM, "shard_rows": 10, "vector_dtype": "float32"},
     }

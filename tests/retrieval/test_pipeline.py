@@ -50,7 +50,7 @@ def test_a_corpus_is_encoded_in_shards_that_are_kept(
     encoder: Encoder, corpus: Corpus, tmp_path: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A missing shard alone is encoded again."""
-    monkeypatch.setattr(EmbeddingsMetadata.__new__, "__defaults__", (16,))
+    monkeypatch.setattr(EmbeddingsMetadata.__new__, "__defaults__", (16, "float32"))
     expected = encoder.encode(list(corpus))
     for removed, texts in ((False, list(corpus)), (False, []), (True, corpus[48:64])):
         if removed:
@@ -65,7 +65,7 @@ def test_shards_that_another_machine_wrote_elsewhere_are_missed(
     encoder: Encoder, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with two machines that don't share the folder: this process encodes its own shards only."""
-    monkeypatch.setattr(EmbeddingsMetadata.__new__, "__defaults__", (16,))
+    monkeypatch.setattr(EmbeddingsMetadata.__new__, "__defaults__", (16, "float32"))
     monkeypatch.setattr(pipeline, "init_ranks", lambda: (0, 2))
     message = f"^{tmp_path}: lacks vectors of other processes; all machines must see the same folder"
     with pytest.raises(InputError, match=message):

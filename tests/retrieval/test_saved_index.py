@@ -35,18 +35,24 @@ def corpus_of(folder: Path, count: int) -> Corpus:
     return read_corpus(write_pairs(folder / "corpus.csv", [(f"文{row}",) for row in range(count)]))
 
 
-def saved_index(folder: Path, count: int, ann: str = "hnswlib", has_words: bool = False) -> LocalDocumentIndex:
+def saved_index(
+    folder: Path, count: int, ann: str = "hnswlib", has_words: bool = False, vector_dtype: str = "float32"
+) -> LocalDocumentIndex:
     """One of random vectors, saved as `index` in the folder."""
     corpus = corpus_of(folder, count)
-    saved = LocalDocumentIndex(build_index(IndexOptions(ann), unit_vectors(count, DIM)), corpus, "model", corpus.sha256)
+    index = build_index(IndexOptions(ann, vector_dtype=vector_dtype), unit_vectors(count, DIM))
+    saved = LocalDocumentIndex(index, corpus, "model", corpus.sha256)
     lexical = LexicalIndex.build(corpus, count) if has_words else None
     return save_index(folder / "index", replace(saved, lexical=lexical))
 
 
-@pytest.mark.parametrize("ann", ["hnswlib", "exact"])
-def test_a_saved_index_answers_as_before(tmp_path: Path, ann: str) -> None:
+@pytest.mark.parametrize(
+    ("ann", "vector_dtype"),
+    [("hnswlib", "float32"), ("exact", "float32"), ("exact", "float16"), ("exact", "int8"), ("rescored", "int8")],
+)
+def test_a_saved_index_answers_as_before(tmp_path: Path, ann: str, vector_dtype: str) -> None:
     """Also after documents were added to it; its documents are those in its folder."""
-    saved = saved_index(tmp_path, 50, ann)
+    saved = saved_index(tmp_path, 50, ann, vector_dtype=vector_dtype)
     queries = unit_vectors(5, DIM, seed=1)
     for count in (50, 57):
         loaded = load_index(tmp_path / "index")
