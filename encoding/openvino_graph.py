@@ -19,6 +19,7 @@ from encoding.onnx_graph import convert_to_onnx
 
 OPENVINO_FILE = "openvino.xml"  # the graph; its weights are in openvino.bin
 INSTALL_OPENVINO = "install it with sh scripts/setup.sh --openvino"
+WHOLE_TEXTS_RANK = 2
 FLOAT_TYPES = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # OpenVINO's names, by precision
 
 
@@ -47,7 +48,9 @@ def quantize(exported: Path, folder: Path, batches: Sequence[TokenIds]) -> None:
     """Writes the graph in `exported` with matrix products in int8 into `folder`.
 
     batches: token ids by which the ranges of the activations are measured. NNCF's scheme for transformers smooths the
-    activations' outliers into the weights first (SmoothQuant, https://arxiv.org/abs/2211.10438). Raises InputError.
+    activations' outliers into the weights first (SmoothQuant, https://arxiv.org/abs/2211.10438). The layers after the
+    pooling stay in float32: they take no time, and in int8 they cost most of the accuracy (docs/benchmarks.md). Raises
+    InputError.
     """
     graph = _read_graph(exported)
     with stdout_to_stderr():  # NNCF's progress
@@ -55,12 +58,24 @@ def quantize(exported: Path, folder: Path, batches: Sequence[TokenIds]) -> None:
         nncf.set_log_level("ERROR")
         items = [dict(zip(INPUT_NAMES, tokens, strict=True)) for tokens in batches]
         transformer = nncf.ModelType.TRANSFORMER
-        quantized = nncf.quantize(graph, nncf.Dataset(items), model_type=transformer, subset_size=len(items))
+        quantized = nncf.quantize(
+            graph,
+            nncf.Dataset(items),
+            model_type=transformer,
+            subset_size=len(items),
+            ignored_scope=nncf.IgnoredScope(names=_products_after_pooling(graph)),
+        )
     _save(quantized, folder)
 
 
 def _read_graph(exported: Path) -> Any:
     return openvino_package().Core().read_model(convert_to_onnx(exported))
+
+
+def _products_after_pooling(graph: Any) -> list[str]:
+    """The names of the matrix products of whole texts, [B, D]; all others are of tokens, with one or two more axes."""
+    products = [node for node in graph.get_ordered_ops() if node.get_type_name() == "MatMul"]
+    return [node.get_friendly_name() for node in products if len(node.get_output_partial_shape(0)) == WHOLE_TEXTS_RANK]
 
 
 def _save(graph: Any, folder: Path) -> None:

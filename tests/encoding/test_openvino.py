@@ -11,7 +11,7 @@ import export_model
 from common.device import check_precision
 from common.errors import InputError
 from common.options import STATIC_FROM_TEXTS
-from encoding import engines
+from encoding import engines, openvino_graph
 from encoding.encoder import load_encoder
 from encoding.engines import FIDELITY_FILE, OPENVINO_FOLDER, SPEEDS_FILE
 from encoding.exported_model import load_exported
@@ -82,6 +82,14 @@ def test_int8_is_near_fp32_and_calibrated_once(calibrated: Path, documents: list
     assert encoder.precision == "int8" and encoder.fidelity is not None
     assert 0.9 < encoder.fidelity.lowest_cosine < 1 - 1e-5
     assert 0.8 <= encoder.fidelity.recall_vs_fp32 <= 1
+
+
+@openvino
+def test_layers_after_the_pooling_stay_in_float32(exported: Path) -> None:
+    """With mean pooling, that is the linear reduction."""
+    graph = openvino_graph._read_graph(exported)
+    products = [node.get_friendly_name() for node in graph.get_ordered_ops() if node.get_type_name() == "MatMul"]
+    assert openvino_graph._products_after_pooling(graph) == products[-1:]
 
 
 @openvino
