@@ -37,7 +37,7 @@ RESUME_CRITICAL_OPTIONS = (  # must be unchanged to resume bit for bit
     "weight_decay", "max_grad_norm", "margin", "scale", "no_false_negative_mask", "symmetric_pairs", "label_column",
     "no_cross_device_negatives", "grad_cache_chunk", "use_gradient_cache", "chunk_numbers", "group_by_length",
     "use_amp", "amp_dtype", "output_emb_size", "pooling", "dropout", "max_seq_length", "query_prefix",
-    "document_prefix", "seed", "skip_bad_lines", "unsupervised", "teacher_scores", "distillation_loss",
+    "document_prefix", "seed", "skip_bad_lines", "unsupervised", "teacher_scores",
     "distillation_weight", "teacher_scale",
 )
 # fmt: on
@@ -49,11 +49,9 @@ NEEDED_OPTIONS = {  # an option -> the option without which it has no effect
     "chunk_numbers": "use_gradient_cache",
     "amp_dtype": "use_amp",
     "amp_loss_scale": "use_amp",
-    "distillation_loss": "teacher_scores",
     "distillation_weight": "teacher_scores",
     "teacher_scale": "teacher_scores",
 }
-DISTILLATION_LOSSES = ("kl", "margin_mse")
 EVALUATION_OPTIONS = ("similar_text_pair_file", "corpus_file", "recall_result_dir", "recall_result_file", "recall_num")
 REPLACED_OPTIONS = {  # an option -> the one that takes its place
     "model_name_or_path": "from_scratch",
@@ -128,8 +126,6 @@ def add_loss_args(parser: argparse.ArgumentParser) -> None:
         "hard negative (tools/score_pairs.py writes them)"
     )
     add("--teacher_scores", action="store_true", help=teacher_help)
-    distillation_help = "how a query's title and hard negatives are to be scored as by the teacher"
-    add("--distillation_loss", choices=DISTILLATION_LOSSES, default="kl", help=distillation_help)
     weight_help = "factor of the distillation loss, which is added to that of the in-batch negatives"
     add("--distillation_weight", type=non_negative_float, default=1.0, help=weight_help)
     teacher_scale_help = (
@@ -361,12 +357,12 @@ def make_batcher(
 
 
 def make_distillation(
-    teacher_scores: bool, distillation_loss: str, distillation_weight: float, teacher_scale: float | None
+    teacher_scores: bool, distillation_weight: float, teacher_scale: float | None
 ) -> "Distillation | None":
     """The loss of the teacher's scores; None if the training file has none."""
     from batch_negative.distillation import Distillation
 
-    return Distillation(distillation_loss, distillation_weight, teacher_scale) if teacher_scores else None
+    return Distillation(distillation_weight, teacher_scale) if teacher_scores else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

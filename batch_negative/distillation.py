@@ -25,29 +25,13 @@ def kl_divergence(student: paddle.Tensor, teacher: paddle.Tensor, is_document: p
     return (paddle.exp(log_teacher) * (log_teacher - log_student)).sum(axis=1).mean()
 
 
-def margin_mse(student: paddle.Tensor, teacher: paddle.Tensor, is_document: paddle.Tensor) -> paddle.Tensor:
-    """Mean squared difference of student and teacher in the margin of the title over a hard negative, a scalar.
-
-    Arguments as for `kl_divergence`. The mean is over the hard negatives of a query, then over the queries; one without
-    hard negatives counts as 0. Hofstätter et al. 2020, https://arxiv.org/abs/2010.02666.
-    """
-    is_negative = is_document[:, 1:].astype(student.dtype)
-    difference = student - teacher
-    squares = is_negative * (difference[:, :1] - difference[:, 1:]) ** 2
-    return (squares.sum(axis=1) / is_negative.sum(axis=1).clip(min=1.0)).mean()
-
-
-LOSSES = {"kl": kl_divergence, "margin_mse": margin_mse}
-
-
 class Distillation(NamedTuple):
-    """The distillation loss: its name in LOSSES, its weight beside the in-batch negatives, the teacher's scale.
+    """The distillation loss: its weight beside that of the in-batch negatives, and the teacher's scale.
 
     teacher_scale * score is a teacher's logit, as scale * cosine is a student's; None: the student's scale, which suits
     a teacher whose scores are cosines.
     """
 
-    loss: str
     weight: float
     teacher_scale: float | None
 
@@ -60,4 +44,4 @@ class Distillation(NamedTuple):
         student = scale * (query_emb.unsqueeze(1) * own).sum(axis=2)
         teacher_scale = scale if self.teacher_scale is None else self.teacher_scale
         scores = paddle.to_tensor(teacher.scores, dtype=student.dtype)
-        return LOSSES[self.loss](student, teacher_scale * scores, paddle.to_tensor(teacher.is_document))
+        return kl_divergence(student, teacher_scale * scores, paddle.to_tensor(teacher.is_document))

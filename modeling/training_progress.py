@@ -20,7 +20,6 @@ LATER_OPTIONS = {  # as a checkpoint that lacks them was trained
     "document_prefix": "",
     "unsupervised": False,
     "teacher_scores": False,
-    "distillation_loss": "kl",
     "distillation_weight": 1.0,
     "teacher_scale": None,
 }

@@ -134,7 +134,6 @@ def test_false_negative_masking_can_be_turned_off(
         ("--gradient_accumulation_steps", "2"),
         ("--group_by_length",),
         ("--no_false_negative_mask",),
-        ("--distillation_loss", "margin_mse"),
         ("--distillation_weight", "0.5"),
         ("--teacher_scale", "10"),
     ],
@@ -365,7 +364,7 @@ def test_two_ranks_train_as_one_process(
     assert line in done.stdout + done.stderr
 
     pairs = read_text_pairs(data / "train.csv", teacher_scores=is_distilled)
-    distillation = Distillation("kl", 1.0, None) if is_distilled else None
+    distillation = Distillation(1.0, None) if is_distilled else None
     set_seed(7)
     model, tokenizer = create_model(
         SemanticIndexBatchNeg,
