@@ -18,7 +18,7 @@ from common.cli import ArgumentParser, add_switch, non_negative_float, number_in
 from common.errors import InputError
 from common.files import is_within, make_folder, prepare_file, remove_folder, sha256
 from common.logs import is_main_process, log
-from common.options import add_encoder_args, call
+from common.options import add_encoder_args, call, pick
 from common.paddle_setup import set_up_paddle
 from common.texts import DOCUMENT, QUERY, text_ids
 from data import TextPair, read_text_pairs, read_texts
@@ -259,11 +259,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = Path(f"{args.output}{WORK_SUFFIX}")
     metadata = call(run_metadata, args, **run_of, corpus=corpus, options=options)
     blocks = PairBlocks(work, len(pairs), metadata, "mining")
-    with call(
-        open_searcher, args, encoder=encoder, queries=queries, corpus=corpus, options=options, work=work
-    ) as found:
-        teacher = encode_for_teacher(other, found.documents, work) if other else scores
-        miner = Miner(pairs, positives, rules, found, teacher)
+    opened = pick(args, open_searcher, encoder=encoder, queries=queries, corpus=corpus, options=options, work=work)
+    with open_searcher(**opened) as searcher:
+        teacher = encode_for_teacher(other, searcher.documents, work) if other else scores
+        miner = Miner(pairs, positives, rules, searcher, teacher)
         blocks.compute_missing(blocks.rows, lambda rows: miner(rows)._asdict())
     if is_main_process():
         print(write_training_file(args.output, pairs, blocks, rules.negatives, args.write_scores))
