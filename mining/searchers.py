@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from common.texts import DOCUMENT, QUERY
+from retrieval.corpus import Corpus
+from retrieval.documents import Documents
 from retrieval.lexical_index import LexicalIndex
 from retrieval.saved_index import LocalDocumentIndex
 
@@ -26,7 +28,7 @@ class Searcher(Protocol):
     """Searches documents, and scores titles, which needn't be among them, as it scores these."""
 
     @property
-    def documents(self) -> Sequence[str]:
+    def documents(self) -> Corpus | Documents:
         """The documents by id."""
 
     def __call__(self, queries: Sequence[str], titles: Sequence[str], query_of_title: np.ndarray, k: int) -> Found:
@@ -41,7 +43,7 @@ class VectorSearcher:
     document_index: LocalDocumentIndex
 
     @property
-    def documents(self) -> Sequence[str]:
+    def documents(self) -> Corpus | Documents:
         """`Searcher`."""
         return self.document_index.documents
 
@@ -58,7 +60,7 @@ class LexicalSearcher:
     """Searches by words."""
 
     index: LexicalIndex
-    documents: Sequence[str]
+    documents: Corpus
 
     def __call__(self, queries: Sequence[str], titles: Sequence[str], query_of_title: np.ndarray, k: int) -> Found:
         """`Searcher`."""
