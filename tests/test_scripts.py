@@ -189,7 +189,7 @@ def test_a_bad_checkpoint(script: str, call: Call, tmp_path: Path, capsys: pytes
         ("predict", "max_seq_length", "2"),
         ("inference", "batch_size", "many"),
         ("recall", "ann", "faiss"),
-        ("recall", "precision", "int8"),
+        ("recall", "precision", "int4"),
         ("export_model", "format", "tensorflow"),
     ],
 )
