@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +35,16 @@ def openvino_package(name: str = "openvino") -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise InputError(f"--engine openvino: {error}; {INSTALL_OPENVINO}") from None
+
+
+@cache
+def _core() -> Any:
+    """The one `openvino.Core` of the process, which is never freed.
+
+    Each one sets up a stack for signal handlers, and frees it even if another one has noted it as the stack before its
+    own: with two of them the next signal can end the process.
+    """
+    return openvino_package().Core()
 
 
 def convert_to_openvino(exported: Path, folder: Path) -> None:
@@ -69,7 +80,7 @@ def quantize(exported: Path, folder: Path, batches: Sequence[TokenIds]) -> None:
 
 
 def _read_graph(exported: Path) -> Any:
-    return openvino_package().Core().read_model(convert_to_onnx(exported))
+    return _core().read_model(convert_to_onnx(exported))
 
 
 def _products_after_pooling(graph: Any) -> list[str]:
@@ -98,7 +109,6 @@ class OpenVinoEncoder:
     """
 
     def __init__(self, folder: str | Path, *, precision: str = "fp32", threads: int | None = None) -> None:
-        openvino = openvino_package()
         check_precision(precision, "cpu")
         settings = {
             "PERFORMANCE_HINT": "LATENCY",  # one batch at a time on all threads
@@ -108,7 +118,7 @@ class OpenVinoEncoder:
             "ENABLE_CPU_PINNING": False,
         }
         try:
-            compiled = openvino.Core().compile_model(Path(folder) / OPENVINO_FILE, "CPU", settings)
+            compiled = _core().compile_model(Path(folder) / OPENVINO_FILE, "CPU", settings)
         except RuntimeError as error:
             raise InputError(f"{folder}: OpenVINO can't load the graph ({_first_line(error)})") from None
         self._request, self._output = compiled.create_infer_request(), compiled.output(0)

@@ -16,6 +16,7 @@ from encoding.encoder import load_encoder
 from encoding.engines import FIDELITY_FILE, OPENVINO_FOLDER, SPEEDS_FILE
 from encoding.exported_model import load_exported
 from encoding.text_encoder import Encoder, TextSample
+from helpers import ROOT, run_script
 from retrieval.corpus import read_corpus
 
 openvino = pytest.mark.openvino
@@ -139,6 +140,32 @@ def test_a_graph_that_cannot_be_kept_is_made_for_this_run(
     encoder = load_int8(folder, TextSample(documents))
     assert encoder.fidelity and encoder.encode(documents[:3]).shape == (3, encoder.embedding_size)
     assert "compiling it for this run alone" in capsys.readouterr().err
+
+
+@openvino
+@pytest.mark.process
+def test_a_signal_after_graphs_are_freed_is_handled(calibrated: Path, tmp_path: Path) -> None:
+    """OpenVINO replaces the stack of signal handlers."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from common.paddle_setup import set_up_paddle\n"
+        "set_up_paddle()\n"
+        "from common.signals import terminate\n"
+        "from encoding.encoder import load_encoder\n"
+        f"encoders = [load_encoder({str(calibrated)!r}, engine='openvino') for _ in range(2)]\n"
+        "while encoders:\n"
+        "    encoders.pop(0)\n"
+        "signal.signal(signal.SIGTERM, terminate)\n"
+        "try:\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('handled')\n",
+        encoding="utf-8",
+    )
+    done = run_script(program)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
