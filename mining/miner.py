@@ -72,9 +72,9 @@ class Miner:
 
     def _search(self, queries: Sequence[str], titles: Sequence[str], query_of_title: np.ndarray) -> Found:
         """The hits, with the scores that count."""
-        found = self.searcher(queries, titles, query_of_title, self.rules.to_rank)
         if not self.teacher:
-            return found
+            return self.searcher(queries, titles, query_of_title, self.rules.to_rank)
+        found = self.searcher(queries, [], query_of_title[:0], self.rules.to_rank)  # the teacher scores the titles
         ids = np.maximum(found.ids, 0)
         title_scores, scores = self.teacher(queries, titles, query_of_title, ids, self.searcher.documents)
         return Found(found.ids, scores, title_scores)
