@@ -37,9 +37,13 @@ class ClsOnlyLayer(nn.TransformerEncoderLayer):
 
     def forward(self, src: paddle.Tensor, src_mask: paddle.Tensor | None = None, **_: object) -> paddle.Tensor:
         """[B, L, H] -> [B, 1, H]; src_mask: [B, 1, 1, L]. Ignores the other arguments of PaddleNLP's encoders."""
-        cls = src[:, :1]
+        cls = self.cls_of(src)
         cls = self.norm1(cls + self.dropout1(self.self_attn(cls, src, src, src_mask)))
         return self.norm2(cls + self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(cls))))))
+
+    def cls_of(self, src: paddle.Tensor) -> paddle.Tensor:
+        """The tokens that are computed, [B, 1, H]."""
+        return src[:, :1]
 
 
 def use_cls_only_last_layer(ptm: nn.Layer) -> None:
@@ -90,12 +94,20 @@ class SemanticIndexBase(nn.Layer):
 
     def get_pooled_embedding(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor) -> paddle.Tensor:
         """Unit vectors, float32 [B, D], for int64 [B, L] token ids padded with the backbone's pad_token_id."""
+        return self.unit_vectors(self.pool(input_ids, token_type_ids))
+
+    def pool(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor) -> paddle.Tensor:
+        """One vector of the backbone for each text, [B, H]."""
         sequence, pooled = self.ptm(input_ids, token_type_ids)
         if self.config.pooling == "first_token":
-            pooled = sequence[:, 0]
+            return sequence[:, 0]
         if self.config.pooling == "mean":
             is_token = (input_ids != self.ptm.config.pad_token_id).astype(sequence.dtype).unsqueeze(-1)
-            pooled = (sequence * is_token).sum(axis=1) / is_token.sum(axis=1)
+            return (sequence * is_token).sum(axis=1) / is_token.sum(axis=1)
+        return pooled
+
+    def unit_vectors(self, pooled: paddle.Tensor) -> paddle.Tensor:
+        """The model's vectors, float32 [B, D], of those of the backbone, [B, H]."""
         if self.config.output_emb_size:
             pooled = self.emb_reduce_linear(pooled)
         # Normalized in float32 also in mixed precision: a norm in float16 is wrong in the third digit.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 leaves it out
 
 from ann_util import IndexOptions, add_index_args, check_index_args
-from batch_negative.batches import BatchSchedule, PairBatcher, check_batch_size
+from batch_negative.batches import CHUNKS_PER_BATCH, BatchSchedule, PairBatcher, check_batch_size
 from batch_negative.reports import describe_end, report_plan, report_stop, report_texts, warn_of_small_disk
 from common import options
 from common.cli import ArgumentParser, add_switch, non_negative_float, number_in_range, positive_int, proportion, run
@@ -20,15 +20,16 @@ from common.files import clear_leftovers, make_folder, sha256
 from common.logs import is_main_process, log, process_count
 from common.paddle_setup import set_up_paddle
 from common.signals import StopSignals
-from data import TextPair, TextTokenizer, positives_by_query, read_text_pairs
+from data import TextPair, positives_by_query, read_text_pairs
 from modeling.checkpoint_files import check_checkpoint, find_checkpoint_folder, find_weights, lowercases, step_folders
 from retrieval.corpus import read_corpus
 from retrieval.metrics import metric_names, report_missing_positives
 
 if TYPE_CHECKING:
-    from base_model import SemanticIndexBase
     from batch_negative.distillation import Distillation
     from batch_negative.evaluator import Evaluator
+    from batch_negative.model import SemanticIndexBatchNeg
+    from modeling.checkpoint import LoadedModel
 
 STOP_SECONDS = 25.0  # how long the other ranks wait for rank 0 to save after a signal: the launcher kills all after 30
 # fmt: off
@@ -311,12 +312,13 @@ def prepare_folders(save_dir: Path, evaluator: "Evaluator | None") -> None:
     barrier()
 
 
-def prepare_model(model: "SemanticIndexBase", device: str, use_recompute: bool, unsupervised: bool) -> None:
-    """Replaces layers by faster ones on a CPU, and turns on recomputation if asked for.
+def prepare_model(model: "SemanticIndexBatchNeg", device: str, use_recompute: bool, unsupervised: bool) -> None:
+    """On a CPU, replaces layers by faster ones and trains without padding; turns on recomputation if asked for.
 
     Raises InputError if the model has no dropout, which an unsupervised training needs.
     """
     from modeling.cpu_training_layers import speed_up_training
+    from modeling.packed_texts import pack_texts
 
     names = "hidden_dropout_prob", "attention_probs_dropout_prob"
     dropout = model.config.dropout or any(getattr(model.ptm.config, name, 0.0) for name in names)
@@ -325,6 +327,8 @@ def prepare_model(model: "SemanticIndexBase", device: str, use_recompute: bool, 
         raise InputError(f"--unsupervised: {problem}; give --dropout 0.1")
     if device == "cpu":
         speed_up_training(model)
+        if not use_recompute:  # which runs layers again when the texts of their row aren't known any more
+            model.packing = pack_texts(model)
     if use_recompute:
         model.ptm.recompute_enable()
         if not any(getattr(layer, "enable_recompute", False) for layer in model.ptm.sublayers()):
@@ -332,7 +336,7 @@ def prepare_model(model: "SemanticIndexBase", device: str, use_recompute: bool, 
 
 
 def make_batcher(
-    tokenizer: TextTokenizer,
+    loaded: "LoadedModel",
     pairs: Sequence[TextPair],
     train_set_file: str,
     no_false_negative_mask: bool,
@@ -342,12 +346,13 @@ def make_batcher(
 ) -> PairBatcher:
     """Tokenizes the pairs; logs that they are taken as symmetric, if the file and not an option says so."""
     batcher = PairBatcher(
-        tokenizer,
+        loaded.tokenizer,
         pairs,
         mask_false_negatives=not no_false_negative_mask,
         symmetric_pairs=symmetric_pairs,
         unsupervised=unsupervised,
         chunk_texts=chunk_texts,
+        chunk_count=1 if loaded.model.packing else CHUNKS_PER_BATCH,
     )
     if batcher.mask and batcher.mask.symmetric and symmetric_pairs is None:
         share = f"{100 * batcher.mask.reversed_share:.0f} % of the pairs are given in both directions"
@@ -399,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts_of_chunk = math.ceil(args.batch_size / args.chunk_numbers)
     chunk_texts = texts_of_chunk if args.use_gradient_cache else args.grad_cache_chunk
     report_texts(start.loaded.tokenizer, pairs, args.train_set_file, evaluation, unsupervised=args.unsupervised)
-    batcher = options.call(make_batcher, args, tokenizer=start.loaded.tokenizer, pairs=pairs, chunk_texts=chunk_texts)
+    batcher = options.call(make_batcher, args, loaded=start.loaded, pairs=pairs, chunk_texts=chunk_texts)
     lengths = batcher.lengths if args.group_by_length else None
     schedule = options.call(BatchSchedule, args, pair_count=len(pairs), world_size=world_size, lengths=lengths)
     steps = schedule.total_steps

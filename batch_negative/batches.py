@@ -154,7 +154,7 @@ class PairBatcher:
     """Makes a PairBatch from rows of the training file; tokenizes all texts once, when it is created.
 
     symmetric_pairs: see `FalseNegativeMask`; unsupervised: each text is its own title, and is held once as such;
-    chunk_texts: maximum number of texts in a chunk; without it a batch has CHUNKS_PER_BATCH chunks of similar size.
+    chunk_texts: maximum number of texts in a chunk; without it a batch has `chunk_count` chunks of similar size.
     """
 
     def __init__(
@@ -166,8 +166,10 @@ class PairBatcher:
         symmetric_pairs: bool | None = None,
         unsupervised: bool = False,
         chunk_texts: int | None = None,
+        chunk_count: int = CHUNKS_PER_BATCH,
     ) -> None:
-        self._tokenizer, self._chunk_texts, self._count = tokenizer, chunk_texts, len(pairs)
+        self._tokenizer, self._count = tokenizer, len(pairs)
+        self._chunk_texts, self._chunk_count = chunk_texts, chunk_count
         queries = [] if unsupervised else [pair.query for pair in pairs]
         documents = [pair.title for pair in pairs]
         documents += [text for pair in pairs for text in pair.hard_negatives]
@@ -218,7 +220,7 @@ class PairBatcher:
         numbers = np.concatenate([queries, titles, self._first_title + self._count + hard_negatives[rank]])
         token_ids = [self._texts[number] for number in numbers]
         longest_first = np.argsort([-len(text_ids) for text_ids in token_ids], kind="stable")
-        chunk_count = math.ceil(len(token_ids) / self._chunk_texts) if self._chunk_texts else CHUNKS_PER_BATCH
+        chunk_count = math.ceil(len(token_ids) / self._chunk_texts) if self._chunk_texts else self._chunk_count
         chunks = [chunk for chunk in np.array_split(longest_first, max(1, chunk_count)) if len(chunk)]
         all_rows, all_hard_negatives = np.concatenate(rank_rows), np.concatenate(hard_negatives)
         return PairBatch(

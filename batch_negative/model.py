@@ -7,6 +7,7 @@ from batch_negative.batches import PairBatch
 from batch_negative.distillation import MASKED_LOGIT, Distillation
 from common.distributed import gather_rows
 from data import TokenIds
+from modeling.packed_texts import Packing, pool_packed
 
 
 def in_batch_negatives_loss(
@@ -56,7 +57,12 @@ def batch_loss(
 
 
 class SemanticIndexBatchNeg(SemanticIndexBase):
-    """The dual encoder, one for queries and titles, trained with the other titles of the batch as negatives."""
+    """The dual encoder, one for queries and titles, trained with the other titles of the batch as negatives.
+
+    packing: of `pack_texts`, to train without padding; None trains on padded chunks.
+    """
+
+    packing: Packing | None = None
 
     def forward(
         self, batch: PairBatch, margin: float, scale: float, distillation: Distillation | None = None
@@ -68,4 +74,6 @@ class SemanticIndexBatchNeg(SemanticIndexBase):
     def encode_chunk(self, tokens: TokenIds) -> paddle.Tensor:
         """Unit vectors, float32 [n, D], of the n texts of a chunk."""
         input_ids, token_type_ids = tokens
+        if self.packing:
+            return self.unit_vectors(pool_packed(self, self.packing, input_ids, token_type_ids))
         return self.get_pooled_embedding(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids))

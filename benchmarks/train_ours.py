@@ -35,6 +35,7 @@ from common.device import set_device, set_seed
 from common.distributed import broadcast_parameters, init_ranks
 from modeling.checkpoint import create_model
 from modeling.cpu_training_layers import speed_up_training
+from modeling.packed_texts import pack_texts
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     broadcast_parameters(model)
     speed_up_training(model)
+    model.packing = pack_texts(model)
     schedule = BatchSchedule(
         len(pairs), args.batch_size, seed=args.seed, epochs=1, max_steps=args.steps, world_size=world_size
     )
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     trainer = Trainer(
         model,
-        PairBatcher(tokenizer, pairs, chunk_texts=args.grad_cache_chunk),
+        PairBatcher(tokenizer, pairs, chunk_texts=args.grad_cache_chunk, chunk_count=1),
         optimizer,
         scheduler,
         rank=rank,

@@ -94,19 +94,12 @@ class CpuLayerNorm(nn.LayerNorm):
 
 
 class _Dropout(PyLayer):
-    """Sets elements to zero with probability `p` and scales up the others.
-
-    The mask depends on the state of Paddle's generator, like that of F.dropout. It takes 16 random bits per element, so
-    p is rounded to a multiple of 1 / 65,536; the scale fits the rounded p.
-    """
+    """Sets elements to zero with probability `p` and scales up the others, see `kept_by_dropout`."""
 
     @staticmethod
     def forward(ctx: Any, x: paddle.Tensor, p: float) -> paddle.Tensor:
-        dropped = min(round(p * 2**16), 2**16 - 1)  # of the 2**16 values of an element's bits
-        generator = np.random.SFC64(paddle.randint(0, 2**31 - 1, [2]).numpy())
-        bits = generator.random_raw(-(-x.size // 4)).view(np.uint16)[: x.size]
-        ctx.kept = (bits >= dropped).reshape(x.shape)
-        ctx.scale = np.float32(2**16 / (2**16 - dropped))
+        kept, ctx.scale = kept_by_dropout(x.size, p)
+        ctx.kept = kept.reshape(x.shape)
         return _Dropout._apply(ctx, x)
 
     @staticmethod
@@ -118,6 +111,18 @@ class _Dropout(PyLayer):
         result = _array(x) * ctx.kept
         result *= ctx.scale
         return _tensor(result)
+
+
+def kept_by_dropout(size: int, p: float) -> tuple[np.ndarray, np.float32]:
+    """Which elements dropout with probability `p` keeps, bool [size], and what it multiplies these with.
+
+    They depend on the state of Paddle's generator. An element takes 16 random bits, so p is rounded to a multiple of
+    1 / 65,536; the scale fits the rounded p.
+    """
+    dropped = min(round(p * 2**16), 2**16 - 1)  # of the 2**16 values of an element's bits
+    generator = np.random.SFC64(paddle.randint(0, 2**31 - 1, [2]).numpy())
+    bits = generator.random_raw(-(-size // 4)).view(np.uint16)[:size]
+    return bits >= dropped, np.float32(2**16 / (2**16 - dropped))
 
 
 def dropout(x: paddle.Tensor, p: float, training: bool) -> paddle.Tensor:
