@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.harness import (
     BASE_ERNIE,
     BENCHMARKS_PYTHON,
+    LOWEST_COSINES,
     MEDIUM_ERNIE,
     PASSIVE,
     SLEEPING,
@@ -53,8 +54,7 @@ RATIOS = {  # name -> the row that should be faster, and the other
     "int8_vs_openvino_int8": (OURS_INT8, OPENVINO_INT8),
 }
 LARGEST_DIFFERENCE = 1e-4  # of a unit vector's components from ours in fp32
-# With ours in fp32; random weights are harder to quantize than trained ones.
-LOWEST_COSINES = {OURS_BF16: 0.99, OPENVINO_BF16: 0.99, OURS_INT8: 0.95, OPENVINO_INT8: 0.95}
+ROW_PRECISIONS = {OURS_BF16: "bf16", OPENVINO_BF16: "bf16", OURS_INT8: "int8", OPENVINO_INT8: "int8"}  # else fp32
 # The others are warmed up with all texts, since they prepare each shape of a batch when they first see it. A pass of
 # the reference takes long.
 REFERENCE_OPTIONS = ("--warm_up", "32", "--passes", "1")
@@ -133,7 +133,7 @@ def largest_differences(encodings: Mapping[str, Sequence[Encoding]]) -> dict[str
         vectors = np.array([encoding.vectors for encoding in rounds])
         differences[name] = float(np.abs(vectors - expected).max())
         cosine = float((vectors * expected).sum(axis=-1).min())
-        lowest = LOWEST_COSINES.get(name)
+        lowest = LOWEST_COSINES.get(ROW_PRECISIONS.get(name, "fp32"))
         is_same = cosine >= lowest if lowest else differences[name] <= LARGEST_DIFFERENCE
         if not is_same:  # NaN too
             distance = f"{differences[name]:.2g} (cosines down to {cosine:.4f})"

@@ -34,6 +34,7 @@ from base_model import SemanticIndexBase
 from batch_negative.batches import batched
 from benchmarks.harness import (
     BASE_ERNIE,
+    LOWEST_COSINES,
     MAX_SEQ_LENGTH,
     MEDIUM_ERNIE,
     add_input_args,
@@ -57,7 +58,7 @@ from benchmarks.service_clients import CLIENTS, CPP_CLIENTS, read_metrics, runni
 from common.device import set_seed
 from data import encode_texts
 from encoding.exported_model import load_exported
-from encoding.text_encoder import Encoder
+from encoding.text_encoder import Encoder, TextSample
 from export_model import main as export
 from export_to_serving import main as export_to_serving
 from modeling.checkpoint import create_model, save_checkpoint
@@ -75,7 +76,7 @@ def measure_ways(
     serving_bin: of the C++ server, which is left out if it is None; folder: for its model.
     """
     texts, clients = served.texts, served.clients
-    check = partial(check_vector, texts, served.vectors)
+    check = partial(check_vector, texts, served.vectors, precision=model.precision)
     with ExitStack() as stack:
         service = stack.enter_context(running_service(served.model_dir, *served.options))
         ways = {
@@ -124,6 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--serving_bin", type=Path, help="also the C++ server: what deploy/C++/build.sh prints")
     parser.add_argument("--batch_size", type=number_in_range(1), default=32, help="texts per batch, and clients")
     parser.add_argument("--threads", type=number_in_range(1), default=cpu_count(), help="CPU threads that encode")
+    parser.add_argument(
+        "--precision", choices=["fp32", *LOWEST_COSINES], default="fp32", help="int8 is calibrated on the titles"
+    )
     parser.add_argument("--texts", type=number_in_range(1), default=512, help="titles to encode, again and again")
     parser.add_argument("--seconds", type=number_in_range(0.1, float), default=20.0, help="of each way in each round")
     parser.add_argument("--rounds", type=number_in_range(1), default=3, help="turns of each way")
@@ -147,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.search and args.serving_bin:
         raise InputError("--search: the C++ server doesn't search; leave --serving_bin out")
+    if args.precision != "fp32" and (args.search or args.serving_bin):
+        raise InputError(f"--precision {args.precision}: only Pipeline Serving is measured in it; leave it out")
     rounds, seconds, sizes = (2, 8.0, MEDIUM_ERNIE) if args.quick else (args.rounds, args.seconds, BASE_ERNIE)
     machine = describe_machine()
     with benchmark_inputs(args.train_set_file, args.model, sizes) as inputs:
@@ -154,9 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(texts) < args.batch_size:
             raise InputError(f"--batch_size {args.batch_size}: is more than the {len(texts)} texts")
         model_dir = args.model_dir or exported_model(inputs.model, inputs.folder)
-        model = load_exported(model_dir, threads=args.threads)
+        model = load_exported(model_dir, threads=args.threads, precision=args.precision, sample=TextSample(texts))
         vectors = encode_texts(model.embed, texts, model.tokenizer, args.batch_size)
         options = ["--batch_size", str(args.batch_size), "--threads", str(args.threads)]
+        options += ["--precision", args.precision, "--min_overlap", "0"]
         served = Served(model_dir, options, texts, vectors, args.batch_size)
         if args.search:
             index_dir = args.index_dir or inputs.folder / "index"
@@ -167,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             measured, compared = measure_ways(served, model, args.serving_bin, inputs.folder, rounds, seconds)
     figures = summary(measured)
     print_table(figures)
-    about = {"batch_size": args.batch_size, "threads": args.threads, "machine": machine}
+    about = {"precision": args.precision, "batch_size": args.batch_size, "threads": args.threads, "machine": machine}
     print(json.dumps({**compared, **figures, **about}))
     return 0
 

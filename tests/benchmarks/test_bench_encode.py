@@ -188,4 +188,4 @@ def test_the_made_texts_have_vectors_that_a_comparison_tells_apart() -> None:
         model, tokenizer = create_model(SemanticIndexBase, from_scratch=str(inputs.model))
         vectors = model.embed(*tokenizer(harness.sample_of(inputs.corpus, harness.SAMPLE)))
     cosines = (vectors @ vectors.T)[~np.eye(harness.SAMPLE, dtype=bool)]
-    assert cosines.max() < bench_encode.LOWEST_COSINES[bench_encode.OURS_BF16]
+    assert cosines.max() < harness.LOWEST_COSINES["bf16"]

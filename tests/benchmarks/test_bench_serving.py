@@ -31,10 +31,16 @@ def index_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.server
-def test_serving_benchmark_prints_what_can_be_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=pytest.mark.openvino)])
+def test_serving_benchmark_prints_what_can_be_read(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, precision: str
+) -> None:
     """With a tiny model and short times: the ratios are those of the speeds, and every text was answered."""
     pairs = write_pairs(tmp_path / "train.csv", all_pairs())
-    bench_serving.main(["--train_set_file", str(pairs), "--model", str(folder), *SIZES])
+    texts = ["--texts", "60"]  # enough to calibrate on
+    bench_serving.main(
+        ["--train_set_file", str(pairs), "--model", str(folder), *SIZES, *texts, "--precision", precision]
+    )
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     speed = result["texts_per_second"]
     for way in ("rpc", "http"):
@@ -93,22 +99,26 @@ def test_figures_are_medians_over_rounds() -> None:
     assert figures["calls"] == {"here": 3, "served": 6}
 
 
-@pytest.mark.parametrize("wrong", [0.0, 1e-4])
-def test_a_wrong_answer_ends_the_measurement(wrong: float) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_a_wrong_answer_ends_the_measurement(precision: str, is_wrong: bool) -> None:
+    """A vector in int8 only has to be near."""
     texts, vectors = ["甲", "乙"], unit_vectors(2, 8)
+    wrong = {"fp32": (0.0, 1e-4), "int8": (1e-2, 0.5)}[precision][is_wrong]
 
     @contextlib.contextmanager
     def connect() -> Iterator[Client]:
-        def parse(answer: bytes) -> np.ndarray:
-            row = texts.index(answer.decode())
-            return vectors[row : row + 1] + np.float32(wrong * row)
+        def parse(text: bytes) -> np.ndarray:
+            row = texts.index(text.decode())
+            answer = vectors[row : row + 1] + np.float32(wrong * row)
+            return answer / np.linalg.norm(answer)
 
         yield Client(lambda texts: texts[0].encode(), lambda request: request, parse)
 
     def check(row: int, answer: np.ndarray) -> None:
-        check_vector(texts, vectors, row, answer)
+        check_vector(texts, vectors, row, answer, precision=precision)
 
-    if not wrong:
+    if not is_wrong:
         assert measure_service(Way(connect, check, None), texts, 2, 0.05).texts >= 2
         return
     with pytest.raises(AssertionError, match="乙: a wrong vector"):
