@@ -1,4 +1,4 @@
-"""Training on a CPU without padding: the texts of a chunk follow each other in one row, which only attention parts.
+"""Training on a CPU without padding: a chunk's texts follow each other in one row; only attention keeps them apart.
 
 Where texts differ in length, a fifth of a padded batch is padding, and linear layers compute it as they compute tokens.
 """
@@ -114,7 +114,7 @@ def _times(tensor: paddle.Tensor, factor: paddle.Tensor | None) -> paddle.Tensor
 
 
 class PackedMultiHeadAttention(CpuMultiHeadAttention):
-    """CpuMultiHeadAttention that parts the texts of a row while there is a `packing`."""
+    """CpuMultiHeadAttention that keeps the texts of a row apart while `packing` has runs."""
 
     packing: Packing
 

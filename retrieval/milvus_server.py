@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -89,6 +90,7 @@ def _import_client(embedded: bool) -> "type[MilvusClient]":
         import pymilvus
 
         if embedded:
+            _import_faiss()
             import milvus_lite  # noqa: F401
     except ImportError as error:
         raise InputError(f"{error.name} isn't installed: {remedy}") from None
@@ -96,6 +98,21 @@ def _import_client(embedded: bool) -> "type[MilvusClient]":
         if name.partition(".")[0] in ("pymilvus", "milvus_lite"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     return pymilvus.MilvusClient
+
+
+def _import_faiss() -> None:
+    """Imports faiss, with which Milvus Lite searches, so that it uses only its own OpenMP library.
+
+    Once OpenVINO has computed, Paddle's OpenMP library is visible to everything that is loaded later. faiss would take
+    the functions that it has from there, and the others from its own: each thread then computes all queries of a
+    search, all at the same time in the same memory, and finds wrong documents.
+    """
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(flags | getattr(os, "RTLD_DEEPBIND", 0))  # looks into a library's own dependencies first
+    try:
+        import faiss  # noqa: F401
+    finally:
+        sys.setdlopenflags(flags)
 
 
 @contextlib.contextmanager
