@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 leaves it out
 
 from ann_util import IndexOptions, add_index_args, check_index_args
-from batch_negative.batches import CHUNKS_PER_BATCH, BatchSchedule, PairBatcher, check_batch_size
+from batch_negative.batches import BatchSchedule, PairBatcher, check_batch_size
 from batch_negative.reports import describe_end, report_plan, report_stop, report_texts, warn_of_small_disk
 from common import options
 from common.cli import ArgumentParser, add_switch, non_negative_float, number_in_range, positive_int, proportion, run
@@ -352,7 +352,7 @@ def make_batcher(
         symmetric_pairs=symmetric_pairs,
         unsupervised=unsupervised,
         chunk_texts=chunk_texts,
-        chunk_count=1 if loaded.model.packing else CHUNKS_PER_BATCH,
+        chunk_count=loaded.model.chunks_per_batch,
     )
     if batcher.mask and batcher.mask.symmetric and symmetric_pairs is None:
         share = f"{100 * batcher.mask.reversed_share:.0f} % of the pairs are given in both directions"

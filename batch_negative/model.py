@@ -3,7 +3,7 @@
 import paddle
 
 from base_model import SemanticIndexBase
-from batch_negative.batches import PairBatch
+from batch_negative.batches import CHUNKS_PER_BATCH, PairBatch
 from batch_negative.distillation import MASKED_LOGIT, Distillation
 from common.distributed import gather_rows
 from data import TokenIds
@@ -63,6 +63,11 @@ class SemanticIndexBatchNeg(SemanticIndexBase):
     """
 
     packing: Packing | None = None
+
+    @property
+    def chunks_per_batch(self) -> int:
+        """Into how many chunks of similar length to cut a batch: only padding makes several pay."""
+        return 1 if self.packing else CHUNKS_PER_BATCH
 
     def forward(
         self, batch: PairBatch, margin: float, scale: float, distillation: Distillation | None = None

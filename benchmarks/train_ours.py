@@ -34,8 +34,7 @@ from batch_negative.trainer import Trainer, make_optimizer
 from common.device import set_device, set_seed
 from common.distributed import broadcast_parameters, init_ranks
 from modeling.checkpoint import create_model
-from modeling.cpu_training_layers import speed_up_training
-from modeling.packed_texts import pack_texts
+from train_batch_neg import prepare_model
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_seq_length=MAX_SEQ_LENGTH,
     )
     broadcast_parameters(model)
-    speed_up_training(model)
-    model.packing = pack_texts(model)
+    prepare_model(model, "cpu", use_recompute=False, unsupervised=False)
     schedule = BatchSchedule(
         len(pairs), args.batch_size, seed=args.seed, epochs=1, max_steps=args.steps, world_size=world_size
     )
@@ -77,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     trainer = Trainer(
         model,
-        PairBatcher(tokenizer, pairs, chunk_texts=args.grad_cache_chunk, chunk_count=1),
+        PairBatcher(tokenizer, pairs, chunk_texts=args.grad_cache_chunk, chunk_count=model.chunks_per_batch),
         optimizer,
         scheduler,
         rank=rank,

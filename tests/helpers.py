@@ -118,14 +118,19 @@ def make_model_folder(folder: Path, **config: object) -> Path:
     return folder
 
 
-def new_model(folder: Path, **options: Any) -> "LoadedModel":
-    """A SemanticIndexBase of a model folder, with the same random weights in each call; options: of `create_model`."""
+def new_model(folder: Path, model_class: type | None = None, **options: Any) -> "LoadedModel":
+    """A model of a model folder, with the same random weights in each call; options: of `create_model`.
+
+    model_class: SemanticIndexBase by default.
+    """
     from base_model import SemanticIndexBase  # only after conftest has set Paddle up
     from common.device import set_seed
     from modeling.checkpoint import create_model
 
     set_seed(1)
-    return create_model(SemanticIndexBase, from_scratch=str(folder), **{"output_emb_size": 16, **options})
+    return create_model(
+        model_class or SemanticIndexBase, from_scratch=str(folder), **{"output_emb_size": 16, **options}
+    )
 
 
 def small_tokenizer(max_seq_length: int = 16, config: dict[str, Any] | None = None) -> TextTokenizer:

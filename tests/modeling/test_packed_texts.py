@@ -13,11 +13,9 @@ from batch_negative.batches import PairBatcher, PlannedStep
 from batch_negative.gradient_cache import cached_backward, direct_backward
 from batch_negative.model import SemanticIndexBatchNeg
 from batch_negative.trainer import Trainer, make_optimizer
-from common.device import set_seed
 from data import TextPair
-from helpers import all_pairs, make_model_folder
+from helpers import all_pairs, make_model_folder, new_model
 from modeling import packed_texts
-from modeling.checkpoint import create_model
 from modeling.cpu_training_layers import speed_up_training
 from modeling.packed_texts import PackedMultiHeadAttention, TextRun, _PackedAttention, pack_texts, pool_packed
 from train_batch_neg import prepare_model
@@ -25,10 +23,9 @@ from train_batch_neg import prepare_model
 LENGTHS = [9, 9, 9, 6, 4, 4, 1, 7]  # of tokens; also one that isn't in order
 
 
-def new_model(folder: Path, **options: Any) -> SemanticIndexBatchNeg:
-    """With the same random weights in each call."""
-    set_seed(1)
-    model, _ = create_model(SemanticIndexBatchNeg, from_scratch=str(folder), **{"output_emb_size": 16, **options})
+def fast_model(folder: Path, **options: Any) -> SemanticIndexBatchNeg:
+    """With the same random weights in each call; it still trains on padded batches."""
+    model = new_model(folder, SemanticIndexBatchNeg, **options).model
     speed_up_training(model)
     return model
 
@@ -63,7 +60,7 @@ def test_packed_texts_have_the_vectors_and_gradients_of_padded_ones(
 ) -> None:
     architecture = {"ernie": "ErnieModel", "bert": "BertModel"}[model_type]
     folder = make_model_folder(tmp_path / "model", model_type=model_type, architectures=[architecture])
-    model = new_model(folder, pooling=pooling)
+    model = fast_model(folder, pooling=pooling)
     model.eval()
     batch = padded_batch(lengths, 12)
     expected = model.encode_chunk(batch)
@@ -76,8 +73,8 @@ def test_packed_texts_have_the_vectors_and_gradients_of_padded_ones(
     np.testing.assert_allclose(model.embed(*batch), expected.numpy(), atol=1e-6)  # padded again
 
 
-def test_no_padding_is_computed(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = new_model(model_folder, pooling="mean")
+def test_no_padding_is_computed(model_folder: Path) -> None:
+    model = fast_model(model_folder, pooling="mean")
     model.packing = pack_texts(model)
     seen = []
     layer = model.ptm.encoder.layers[0].linear1
@@ -140,17 +137,14 @@ def test_training_takes_the_same_steps(still_model_folder: Path, chunk_texts: in
     pairs = [TextPair(*pair) for pair in all_pairs()[:48]]
     losses = []
     for has_padding in (True, False):
-        set_seed(1)
-        model, tokenizer = create_model(
-            SemanticIndexBatchNeg, from_scratch=str(still_model_folder), output_emb_size=16, pooling="mean", dropout=0.0
-        )
+        model, tokenizer = new_model(still_model_folder, SemanticIndexBatchNeg, pooling="mean", dropout=0.0)
         prepare_model(model, "cpu", False, False)
         if has_padding:
             model.packing = None
         optimizer, scheduler = make_optimizer(
             model, learning_rate=1e-2, total_steps=6, warmup_proportion=0.0, weight_decay=0.0, max_grad_norm=5.0
         )
-        batcher = PairBatcher(tokenizer, pairs, chunk_texts=chunk_texts, chunk_count=4 if has_padding else 1)
+        batcher = PairBatcher(tokenizer, pairs, chunk_texts=chunk_texts, chunk_count=model.chunks_per_batch)
         backward = cached_backward if chunk_texts else direct_backward
         trainer = Trainer(
             model, batcher, optimizer, scheduler, rank=0, seed=0, margin=0.2, scale=20.0, backward=backward
@@ -163,20 +157,20 @@ def test_training_takes_the_same_steps(still_model_folder: Path, chunk_texts: in
 
 def test_other_backbones_and_recomputed_layers_are_padded(tmp_path: Path, model_folder: Path) -> None:
     roberta = make_model_folder(tmp_path / "roberta", model_type="roberta", architectures=["RobertaModel"])
-    assert pack_texts(new_model(roberta)) is None
-    model = new_model(model_folder)
+    assert pack_texts(fast_model(roberta)) is None
+    model = fast_model(model_folder)
     model.ptm.encoder.layers[0].self_attn.__class__ = type("Own", (PackedMultiHeadAttention,), {})
     assert pack_texts(model) is None
-    model = new_model(model_folder)
+    model = fast_model(model_folder)
     prepare_model(model, "cpu", use_recompute=True, unsupervised=False)
     assert model.packing is None
-    model = new_model(model_folder)
+    model = fast_model(model_folder)
     prepare_model(model, "cpu", use_recompute=False, unsupervised=False)
     assert model.packing is not None
 
 
 def test_the_layers_forget_the_texts_when_a_step_fails(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = new_model(model_folder)
+    model = fast_model(model_folder)
     packing = pack_texts(model)
     assert packing
 
