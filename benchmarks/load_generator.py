@@ -113,12 +113,10 @@ def check_vector(
 
     In other precisions than fp32 a vector depends on the batch, and only has to be near.
     """
-    is_right = answer.shape == (1, vectors.shape[1])
-    if is_right and precision in LOWEST_COSINES:
-        is_right = float(answer[0] @ vectors[row]) >= LOWEST_COSINES[precision]
-    elif is_right:
-        is_right = bool(np.abs(answer - vectors[row]).max() <= TOLERANCE)
-    if not is_right:
+    lowest = LOWEST_COSINES.get(precision)
+    if answer.shape != (1, vectors.shape[1]) or not (
+        answer[0] @ vectors[row] >= lowest if lowest else np.abs(answer - vectors[row]).max() <= TOLERANCE
+    ):  # NaN too
         raise AssertionError(f"{texts[row]}: a wrong vector")
 
 

@@ -1,17 +1,16 @@
 """Embedded Milvus beside OpenVINO and Paddle, in a process of its own: the order in which they are loaded matters."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from helpers import ROOT
+from helpers import ROOT, run_script
 
 SEARCH = """
-import sys
+import os, sys
 from pathlib import Path
+os.environ["OMP_NUM_THREADS"] = "2"
+sys.path[:0] = [".", "tests"]
 from common.paddle_setup import set_up_paddle
 set_up_paddle()
 import numpy as np
@@ -39,9 +38,5 @@ print("queries that differ:", [int((each != found[0]).any(axis=1).sum()) for eac
 @pytest.mark.openvino
 def test_a_search_finds_the_same_after_openvino_has_computed(checkpoint: Path, tmp_path: Path) -> None:
     """With two OpenMP libraries in one search, its threads wrote into each other's results."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, "-c", SEARCH, str(checkpoint), str(tmp_path)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False
-    )
+    done = run_script("-c", SEARCH, checkpoint, tmp_path, cwd=ROOT)
     assert "queries that differ: [0, 0, 0, 0, 0]" in done.stdout, done.stdout + done.stderr
