@@ -15,12 +15,12 @@ from paddle.autograd import PyLayer
 BLOCK_ELEMENTS = 1 << 17  # of rows that are computed together: several such blocks fit into a core's cache
 
 
-def _array(tensor: paddle.Tensor) -> np.ndarray:
+def as_array(tensor: paddle.Tensor) -> np.ndarray:
     """The tensor's memory as a read-only array, without a copy."""
     return np.from_dlpack(tensor.detach())
 
 
-def _tensor(array: np.ndarray) -> paddle.Tensor:
+def as_tensor(array: np.ndarray) -> paddle.Tensor:
     """The array's memory as a tensor, without a copy."""
     return paddle.from_dlpack(array)
 
@@ -69,7 +69,7 @@ class _LayerNorm(PyLayer):
     def backward(ctx: Any, gradient: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
         x, weight = ctx.saved_tensor()
         size = x.shape[-1]
-        x_rows, g_rows, w = _array(x.reshape([-1, size])), _array(gradient.reshape([-1, size])), _array(weight)
+        x_rows, g_rows, w = as_array(x.reshape([-1, size])), as_array(gradient.reshape([-1, size])), as_array(weight)
         dx = np.empty_like(x_rows)
         d_weight, d_bias = np.zeros_like(w), np.zeros_like(w)
         block = max(1, BLOCK_ELEMENTS // size)
@@ -78,7 +78,7 @@ class _LayerNorm(PyLayer):
             block_weight, block_bias = _layer_norm_gradient(x_rows[rows], g_rows[rows], w, ctx.epsilon, dx[rows])
             d_weight += block_weight
             d_bias += block_bias
-        return _tensor(dx).reshape(x.shape), _tensor(d_weight), _tensor(d_bias)
+        return as_tensor(dx).reshape(x.shape), as_tensor(d_weight), as_tensor(d_bias)
 
 
 def _layer_norm_gradient(
@@ -125,9 +125,9 @@ class _Dropout(PyLayer):
 
     @staticmethod
     def _apply(ctx: Any, x: paddle.Tensor) -> paddle.Tensor:
-        result = _array(x) * ctx.kept
+        result = as_array(x) * ctx.kept
         result *= ctx.scale
-        return _tensor(result)
+        return as_tensor(result)
 
 
 def kept_by_dropout(size: int, p: float) -> tuple[np.ndarray, np.float32]:

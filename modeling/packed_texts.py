@@ -10,15 +10,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer
 
 from base_model import ClsOnlyLayer, SemanticIndexBase
-from modeling.cpu_training_layers import CpuMultiHeadAttention, kept_by_dropout
+from modeling.cpu_training_layers import CpuMultiHeadAttention, as_array, as_tensor, kept_by_dropout
 
 # Of PaddleNLP's backbones, those that number the positions of a text from 0 and take position_ids.
 PACKED_MODEL_TYPES = ("ernie", "bert")
+
+# In multiplications. Beyond, NumPy's OpenBLAS starts threads of its own, which wait actively beside Paddle's.
+MAX_SMALL_PRODUCT = 1 << 18
 
 
 class TextRun(NamedTuple):
@@ -51,66 +53,91 @@ class Packing:
 
 
 class _PackedAttention(PyLayer):
-    """Scaled dot-product attention within each text, over the heads' queries [H, Q, d], keys and values [H, T, d].
+    """Scaled dot-product attention within each text; q: float32 [1, Q, D], k and v: [1, T, D], each of several heads.
 
-    Q is T, or the number of texts if only their first tokens ask. Runs of equally long texts are computed together.
+    Q is T, or the number of texts if only their first tokens ask. Runs of equally long texts are computed together, in
+    NumPy: to start an operation of Paddle takes longer than most of these small products, and NumPy needs no copies in
+    the order of the heads.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, runs: list[TextRun], p: float
+        ctx: Any, q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, heads: int, runs: list[TextRun], p: float
     ) -> paddle.Tensor:
-        ctx.scale = q.shape[2] ** -0.5
+        ctx.heads, ctx.key_shapes = heads, [(run.texts, run.length) for run in runs]
         only_first = q.shape[1] != k.shape[1]
-        ctx.q_shapes = [[q.shape[0], run.texts, 1 if only_first else run.length, q.shape[2]] for run in runs]
-        ctx.k_shapes = [[q.shape[0], run.texts, run.length, q.shape[2]] for run in runs]
-        queries = _split(q * ctx.scale, ctx.q_shapes)
-        keys, values = _split(k, ctx.k_shapes), _split(v, ctx.k_shapes)
-        weights = [F.softmax(paddle.matmul(a, b, transpose_y=True)) for a, b in zip(queries, keys, strict=True)]
-        factors = _dropout_factors(weights, p) if p else [None] * len(runs)
-        dropped = [_times(*each) for each in zip(weights, factors, strict=True)]
-        ctx.runs = list(zip(queries, keys, values, weights, factors, dropped, strict=True))
-        ctx.result = _join(map(paddle.matmul, dropped, values))
-        return ctx.result
+        ctx.query_shapes = [(run.texts, 1) for run in runs] if only_first else ctx.key_shapes
+        ctx.scale = np.float32((q.shape[2] // heads) ** -0.5)
+        ctx.result = np.empty(q.shape, np.float32)
+        queries, results = (_split(rows, heads, ctx.query_shapes) for rows in (as_array(q) * ctx.scale, ctx.result))
+        keys, values = (_split(as_array(rows), heads, ctx.key_shapes) for rows in (k, v))
+        weights = [_softmax(_product(a, b, transpose_y=True)) for a, b in zip(queries, keys, strict=True)]
+        factors = _dropout_factors(weights, p) if p else [np.ones(1, np.float32)] * len(runs)
+        ctx.runs = list(zip(queries, keys, values, weights, factors, strict=True))
+        for weight, factor, value, result in zip(weights, factors, values, results, strict=True):
+            _product(weight * factor, value, result)
+        return as_tensor(ctx.result)
 
     @staticmethod
     def backward(ctx: Any, gradient: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
         # With weights w = softmax(s) and their gradients dw, ds = w * (dw - sum(w * dw)), and the sum is that of
         # result * gradient over a head's components.
-        sums = _split((ctx.result * gradient).sum(axis=-1, keepdim=True), [[*shape[:3], 1] for shape in ctx.q_shapes])
-        parts = []
-        for (query, key, value, weight, factor, dropped), d_result, total in zip(
-            ctx.runs, _split(gradient, ctx.q_shapes), sums, strict=True
+        d_result = as_array(gradient)
+        by_head = [rows.reshape(-1, ctx.heads, rows.shape[2] // ctx.heads) for rows in (ctx.result, d_result)]
+        sums = np.einsum("nhd,nhd->nh", *by_head)
+        keys_in_all = sum(texts * length for texts, length in ctx.key_shapes)
+        dq, dk, dv = (
+            np.empty((1, rows, d_result.shape[2]), np.float32) for rows in (d_result.shape[1], keys_in_all, keys_in_all)
+        )
+        of_queries = [_split(rows, ctx.heads, ctx.query_shapes) for rows in (d_result, sums, dq)]
+        of_keys = [_split(rows, ctx.heads, ctx.key_shapes) for rows in (dk, dv)]
+        for (query, key, value, weight, factor), d_out, total, d_query, d_key, d_value in zip(
+            ctx.runs, *of_queries, *of_keys, strict=True
         ):
-            d_weight = _times(paddle.matmul(d_result, value, transpose_y=True), factor)
-            d_logits = weight * (d_weight - total)
-            d_key = paddle.matmul(d_logits, query, transpose_x=True)
-            parts.append((paddle.matmul(d_logits, key), d_key, paddle.matmul(dropped, d_result, transpose_x=True)))
-        d_queries, d_keys, d_values = zip(*parts, strict=True)
-        return _join(d_queries) * ctx.scale, _join(d_keys), _join(d_values)
+            d_logits = _product(d_out, value, transpose_y=True) * factor
+            d_logits -= total
+            d_logits *= weight
+            _product(d_logits, key, d_query)
+            _product(d_logits, query, d_key, transpose_x=True)
+            _product(weight * factor, d_out, d_value, transpose_x=True)
+        dq *= ctx.scale
+        return as_tensor(dq), as_tensor(dk), as_tensor(dv)
 
 
-def _split(rows: paddle.Tensor, shapes: list[list[int]]) -> list[paddle.Tensor]:
-    """Cuts [H, N, d] into the shapes [H, count, length, d], of which the sum of count * length is N."""
-    parts = paddle.split(rows, [count * length for _, count, length, _ in shapes], axis=1)
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+def _split(rows: np.ndarray, heads: int, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
+    """Each run of the rows [..., N, heads * d] as a view [texts, heads, length, d]. shapes: the texts and lengths."""
+    rows = rows.reshape(-1, heads, rows.shape[-1] // heads)
+    ends = np.cumsum([texts * length for texts, length in shapes])
+    parts = np.split(rows, ends[:-1])
+    return [part.reshape(*shape, *part.shape[1:]).swapaxes(1, 2) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _join(parts: Any) -> paddle.Tensor:
-    """Puts [H, count, length, d] together to [H, N, d]."""
-    return paddle.concat([part.flatten(start_axis=1, stop_axis=2) for part in parts], axis=1)
+def _product(
+    x: np.ndarray, y: np.ndarray, out: np.ndarray | None = None, *, transpose_x: bool = False, transpose_y: bool = False
+) -> np.ndarray:
+    """paddle.matmul of arrays of 4 axes, written to `out` if it is given; small products by NumPy."""
+    if x.shape[2] * x.shape[3] * y.shape[2 if transpose_y else 3] <= MAX_SMALL_PRODUCT:
+        return np.matmul(x.swapaxes(2, 3) if transpose_x else x, y.swapaxes(2, 3) if transpose_y else y, out=out)
+    tensors = (as_tensor(np.require(array, requirements="CW")) for array in (x, y))  # no others can be shared
+    product = as_array(paddle.matmul(*tensors, transpose_x, transpose_y))
+    if out is None:
+        return product
+    out[...] = product
+    return out
 
 
-def _dropout_factors(weights: list[paddle.Tensor], p: float) -> list[paddle.Tensor]:
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    powers /= powers.sum(axis=-1, keepdims=True)
+    return powers
+
+
+def _dropout_factors(weights: list[np.ndarray], p: float) -> list[np.ndarray]:
     """What dropout multiplies each weight with, in the shapes of the weights."""
-    sizes = [weight.size for weight in weights]
-    kept, scale = kept_by_dropout(sum(sizes), p)
-    parts = paddle.split(paddle.from_dlpack(kept * scale), sizes)
+    kept, scale = kept_by_dropout(sum(weight.size for weight in weights), p)
+    parts = np.split(kept * scale, np.cumsum([weight.size for weight in weights])[:-1])
     return [part.reshape(weight.shape) for part, weight in zip(parts, weights, strict=True)]
-
-
-def _times(tensor: paddle.Tensor, factor: paddle.Tensor | None) -> paddle.Tensor:
-    return tensor if factor is None else tensor * factor
 
 
 class PackedMultiHeadAttention(CpuMultiHeadAttention):
@@ -129,13 +156,9 @@ class PackedMultiHeadAttention(CpuMultiHeadAttention):
         """As in CpuMultiHeadAttention; in a row, query: float32 [1, Q, D], key and value: [1, T, D]."""
         if not self.packing.runs:
             return super().forward(query, key, value, attn_mask, cache)
-        heads = [
-            projection(rows).reshape([-1, self.num_heads, self.head_dim]).transpose([1, 0, 2])
-            for projection, rows in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
-        ]
+        rows = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         p = self.dropout if self.training else 0.0
-        result = _PackedAttention.apply(*heads, self.packing.runs, p)
-        return self.out_proj(result.transpose([1, 0, 2]).flatten(start_axis=1).unsqueeze(0))
+        return self.out_proj(_PackedAttention.apply(*rows, self.num_heads, self.packing.runs, p))
 
 
 class PackedClsOnlyLayer(ClsOnlyLayer):

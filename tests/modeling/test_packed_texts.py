@@ -84,23 +84,30 @@ def test_no_padding_is_computed(model_folder: Path) -> None:
 
 
 def twin_attention(
-    q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, runs: list[TextRun], factors: list[paddle.Tensor]
+    q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, heads: int, runs: list[TextRun], factors: list[np.ndarray]
 ) -> paddle.Tensor:
     """Text by text, with Paddle's own gradients. factors: what each run's weights are multiplied with."""
+    only_first = q.shape[1] != k.shape[1]
+    q, k, v = (rows.reshape([-1, heads, rows.shape[2] // heads]).transpose([1, 0, 2]) for rows in (q, k, v))
     results, q_start, start = [], 0, 0
     for run, factor in zip(runs, factors, strict=True):
         for text in range(run.texts):
-            q_length = run.length if q.shape[1] == k.shape[1] else 1
+            q_length = 1 if only_first else run.length
             own_q, rows = q[:, q_start : q_start + q_length], slice(start, start + run.length)
             weights = F.softmax(paddle.matmul(own_q, k[:, rows], transpose_y=True) / math.sqrt(q.shape[2]))
-            results.append(paddle.matmul(weights * factor[:, text], v[:, rows]))
+            results.append(paddle.matmul(weights * paddle.to_tensor(factor[text]), v[:, rows]))
             q_start, start = q_start + q_length, start + run.length
-    return paddle.concat(results, axis=1)
+    return paddle.concat(results, axis=1).transpose([1, 0, 2]).flatten(start_axis=1).unsqueeze(0)
 
 
 @pytest.mark.parametrize("only_first", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_attention_and_its_gradient(only_first: bool, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("are_small", [False, True])
+def test_attention_and_its_gradient(
+    only_first: bool, p: float, are_small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with the matrix products of long texts, which Paddle computes."""
+    monkeypatch.setattr(packed_texts, "MAX_SMALL_PRODUCT", packed_texts.MAX_SMALL_PRODUCT if are_small else 0)
     heads, size, runs = 2, 4, [TextRun(2, 5), TextRun(1, 3), TextRun(3, 1)]
     tokens, texts = sum(run.texts * run.length for run in runs), sum(run.texts for run in runs)
     drawn = []
@@ -108,14 +115,14 @@ def test_attention_and_its_gradient(only_first: bool, p: float, monkeypatch: pyt
     monkeypatch.setattr(packed_texts, "_dropout_factors", lambda *given: drawn.append(real(*given)) or drawn[-1])
     random = np.random.default_rng(0)
     arrays = [
-        random.standard_normal((heads, rows, size)).astype(np.float32)
+        random.standard_normal((1, rows, heads * size)).astype(np.float32)
         for rows in (texts if only_first else tokens, tokens, tokens)
     ]
     given = [paddle.to_tensor(array, stop_gradient=False) for array in arrays]
     twins = [paddle.to_tensor(array, stop_gradient=False) for array in arrays]
-    result = _PackedAttention.apply(*given, runs, p)
-    factors = drawn[0] if p else [paddle.ones([heads, run.texts, 1, 1]) for run in runs]
-    expected = twin_attention(*twins, runs, factors)
+    result = _PackedAttention.apply(*given, heads, runs, p)
+    factors = drawn[0] if p else [np.ones((run.texts, heads, 1, 1), np.float32) for run in runs]
+    expected = twin_attention(*twins, heads, runs, factors)
     np.testing.assert_allclose(result.numpy(), expected.numpy(), atol=1e-6)
     weights = paddle.to_tensor(random.standard_normal(result.shape).astype(np.float32))
     (result * weights).sum().backward()
@@ -125,10 +132,10 @@ def test_attention_and_its_gradient(only_first: bool, p: float, monkeypatch: pyt
 
 
 def test_attention_drops_its_share_of_the_weights() -> None:
-    factors = packed_texts._dropout_factors([paddle.ones([4, 50, 10, 10]), paddle.ones([4, 1, 7, 7])], 0.1)
-    assert [factor.shape for factor in factors] == [[4, 50, 10, 10], [4, 1, 7, 7]]
-    assert (factors[0].numpy() == 0).mean() == pytest.approx(0.1, abs=0.01)
-    assert factors[0].numpy().max() == pytest.approx(1 / 0.9, rel=1e-4)
+    factors = packed_texts._dropout_factors([np.ones((50, 4, 10, 10)), np.ones((1, 4, 7, 7))], 0.1)
+    assert [factor.shape for factor in factors] == [(50, 4, 10, 10), (1, 4, 7, 7)]
+    assert (factors[0] == 0).mean() == pytest.approx(0.1, abs=0.01)
+    assert factors[0].max() == pytest.approx(1 / 0.9, rel=1e-4)
 
 
 @pytest.mark.parametrize("chunk_texts", [None, 7])
