@@ -118,7 +118,7 @@ def _product(
     """paddle.matmul of arrays of 4 axes, written to `out` if it is given; small products by NumPy."""
     if x.shape[2] * x.shape[3] * y.shape[2 if transpose_y else 3] <= MAX_SMALL_PRODUCT:
         return np.matmul(x.swapaxes(2, 3) if transpose_x else x, y.swapaxes(2, 3) if transpose_y else y, out=out)
-    tensors = (as_tensor(np.require(array, requirements="CW")) for array in (x, y))  # no others can be shared
+    tensors = (as_tensor(np.require(array, requirements=("C", "W"))) for array in (x, y))  # no others can be shared
     product = as_array(paddle.matmul(*tensors, transpose_x, transpose_y))
     if out is None:
         return product
