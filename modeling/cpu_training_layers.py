@@ -27,7 +27,7 @@ def as_tensor(array: np.ndarray) -> paddle.Tensor:
 
 def _row_sum(rows: paddle.Tensor) -> paddle.Tensor:
     """The sum [C] of the rows [N, C]."""
-    return paddle.matmul(paddle.ones([rows.shape[0]]), rows)
+    return paddle.matmul(paddle.ones([1, rows.shape[0]]), rows)[0]
 
 
 class _Linear(PyLayer):

@@ -656,6 +656,25 @@ def test_two_ranks_build_an_index_without_queries(checkpoint: Path, recall_data:
     assert len(saved.documents) == len(saved.lexical) == len(read_corpus(recall_data / "corpus.csv"))
 
 
+@pytest.mark.openvino
+@pytest.mark.process
+def test_two_ranks_calibrate_int8_once(checkpoint: Path, recall_data: Path, tmp_path: Path) -> None:
+    """A second run, in one process, takes the same graph and finds the same."""
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model, ignore=shutil.ignore_patterns("openvino", "static"))
+    more = ("--ann", "exact", "--precision", "int8", "--min_overlap", "0.8")
+    arguments = options(model, recall_data, tmp_path, *more)
+    done = run_script("recall.py", *arguments, ranks=2, log_dir=tmp_path / "log")
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = "".join(log.read_text(encoding="utf-8") for log in (tmp_path / "log").glob("workerlog.*"))
+    assert logs.count("int8: calibrating on") == 1
+    (fidelity,) = model.glob("openvino/*/fidelity.json")
+    written = fidelity.stat().st_mtime_ns
+    assert recall.main(options(model, recall_data, tmp_path / "alone", *more)) == 0
+    assert fidelity.stat().st_mtime_ns == written
+    assert same_hits(result(tmp_path), result(tmp_path / "alone"))
+
+
 SLOW_RECALL = """
 import time
 import recall
