@@ -351,24 +351,30 @@ def make_query(rng: random.Random, document: Document) -> str:
     return pick(rng, (" ", "")).join(shuffled(rng, spellings.values()))
 
 
-def make_pairs(rng: random.Random, documents: list[Document], count: int, taken: set[str]) -> list[tuple[str, str]]:
-    """Makes `count` pairs of a query not in `taken` and its document, cycling through `documents`; no pair comes twice.
+def words_of(query: str) -> str:
+    """The same for queries that differ only in the order of their words and in the spaces between them."""
+    return "".join(sorted(query.replace(" ", "")))
 
-    Raises InputError if the documents don't yield so many.
+
+def make_pairs(rng: random.Random, documents: list[Document], count: int, taken: set[str]) -> list[tuple[str, str]]:
+    """Makes `count` pairs of a query and its document, cycling through `documents`; no two with the same words.
+
+    taken: `words_of` queries that don't come up. Raises InputError if the documents don't yield so many.
     """
-    pairs: dict[tuple[str, str], None] = {}
+    pairs: dict[tuple[str, str], tuple[str, str]] = {}
     for number in range(count):
         document = documents[number % len(documents)]
         for _ in range(MAX_QUERY_TRIES):
-            pair = (make_query(rng, document), document.text)
-            if pair[0] not in taken and pair not in pairs:
+            query = make_query(rng, document)
+            words = words_of(query)
+            if words not in taken and (words, document.text) not in pairs:
                 break
         else:
             raise InputError(
                 f"{len(documents)} documents yield {len(pairs)} of {count} pairs; ask for fewer, or more --documents"
             )
-        pairs[pair] = None
-    return list(pairs)
+        pairs[words, document.text] = (query, document.text)
+    return list(pairs.values())
 
 
 def make_dataset(documents: int, train_pairs: int, dev_pairs: int, test_pairs: int, seed: int) -> dict[str, list[str]]:
@@ -386,9 +392,9 @@ def make_dataset(documents: int, train_pairs: int, dev_pairs: int, test_pairs: i
     corpus = make_documents(rng, read_fields(), documents)
     order = shuffled(rng, corpus)
     test = make_pairs(rng, order[:test_pairs], test_pairs, set())
-    taken = {query for query, _ in test}
+    taken = {words_of(query) for query, _ in test}
     dev = make_pairs(rng, order[test_pairs : test_pairs + dev_pairs], dev_pairs, taken)
-    taken.update(query for query, _ in dev)
+    taken.update(words_of(query) for query, _ in dev)
     train = make_pairs(rng, order[test_pairs + dev_pairs :], train_pairs, taken)
     splits = {"train.csv": train, "dev.csv": dev, "test.csv": test}
     files = {name: [f"{query}\t{text}" for query, text in pairs] for name, pairs in splits.items()}
