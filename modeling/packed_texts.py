@@ -64,8 +64,9 @@ class _PackedAttention(PyLayer):
     def forward(
         ctx: Any, q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, heads: int, runs: list[TextRun], p: float
     ) -> paddle.Tensor:
-        ctx.heads, ctx.key_shapes = heads, [(run.texts, run.length) for run in runs]
-        only_first = q.shape[1] != k.shape[1]
+        ctx.heads, ctx.tokens = heads, k.shape[1]
+        ctx.key_shapes = [(run.texts, run.length) for run in runs]
+        only_first = q.shape[1] != ctx.tokens
         ctx.query_shapes = [(run.texts, 1) for run in runs] if only_first else ctx.key_shapes
         ctx.scale = np.float32((q.shape[2] // heads) ** -0.5)
         ctx.result = np.empty(q.shape, np.float32)
@@ -83,12 +84,10 @@ class _PackedAttention(PyLayer):
         # With weights w = softmax(s) and their gradients dw, ds = w * (dw - sum(w * dw)), and the sum is that of
         # result * gradient over a head's components.
         d_result = as_array(gradient)
-        by_head = [rows.reshape(-1, ctx.heads, rows.shape[2] // ctx.heads) for rows in (ctx.result, d_result)]
+        _, asking, size = d_result.shape
+        by_head = [rows.reshape(asking, ctx.heads, size // ctx.heads) for rows in (ctx.result, d_result)]
         sums = np.einsum("nhd,nhd->nh", *by_head)
-        keys_in_all = sum(texts * length for texts, length in ctx.key_shapes)
-        dq, dk, dv = (
-            np.empty((1, rows, d_result.shape[2]), np.float32) for rows in (d_result.shape[1], keys_in_all, keys_in_all)
-        )
+        dq, dk, dv = (np.empty((1, rows, size), np.float32) for rows in (asking, ctx.tokens, ctx.tokens))
         of_queries = [_split(rows, ctx.heads, ctx.query_shapes) for rows in (d_result, sums, dq)]
         of_keys = [_split(rows, ctx.heads, ctx.key_shapes) for rows in (dk, dv)]
         for (query, key, value, weight, factor), d_out, total, d_query, d_key, d_value in zip(
