@@ -16,6 +16,7 @@ from common.errors import InputError
 from common.texts import DOCUMENT
 from data import read_hits
 from encoding.encoder import load_encoder
+from encoding.engines import FIDELITY_FILE, OPENVINO_FOLDER
 from helpers import ROOT, run_script, write_pairs
 from retrieval import pipeline
 from retrieval.corpus import Corpus, read_corpus
@@ -661,14 +662,14 @@ def test_two_ranks_build_an_index_without_queries(checkpoint: Path, recall_data:
 def test_two_ranks_calibrate_int8_once(checkpoint: Path, recall_data: Path, tmp_path: Path) -> None:
     """A second run, in one process, takes the same graph and finds the same."""
     model = tmp_path / "model"
-    shutil.copytree(checkpoint, model, ignore=shutil.ignore_patterns("openvino", "static"))
+    shutil.copytree(checkpoint, model, ignore=shutil.ignore_patterns(OPENVINO_FOLDER, "static"))
     more = ("--ann", "exact", "--precision", "int8", "--min_overlap", "0.8")
     arguments = options(model, recall_data, tmp_path, *more)
     done = run_script("recall.py", *arguments, ranks=2, log_dir=tmp_path / "log")
     assert done.returncode == 0, done.stdout + done.stderr
     logs = "".join(log.read_text(encoding="utf-8") for log in (tmp_path / "log").glob("workerlog.*"))
     assert logs.count("int8: calibrating on") == 1
-    (fidelity,) = model.glob("openvino/*/fidelity.json")
+    (fidelity,) = (model / OPENVINO_FOLDER).glob(f"*/{FIDELITY_FILE}")
     written = fidelity.stat().st_mtime_ns
     assert recall.main(options(model, recall_data, tmp_path / "alone", *more)) == 0
     assert fidelity.stat().st_mtime_ns == written
