@@ -56,8 +56,7 @@ def test_stopping_answers_what_is_there(encoder: FakeEncoder) -> None:
     assert encoder.closed
 
 
-def test_overload_over_rpc(encoder: FakeEncoder) -> None:
-    """The client tells apart a busy service, too many texts, and no service."""
+def test_a_busy_service_over_rpc(encoder: FakeEncoder) -> None:
     service = PipelineService([encoder], ServiceOptions(4, 0.0, 1, LIMITS))
     endpoint = f"{HOST}:{service.listen(HOST, 0)}"
     with ThreadPoolExecutor(1) as pool:
@@ -67,8 +66,18 @@ def test_overload_over_rpc(encoder: FakeEncoder) -> None:
             embed_remotely(endpoint, {"0": "b"})
         encoder.go.set()
         assert waiting.result().err_no == 0
+    assert service.stop(30)
+
+
+def test_too_many_texts_over_rpc(fake_service: PipelineService) -> None:
+    endpoint = f"{HOST}:{fake_service.listen(HOST, 0)}"
     with pytest.raises(InputError, match="send fewer texts"):
         embed_remotely(endpoint, {"0": "a" * LIMITS.bytes})
+
+
+def test_no_service_over_rpc(encoder: FakeEncoder) -> None:
+    service = PipelineService([encoder], ServiceOptions(4, 0.0, 1, LIMITS))
+    endpoint = f"{HOST}:{service.listen(HOST, 0)}"
     assert service.stop(30)
     with pytest.raises(InputError, match=r"start deploy/python/web_service\.py"):
         embed_remotely(endpoint, {"0": "a"})
