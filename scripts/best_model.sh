@@ -6,8 +6,9 @@
 #   OPTIONS        of every training, such as --from_scratch, --model_name_or_path, --batch_size, --epochs
 #
 # It checks the data, pre-trains on all texts, trains on the pairs, mines hard negatives with that model, trains on with
-# them, and compares both models on test.csv, or on dev.csv if there is none. Run it again after an interruption or a change: an interrupted training goes
-# on, and a stage whose options and input files are as before isn't repeated.
+# them, and compares both models on test.csv, or on dev.csv if there is none. With --from_scratch, the first training on
+# the pairs has BM25's hits as hard negatives, and learns its scores of them. Run it again after an interruption or a
+# change: an interrupted training goes on, and a stage whose options and input files are as before isn't repeated.
 set -eu
 . "$(dirname -- "$0")/common.sh"
 
@@ -21,6 +22,8 @@ while [ "$left" -gt 0 ]; do # the other options stay, in their order
     *) set -- "$@" "$1" && shift && left=$((left - 1)) ;;
     esac
 done
+from_scratch=
+case " $* " in *" --from_scratch"[\ =]*) from_scratch=1 ;; esac
 mkdir -p "$output/stages"
 
 # stage NAME WRITTEN INPUT... -- COMMAND...: runs the command, unless it has ended before with the same words and inputs.
@@ -70,6 +73,12 @@ pretrain() { # OPTIONS...
         --save_dir "$output/pretrained" --resume_from latest "$@"
 }
 
+mine_words() {
+    "$python" -u tools/mine_hard_negatives.py --device "$device" --lexical bm25 --negatives 7 --random_share 1 \
+        --max_relative_score 1 --write_scores --train_set_file "$data/train.csv" --corpus_file "$data/corpus.csv" \
+        --output "$output/words/train.csv"
+}
+
 last_checkpoint() { # SAVE_DIR
     for folder in "$1"/model_[0-9]*; do echo "${folder##*_} $folder"; done | sort -n | tail -n 1 | cut -d ' ' -f 2-
 }
@@ -103,8 +112,13 @@ again=$output/trained_again/model_best
 stage check "$output/data.html" "$data/train.csv" "$data/dev.csv" "$data/test.csv" "$data/corpus.csv" -- check
 stage pretrain "$output/pretrained" "$data/train.csv" "$data/train_unsupervised.csv" "$data/corpus.csv" -- pretrain "$@"
 pretrained=$(last_checkpoint "$output/pretrained")
-stage train "$output/trained" "$data/train.csv" "$data/dev.csv" "$data/corpus.csv" "$pretrained/manifest.json" -- \
-    train "$output/trained" "$data/train.csv" "$@" --init_from_ckpt "$pretrained"
+pairs=$data/train.csv
+if [ -n "$from_scratch" ]; then
+    stage mine_words "$output/words" "$data/train.csv" "$data/corpus.csv" -- mine_words
+    pairs=$output/words/train.csv
+fi
+stage train "$output/trained" "$pairs" "$data/dev.csv" "$data/corpus.csv" "$pretrained/manifest.json" -- \
+    train "$output/trained" "$pairs" ${from_scratch:+--teacher_scores --teacher_scale 0.3} "$@" --init_from_ckpt "$pretrained"
 stage mine "$output/mined" "$data/train.csv" "$data/corpus.csv" "$trained/manifest.json" -- mine
 stage train_again "$output/trained_again" "$output/mined/train.csv" "$data/dev.csv" "$data/corpus.csv" \
     "$trained/manifest.json" -- train "$output/trained_again" "$output/mined/train.csv" "$@" --init_from_ckpt "$trained"
@@ -113,5 +127,5 @@ stage compare "$output/report.html" "$judged" "$data/corpus.csv" "$trained/manif
 printf '\n== written\n'
 echo "  $output/data.html                  what the check found in the data"
 echo "  $output/report.html                both models on $judged"
-echo "  $trained         without hard negatives"
-echo "  $again   with them; $output/index is its index"
+echo "  $trained         the model of the first training"
+echo "  $again   trained on with its hard negatives; $output/index is its index"
