@@ -95,6 +95,7 @@ class Trainer:
         is_enabled = self.use_amp and self.amp_dtype == "float16"
         self._scaler = paddle.amp.GradScaler(enable=is_enabled, init_loss_scaling=self.amp_loss_scale)
 
+    @np.errstate(over="ignore", invalid="ignore")  # what overflows in a CPU layer is reported as the loss's NaN
     def step(self, planned: PlannedStep, stop: bool = False) -> Step:
         """Takes a step together with all ranks. stop: asks all of them to stop after it.
 

@@ -61,7 +61,6 @@ class _PackedAttention(PyLayer):
     """
 
     @staticmethod
-    @np.errstate(invalid="ignore", over="ignore")  # a NaN is reported as the loss's
     def forward(
         ctx: Any, q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, heads: int, runs: list[TextRun], p: float
     ) -> paddle.Tensor:
@@ -81,7 +80,6 @@ class _PackedAttention(PyLayer):
         return as_tensor(ctx.result)
 
     @staticmethod
-    @np.errstate(invalid="ignore", over="ignore")
     def backward(ctx: Any, gradient: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
         # With weights w = softmax(s) and their gradients dw, ds = w * (dw - sum(w * dw)), and the sum is that of
         # result * gradient over a head's components.

@@ -87,6 +87,7 @@ def test_a_batch_has_the_scores_of_its_pairs() -> None:
     assert PairBatcher(tokenizer, without)(ranks).teacher is None
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy's, beside the one line
 def test_nan_loss_names_the_lines(model_folder: Path, tmp_path: Path) -> None:
     rows = [(pair.query, pair.title, *pair.hard_negatives, *map(str, pair.teacher_scores)) for pair in PAIRS]
     write_pairs(tmp_path / "train.csv", rows)

@@ -311,6 +311,7 @@ def test_a_failed_evaluation_leaves_a_checkpoint_to_go_on_from(
     assert_same_training(tmp_path, whole)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy's, beside the one line
 def test_nan_loss_ends_the_training_and_names_the_lines(model_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     """[UNK] has a vector that overflows, and one line of the third step's batch an unknown character."""
     steps = epoch_batches(64, 16, seed=1000, epoch=1)
@@ -329,6 +330,7 @@ def test_nan_loss_ends_the_training_and_names_the_lines(model_folder: Path, chec
     assert load_checkpoint(tmp_path / "out" / "model_2")
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy's, beside the one line
 def test_nan_loss_counts_skipped_lines(model_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     steps = epoch_batches(32, 16, seed=1000, epoch=1)
     pairs = all_pairs()[:32]

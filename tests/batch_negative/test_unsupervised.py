@@ -152,6 +152,7 @@ def test_without_any_dropout_it_is_refused(still_model_folder: Path, texts: Path
     assert train_batch_neg.main(options) == 0  # the vector's dropout is enough
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy's, beside the one line
 def test_nan_loss_names_the_lines(model_folder: Path, texts: Path, tmp_path: Path) -> None:
     (second,) = [rows for (rows,) in epoch_batches(len(TEXTS), 6, seed=SEED, epoch=1)[1:]]
     lines = ", ".join(str(row + 1) for row in sorted(second))
