@@ -23,7 +23,7 @@ TRAINING = Path(__file__).resolve().parents[1] / "train_batch_neg.py"
 PAIRS_FILE = "pretraining_pairs.csv"  # in --save_dir
 UNIT = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")  # what a cut keeps whole: a word, or a character without spaces
 FEWEST_UNITS = 6  # of a text that is cut
-SHORTEST, LONGEST = 0.3, 0.7  # share of the text in a piece
+SHORTEST, LONGEST = 0.1, 0.5  # share of the text in a piece; docs/results.md compares it with 0.3, 0.7
 
 
 def read_distinct_texts(files: Sequence[str], skip_bad_lines: bool) -> Iterator[str]:

@@ -27,7 +27,7 @@ def test_pieces_are_whole_units_in_their_order(text: str, units: list[str]) -> N
         for piece in pair or ():
             found = pretrain.UNIT.findall(piece)
             starts = [at for at in range(len(units)) if units[at : at + len(found)] == found]
-            assert piece in text and starts and 0.3 <= round(len(found) / len(units), 1) <= 0.7
+            assert piece in text and starts and 0.1 <= round(len(found) / len(units), 1) <= 0.5
     firsts, seconds = zip(*(pretrain.cut_pair(text, rng) or ("", "") for _ in range(200)), strict=True)
     assert len(set(firsts)) > 5 and len(set(seconds)) > 5
 
