@@ -70,19 +70,11 @@ def training_command(stage: Stage) -> list[str | Path]:
     task = stage.task
     train_set_file, corpus_file, mined = task.data / "train.csv", task.data / "corpus.csv", stage.folder / MINED_FILE
     pieces = ["--text_file", corpus_file, "--text_file", train_set_file, "--pairs_per_text", str(task.pairs_per_text)]
+    simcse = ["--unsupervised", "--margin", "0", "--scale", "20"]  # see docs/training.md
     script, *own = {
         PAIRS: ["train_batch_neg.py", "--train_set_file", train_set_file],
         PIECES: ["tools/pretrain.py", *pieces, "--batch_size", str(task.pieces_batch_size)],
-        SIMCSE: [
-            "train_batch_neg.py",
-            "--train_set_file",
-            corpus_file,
-            "--unsupervised",
-            "--margin",
-            "0",
-            "--scale",
-            "20",
-        ],
+        SIMCSE: ["train_batch_neg.py", "--train_set_file", corpus_file, *simcse],
         WORDS: ["train_batch_neg.py", "--train_set_file", mined, "--teacher_scores", "--teacher_scale", "0.3"],
         MINED: ["train_batch_neg.py", "--train_set_file", mined],
     }[stage.kind]
@@ -94,15 +86,8 @@ def training_command(stage: Stage) -> list[str | Path]:
 
 def mining_command(stage: Stage) -> list[str | Path]:
     """The command that finds hard negatives for the pairs of a stage: BM25's, or those of the model before it."""
-    corpus_file = stage.task.data / "corpus.csv"
-    command = [
-        sys.executable,
-        ROOT / "tools" / "mine_hard_negatives.py",
-        "--device",
-        "cpu",
-        "--corpus_file",
-        corpus_file,
-    ]
+    script = ROOT / "tools" / "mine_hard_negatives.py"
+    command = [sys.executable, script, "--device", "cpu", "--corpus_file", stage.task.data / "corpus.csv"]
     command += ["--train_set_file", stage.folder / SAMPLE_FILE, "--output", stage.folder / MINED_FILE]
     if stage.kind == WORDS:
         words = ["--lexical", "bm25", "--random_share", "1", "--max_relative_score", "1", "--write_scores"]
@@ -135,10 +120,8 @@ def train(stage: Stage) -> float:
 def result_of(task: Task, method: str, seed: int, output: Path) -> Metrics:
     """Trains and judges a model, unless `output` has the result already."""
     settings = {**task._asdict(), "data": str(task.data), "options": list(task.options)}
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
-    unfinished = (
-        output / "unfinished" / f"{method.replace(' ', '_')}_{seed}_{digest}"
-    )  # stages of another task aren't used
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]  # stages of another task aren't used
+    unfinished = output / "unfinished" / f"{method.replace(' ', '_')}_{seed}_{digest}"
 
     def compute() -> Metrics:
         start, seconds = None, 0.0
