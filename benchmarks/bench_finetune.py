@@ -24,7 +24,7 @@ from benchmarks.harness import (
     describe_machine,
     run_checked,
 )
-from benchmarks.quality import Metrics, Results, judge, kept, means_of, print_table
+from benchmarks.quality import Metrics, Results, judge, kept, means_of, print_table, recall_of_seeds, settings_of
 from common.cli import ArgumentParser, number_in_range, positive_int, run
 from common.files import scratch_folder
 
@@ -79,8 +79,7 @@ def result_of(task: Task, method: str, seed: int, output: Path) -> Metrics:
                 run_checked(command)
             return judge(model, task.data, task.max_seq_length, scratch)
 
-    settings = {**task._asdict(), "model": str(task.model), "data": str(task.data)}
-    return kept(output, method, seed, settings, compute)
+    return kept(output, method, seed, settings_of(task), compute)
 
 
 def summary(results: Results) -> dict[str, Any]:
@@ -91,7 +90,7 @@ def summary(results: Results) -> dict[str, Any]:
         "recall@10_defaults_minus_peer": round(means[DEFAULTS]["recall@10"] - means[PEER]["recall@10"], 2),
         "recall@10_cache_minus_peer": round(means[CACHE]["recall@10"] - means[PEER]["recall@10"], 2),
         "means": means,
-        "recall@10_of_seeds": {method: [row["recall@10"] for row in rows] for method, rows in results.items()},
+        "recall@10_of_seeds": recall_of_seeds(results),
     }
 
 

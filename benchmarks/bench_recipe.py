@@ -18,9 +18,10 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import ROOT, describe_machine, run_checked
-from benchmarks.quality import SHOWN, Metrics, judge, kept, means_of, print_table
+from benchmarks.quality import SHOWN, Metrics, judge, kept, means_of, print_table, recall_of_seeds, settings_of
 from common.cli import ArgumentParser, number_in_range, positive_int, run
 from common.files import atomic_write, remove_folder, scratch_folder
+from common.lines import read_lines
 
 PAIRS, PIECES, SIMCSE, WORDS, MINED = "pairs", "pieces", "simcse", "words", "mined"  # what a stage trains on
 RECIPES = {  # method -> its stages, which share the steps
@@ -97,10 +98,13 @@ def mining_command(stage: Stage) -> list[str | Path]:
 
 
 def write_sample(train_set_file: Path, count: int, seed: int, output: Path) -> None:
-    """As many lines of a training file as a stage sees, drawn at random; all of them if there are no more."""
-    lines = train_set_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    """As many lines of a training file as a stage sees, drawn at random; all of them if there are no more.
+
+    Raises InputError as `read_lines`.
+    """
+    lines = [line.row for line in read_lines(train_set_file, lambda text: text.rstrip("\r\n"))]
     with atomic_write(output) as file:
-        file.writelines(random.Random(seed).sample(lines, min(count, len(lines))))
+        file.writelines(f"{line}\n" for line in random.Random(seed).sample(lines, min(count, len(lines))))
 
 
 def train(stage: Stage) -> float:
@@ -119,7 +123,7 @@ def train(stage: Stage) -> float:
 
 def result_of(task: Task, method: str, seed: int, output: Path) -> Metrics:
     """Trains and judges a model, unless `output` has the result already."""
-    settings = {**task._asdict(), "data": str(task.data), "options": list(task.options)}
+    settings = settings_of(task)
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]  # stages of another task aren't used
     unfinished = output / "unfinished" / f"{method.replace(' ', '_')}_{seed}_{digest}"
 
@@ -177,8 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results[method].append(result_of(task, method, seed, args.output))
     means = means_of(results)
     print_table(means, (*SHOWN, TRAINING_SECONDS))
-    of_seeds = {method: [row["recall@10"] for row in rows] for method, rows in results.items()}
-    print(json.dumps({"means": means, "recall@10_of_seeds": of_seeds, "machine": machine}))
+    print(json.dumps({"means": means, "recall@10_of_seeds": recall_of_seeds(results), "machine": machine}))
     return 0
 
 

@@ -1,5 +1,6 @@
 """What the benchmarks of quality share: judging a model, keeping what is done, means over the seeds, the table."""
 
+import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,11 @@ def judge(model: Path, data: Path, max_seq_length: int, folder: Path) -> Metrics
     return {name: round(100 * value, 3) for name, value in metrics(evaluation).items()}
 
 
+def settings_of(task: Any) -> dict[str, Any]:
+    """The fields of a NamedTuple as JSON has them; paths are strings."""
+    return json.loads(json.dumps(task._asdict(), default=str))
+
+
 def kept(output: Path, method: str, seed: int, task: Mapping[str, Any], compute: Callable[[], Metrics]) -> Metrics:
     """What `output` has of this method and seed already, or what `compute` gives, which is then kept there.
 
@@ -55,6 +61,11 @@ def means_of(results: Results) -> dict[str, Metrics]:
         method: {name: round(statistics.fmean(each[name] for each in rows), 2) for name in rows[0]}
         for method, rows in results.items()
     }
+
+
+def recall_of_seeds(results: Results) -> dict[str, list[float]]:
+    """Recall@10 of each seed."""
+    return {method: [row["recall@10"] for row in rows] for method, rows in results.items()}
 
 
 def print_table(means: Mapping[str, Mapping[str, float]], shown: Sequence[str] = SHOWN) -> None:

@@ -122,6 +122,11 @@ def test_a_sample_has_each_line_once(tmp_path: Path) -> None:
     )
     assert len(set(ten)) == 10 and set(ten) < set(lines) and ten != others
     assert whole != lines and sorted(whole) == sorted(lines)
+    (tmp_path / "odd").write_text(
+        "甲\u2028乙\t丙\n丁\t戊", encoding="utf-8"
+    )  # one line ends nowhere, one in the middle
+    bench_recipe.write_sample(tmp_path / "odd", 2, 1, tmp_path / "odd_2")
+    assert sorted((tmp_path / "odd_2").read_text(encoding="utf-8").split("\n")) == ["", "丁\t戊", "甲\u2028乙\t丙"]
 
 
 @pytest.mark.process
