@@ -44,7 +44,7 @@ def check_data(
         findings += duplicate_findings(column, texts)
     for file in evaluated:
         findings += leak_findings(file, train, texts) if train else []
-        findings += missing_titles(file, corpus, texts) if corpus else []
+    findings += missing_titles(evaluated, corpus, texts) if corpus else []
     batches = []
     if train and QUERIES in train.columns:
         query_ids, title_ids = (texts.ids_of(train.columns[name]) for name in (QUERIES, TITLES))

@@ -1,5 +1,7 @@
 """What is wrong with texts of pairs and documents beside each other, in one file and in several. Imports no Paddle."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from data_check.duplicates import TextGroups
@@ -134,16 +136,35 @@ def _shared(rule: Rule, column: Column, known: np.ndarray, texts: TextGroups, *,
     return Finding(rule, column.path, column.name, len(shared), len(ids), examples)
 
 
-def missing_titles(tested: DataFile, corpus: DataFile, texts: TextGroups) -> list[Finding]:
-    """Distinct titles of a file of evaluation pairs that the corpus lacks, with the nearest documents."""
-    if TITLES not in tested.columns or DOCUMENTS not in corpus.columns:
+def missing_titles(evaluated: Sequence[DataFile], corpus: DataFile, texts: TextGroups) -> list[Finding]:
+    """Distinct titles of each file of evaluation pairs that the corpus lacks, with the nearest documents."""
+    if DOCUMENTS not in corpus.columns:
         return []
-    titles, documents = tested.columns[TITLES], corpus.columns[DOCUMENTS]
-    ids, rows = np.unique(texts.ids_of(titles), return_index=True)
-    missing = np.sort(rows[~np.isin(ids, texts.ids_of(documents))]).tolist()
-    nearest = nearest_documents([titles[row] for row in missing[:EXAMPLES]], documents)
-    examples = [
-        titles.example(row) + (f" ≈ {similarity:.2f} {documents.example(document)}" if similarity else "")
-        for row, (document, similarity) in zip(missing, nearest, strict=False)
+    documents = corpus.columns[DOCUMENTS]
+    columns = [file.columns[TITLES] for file in evaluated if TITLES in file.columns]
+    missing = [_missing_rows(titles, documents, texts) for titles in columns]
+    shown = [(titles, row) for titles, rows in zip(columns, missing, strict=True) for row in rows[:EXAMPLES]]
+    # For all files at once, since all documents are read.
+    nearest = dict(zip(shown, nearest_documents([titles[row] for titles, row in shown], documents), strict=True))
+
+    def example(titles: Column, row: int) -> str:
+        document, similarity = nearest[titles, row]
+        return titles.example(row) + (f" ≈ {similarity:.2f} {documents.example(document)}" if similarity else "")
+
+    return [
+        Finding(
+            NOT_IN_CORPUS,
+            titles.path,
+            titles.name,
+            len(rows),
+            len(np.unique(texts.ids_of(titles))),
+            [example(titles, row) for row in rows[:EXAMPLES]],
+        )
+        for titles, rows in zip(columns, missing, strict=True)
     ]
-    return [Finding(NOT_IN_CORPUS, titles.path, titles.name, len(missing), len(ids), examples)]
+
+
+def _missing_rows(titles: Column, documents: Column, texts: TextGroups) -> list[int]:
+    """The first row of each distinct title that isn't a document, in order."""
+    ids, rows = np.unique(texts.ids_of(titles), return_index=True)
+    return np.sort(rows[~np.isin(ids, texts.ids_of(documents))]).tolist()

@@ -112,9 +112,11 @@ def test_a_training_query_is_a_leak_of_a_title_s_column_too(tmp_path: Path) -> N
 
 def test_titles_that_the_corpus_lacks(tmp_path: Path) -> None:
     similarity = jaccard(terms_of(NEAR), terms_of(LONG))
-    (finding,) = found(tmp_path, "not_in_corpus", test=[*TEST, ("施肥", NEAR)], corpus=[*CORPUS, (LONG,)])
-    assert (finding.count, finding.total) == (1, 2)
-    assert finding.examples == [
+    rows = {"dev": [("无", "ABC"), *DEV], "test": [*TEST, ("施肥", NEAR)], "corpus": [*CORPUS, (LONG,)]}
+    of_dev, of_test = found(tmp_path, "not_in_corpus", **rows)
+    assert [(finding.count, finding.total) for finding in (of_dev, of_test)] == [(1, 2), (1, 2)]
+    assert of_dev.examples == [f"{tmp_path / 'dev.csv'}:1: 'ABC'"]
+    assert of_test.examples == [
         f"{tmp_path / 'test.csv'}:2: '{NEAR}' ≈ {similarity:.2f} {tmp_path / 'corpus.csv'}:6: '{LONG}'"
     ]
 
