@@ -277,5 +277,5 @@ def describe_machine() -> dict[str, Any]:
     }
     print(json.dumps(described))
     if load > described["cores"] / 4:
-        print("note: other programs are using this machine, so these figures are unreliable")
+        print("note: other programs are using this machine, so times and rates here are unreliable")
     return described

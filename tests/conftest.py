@@ -1,5 +1,6 @@
 """The fixtures that several test files share."""
 
+import fcntl
 import importlib.util
 import os
 import subprocess
@@ -114,14 +115,18 @@ def deploy_predict() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def cpp_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C++ server, built with AddressSanitizer; it needs `cpp_environment`."""
-    folder = tmp_path_factory.mktemp("build") / "build"
-    options = ["--sanitize", "--build-dir", folder, "--python", sys.executable]
-    done = subprocess.run(
-        ["sh", ROOT / "deploy" / "C++" / "build.sh", *options], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{folder}/serving\n"
+    """The C++ server, built with AddressSanitizer, once for all of pytest's processes; needs `cpp_environment`."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # of all processes
+    folder = base / "cpp_build"
+    with (base / "cpp_build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "serving").is_file():
+            options = ["--sanitize", "--build-dir", folder, "--python", sys.executable]
+            command = ["sh", ROOT / "deploy" / "C++" / "build.sh", *options]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout == f"{folder}/serving\n"
     return folder / "serving"
 
 
