@@ -70,7 +70,8 @@ with installed_packages():
     from retrieval.live_index import Added
     from serving.batching import Batcher
     from serving.metrics import Metrics
-    from serving.search import Hits, IndexState, SearchBatcher, ServedIndex
+    from serving.search import Hits, IndexState, ServedIndex
+    from serving.search_batching import SearchBatcher
 
 Answer = TypeVar("Answer")
 SERVICE = "ernie"  # name of the service, the original's

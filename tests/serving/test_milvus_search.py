@@ -34,7 +34,8 @@ from serving import milvus_search
 from serving.limits import BAD_REQUEST, NO_SEARCH, Admission, RequestError
 from serving.metrics import Metrics
 from serving.milvus_search import NO_ANSWER, NOT_USABLE, MilvusSearch
-from serving.search import Hits, SearchBatcher
+from serving.search import Hits
+from serving.search_batching import SearchBatcher
 
 pytestmark = pytest.mark.milvus
 OTHERS = [f"另{row}" for row in range(20)]

@@ -18,7 +18,8 @@ from service_helpers import DOCUMENTS, MODEL, text_vectors, until, write_index
 from serving import search
 from serving.limits import BAD_REQUEST, Admission, RequestError
 from serving.metrics import Metrics
-from serving.search import Hits, SearchBatcher, SearchIndex
+from serving.search import Hits, SearchIndex
+from serving.search_batching import SearchBatcher
 
 OTHERS = [f"另{row}" for row in range(20)]
 
