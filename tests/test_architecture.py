@@ -35,7 +35,6 @@ class Import(NamedTuple):
     line: int
     target: str
     name: str | None  # the name that is taken from the target
-    is_for_types: bool  # under TYPE_CHECKING: not executed
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line} imports {self.target}"
@@ -60,16 +59,9 @@ class ImportFinder(ast.NodeVisitor):
     def __init__(self, module: str, sources: Mapping[str, str]) -> None:
         self.module, self.sources = module, sources
         self.found: list[Import] = []
-        self.is_for_types = False
 
     def add(self, line: int, target: str, name: str | None = None) -> None:
-        self.found.append(Import(self.module, line, target, name, self.is_for_types))
-
-    def visit_If(self, node: ast.If) -> None:
-        before = self.is_for_types
-        self.is_for_types = before or ast.unparse(node.test).endswith("TYPE_CHECKING")
-        self.generic_visit(node)
-        self.is_for_types = before
+        self.found.append(Import(self.module, line, target, name))
 
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
@@ -110,11 +102,10 @@ def upward(imports: list[Import]) -> list[str]:
 
 
 def cycle(imports: list[Import]) -> list[str]:
-    """Modules that import each other in a circle, if there are any; imports for types alone aren't executed."""
+    """Modules that import each other in a circle, if there are any, also for types alone."""
     targets: dict[str, set[str]] = {}
     for each in imports:
-        if not each.is_for_types:
-            targets.setdefault(each.source, set()).add(each.target)
+        targets.setdefault(each.source, set()).add(each.target)
     done: set[str] = set()
 
     def search(module: str, path: list[str]) -> list[str]:
@@ -225,8 +216,6 @@ def test_the_checks_find_what_they_look_for() -> None:
         "common.files": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from data import Corpus\n",
         "data": "import os\nfrom common.files import read_json\nfrom ann_util import search\nclass Corpus: ...\n",
         "ann_util": "def search():\n    import recall\n",
-        "encoding.encoder": "def load():\n    import encoding.static_graph\n",
-        "encoding.static_graph": "def load():\n    from encoding import encoder\n",
         "recall": long_main + f"class Recall:\n{long_function}",
         "serving.adapter": "import batch_negative.model\n",
         "batch_negative.model": "",
@@ -239,7 +228,7 @@ def test_the_checks_find_what_they_look_for() -> None:
         "serving.adapter:1 imports batch_negative.model",
     ]
     assert [str(each) for each in imports if each.target in SCRIPTS] == ["ann_util:2 imports recall"]
-    assert cycle(imports) == ["encoding.encoder", "encoding.static_graph"]
+    assert cycle(imports) == ["common.files", "data"]
     assert unknown_names(sources, imports) == ["data:2 imports common.files: no read_json"]
     assert long_functions(sources) == ["recall.main: 60 lines", "recall.train: 81 lines"]
 
