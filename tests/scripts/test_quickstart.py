@@ -63,7 +63,10 @@ def test_quickstart(quickstart: Quickstart) -> None:
 @pytest.mark.milvus
 @pytest.mark.server
 def test_every_engine_finds_the_same(quickstart: Quickstart, milvus: Milvus, tmp_path: Path) -> None:
-    """Recall@K, MRR and nDCG of an approximate index are within half a point of exact search's."""
+    """Recall@K, MRR and nDCG of an approximate index are those of exact search, but for what it doesn't find.
+
+    That is up to 1 % of exact search's hits, by its --target_recall, and five right ones of 499 have been among them.
+    """
     work = quickstart.folder / "quickstart"
     checkpoint = max(work.glob("checkpoints/model_*"), key=lambda path: int(path.name.rpartition("_")[2]))
     corpus, pairs = work / "recall" / "corpus.csv", work / "recall" / "test.csv"
@@ -80,4 +83,4 @@ def test_every_engine_finds_the_same(quickstart: Quickstart, milvus: Milvus, tmp
         found[name] = list(metrics(evaluate(positives, read_hits(tmp_path / "recall_result.txt"), 50)).values())
     assert found["exact"][0] > 0.3
     for name, values in found.items():
-        assert values == pytest.approx(found["exact"], abs=0.005), name
+        assert values == pytest.approx(found["exact"], abs=0.02), name
