@@ -141,30 +141,16 @@ def missing_titles(evaluated: Sequence[DataFile], corpus: DataFile, texts: TextG
     if DOCUMENTS not in corpus.columns:
         return []
     documents = corpus.columns[DOCUMENTS]
-    columns = [file.columns[TITLES] for file in evaluated if TITLES in file.columns]
-    missing = [_missing_rows(titles, documents, texts) for titles in columns]
-    shown = [(titles, row) for titles, rows in zip(columns, missing, strict=True) for row in rows[:EXAMPLES]]
+    findings, shown = [], []
+    for titles in (file.columns[TITLES] for file in evaluated if TITLES in file.columns):
+        ids, rows = np.unique(texts.ids_of(titles), return_index=True)
+        missing = np.sort(rows[~np.isin(ids, texts.ids_of(documents))]).tolist()
+        finding = Finding(NOT_IN_CORPUS, titles.path, titles.name, len(missing), len(ids))
+        findings.append(finding)
+        shown += [(finding, titles, row) for row in missing[:EXAMPLES]]
     # For all files at once, since all documents are read.
-    nearest = dict(zip(shown, nearest_documents([titles[row] for titles, row in shown], documents), strict=True))
-
-    def example(titles: Column, row: int) -> str:
-        document, similarity = nearest[titles, row]
-        return titles.example(row) + (f" ≈ {similarity:.2f} {documents.example(document)}" if similarity else "")
-
-    return [
-        Finding(
-            NOT_IN_CORPUS,
-            titles.path,
-            titles.name,
-            len(rows),
-            len(np.unique(texts.ids_of(titles))),
-            [example(titles, row) for row in rows[:EXAMPLES]],
-        )
-        for titles, rows in zip(columns, missing, strict=True)
-    ]
-
-
-def _missing_rows(titles: Column, documents: Column, texts: TextGroups) -> list[int]:
-    """The first row of each distinct title that isn't a document, in order."""
-    ids, rows = np.unique(texts.ids_of(titles), return_index=True)
-    return np.sort(rows[~np.isin(ids, texts.ids_of(documents))]).tolist()
+    nearest = nearest_documents([titles[row] for _, titles, row in shown], documents)
+    for (finding, titles, row), (document, similarity) in zip(shown, nearest, strict=True):
+        found = f" ≈ {similarity:.2f} {documents.example(document)}" if similarity else ""
+        finding.examples.append(titles.example(row) + found)
+    return findings
