@@ -216,6 +216,8 @@ def test_the_checks_find_what_they_look_for() -> None:
         "common.files": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from data import Corpus\n",
         "data": "import os\nfrom common.files import read_json\nfrom ann_util import search\nclass Corpus: ...\n",
         "ann_util": "def search():\n    import recall\n",
+        "encoding.encoder": "def load():\n    import encoding.static_graph\n",
+        "encoding.static_graph": "def load():\n    from encoding import encoder\n",
         "recall": long_main + f"class Recall:\n{long_function}",
         "serving.adapter": "import batch_negative.model\n",
         "batch_negative.model": "",
@@ -229,6 +231,8 @@ def test_the_checks_find_what_they_look_for() -> None:
     ]
     assert [str(each) for each in imports if each.target in SCRIPTS] == ["ann_util:2 imports recall"]
     assert cycle(imports) == ["common.files", "data"]
+    lazy = [each for each in imports if package_of(each.source) == "encoding"]
+    assert cycle(lazy) == ["encoding.encoder", "encoding.static_graph"]
     assert unknown_names(sources, imports) == ["data:2 imports common.files: no read_json"]
     assert long_functions(sources) == ["recall.main: 60 lines", "recall.train: 81 lines"]
 
