@@ -63,17 +63,16 @@ def test_quickstart(quickstart: Quickstart) -> None:
 @pytest.mark.milvus
 @pytest.mark.server
 def test_every_engine_finds_the_same(quickstart: Quickstart, milvus: Milvus, tmp_path: Path) -> None:
-    """Recall@K, MRR and nDCG of an approximate index are those of exact search, but for what it doesn't find.
-
-    That is up to 1 % of exact search's hits, by its --target_recall, and five right ones of 499 have been among them.
-    """
+    """Recall@K, MRR and nDCG of an approximate index are within half a point of exact search's."""
     work = quickstart.folder / "quickstart"
     checkpoint = max(work.glob("checkpoints/model_*"), key=lambda path: int(path.name.rpartition("_")[2]))
     corpus, pairs = work / "recall" / "corpus.csv", work / "recall" / "test.csv"
     server = ["--ann", "milvus", "--milvus_uri", milvus.uri, "--milvus_token_file", str(milvus.token_file)]
     server += ["--milvus_collection", "quickstart"]
-    engines = {"exact": ["--ann", "exact"], "hnswlib": ["--ann", "hnswlib"], "server": server}
-    engines["embedded"] = ["--ann", "milvus", "--index_dir", str(tmp_path / "index")]
+    # By default an index misses up to 1 % of exact hits, which may be more than half a point of the right ones.
+    close = ["--target_recall", "0.999"]
+    engines = {"exact": ["--ann", "exact"], "hnswlib": ["--ann", "hnswlib", *close], "server": [*server, *close]}
+    engines["embedded"] = ["--ann", "milvus", "--index_dir", str(tmp_path / "index"), *close]
     found, positives = {}, positives_by_query(read_text_pairs(pairs))
     for name, options in engines.items():
         arguments = ["--device", "cpu", "--params_path", str(checkpoint), "--similar_text_pair", str(pairs)]
@@ -83,4 +82,4 @@ def test_every_engine_finds_the_same(quickstart: Quickstart, milvus: Milvus, tmp
         found[name] = list(metrics(evaluate(positives, read_hits(tmp_path / "recall_result.txt"), 50)).values())
     assert found["exact"][0] > 0.3
     for name, values in found.items():
-        assert values == pytest.approx(found["exact"], abs=0.02), name
+        assert values == pytest.approx(found["exact"], abs=0.005), name
