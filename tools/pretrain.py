@@ -15,7 +15,7 @@ from common.errors import InputError
 from common.files import atomic_write
 from common.lines import read_lines
 from common.logs import log
-from common.texts import rough_key
+from common.texts import has_visible_text, rough_key
 from data import parse_text
 from retrieval.lexical_index import UNSPACED
 
@@ -43,7 +43,7 @@ def _parse_columns(text: str) -> list[str]:
 
 
 def cut_pair(text: str, rng: random.Random) -> tuple[str, str] | None:
-    """Two pieces of a text, which may overlap; None if the text is too short, or if both are the same.
+    """Two pieces of a text, which may overlap; None if the text is too short, both are the same, or one shows nothing.
 
     Independent cropping: Izacard et al. 2022 (Contriever), arXiv:2112.09118, section 3.1.
     """
@@ -51,7 +51,7 @@ def cut_pair(text: str, rng: random.Random) -> tuple[str, str] | None:
     if len(units) < FEWEST_UNITS:
         return None
     first, second = _piece(text, units, rng), _piece(text, units, rng)
-    return (first, second) if first != second else None
+    return (first, second) if first != second and has_visible_text(first) and has_visible_text(second) else None
 
 
 def _piece(text: str, units: Sequence[tuple[int, int]], rng: random.Random) -> str:

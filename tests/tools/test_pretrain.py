@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import InputError
+from data import parse_pair
 from helpers import ROOT
 from tools import pretrain
 
@@ -38,6 +39,15 @@ def test_short_texts_are_not_cut_and_the_seed_decides() -> None:
     assert len(pairs) == 3 and pairs == list(pretrain.cut_pairs(texts, 3, seed=1))
     assert pairs != list(pretrain.cut_pairs(texts, 3, seed=2))
     assert all(first in texts[1] and second in texts[1] and first != second for first, second in pairs)
+
+
+@pytest.mark.parametrize("nothing", ["\ue41f", "\u200b", "\ufffd"])
+def test_a_piece_that_shows_nothing_is_left_out(nothing: str) -> None:
+    """A document of classical Chinese has characters of a font's private use; training would refuse such a title."""
+    pairs = list(pretrain.cut_pairs([f"小 字 {nothing} 儿 {nothing} 也"], 200, seed=1))
+    assert 20 < len(pairs) < 200
+    for first, second in pairs:
+        parse_pair(f"{first}\t{second}")
 
 
 def test_every_text_counts_once(tmp_path: Path) -> None:
