@@ -162,7 +162,9 @@ class MilvusIndex(ApproximateIndex):
         schema.add_field(VECTOR, DataType.FLOAT_VECTOR, dim=self.dim)
         parameters = self._client.prepare_index_params()
         kind = self.info.index_type
-        parameters.add_index(VECTOR, index_type=kind, metric_type="IP", params=build_parameters(kind, options, rows))
+        # pymilvus takes the outer `params` apart. Milvus Lite reads only the inner one, servers read both.
+        params = {"params": build_parameters(kind, options, rows)}
+        parameters.add_index(VECTOR, index_type=kind, metric_type="IP", params=params)
         self._client.create_collection(
             self.name,
             schema=schema,

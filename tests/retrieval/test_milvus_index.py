@@ -205,6 +205,23 @@ def test_index_types(server: MilvusServer, alias: str, kind: str) -> None:
     assert np.mean(similarities >= exact[:, -1:] - 0.02) > 0.9  # SQ8 rounds
 
 
+@pytest.mark.parametrize(("m", "fits"), [(64, True), (2, False)])
+def test_the_graph_has_the_links_of_the_options(embedded: MilvusServer, alias: str, m: int, fits: bool) -> None:
+    """With two links a vector, faiss leaves parts of the graph unreached, so that no `ef` finds what is there."""
+    vectors, queries = unit_vectors(2000, DIM), unit_vectors(100, DIM, seed=1)
+    options = IndexOptions(hnsw_m=m, hnsw_ef=10)
+    index = build(embedded, alias, vectors, info=info_of(ef=100), options=options)
+    exact = build_index(IndexOptions("exact"), vectors).search(queries, 10)[1]
+    assert (recall_vs_exact(index.search(queries, 10)[1], exact) > 0.97) is fits
+
+
+@pytest.mark.server
+def test_a_server_reads_the_options_of_the_graph(milvus: Milvus, alias: str) -> None:
+    server = MilvusServer(milvus.uri, token_file=str(milvus.token_file))
+    with pytest.raises(InputError, match="M out of range"):
+        build(server, alias, unit_vectors(10, DIM), options=IndexOptions(hnsw_m=100_000))
+
+
 def test_an_index_type_that_a_version_lacks_is_refused(server: MilvusServer, alias: str) -> None:
     info = info_of(index_type="DISKANN" if server.is_embedded else "HNSW_SQ")
     with pytest.raises(InputError, match="lacks the index type; give another --milvus_index_type"):
