@@ -91,7 +91,7 @@ def _import_client(embedded: bool) -> "type[MilvusClient]":
 
         if embedded:
             _import_faiss()
-            import milvus_lite  # noqa: F401
+            import milvus_lite  # noqa: F401, TID251
     except ImportError as error:
         raise InputError(f"{error.name} isn't installed: {remedy}") from None
     for name in list(logging.root.manager.loggerDict):  # they print errors with addresses and texts
@@ -110,7 +110,7 @@ def _import_faiss() -> None:
     flags = sys.getdlopenflags()
     sys.setdlopenflags(flags | getattr(os, "RTLD_DEEPBIND", 0))  # looks into a library's own dependencies first
     try:
-        import faiss  # noqa: F401
+        import faiss  # noqa: F401, TID251
     finally:
         sys.setdlopenflags(flags)
 

@@ -44,11 +44,11 @@ OTHERS = [f"另{row}" for row in range(20)]
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[MilvusPlace]:
     """An embedded Milvus with a collection of DOCUMENTS."""
-    from milvus_lite.server_manager import server_manager_instance
-
     server = MilvusServer(str(tmp_path / EMBEDDED_FOLDER))
     place = MilvusPlace(server, "texts")
     build(place, DOCUMENTS)
+    from milvus_lite.server_manager import server_manager_instance  # noqa: TID251 - `build` has connected
+
     yield place
     server_manager_instance.release_server(server.uri)
 
