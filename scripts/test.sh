@@ -60,5 +60,6 @@ fi
 "$python" -m ruff format --check --quiet .
 "$python" -m mypy --no-error-summary
 find . -name '*.sh' -not -path './.venv*' -exec sh -c 'for script; do sh -n "$script" || exit 1; done' sh {} +
-# A file at a time to each process: fixtures of a file are made once. Four processes take about 4 GB.
-exec "$python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
+# A file at a time to each process: fixtures of a file are made once. Four processes take about 4 GB. tests/conftest.py
+# sorts the files.
+exec "$python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -19,6 +19,19 @@ from milvus_helpers import Milvus, running_milvus, unpack_server
 
 set_up_paddle()
 FAST = "SEMANTIC_INDEX_FAST_TESTS"  # scripts/test.sh --fast sets it
+# Files that take more than a minute. They begin first, so that no process of pytest waits for one of them at the end.
+LONG_FILES = {
+    "test_docs.py",
+    "test_faults.py",
+    "test_milvus_faults.py",
+    "test_quickstart.py",
+    "test_vector_consistency.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves the tests of long files to the front; scripts/test.sh keeps xdist from sorting the files itself."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT, Completed
 
 pytestmark = pytest.mark.process
-PYTEST = "python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile"
+PYTEST = "python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder"
 SAY = '#!/bin/sh\necho "$(basename "$0") $*"\n'
 
 
