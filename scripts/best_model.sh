@@ -1,9 +1,11 @@
 #!/bin/sh
-# From raw pairs to the best model: sh scripts/best_model.sh [gpu|cpu] [--data DIR] [--output DIR] [OPTIONS...]
+# From raw pairs to the best model: sh scripts/best_model.sh [gpu|cpu] [--data DIR] [--output DIR] [--no_pretraining]
+#        [OPTIONS...]
 #
-#   --data DIR     folder with train.csv, dev.csv and corpus.csv, and perhaps train_unsupervised.csv (default: recall)
-#   --output DIR   folder of all that it writes (default: best_model)
-#   OPTIONS        of every training, such as --from_scratch, --model_name_or_path, --batch_size, --epochs
+#   --data DIR         folder with train.csv, dev.csv and corpus.csv, and perhaps train_unsupervised.csv (default: recall)
+#   --output DIR       folder of all that it writes (default: best_model)
+#   --no_pretraining   leaves the pre-training out
+#   OPTIONS            of every training, such as --from_scratch, --model_name_or_path, --batch_size, --epochs
 #
 # It checks the data, pre-trains on all texts, trains on the pairs, mines hard negatives with that model, trains on with
 # them, and compares both models on test.csv, or on dev.csv if there is none. With --from_scratch, the first training on
@@ -14,11 +16,13 @@ set -eu
 
 data=recall
 output=best_model
+pretraining=1
 left=$#
 while [ "$left" -gt 0 ]; do # the other options stay, in their order
     case $1 in
     --data) data=${2:?--data: give a folder} && shift 2 && left=$((left - 2)) ;;
     --output) output=${2:?--output: give a folder} && shift 2 && left=$((left - 2)) ;;
+    --no_pretraining) pretraining='' && shift && left=$((left - 1)) ;;
     *) set -- "$@" "$1" && shift && left=$((left - 1)) ;;
     esac
 done
@@ -110,15 +114,19 @@ trained=$output/trained/model_best
 again=$output/trained_again/model_best
 
 stage check "$output/data.html" "$data/train.csv" "$data/dev.csv" "$data/test.csv" "$data/corpus.csv" -- check
-stage pretrain "$output/pretrained" "$data/train.csv" "$data/train_unsupervised.csv" "$data/corpus.csv" -- pretrain "$@"
-pretrained=$(last_checkpoint "$output/pretrained")
+pretrained=
+if [ -n "$pretraining" ]; then
+    stage pretrain "$output/pretrained" "$data/train.csv" "$data/train_unsupervised.csv" "$data/corpus.csv" -- pretrain "$@"
+    pretrained=$(last_checkpoint "$output/pretrained")
+fi
 pairs=$data/train.csv
 if [ -n "$from_scratch" ]; then
     stage mine_words "$output/words" "$data/train.csv" "$data/corpus.csv" -- mine_words
     pairs=$output/words/train.csv
 fi
 stage train "$output/trained" "$pairs" "$data/dev.csv" "$data/corpus.csv" "$pretrained/manifest.json" -- \
-    train "$output/trained" "$pairs" ${from_scratch:+--teacher_scores --teacher_scale 0.3} "$@" --init_from_ckpt "$pretrained"
+    train "$output/trained" "$pairs" ${from_scratch:+--teacher_scores --teacher_scale 0.3} "$@" \
+    ${pretrained:+--init_from_ckpt "$pretrained"}
 stage mine "$output/mined" "$data/train.csv" "$data/corpus.csv" "$trained/manifest.json" -- mine
 stage train_again "$output/trained_again" "$output/mined/train.csv" "$data/dev.csv" "$data/corpus.csv" \
     "$trained/manifest.json" -- train "$output/trained_again" "$output/mined/train.csv" "$@" --init_from_ckpt "$trained"

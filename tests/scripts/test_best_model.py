@@ -42,10 +42,23 @@ class Recipe(NamedTuple):
         with self.start() as process:
             stdout, stderr = process.communicate(timeout=600)
         assert process.returncode == 0, stdout + stderr
-        parts = re.split(r"^== (\w+)$", stdout.split("== written")[0], flags=re.MULTILINE)[1:]
-        return {
-            name: "unchanged since it ended" in text for name, text in zip(parts[::2], parts[1::2], strict=True)
-        }, stderr
+        return stages(stdout), stderr
+
+    def run_until(self, written: str) -> dict[str, bool]:
+        """Kills the script when it has written a folder; what `run` says of the stages so far."""
+        with self.start() as process:
+            deadline = time.monotonic() + 300
+            while not (self.output / written).is_dir():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGKILL)
+            return stages(process.communicate()[0])
+
+
+def stages(stdout: str) -> dict[str, bool]:
+    """Whether each stage that the script began was left as it was."""
+    parts = re.split(r"^== (\w+)$", stdout.split("== written")[0], flags=re.MULTILINE)[1:]
+    return {name: "unchanged since it ended" in text for name, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +73,7 @@ def recipe(model_folder: Path, recall_data: Path, tmp_path_factory: pytest.TempP
 
 
 def test_it_goes_on_after_a_kill(recipe: Recipe) -> None:
-    with recipe.start() as process:
-        deadline = time.monotonic() + 300
-        while not (recipe.output / "trained" / "model_2").is_dir():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
+    recipe.run_until("trained/model_2")
     left, stderr = recipe.run()
     assert left == {name: name in ("check", "pretrain", "mine_words") for name in STAGES}
     assert f"resuming from {recipe.output}/trained/model_" in stderr
@@ -81,3 +89,10 @@ def test_only_what_depends_on_a_changed_file_is_done_again(recipe: Recipe) -> No
     left, stderr = recipe.run()
     assert [name for name in STAGES[:4] if left[name]] == ["pretrain", "mine_words"]
     assert "resuming" not in stderr  # the models of the other file are gone
+
+
+def test_the_pre_training_can_be_left_out(recipe: Recipe) -> None:
+    output = recipe.output.with_name("made_without")
+    other = Recipe([*recipe.command, "--no_pretraining", "--output", str(output)], recipe.data, output)
+    left = other.run_until("trained/model_2")
+    assert list(left) == ["check", "mine_words", "train"]
