@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,6 +151,8 @@ def _explained(server: MilvusServer, collection: str, code: Any, message: str) -
         return InputError(f"{server.uri}: can't be opened ({why}); close that process, or give another --milvus_uri")
     if "index type" in known or "index_type" in known:
         return InputError(f"{server}: {LACKS_TYPE}")
+    if re.search(r"\b(m|efconstruction)\b.* range", known):
+        return InputError(f"{server}: doesn't build such a graph ({_one_line(message)}); lower --hnsw_m or --hnsw_ef")
     if "quota" in known or "no space" in known or "disk full" in known:
         return MilvusUnavailable(f"{server}: its disk or its quota is full; make room, then run this again")
     if code in UNAVAILABLE or "unavailable" in known or any(word in known for word in ("retry", "deadline", "timeout")):
@@ -169,4 +172,4 @@ def _refused(server: MilvusServer) -> InputError:
 
 def _one_line(message: str) -> str:
     """The beginning of a message, without what follows a line break or could be a text."""
-    return message.split("\n")[0].split("[")[0].strip()[:200]
+    return message.split("\n")[0].split("[")[0].strip(" :")[:200]

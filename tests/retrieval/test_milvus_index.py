@@ -218,7 +218,7 @@ def test_the_graph_has_the_links_of_the_options(embedded: MilvusServer, alias: s
 @pytest.mark.server
 def test_a_server_reads_the_options_of_the_graph(milvus: Milvus, alias: str) -> None:
     server = MilvusServer(milvus.uri, token_file=str(milvus.token_file))
-    with pytest.raises(InputError, match="M out of range"):
+    with pytest.raises(InputError, match=r"\(M out of range\); lower --hnsw_m"):
         build(server, alias, unit_vectors(10, DIM), options=IndexOptions(hnsw_m=100_000))
 
 
