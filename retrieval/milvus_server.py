@@ -104,9 +104,10 @@ def _import_client(embedded: bool) -> "type[MilvusClient]":
 def _import_faiss() -> None:
     """Imports faiss, with which Milvus Lite searches, so that it uses only its own OpenMP library.
 
-    Once OpenVINO has computed, Paddle's OpenMP library is visible to everything that is loaded later. faiss would take
-    the functions that it has from there, and the others from its own: each thread then computes all queries of a
-    search, all at the same time in the same memory, and finds wrong documents.
+    Once OpenVINO has a model, Paddle's OpenMP library is visible to everything that is loaded later: OpenVINO runs on
+    Paddle's libtbb, which has the same name as its own, and that one opens libiomp5 for all. faiss would take the
+    functions that it has from there, and the others from its own: each thread then computes all queries of a search,
+    all at the same time in the same memory, and finds wrong documents.
     """
     flags = sys.getdlopenflags()
     sys.setdlopenflags(flags | getattr(os, "RTLD_DEEPBIND", 0))  # looks into a library's own dependencies first
