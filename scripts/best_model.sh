@@ -124,7 +124,7 @@ if [ -n "$from_scratch" ]; then
     stage mine_words "$output/words" "$data/train.csv" "$data/corpus.csv" -- mine_words
     pairs=$output/words/train.csv
 fi
-stage train "$output/trained" "$pairs" "$data/dev.csv" "$data/corpus.csv" "$pretrained/manifest.json" -- \
+stage train "$output/trained" "$pairs" "$data/dev.csv" "$data/corpus.csv" ${pretrained:+"$pretrained/manifest.json"} -- \
     train "$output/trained" "$pairs" ${from_scratch:+--teacher_scores --teacher_scale 0.3} "$@" \
     ${pretrained:+--init_from_ckpt "$pretrained"}
 stage mine "$output/mined" "$data/train.csv" "$data/corpus.csv" "$trained/manifest.json" -- mine

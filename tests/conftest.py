@@ -19,7 +19,7 @@ from milvus_helpers import Milvus, running_milvus, unpack_server
 
 set_up_paddle()
 FAST = "SEMANTIC_INDEX_FAST_TESTS"  # scripts/test.sh --fast sets it
-# Files that take more than a minute. They begin first, so that no process of pytest waits for one of them at the end.
+# The files that take longest. They begin first, so that no process of pytest waits for one of them at the end.
 LONG_FILES = {
     "test_docs.py",
     "test_faults.py",
